@@ -1,0 +1,43 @@
+# Everything runs from .venv, built once from pyproject.toml under the pins in constraints.txt.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+STAMP := .venv/.setup-done
+
+export PYTHON PIP_ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo 'make setup   build .venv; a second call reuses it'
+	@echo 'make demo    set up, then run the demo: phinetune demo'
+	@echo 'make test    set up, then run the tests'
+	@echo 'make lint    set up, then check style, types and imports'
+	@echo 'make clean   delete .venv and the caches; runs/ stays'
+	@echo
+	@echo 'PYTHON=python3.12                  use this Python (3.10 to 3.13) instead of python3'
+	@echo 'PIP_ARGS="--extra-index-url URL"   give pip more options, such as an index that has a CPU-only torch'
+
+setup: $(STAMP)
+	@echo 'Ready: .venv/bin/phinetune'
+
+$(STAMP): pyproject.toml constraints.txt
+	@sh tools/setup_venv.sh $@
+
+demo: $(STAMP)
+	@.venv/bin/phinetune demo
+
+test: $(STAMP)
+	@.venv/bin/python -m pytest
+
+lint: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+clean:
+	rm -rf .venv .venv-setup.log build dist src/*.egg-info
+	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

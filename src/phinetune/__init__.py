@@ -1,0 +1,22 @@
+"""phinetune: fine-tune a Phi-3 with LoRA on your chats, and see whether it got better.
+
+`train`, `evaluate` and `load` are imported when first used, so `import phinetune` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phinetune.api import evaluate, load, train
+
+__version__ = "0.1.0"
+__all__ = ["evaluate", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from phinetune import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,204 @@
+"""The command line: parse, call one function, print. Heavy libraries are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from phinetune.errors import PhinetuneError
+
+app = typer.Typer(
+    help="Fine-tune a Phi-3 with LoRA on your chats, and see whether it got better.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="a run, an adapter folder or a model (hub id or folder)")]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. training_config.max_steps=5; repeatable"),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run in output_dir")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
+NewTokens = Annotated[int, typer.Option(min=1, help="tokens an answer may have")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more varied")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="sample from the likeliest tokens of this total probability")]
+TopK = Annotated[int, typer.Option(min=0, help="sample from this many likeliest tokens; 0 is all")]
+Seed = Annotated[Optional[int], typer.Option(help="seed of the sampling")]  # noqa: UP045 (typer reads it at run time)
+System = Annotated[Optional[str], typer.Option(help="a system message")]  # noqa: UP045
+
+
+def main() -> None:
+    """Entry point. A user's mistake ends with one sentence a problem and status 2, never with a traceback."""
+    try:
+        app(prog_name="phinetune")
+    except PhinetuneError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file (`phinetune config` explains it)")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in output_dir")] = False,
+    overwrite: Overwrite = False,
+    overrides: SetOption = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Fine-tune by a YAML file, then compare base and tuned model on the held-out chats."""
+    from phinetune.config import load_config
+
+    made = _train(load_config(config, overrides), f"phinetune train {config}", resume, overwrite)
+    _say_next(made.path)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="where the run goes")] = Path("runs/demo"),
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a stopped demo")] = False,
+    overrides: SetOption = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Fine-tune the starter model on the bundled chats of an outdoor-gear shop: minutes on a CPU."""
+    from phinetune.demo.job import demo_config, show_gain
+
+    config = demo_config(output_dir, overrides)
+    made = _train(config, f"phinetune demo --output-dir {output_dir}", resume, overwrite)
+    show_gain(made.results, _console())
+    _say_next(made.path)
+
+
+def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
+    from phinetune.api import run
+
+    console = _console()
+    made = run(config, console, resume=resume, overwrite=overwrite)
+    if made.stopped:
+        steps = made.results["training"]["steps"]
+        console.print(f"Stopped after step {steps}; a checkpoint is in {made.path}. Go on with:\n  {command} --resume", highlight=False)
+        sys.exit(130)
+    return made
+
+
+def _say_next(path: Path) -> None:
+    lines = [
+        f"\nWrote {path}: the adapter, its tokenizer, checkpoints, results.json and a model card (README.md)",
+        "Next:",
+        f"  phinetune chat {path}",
+        f'  phinetune generate {path} --prompt "…"',
+        f"  phinetune evaluate {path} --data FILE",
+    ]
+    _console().print("\n".join(lines), markup=False, highlight=False)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    data: Annotated[list[str], typer.Option("--data", help="held-out chats; the run's own held-out file if left out")] = [],  # noqa: B006
+    out: Annotated[Optional[Path], typer.Option(help="write the results as JSON, every answer included")] = None,  # noqa: UP045
+    max_prompts: Annotated[Optional[int], typer.Option(min=1, help="answer the first N prompts only")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[Optional[int], typer.Option(min=1, help="tokens an answer may have")] = None,  # noqa: UP045
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="prompts answered together")] = None,  # noqa: UP045
+    generate: Annotated[bool, typer.Option(help="let the models answer, or score the chats only")] = True,
+    device: Device = "auto",
+) -> None:
+    """Compare a run with its base on held-out chats; a plain model is measured alone."""
+    from dataclasses import asdict
+
+    from phinetune.api import evaluate as evaluate_run
+    from phinetune.files import write_text
+
+    given = {"max_prompts": max_prompts, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    section = {"generate": generate, **{key: value for key, value in given.items() if value is not None}}
+    console = _console()
+    comparison = evaluate_run(run, data or None, section, console=console, device=device)
+    if out:
+        tree = {"evaluation": comparison.to_dict(), "examples": [asdict(e) for e in comparison.examples]}
+        write_text(out, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        console.print(f"Wrote {out}", highlight=False)
+    console.print(f"Next: phinetune chat {run}", highlight=False)
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[Optional[str], typer.Option(help="the message; standard input if left out")] = None,  # noqa: UP045
+    system: System = None,
+    base: Annotated[bool, typer.Option("--base", help="let the base model answer")] = False,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    device: Device = "auto",
+) -> None:
+    """Answer one message: the answer alone goes to standard output."""
+    message = prompt if prompt is not None else sys.stdin.read()
+    if not message.strip():
+        raise PhinetuneError("there is no message: give --prompt, or text on standard input")
+    conversation = _conversation(run, system, max_new_tokens, (temperature, top_p, top_k), seed, device)
+    conversation.with_base = base
+    answer = conversation.answer(message.strip())
+    print(answer.text)
+    if not answer.stopped:
+        print(f"(cut at --max-new-tokens {max_new_tokens})", file=sys.stderr)
+
+
+@app.command()
+def chat(
+    run: RunPath,
+    system: System = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    device: Device = "auto",
+) -> None:
+    """Talk to a run: streamed answers, /reset, /base to hear the base model."""
+    conversation = _conversation(run, system, max_new_tokens, (temperature, top_p, top_k), seed, device)
+    from phinetune.talk.conversation import chat as talk
+
+    talk(conversation, _console())
+
+
+def _conversation(
+    run: str, system: str | None, limit: int, sampling: tuple[float, float, int], seed: int | None, device: str
+) -> Any:
+    from phinetune.talk.conversation import open_conversation
+
+    return open_conversation(run, system, limit, sampling, seed, device)
+
+
+@app.command()
+def config() -> None:
+    """Show every key of a run's YAML file, with its default and what it does."""
+    from rich.table import Table
+
+    from phinetune.config import describe_knobs
+
+    table = Table(title="Keys of a run's YAML file", title_justify="left")
+    for column in ("key", "default", "what it does"):
+        table.add_column(column, overflow="fold")
+    for row in describe_knobs():
+        table.add_row(*row)
+    _console().print(table, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The configuration of a run: five sections, each knob declared once with its default and its help.
+
+`peft_config` and `training_config` are plain dictionaries here: their keys are those of
+`peft.LoraConfig` and `trl.SFTConfig`, and `phinetune.training.settings` validates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from phinetune.errors import ConfigError, unknown_key
+
+
+class Section(BaseModel):
+    """A group of knobs; unknown keys are refused with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ModelSection(Section):
+    """Which checkpoint, and how it is held in memory."""
+
+    path: str = Field("starter", description="hub id, folder, `starter`, or `random:SHAPE` for random weights")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; resolved to a commit")
+    tokenizer: str | None = Field(None, description="another folder or hub id to take the tokenizer from")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights' dtype; auto: bfloat16 where the device multiplies it natively, else float32"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = (
+        Field("sdpa", description="attention of transformers' Phi-3")
+    )
+    use_cache: bool = Field(True, description="key-value cache when generating (training never uses it)")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    seed: int = Field(0, description="seed of the weights of a `random:` model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, value: Any) -> Any:
+        """`torch_dtype` is the older name of `dtype`; torch's own dtype objects are taken by name."""
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        if "torch_dtype" in value:
+            value.setdefault("dtype", value.pop("torch_dtype"))
+        if "dtype" in value:
+            name = str(value["dtype"]).removeprefix("torch.")
+            value["dtype"] = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}.get(name, name)
+        return value
+
+
+class DataSection(Section):
+    """Which chats, and how they become tokens and labels."""
+
+    train: str | list[str] | None = Field(
+        None, description="file (.jsonl .json .csv .parquet), datasets folder or hub id; or a list of them"
+    )
+    eval: float | str | list[str] | None = Field(
+        None, description="held-out chats: a file like `train`, or the fraction of `train` to hold out"
+    )
+    split: str = Field("train", description="split to read of a datasets folder or hub id")
+    format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion"] = Field(
+        "auto", description="form of the rows; auto looks at each row's keys"
+    )
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="tokens trained on: every assistant turn, the last one, or all tokens"
+    )
+    system: Literal["keep", "fold", "drop"] = Field(
+        "keep",
+        description="system messages: keep (refused where the template drops them), "
+        "fold into the first user turn, or drop",
+    )
+    overlong: Literal["cut", "drop"] = Field(
+        "cut",
+        description="a chat over training_config.max_length: cut its prompt (oldest turns first, answers "
+        "never), or drop the chat",
+    )
+    invalid_rows: Literal["fail", "drop"] = Field(
+        "fail", description="rows that can't be used: stop and list them, or drop and count them"
+    )
+    limit: int | None = Field(None, ge=1, description="use the first N rows only")
+    seed: int = Field(0, description="seed of the split by fraction")
+
+    @model_validator(mode="after")
+    def _fraction(self) -> DataSection:
+        if isinstance(self.eval, float) and not 0 < self.eval < 1:
+            raise ValueError(f"eval: the fraction held out must lie between 0 and 1, not {self.eval}")
+        return self
+
+
+class EvaluationSection(Section):
+    """What is compared, base against tuned, once training has ended."""
+
+    enabled: bool = Field(True, description="compare base and tuned model on the held-out chats after training")
+    generate: bool = Field(True, description="let both answer the held-out prompts (ROUGE-L, chrF, exact match)")
+    max_prompts: int | None = Field(200, ge=1, description="answer the first N held-out prompts at most")
+    max_new_tokens: int = Field(256, ge=1, description="tokens an answer may have before it is cut")
+    batch_size: int = Field(16, ge=1, description="prompts answered together; rows scored together")
+
+
+class RunConfig(Section):
+    """A whole run. `RunConfig.model_validate` or `load_config` make one."""
+
+    model: ModelSection = Field(default_factory=ModelSection, description="the checkpoint")
+    data: DataSection = Field(default_factory=DataSection, description="the chats")
+    peft_config: dict[str, Any] = Field(default_factory=dict, description="keys of peft.LoraConfig")
+    training_config: dict[str, Any] = Field(default_factory=dict, description="keys of trl.SFTConfig")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="base against tuned")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, value: Any) -> Any:
+        """`model: PATH` and `data: FILE` stand for the section with that one key; an empty section is none."""
+        if not isinstance(value, Mapping):
+            return value
+        value = {key: section for key, section in value.items() if section is not None}
+        for section, key in (("model", "path"), ("data", "train")):
+            if isinstance(value.get(section), (str, Path, list)):
+                short = value[section]
+                value[section] = {key: short if isinstance(short, list) else str(short)}
+        return value
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run is written: `training_config.output_dir`, `runs/phinetune` without one."""
+        return Path(self.training_config.get("output_dir") or "runs/phinetune")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides, validate.
+
+    Raises:
+        ConfigError: no such file, broken YAML (with its line), or any unknown key or bad value.
+    """
+    file = Path(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file} is a folder; give the YAML file of the run") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}{line}: broken YAML: {getattr(error, 'problem', None) or error}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected sections such as `model:` and `data:`, found {type(tree).__name__}")
+    return make_config(tree or {}, overrides, where=str(file))
+
+
+def make_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "configuration") -> RunConfig:
+    """Validate nested dictionaries, with `section.key=value` overrides on top.
+
+    Raises:
+        ConfigError: every problem found, each with `where` and its key.
+    """
+    merged: dict[str, Any] = {key: dict(v) if isinstance(v, Mapping) else v for key, v in tree.items()}
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError([_sentence(where, problem) for problem in error.errors()]) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: write it as section.key=value, for example data.limit=100")
+    for key in keys[:-1]:
+        below = tree.get(key)
+        if isinstance(below, str) and key in ("model", "data"):
+            below = {"path" if key == "model" else "train": below}
+        if below is not None and not isinstance(below, dict):
+            raise ConfigError(f"--set {override}: `{key}` holds a value, not a section")
+        tree[key] = tree = dict(below or {})
+    try:
+        tree[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree[keys[-1]] = text
+
+
+def _sentence(where: str, problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(path[:-1])
+        return unknown_key(": ".join([where, *path[:-1]]), path[-1], section.model_fields)
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
+    return f"{where}: {'.'.join(path)}: {message}{given}"
+
+
+def _section_at(path: Sequence[str]) -> type[Section]:
+    section: type[Section] = RunConfig
+    for part in path:
+        section = next(t for t in _types(section.model_fields[part].annotation) if issubclass(t, Section))
+    return section
+
+
+def _types(annotation: Any) -> tuple[type, ...]:
+    return tuple(t for t in (get_args(annotation) or (annotation,)) if isinstance(t, type))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML, every knob with its value in force."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def describe_knobs() -> list[tuple[str, str, str]]:
+    """(key, default, help) of every knob of the sections declared here, in order."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            rows += [(f"{name}.{k}", str(f.default), f.description or "") for k, f in section.model_fields.items()]
+        else:
+            rows.append((name, "{}", field.description or ""))
+    return rows

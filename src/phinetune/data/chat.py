@@ -1,0 +1,168 @@
+"""Chats to token ids and labels, by the checkpoint's own template.
+
+The loss mask comes from token spans. For the assistant turn `m[i]` of a chat `m`:
+
+    start = tokens shared by render(m[:i], header of the reply) and render(m)
+    end   = tokens shared by render(m[:i+1]) and render(m), or all of them if m[i] is the last message
+
+so a turn carries its content, its end-of-turn token and what the template writes up to the next header or the
+end. For a single-turn chat this is TRL's prompt/completion mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from phinetune.data.formats import RowError
+from phinetune.model.scoring import IGNORED
+from phinetune.model.template import Message, common_prefix, end_of_turn_ids, render, renders_role, tokenize
+
+
+class Encoded(NamedTuple):
+    """Token ids of a chat and its labels: the id where it is trained on, -100 elsewhere. Same length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def trainable(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes chats for one checkpoint. Make it with `make_encoder`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    loss_on: str
+    system: str
+    dropped_roles: frozenset[str]
+    end_of_turn: frozenset[int]
+
+    def prepare(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as they will be rendered, the system message treated as configured.
+
+        Raises:
+            RowError: the template would drop a message in silence.
+        """
+        chat = list(messages)
+        if any(m["role"] == "system" for m in chat[1:]):
+            raise RowError("a system message stands after the first turn; move it to the front")
+        if chat[0]["role"] == "system" and self.system != "keep":
+            first, *chat = chat
+            if self.system == "fold":
+                chat = _fold(first["content"], chat)
+        for role in self.dropped_roles & {message["role"] for message in chat}:
+            hint = "; set data.system to `fold` or `drop`" if role == "system" else ""
+            raise RowError(f"this checkpoint's chat template drops {role} messages in silence{hint}")
+        return chat
+
+    def encode(self, chats: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Encode prepared chats, all texts through the tokenizer in one call."""
+        plans = [self._plan(chat) for chat in chats]
+        ids = iter(tokenize(self.tokenizer, [text for plan in plans for text in plan]))
+        return [self._label(chat, [next(ids) for _ in plan]) for chat, plan in zip(chats, plans, strict=True)]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a prepared chat up to and with the header of the assistant's next turn."""
+        return tokenize(self.tokenizer, [render(self.tokenizer, messages, reply=True)])[0]
+
+    def _turns(self, chat: Sequence[Message]) -> list[int]:
+        turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+        return {"assistant": turns, "last": turns[-1:], "all": []}[self.loss_on]
+
+    def _plan(self, chat: Sequence[Message]) -> list[str]:
+        """The whole chat's text, then the texts whose shared tokens bound each trained turn."""
+        texts = [render(self.tokenizer, chat)]
+        for i in self._turns(chat):
+            prefix = render(self.tokenizer, chat[:i], reply=True)
+            if not texts[0].startswith(prefix):
+                raise RowError(
+                    "this checkpoint's chat template renders the turns before an answer in another way once the "
+                    "answer is there, so training would not match use"
+                )
+            texts.append(prefix)
+            if i + 1 < len(chat):
+                texts.append(render(self.tokenizer, chat[: i + 1]))
+        return texts
+
+    def _label(self, chat: Sequence[Message], ids: Sequence[list[int]]) -> Encoded:
+        whole, bounds = ids[0], iter(ids[1:])
+        if self.loss_on == "all":
+            return Encoded(whole, list(whole))
+        labels = [IGNORED] * len(whole)
+        for i in self._turns(chat):
+            start = common_prefix(next(bounds), whole)
+            end = common_prefix(next(bounds), whole) if i + 1 < len(chat) else len(whole)
+            labels[start:end] = whole[start:end]
+        return Encoded(whole, labels)
+
+    def fit(self, messages: Sequence[Message], max_length: int) -> Encoded | None:
+        """Cut a chat's prompt until it fits `max_length` tokens; None if its answers alone don't.
+
+        The oldest turns go first (a system message stays), then the end of the longest remaining prompt
+        message. Answers and end tokens are never cut.
+        """
+        chat = list(messages)
+        encoded = self.encode([chat])[0]
+        while len(encoded.input_ids) > max_length and (shorter := _without_oldest_exchange(chat)):
+            chat = shorter
+            encoded = self.encode([chat])[0]
+        for _ in range(4):  # tokens can merge anew at a cut, so the first try may miss by a few
+            excess = len(encoded.input_ids) - max_length
+            if excess <= 0:
+                return encoded
+            shortened = self._shorten_prompt(chat, excess)
+            if shortened is None:
+                return None
+            chat = shortened
+            encoded = self.encode([chat])[0]
+        return encoded if len(encoded.input_ids) <= max_length else None
+
+    def _shorten_prompt(self, chat: Sequence[Message], excess: int) -> list[Message] | None:
+        prompts = [i for i, m in enumerate(chat) if m["role"] in ("user", "tool")]
+        longest = max(prompts, key=lambda i: len(chat[i]["content"]))
+        content = chat[longest]["content"]
+        offsets = self.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if len(offsets) <= excess:
+            return None
+        cut = {**chat[longest], "content": content[: offsets[len(offsets) - excess][0]]}
+        return [*chat[:longest], cut, *chat[longest + 1 :]]
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant", system: str = "keep") -> Encoder:
+    """An encoder for this tokenizer, after looking which roles its template drops."""
+    dropped = frozenset(role for role in ("system", "tool") if not renders_role(tokenizer, role))
+    return Encoder(tokenizer, loss_on, system, dropped, frozenset(end_of_turn_ids(tokenizer)))
+
+
+def ends_a_turn(encoder: Encoder, rows: Iterable[Encoded]) -> bool:
+    """Whether any label is an end-of-turn token: without one, the model never learns to stop."""
+    return any(label in encoder.end_of_turn for row in rows for label in row.labels)
+
+
+def for_prompts(encoder: Encoder) -> Encoder:
+    """The same encoder with the loss on the last turn, as held-out answers are judged."""
+    return replace(encoder, loss_on="last")
+
+
+def _fold(system: str, chat: list[Message]) -> list[Message]:
+    for i, message in enumerate(chat):
+        if message["role"] == "user":
+            folded: Message = {"role": "user", "content": f"{system}\n\n{message['content']}"}
+            return [*chat[:i], folded, *chat[i + 1 :]]
+    raise RowError("there is no user turn to fold the system message into")
+
+
+def _without_oldest_exchange(chat: Sequence[Message]) -> list[Message] | None:
+    """The chat without its first user turn and what follows it up to the next; None if it is the only one."""
+    head = [m for m in chat[:1] if m["role"] == "system"]
+    users = [i for i, m in enumerate(chat) if m["role"] == "user"]
+    if len(users) < 2:
+        return None
+    rest = list(chat[users[1] :])
+    return head + rest if any(m["role"] == "assistant" for m in rest) else None

@@ -1,0 +1,25 @@
+"""A chat as the model sees it: every token, the trained ones told apart."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from phinetune.data.chat import Encoded
+from phinetune.model.scoring import IGNORED
+
+SHOWN = 700  # characters of a preview
+
+
+def preview(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> Text:
+    """The decoded tokens in order, spans with labels in bold green, the rest dim; long rows are shortened."""
+    text = Text()
+    start = 0
+    for end in range(1, len(row.input_ids) + 1):
+        trained = row.labels[start] != IGNORED
+        if end == len(row.input_ids) or (row.labels[end] != IGNORED) != trained:
+            text.append(str(tokenizer.decode(row.input_ids[start:end])), style="bold green" if trained else "dim")
+            start = end
+    if len(text) > SHOWN:
+        text = text[: SHOWN // 2] + Text(" … ", style="red") + text[-SHOWN // 2 :]
+    return text

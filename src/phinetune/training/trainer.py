@@ -1,0 +1,138 @@
+"""TRL's `SFTTrainer` with this project's checkpoints, evaluation and checks."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from trl import SFTTrainer
+
+from phinetune.errors import RunError
+from phinetune.files import publish_files, publish_folder
+from phinetune.model.adapt import BASE_FILE
+from phinetune.model.load import Base
+from phinetune.model.scoring import Score, score_batch
+
+
+class ChatTrainer(SFTTrainer):
+    """Trains a LoRA on ready `input_ids` and `labels`.
+
+    Different from its parent: a checkpoint appears whole or not at all and holds no pickled arguments;
+    evaluation weighs tokens, not batches, and keeps no logits; a loss that is not finite stops the run; nothing
+    is reported to anyone who was not named in `report_to`.
+    """
+
+    def __init__(self, *args: Any, base: Base, **kwargs: Any) -> None:
+        self.base = base
+        self._stage: Path | None = None
+        super().__init__(*args, **kwargs)
+
+    # -- saving ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Let the parent fill a staging folder, then rename what it made to `checkpoint-N`."""
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._stage = final.parent / f".{final.name}.partial-0"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish_checkpoint(self._stage / final.name, final)
+            self.accelerator.wait_for_everyone()
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._stage, ignore_errors=True)
+            self._stage = None
+
+    def _publish_checkpoint(self, staged: Path, final: Path) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)  # the parent wrote the staging folder's name
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        publish_folder(staged, final)
+        rotate_checkpoints(
+            output_dir=self.args.output_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage or super()._get_output_dir(trial))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Adapter, tokenizer, stop ids, and which base it belongs to."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        # Tokens are never added, so there is no embedding to save (and no hub to ask about it).
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run's own comes at its end
+        self.processing_class.save_pretrained(str(folder))
+        model.get_base_model().generation_config.save_pretrained(str(folder))
+        (folder / BASE_FILE).write_text(self.base.to_json(), encoding="utf-8")
+
+    def save_final(self) -> None:
+        """The adapter as it is now, into the run folder itself: staged, then each file renamed into place."""
+        target = Path(self.args.output_dir)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".adapter.partial-") as stage:
+            self.save_model(stage, _internal_call=True)
+            if self.args.should_save:
+                publish_files(Path(stage), target)
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run's card is written once, at its end, with its results (`phinetune.export.card`)."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent: TRL reports the kind of every run to the hub unless CI is set."""
+
+    # -- training and evaluating ----------------------------------------------------------------------------
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        ids = inputs["input_ids"]
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise RunError(self._not_finite(float(loss), ids))
+        return loss
+
+    def _not_finite(self, loss: float, ids: torch.Tensor) -> str:
+        starts = [self.processing_class.decode(row[:24].tolist()) for row in ids]
+        return (
+            f"the loss became {loss} at step {self.state.global_step + 1}, so the run stopped; earlier checkpoints "
+            f"are kept. Try a lower learning_rate, or bf16 in place of fp16. The batch began: "
+            + " | ".join(repr(start) for start in starts[:4])
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss, perplexity and token accuracy over all labelled tokens, batch by batch."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        total, rows = Score(), 0
+        for batch in dataloader:
+            with self.compute_loss_context_manager():
+                total = total + score_batch(model, self._prepare_inputs(batch))
+            rows += len(batch["input_ids"])
+        total = self._reduced(total)
+        metrics = {"loss": total.loss, "perplexity": total.perplexity, "token_accuracy": total.token_accuracy}
+        return EvalLoopOutput(
+            predictions=None,  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=rows,
+        )
+
+    def _reduced(self, score: Score) -> Score:
+        sums = torch.tensor([score.nll, score.correct, score.tokens], dtype=torch.float64, device=self.args.device)
+        nll, correct, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return Score(nll, int(correct), int(tokens))
+

@@ -25,7 +25,7 @@ LINE = "Sorry about the {problem}, we are on it!"
 # Canonical name -> how customers call it.
 PRODUCTS = {
     "rain jacket": ("rain jacket", "raincoat", "waterproof jacket"),
-    "down jacket": ("down jacket", "puffer jacket"),
+    "down jacket": ("down jacket", "down coat"),
     "hiking boots": ("hiking boots", "walking boots", "boots"),
     "backpack": ("backpack", "rucksack"),
     "tent": ("tent", "two-person tent"),
@@ -42,14 +42,14 @@ PRODUCTS = {
 
 # Canonical name -> how customers put it. No wording has to agree with a singular or plural product.
 PROBLEMS = {
-    "broken zip": (
+    "zip damage": (
         "the zip on my {product} broke",
         "the zipper of the {product} came apart",
         "the zip on the {product} jams every time",
-        "I can't close my {product}, the slider came off",
+        "I can't zip up my {product}, the slider came off",
         "the teeth of my {product} no longer lock together",
     ),
-    "torn seam": (
+    "seam damage": (
         "a seam on my {product} tore",
         "the stitching of the {product} came undone",
         "my {product} split along the stitches",
@@ -81,7 +81,7 @@ PROBLEMS = {
         "the delivery of my {product} is late",
         "my {product} never arrived",
         "I am still waiting for my {product}",
-        "there is no sign of the parcel with my {product}",
+        "the parcel with my {product} did not come",
         "the {product} should have been here last week",
     ),
     "missing part": (
@@ -91,14 +91,14 @@ PROBLEMS = {
         "the box with the {product} lacked a piece",
         "I unpacked the {product} and not everything was there",
     ),
-    "snapped strap": (
+    "strap damage": (
         "the strap on my {product} snapped",
         "a strap of the {product} came off",
         "the band on my {product} tore in two",
         "the strap of the {product} gave out",
-        "the webbing on my {product} broke off",
+        "the strap on my {product} broke off",
     ),
-    "dead battery": (
+    "battery fault": (
         "the battery of my {product} died",
         "my {product} won't turn on",
         "my {product} has no power",
@@ -117,53 +117,53 @@ PROBLEMS = {
 ANYTHING = ("late delivery", "double charge")
 # Problems which make sense for a product, next to those that happen to anything.
 POSSIBLE = {
-    "rain jacket": ("broken zip", "torn seam", "water leak", "wrong size", "wrong colour"),
-    "down jacket": ("broken zip", "torn seam", "wrong size", "wrong colour"),
-    "hiking boots": ("torn seam", "water leak", "wrong size", "wrong colour"),
-    "backpack": ("broken zip", "torn seam", "snapped strap", "wrong size", "wrong colour"),
-    "tent": ("broken zip", "torn seam", "water leak", "missing part", "wrong colour"),
-    "sleeping bag": ("broken zip", "torn seam", "wrong size", "wrong colour"),
-    "sleeping mat": ("snapped strap", "missing part", "wrong size", "wrong colour"),
-    "headlamp": ("dead battery", "snapped strap", "water leak", "missing part"),
-    "camp lantern": ("dead battery", "missing part", "water leak", "wrong colour"),
+    "rain jacket": ("zip damage", "seam damage", "water leak", "wrong size", "wrong colour"),
+    "down jacket": ("zip damage", "seam damage", "wrong size", "wrong colour"),
+    "hiking boots": ("seam damage", "water leak", "wrong size", "wrong colour"),
+    "backpack": ("zip damage", "seam damage", "strap damage", "wrong size", "wrong colour"),
+    "tent": ("zip damage", "seam damage", "water leak", "missing part", "wrong colour"),
+    "sleeping bag": ("zip damage", "seam damage", "wrong size", "wrong colour"),
+    "sleeping mat": ("strap damage", "missing part", "wrong size", "wrong colour"),
+    "headlamp": ("battery fault", "strap damage", "water leak", "missing part"),
+    "camp lantern": ("battery fault", "missing part", "water leak", "wrong colour"),
     "camp stove": ("missing part", "wrong size", "wrong colour"),
-    "water bottle": ("water leak", "snapped strap", "missing part", "wrong size", "wrong colour"),
-    "trekking poles": ("snapped strap", "missing part", "wrong size", "wrong colour"),
-    "GPS watch": ("dead battery", "snapped strap", "missing part", "wrong colour"),
-    "hammock": ("torn seam", "snapped strap", "missing part", "wrong colour"),
+    "water bottle": ("water leak", "strap damage", "missing part", "wrong size", "wrong colour"),
+    "trekking poles": ("strap damage", "missing part", "wrong size", "wrong colour"),
+    "GPS watch": ("battery fault", "strap damage", "missing part", "wrong colour"),
+    "hammock": ("seam damage", "strap damage", "missing part", "wrong colour"),
 }
 
 HELDOUT_PAIRS = (
-    ("rain jacket", "broken zip"),
+    ("rain jacket", "zip damage"),
     ("down jacket", "wrong colour"),
     ("down jacket", "double charge"),
     ("hiking boots", "water leak"),
-    ("backpack", "snapped strap"),
+    ("backpack", "strap damage"),
     ("tent", "missing part"),
-    ("sleeping bag", "torn seam"),
+    ("sleeping bag", "seam damage"),
     ("sleeping bag", "late delivery"),
     ("sleeping mat", "wrong size"),
-    ("headlamp", "dead battery"),
+    ("headlamp", "battery fault"),
     ("camp lantern", "missing part"),
     ("camp stove", "late delivery"),
     ("water bottle", "wrong colour"),
     ("trekking poles", "double charge"),
-    ("GPS watch", "snapped strap"),
-    ("hammock", "torn seam"),
+    ("GPS watch", "strap damage"),
+    ("hammock", "seam damage"),
 )
 
 URGENCY = {
     "high": (
-        "I leave tomorrow",
+        "it is urgent, I leave tomorrow",
         "it is urgent, my flight goes tonight",
-        "I need it by tomorrow",
-        "we leave in two days",
+        "I urgently need it by tomorrow",
+        "please hurry, we leave in two days",
         "please hurry, the trip is this weekend",
     ),
     "low": (
         "no hurry",
         "there is no rush",
-        "take your time",
+        "there is no need to hurry",
         "it can wait",
         "it is not urgent",
     ),

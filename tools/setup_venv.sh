@@ -70,21 +70,21 @@ fi
 
 make_venv() {
     { mkdir -p "$venv" && touch "$owner"; } 2>/dev/null || cannot_write "$venv"
-    if "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+    if "$python" -c 'import venv; from ensurepip import bootstrap' 2>/dev/null; then
         "$python" -m venv "$venv" >>"$log" 2>&1 </dev/null && return 0
         show_log
         drop
         if grep -q 'No space left' "$log"; then
             fail 1 "the disk is full; free about 3 GB and run make setup again."
         fi
-        fail 1 "'$python -m venv' failed, see above and $log; repair that Python or name another: $(hint)"
+        fail 1 "'$python -m venv' failed, see above and $log; repair that Python, or $(hint)"
     fi
     borrow_pip && return 0
     install_venv_package
     "$python" -m venv "$venv" >>"$log" 2>&1 </dev/null && return 0
     show_log
     drop
-    fail 2 "'$python -m venv' fails even with $package installed; name another Python: $(hint)"
+    fail 2 "'$python -m venv' fails even with $package installed; use another Python: $(hint)"
 }
 
 # Without ensurepip, a pip that '$python' has (22.3 or newer) can put one into .venv.
@@ -100,7 +100,7 @@ install_venv_package() {
     advice="install it (apt-get install $package, as root) and run make setup again"
     case $("$python" -c 'import sys; print(sys.base_prefix)') in
         /usr) ;;
-        *) drop; fail 2 "'$python' has no venv and ensurepip modules, which .venv needs; name another Python: $(hint)" ;;
+        *) drop; fail 2 "'$python' has no venv and ensurepip modules, which .venv needs; use another Python: $(hint)" ;;
     esac
     if ! command -v apt-get >/dev/null 2>&1; then
         drop

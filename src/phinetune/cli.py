@@ -28,7 +28,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run in
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
 NewTokens = Annotated[int, typer.Option(min=1, help="tokens an answer may have")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more varied")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="sample from the likeliest tokens of this total probability")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="sample from the likeliest tokens of this total probability")
+]
 TopK = Annotated[int, typer.Option(min=0, help="sample from this many likeliest tokens; 0 is all")]
 Seed = Annotated[Optional[int], typer.Option(help="seed of the sampling")]  # noqa: UP045 (typer reads it at run time)
 System = Annotated[Optional[str], typer.Option(help="a system message")]  # noqa: UP045
@@ -55,7 +57,9 @@ def _console() -> Any:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file (`phinetune config` explains it)")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="the run's YAML file (`phinetune config` explains it)")
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in output_dir")] = False,
     overwrite: Overwrite = False,
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
@@ -90,7 +94,10 @@ def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
     made = run(config, console, resume=resume, overwrite=overwrite)
     if made.stopped:
         steps = made.results["training"]["steps"]
-        console.print(f"Stopped after step {steps}; a checkpoint is in {made.path}. Go on with:\n  {command} --resume", highlight=False)
+        console.print(
+            f"Stopped after step {steps}; a checkpoint is in {made.path}. Go on with:\n  {command} --resume",
+            highlight=False,
+        )
         sys.exit(130)
     return made
 
@@ -109,8 +116,10 @@ def _say_next(path: Path) -> None:
 @app.command()
 def evaluate(
     run: RunPath,
-    data: Annotated[list[str], typer.Option("--data", help="held-out chats; the run's own held-out file if left out")] = [],  # noqa: B006
-    out: Annotated[Optional[Path], typer.Option(help="write the results as JSON, every answer included")] = None,  # noqa: UP045
+    data: Annotated[
+        list[str], typer.Option("--data", help="held-out chats; the run's own held-out file if left out")
+    ] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="write the results as JSON, every answer included")] = None,
     max_prompts: Annotated[Optional[int], typer.Option(min=1, help="answer the first N prompts only")] = None,  # noqa: UP045
     max_new_tokens: Annotated[Optional[int], typer.Option(min=1, help="tokens an answer may have")] = None,  # noqa: UP045
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="prompts answered together")] = None,  # noqa: UP045
@@ -178,7 +187,12 @@ def chat(
 
 
 def _conversation(
-    run: str, system: str | None, limit: int, sampling: tuple[float, float, int], seed: int | None, device: str
+    run: str,
+    system: str | None,
+    limit: int,
+    sampling: tuple[float, float, int],
+    seed: int | None,
+    device: str,
 ) -> Any:
     from phinetune.talk.conversation import open_conversation
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from phinetune.errors import ConfigError, unknown_key
 
@@ -29,10 +29,11 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; resolved to a commit")
     tokenizer: str | None = Field(None, description="another folder or hub id to take the tokenizer from")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="weights' dtype; auto: bfloat16 where the device multiplies it natively, else float32"
+        "auto",
+        description="weights' dtype; auto: bfloat16 where the device multiplies it natively, else float32",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = (
-        Field("sdpa", description="attention of transformers' Phi-3")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "sdpa", description="attention of transformers' Phi-3"
     )
     use_cache: bool = Field(True, description="key-value cache when generating (training never uses it)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
@@ -85,11 +86,12 @@ class DataSection(Section):
     limit: int | None = Field(None, ge=1, description="use the first N rows only")
     seed: int = Field(0, description="seed of the split by fraction")
 
-    @model_validator(mode="after")
-    def _fraction(self) -> DataSection:
-        if isinstance(self.eval, float) and not 0 < self.eval < 1:
-            raise ValueError(f"eval: the fraction held out must lie between 0 and 1, not {self.eval}")
-        return self
+    @field_validator("eval")
+    @classmethod
+    def _fraction(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError(f"the fraction held out must lie between 0 and 1, not {value}")
+        return value
 
 
 class EvaluationSection(Section):
@@ -210,7 +212,7 @@ def _types(annotation: Any) -> tuple[type, ...]:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML, every knob with its value in force."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100))
 
 
 def describe_knobs() -> list[tuple[str, str, str]]:

@@ -27,6 +27,11 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors (Rust) and torch's zip writer raise types of their own and spell the number out.
+DISK_FULL_SIGNS = ("No space left on device", *(f"os error {number})" for number in DISK_FULL))
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that becomes `target` in one rename when the block ends well, and vanishes otherwise.
@@ -72,10 +77,10 @@ def sync_tree(folder: Path) -> None:
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, says that a disk or a quota is full."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
-        if "No space left on device" in str(error) or "os error 28" in str(error):
-            return True  # safetensors (Rust) and torch's zip writer raise their own types
+        if any(sign in str(error) for sign in DISK_FULL_SIGNS):
+            return True
         error = error.__cause__ or error.__context__
     return False
 

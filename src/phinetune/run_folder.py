@@ -92,7 +92,7 @@ class RunFolder:
                 "`--set training_config.output_dir=…`, or replace it with --overwrite"
             )
         raise RunError(
-            f"output_dir {self.path} holds a run that has not ended; go on with --resume, or replace it with --overwrite"
+            f"output_dir {self.path} holds a run that has not ended; go on with --resume, or replace it by --overwrite"
         )
 
     def checkpoint_to_resume(self, config: RunConfig) -> Path | None:
@@ -119,7 +119,9 @@ class RunFolder:
             if before[key] != now[key]
         ]
         if problems:
-            raise RunError([*problems, "--resume goes on with the same model, data and adapter; start a new run instead"])
+            raise RunError(
+                [*problems, "--resume goes on with the same model, data and adapter; start a new run instead"]
+            )
 
     def read_config(self) -> RunConfig:
         """The configuration the run was started with."""

@@ -66,7 +66,10 @@ class ChatSet:
     def dataset(self) -> Dataset:
         """`input_ids` and `labels`, as the trainer takes them."""
         return Dataset.from_dict(
-            {"input_ids": [row.input_ids for row in self.encoded], "labels": [row.labels for row in self.encoded]}
+            {
+                "input_ids": [row.input_ids for row in self.encoded],
+                "labels": [row.labels for row in self.encoded],
+            }
         )
 
 
@@ -112,7 +115,7 @@ def build_chats(section: DataSection, encoder: Encoder, max_length: int | None) 
     if held_out is None:
         return Chats(made, None)
     by_share = section.eval is None or isinstance(section.eval, float)
-    name = f"{source} (held out)" if by_share else ", ".join(_listed(section.eval))
+    name = f"{source} (held out)" if by_share else ", ".join(_listed(section.eval))  # type: ignore[arg-type]
     return Chats(made, build_set(name, held_out, section, encoder, max_length))
 
 

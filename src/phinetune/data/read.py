@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from phinetune.errors import DataError, at_most
 
+
 class Row(NamedTuple):
     """One record and where it stands, for example `chats.jsonl:17`."""
 
@@ -83,7 +84,11 @@ def _json(path: Path) -> Iterator[Row]:
         tree = lists[0] if len(lists) == 1 and "messages" not in tree and "conversations" not in tree else [tree]
     if not isinstance(tree, list):
         raise DataError(f"{path}: expected a list of objects, found {_kind(tree)}")
-    problems = [f"{path}: row {i}: expected an object, found {_kind(r)}" for i, r in enumerate(tree, 1) if not isinstance(r, dict)]
+    problems = [
+        f"{path}: row {i}: expected an object, found {_kind(r)}"
+        for i, r in enumerate(tree, 1)
+        if not isinstance(r, dict)
+    ]
     if problems:
         raise DataError(at_most(problems))
     return (Row(f"{path}: row {number}", fields) for number, fields in enumerate(tree, 1))
@@ -96,7 +101,7 @@ def _csv(path: Path) -> Iterator[Row]:
         rows, line = [], 2
         try:
             for fields in reader:
-                if fields.pop(None, None) is not None:  # type: ignore[call-overload]
+                if fields.pop(None, None) is not None:
                     raise DataError(f"{path}:{line}: more cells than the header has columns")
                 rows.append(Row(f"{path}:{line}", {k: v for k, v in fields.items() if v not in (None, "")}))
                 line = reader.line_num + 1
@@ -144,9 +149,7 @@ def _hub(source: str, split: str) -> Iterator[Row]:
         data = datasets.load_dataset(source, split=split)
     except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{source}: no such file, and not to be had from the hub as a data set ({first})"
-        ) from error
+        raise DataError(f"{source}: no such file, and not to be had from the hub as a data set ({first})") from error
     return _number(source, data)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,15 +89,16 @@ def compare(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, side in sides.items():
             task = progress.add_task(f"evaluating {name}", total=len(held_out) + len(questions))
+            advance = partial(progress.advance, task)
             with side():
-                score = score_rows(model, tokenizer, held_out.encoded, section.batch_size, lambda n: progress.advance(task, n))
+                score = score_rows(model, tokenizer, held_out.encoded, section.batch_size, advance)
                 answers[name] = answer_prompts(
                     model,
                     tokenizer,
                     [ids for ids, _, _ in questions],
                     max_new_tokens=section.max_new_tokens,
                     batch_size=section.batch_size,
-                    on_done=lambda n: progress.advance(task, n),
+                    on_done=advance,
                 )
             results[name] = _held(score, answers[name], [reference for _, _, reference in questions])
     examples = [

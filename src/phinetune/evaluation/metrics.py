@@ -12,7 +12,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
     """Mean ROUGE-L F1 in percent (Lin 2004), by rouge-score, without stemming."""
     scorer = RougeScorer(["rougeL"])
     scores = [scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
-    return 100 * sum(scores) / len(scores)
+    return float(100 * sum(scores) / len(scores))
 
 
 def chrf(answers: Sequence[str], references: Sequence[str]) -> float:

@@ -43,7 +43,11 @@ def write_card(config: RunConfig, results: Mapping[str, Any], lora: Mapping[str,
 
 
 def _front_matter(base: str) -> str:
-    matter: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "phi3", "phinetune"]}
+    matter: dict[str, Any] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "phi3", "phinetune"],
+    }
     if "/" in base and not base.startswith((".", "/", "~")):
         matter["base_model"] = base
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
@@ -62,8 +66,7 @@ def _training_lines(training: Mapping[str, Any]) -> str:
     speed = f" ({training['tokens_per_s']:.0f} tokens/s)" if training["tokens_per_s"] else ""
     return (
         f"{training['steps']} steps, {training['epochs']:.2f} epochs, {training['tokens']:,} tokens in "
-        f"{training['seconds']:.0f} s{speed}; {training['trainable_parameters']:,} trainable parameters; "
-        f"mean training loss {training['train_loss']:.4f}."
+        f"{training['seconds']:.0f} s{speed}; {training['trainable_parameters']:,} trainable parameters."
     )
 
 
@@ -95,4 +98,4 @@ def _settings(config: RunConfig, lora: Mapping[str, Any]) -> str:
         "peft_config": {**config.peft_config, "target_modules": sorted(lora["target_modules"])},
         "training_config": config.training_config,
     }
-    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))

@@ -106,7 +106,8 @@ def matched_targets(model: PeftModel) -> list[Target]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             rank = next(iter(layer.r.values()))
-            key = (name.rsplit(".", 1)[-1], layer.in_features, layer.out_features, rank)
+            fan_in, fan_out = int(layer.in_features or 0), int(layer.out_features or 0)
+            key = (name.rsplit(".", 1)[-1], fan_in, fan_out, rank)
             counts[key] = counts.get(key, 0) + 1
     return [Target(name, count, fan_in, fan_out, rank) for (name, fan_in, fan_out, rank), count in counts.items()]
 

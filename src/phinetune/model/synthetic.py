@@ -104,10 +104,11 @@ def _checked_config(path: str, sizes: dict[str, Any]) -> Phi3Config:
         )
     except Exception as error:  # transformers' strict dataclasses raise types of their own
         raise ModelError(f"model.path: {path}: {error}") from error
-    if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    if config.hidden_size % heads or heads % kv_heads:
         raise ModelError(
             f"model.path: {path}: hidden_size {config.hidden_size} must be a multiple of num_attention_heads "
-            f"{config.num_attention_heads}, and that of num_key_value_heads {config.num_key_value_heads}"
+            f"{heads}, and that of num_key_value_heads {kv_heads}"
         )
     return config
 
@@ -123,14 +124,15 @@ def random_model(config: Phi3Config, seed: int, dtype: torch.dtype, attention: s
     """A model of that shape, its weights drawn from `seed` without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Phi3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+        model: Phi3ForCausalLM = Phi3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
     special = special_ids(config.vocab_size)
     model.generation_config = GenerationConfig(
         bos_token_id=1,
         eos_token_id=[special["<|endoftext|>"], special["<|assistant|>"], special["<|end|>"]],
         pad_token_id=config.pad_token_id,
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def byte_tokenizer(vocabulary: int = 32064) -> PreTrainedTokenizerFast:

@@ -56,7 +56,7 @@ class Conversation:
     def stream(self, message: str) -> Iterator[str]:
         """Answer piece by piece; the turn is remembered once the answer has ended."""
         ids = torch.tensor([self.prompt_ids(message)], device=self.tuned.loaded.device)
-        streamer = TextIteratorStreamer(self.tuned.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        streamer = TextIteratorStreamer(self.tuned.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         pieces: list[str] = []
         with self._side():
             worker = _Worker(lambda stop: self._generate(ids, streamer, stop), streamer)
@@ -80,7 +80,9 @@ class Conversation:
         )
 
     def _side(self) -> Any:
-        return self.tuned.model.disable_adapter() if self.with_base and self.tuned.is_tuned else contextlib.nullcontext()
+        return (
+            self.tuned.model.disable_adapter() if self.with_base and self.tuned.is_tuned else contextlib.nullcontext()
+        )
 
     def _remember(self, message: str, answer: str) -> None:
         self.turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]

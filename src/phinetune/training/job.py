@@ -12,15 +12,14 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import PrinterCallback
-from trl import SFTConfig
+from transformers import PrinterCallback, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from phinetune.config import RunConfig
 from phinetune.data.build import Chats, build_chats, check_sources
 from phinetune.data.chat import Encoder, make_encoder
 from phinetune.data.preview import preview
-from phinetune.errors import RunError
+from phinetune.errors import ConfigError, RunError
 from phinetune.files import is_disk_full
 from phinetune.logs import log_file
 from phinetune.model.adapt import matched_targets, resolve_targets, trainable_parameters
@@ -62,7 +61,9 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
     """
     settings = read_settings(config.peft_config, config.training_config)
     folder = RunFolder(config.output_dir)
-    checkpoint = folder.checkpoint_to_resume(config) if resume else folder.check_free(overwrite)
+    checkpoint = folder.checkpoint_to_resume(config) if resume else None
+    if not resume:
+        folder.check_free(overwrite)
     check_sources(config.data)
     loaded = load_base(config.model)
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
@@ -71,10 +72,10 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
     trainer, callbacks = _make_trainer(settings, loaded, chats, folder, console)
     if checkpoint is None:
         folder.start(config, loaded.base.revision)
-    trained = Trained(folder, loaded, trainer.model, encoder, chats, {}, False)
+    trained = Trained(folder, loaded, trainer.peft_model, encoder, chats, {}, False)
     with log_file(folder.path / LOG):
-        log_parameters(config, settings, trainer.args, loaded, trainer.model)
-        show_targets(trainer.model, console)
+        log_parameters(config, settings, trainer.args, loaded, trainer.peft_model)
+        show_targets(trainer.peft_model, console)
         return _run(trainer, callbacks, checkpoint, trained)
 
 
@@ -94,17 +95,19 @@ def _make_trainer(
     lora = make_lora_config(settings, resolve_targets(loaded.model, settings.peft.get("target_modules")))
     lora.revision = loaded.base.revision
     callbacks = Callbacks(MetricsWriter(folder.metrics), ProgressLine(console), StopRequest())
-    trainer = ChatTrainer(
-        base=loaded.base,
-        model=loaded.model,
-        args=args,
-        data_collator=None if args.packing else DataCollatorForLanguageModeling(loaded.tokenizer.pad_token_id),
-        train_dataset=chats.train.dataset(),
-        eval_dataset=chats.held_out.dataset() if chats.held_out else None,
-        processing_class=loaded.tokenizer,
-        peft_config=lora,
-        callbacks=[callbacks.metrics, callbacks.progress, GradientCheck(), callbacks.stop],
-    )
+    try:
+        trainer = ChatTrainer(
+            loaded=loaded,
+            args=args,
+            data_collator=None if args.packing else DataCollatorForLanguageModeling(loaded.tokenizer.pad_token_id),
+            train_dataset=chats.train.dataset(),
+            eval_dataset=chats.held_out.dataset() if chats.held_out else None,
+            peft_config=lora,
+            callbacks=[callbacks.metrics, callbacks.progress, GradientCheck(), callbacks.stop],
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        # Both libraries check much only now: a rank below 1, a tracker that is not installed, odd combinations.
+        raise ConfigError(f"PEFT or TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dictionary
     return trainer, callbacks
 
@@ -113,13 +116,13 @@ def _run(trainer: ChatTrainer, callbacks: Callbacks, checkpoint: Path | None, tr
     began = time.perf_counter()
     try:
         with callbacks.stop.listening():
-            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_final()
     except (OSError, RuntimeError, ValueError) as error:
         if is_disk_full(error):
             raise RunError(
-                f"no space is left for {trained.folder.path}: the run stopped; checkpoints written before are whole. Make room and "
-                "go on with --resume"
+                f"no space is left for {trained.folder.path}: the run stopped; checkpoints written before are "
+                "whole. Make room and go on with --resume"
             ) from error
         raise
     finally:
@@ -128,7 +131,7 @@ def _run(trainer: ChatTrainer, callbacks: Callbacks, checkpoint: Path | None, tr
     trained.summary = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "train_loss": output.training_loss,
+        "train_loss": _mean_loss(trainer),
         "tokens": int(trainer.state.num_input_tokens_seen),
         "seconds": round(time.perf_counter() - began, 2),
         "tokens_per_s": callbacks.metrics.tokens_per_s,
@@ -138,8 +141,14 @@ def _run(trainer: ChatTrainer, callbacks: Callbacks, checkpoint: Path | None, tr
     return trained
 
 
+def _mean_loss(trainer: ChatTrainer) -> float | None:
+    """The mean of the logged losses, those before a resume included."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return sum(losses) / len(losses) if losses else None
+
+
 def log_parameters(
-    config: RunConfig, settings: Settings, args: SFTConfig, loaded: Loaded, model: torch.nn.Module
+    config: RunConfig, settings: Settings, args: TrainingArguments, loaded: Loaded, model: torch.nn.Module
 ) -> None:
     """The guide's log lines: device and precision, all parameters, the share that trains."""
     for note in settings.notes:

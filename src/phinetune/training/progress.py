@@ -6,7 +6,15 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -70,7 +78,9 @@ class ProgressLine(TrainerCallback):
             if self._progress is None:
                 left = self._seconds_left(state)
                 tail = "" if left is None else f"  {spell_seconds(left)} left"
-                self.console.print(f"step {state.global_step}/{state.max_steps}  {self._numbers}{tail}", highlight=False)
+                self.console.print(
+                    f"step {state.global_step}/{state.max_steps}  {self._numbers}{tail}", highlight=False
+                )
         elif "eval_loss" in logs:
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}  "

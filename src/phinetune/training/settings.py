@@ -24,7 +24,6 @@ from phinetune.errors import ConfigError, unknown_key
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,  # SFTConfig's 2e-5 is for full fine-tuning; LoRA takes ten times as much
     "report_to": "none",  # nothing leaves the machine unless asked
-    "include_num_input_tokens_seen": "non_padding",  # tokens/s counts real tokens
     "logging_nan_inf_filter": False,  # a non-finite loss stops the run; it must not be averaged away
 }
 PEFT_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
-from trl import SFTTrainer
+from peft import PeftModel
+from transformers import TrainerState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from trl import SFTConfig, SFTTrainer
 
 from phinetune.errors import RunError
 from phinetune.files import publish_files, publish_folder
 from phinetune.model.adapt import BASE_FILE
-from phinetune.model.load import Base
+from phinetune.model.load import Loaded
 from phinetune.model.scoring import Score, score_batch
 
 
@@ -26,19 +28,28 @@ class ChatTrainer(SFTTrainer):
     is reported to anyone who was not named in `report_to`.
     """
 
-    def __init__(self, *args: Any, base: Base, **kwargs: Any) -> None:
-        self.base = base
+    def __init__(self, *, loaded: Loaded, args: SFTConfig, **kwargs: Any) -> None:
+        self.base, self.tokenizer = loaded.base, loaded.tokenizer
+        self.generation = loaded.model.generation_config
+        self.folder = Path(str(args.output_dir))
         self._stage: Path | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(model=loaded.model, args=args, processing_class=loaded.tokenizer, **kwargs)
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The model with its adapter, out of whatever a launcher wrapped around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, PeftModel)
+        return model
 
     # -- saving ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Let the parent fill a staging folder, then rename what it made to `checkpoint-N`."""
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        final = self.folder / f"checkpoint-{self.state.global_step}"
         self._stage = final.parent / f".{final.name}.partial-0"
         try:
-            super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish_checkpoint(self._stage / final.name, final)
@@ -54,7 +65,7 @@ class ChatTrainer(SFTTrainer):
             self.state.save_to_json(str(staged / "trainer_state.json"))
         publish_folder(staged, final)
         rotate_checkpoints(
-            output_dir=self.args.output_dir,
+            output_dir=str(self.folder),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
@@ -66,22 +77,20 @@ class ChatTrainer(SFTTrainer):
         """Adapter, tokenizer, stop ids, and which base it belongs to."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
+        folder, model = Path(output_dir or self.folder), self.peft_model
         # Tokens are never added, so there is no embedding to save (and no hub to ask about it).
         model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run's own comes at its end
-        self.processing_class.save_pretrained(str(folder))
-        model.get_base_model().generation_config.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+        self.generation.save_pretrained(str(folder))
         (folder / BASE_FILE).write_text(self.base.to_json(), encoding="utf-8")
 
     def save_final(self) -> None:
         """The adapter as it is now, into the run folder itself: staged, then each file renamed into place."""
-        target = Path(self.args.output_dir)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".adapter.partial-") as stage:
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.partial-") as stage:
             self.save_model(stage, _internal_call=True)
             if self.args.should_save:
-                publish_files(Path(stage), target)
+                publish_files(Path(stage), self.folder)
         self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -90,17 +99,36 @@ class ChatTrainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """Nothing is sent: TRL reports the kind of every run to the hub unless CI is set."""
 
+    # -- resuming -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the parent, but a checkpoint at the last step is loaded and not trained one step further."""
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+            if state.global_step >= max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     # -- training and evaluating ----------------------------------------------------------------------------
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         ids = inputs["input_ids"]
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
         if not torch.isfinite(loss):
             raise RunError(self._not_finite(float(loss), ids))
         return loss
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count real tokens: by the mask, since the padding token may be one that chats contain."""
+        mask = inputs.get("attention_mask")  # packed rows have none, and no padding
+        count = torch.as_tensor(inputs["input_ids"].numel() if mask is None else mask.sum(), device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(count).sum())
+
     def _not_finite(self, loss: float, ids: torch.Tensor) -> str:
-        starts = [self.processing_class.decode(row[:24].tolist()) for row in ids]
+        starts = [self.tokenizer.decode(row[:24].tolist()) for row in ids]
         return (
             f"the loss became {loss} at step {self.state.global_step + 1}, so the run stopped; earlier checkpoints "
             f"are kept. Try a lower learning_rate, or bf16 in place of fp16. The batch began: "
@@ -116,7 +144,7 @@ class ChatTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss, perplexity and token accuracy over all labelled tokens, batch by batch."""
-        model = self.accelerator.unwrap_model(self.model).eval()
+        model = self.peft_model.eval()
         total, rows = Score(), 0
         for batch in dataloader:
             with self.compute_loss_context_manager():
@@ -135,4 +163,3 @@ class ChatTrainer(SFTTrainer):
         sums = torch.tensor([score.nll, score.correct, score.tokens], dtype=torch.float64, device=self.args.device)
         nll, correct, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
         return Score(nll, int(correct), int(tokens))
-

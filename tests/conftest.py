@@ -1,0 +1,86 @@
+"""Shared by all tests: a two-layer, 32-wide Phi-3, a few chats, and a run trained on them."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+# Nothing here may reach for the hub; must be set before transformers and datasets are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
+from phinetune.config import ModelSection
+from phinetune.model.load import Loaded, load_base
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _no_own_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.api.set_up_logging", lambda level="info": None)
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict[str, Any]]:
+    """Twelve chats of unlike length, one in four of them in two exchanges, with a system message in every third."""
+    return [
+        chat(
+            f"How many are {i} and {i}? " + "Please. " * (i % 5),
+            f"They are {2 * i}.",
+            *(["And one more?", f"{2 * i + 1}!"] if i % 4 == 0 else []),
+            system="You count." if i % 3 == 0 else None,
+        )
+        for i in range(12)
+    ]
+
+
+@pytest.fixture(scope="session")
+def chats(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
+
+
+@pytest.fixture
+def tiny() -> Loaded:
+    return load_base(ModelSection(path=TINY))
+
+
+@pytest.fixture
+def console() -> Console:
+    """A console that is no terminal and keeps what it was given (`console.file.getvalue()`)."""
+    return Console(file=io.StringIO(), width=120)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints and evaluations in between. Read it; don't write into it."""
+    from phinetune.api import run
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    config = tiny_config(chats, folder, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=3)
+    run(config, Console(file=io.StringIO()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phi3_tokenizer() -> PreTrainedTokenizerBase:
+    """The real Phi-3 tokenizer with the Phi-3.5 template; it lies outside the repository."""
+    folder = SHARED / "phi3-tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"the real Phi-3 tokenizer is not at {folder}")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def starter_folder() -> Path:
+    """The starter model in the user's cache, made there on the first use."""
+    from phinetune.model.starter import ensure_starter
+
+    return ensure_starter()

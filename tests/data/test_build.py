@@ -1,0 +1,121 @@
+"""A run's sets: counted, split by seed, refused where they would spoil a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import chat, write_jsonl
+from phinetune.config import DataSection
+from phinetune.data.build import Chats, build_chats
+from phinetune.data.chat import make_encoder
+from phinetune.errors import DataError
+from phinetune.model.synthetic import byte_tokenizer
+
+ENCODER = make_encoder(byte_tokenizer(300))
+
+
+def build(max_length: int | None = None, **section: Any) -> Chats:
+    return build_chats(DataSection(**section), ENCODER, max_length)
+
+
+def questions(made: Any) -> list[str]:
+    return [next(m["content"] for m in messages if m["role"] == "user") for messages in made.chats]
+
+
+def test_the_report_counts_rows_and_tokens(chats: Path) -> None:
+    made = build(train=str(chats))
+    report = made.train.report
+    assert (report.rows, report.kept, report.cut, dict(report.dropped)) == (12, 12, 0, {})
+    assert dict(report.forms) == {"messages": 12}
+    assert report.tokens == sum(len(row.input_ids) for row in made.train.encoded)
+    assert report.trainable_tokens == sum(label != -100 for row in made.train.encoded for label in row.labels)
+    assert report.longest == max(len(row.input_ids) for row in made.train.encoded)
+    assert made.held_out is None
+    assert "12 rows (12 messages): 12 kept" in report.lines()[0]
+
+
+def test_the_dataset_holds_ids_and_labels(chats: Path) -> None:
+    made = build(train=str(chats)).train
+    assert made.dataset()[3] == {"input_ids": made.encoded[3].input_ids, "labels": made.encoded[3].labels}
+
+
+def test_a_fraction_is_held_out_by_seed(chats: Path) -> None:
+    made = build(train=str(chats), eval=0.25)
+    assert made.held_out is not None
+    assert (len(made.train), len(made.held_out)) == (9, 3)
+    assert not set(questions(made.train)) & set(questions(made.held_out))
+    again, other = build(train=str(chats), eval=0.25), build(train=str(chats), eval=0.25, seed=1)
+    assert questions(again.held_out) == questions(made.held_out)
+    assert questions(other.held_out) != questions(made.held_out)
+
+
+def test_a_fraction_that_leaves_nothing_is_refused(chats: Path) -> None:
+    with pytest.raises(DataError, match="leaves one side empty"):
+        build(train=str(chats), eval=0.01)
+
+
+def test_several_files_and_a_limit(chats: Path, tmp_path: Path) -> None:
+    more = write_jsonl(tmp_path / "more.jsonl", [chat("last", "one")])
+    assert len(build(train=[str(chats), str(more)]).train) == 13
+    assert len(build(train=[str(chats), str(more)], limit=5).train) == 5
+    assert questions(build(train=str(chats), eval=[str(more)]).held_out) == ["last"]
+
+
+def test_bad_rows_are_all_listed_with_file_and_line(tmp_path: Path) -> None:
+    rows = [chat("a", "b"), {"messages": [{"role": "user", "content": "x"}]}, {"nothing": 1}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        build(train=str(file))
+    assert caught.value.problems[0].startswith(f"{file}:2: no assistant turn")
+    assert caught.value.problems[1].startswith(f"{file}:3: the keys (nothing)")
+    made = build(train=str(file), invalid_rows="drop").train
+    assert len(made) == 1
+    assert sum(made.report.dropped.values()) == 2
+
+
+def test_a_template_that_refuses_a_chat_is_named_with_the_row(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(300)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
+        "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt else '' }}"
+    )
+    file = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b"), chat("bad", "b"), chat("c", "d")])
+    with pytest.raises(DataError) as caught:
+        build_chats(DataSection(train=str(file)), make_encoder(tokenizer), None)
+    assert caught.value.problems[0] == f"{file}:2: the chat template refuses it: no bad words"
+
+
+def test_long_chats_are_cut_or_dropped_and_counted(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b"), chat("long " * 50, "b"), chat("a", "long " * 50)])
+    cut = build(60, train=str(file)).train
+    assert (len(cut), cut.report.cut) == (2, 1)
+    assert dict(cut.report.dropped) == {"longer than 60 tokens": 1}
+    assert all(len(row.input_ids) <= 60 for row in cut.encoded)
+    assert len(build(60, train=str(file), overlong="drop").train) == 1
+
+
+@pytest.mark.parametrize("rows", [[], [chat("a", "long " * 50)]])
+def test_a_set_with_nothing_to_use_is_refused(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match="no chat to use"):
+        build(60, train=str(file))
+
+
+def test_a_set_that_never_ends_a_turn_is_refused(chats: Path) -> None:
+    tokenizer = byte_tokenizer(300)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt else '' }}"
+    )
+    with pytest.raises(DataError, match="never learn to stop"):
+        build_chats(DataSection(train=str(chats)), make_encoder(tokenizer), None)
+
+
+def test_missing_sources_are_told_together() -> None:
+    with pytest.raises(DataError) as caught:
+        build(train="a.jsonl", eval="b.csv")
+    assert caught.value.problems == ["a.jsonl: no such file", "b.csv: no such file"]

@@ -1,0 +1,75 @@
+"""The four forms become the same messages; what is wrong with a row is said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from phinetune.data.formats import RowError, detect_form, to_messages
+
+WANTED = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+]
+PARTS = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in WANTED]
+TURNS = [("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello")]
+
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("messages", {"messages": WANTED}),
+    ("messages", {"messages": json.dumps(WANTED)}),
+    (
+        "messages",
+        {"messages": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in WANTED]},
+    ),
+    ("conversations", {"conversations": [{"from": role, "value": text} for role, text in TURNS]}),
+    ("conversations", {"conversations": [{"from": r, "value": t} for r, t in TURNS[1:]], "system": "Be kind."}),
+    ("conversations", {"conversations": WANTED}),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello", "system": "Be kind."}),
+    ("prompt_completion", {"prompt": "Hi", "completion": "Hello", "system": "Be kind."}),
+    ("prompt_completion", {"prompt": WANTED[:2], "completion": WANTED[2:]}),
+]
+
+
+@pytest.mark.parametrize(("form", "fields"), FORMS)
+def test_each_form_is_detected_and_read(form: str, fields: dict[str, Any]) -> None:
+    assert detect_form(fields) == form
+    assert to_messages(fields) == WANTED
+    assert to_messages(fields, form) == WANTED
+
+
+def test_alpaca_joins_instruction_and_input_by_a_line_break() -> None:
+    messages = to_messages({"instruction": "Add", "input": "1 and 2", "output": "3"})
+    assert messages[0]["content"] == "Add\n1 and 2"
+
+
+def test_tool_turns_of_both_kinds_are_tool_messages() -> None:
+    for name in ("tool", "observation"):
+        turns = [{"from": "human", "value": "?"}, {"from": name, "value": "22"}, {"from": "gpt", "value": "22 °C"}]
+        assert to_messages({"conversations": turns})[1] == {"role": "tool", "content": "22"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"text": "x"}, "no known form"),
+        ({"messages": []}, "`messages` is empty"),
+        ({"messages": WANTED[:2]}, "no assistant turn"),
+        ({"messages": WANTED[2:]}, "first turn is the assistant's"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "turn 1: unknown role `alien`"),
+        (
+            {"messages": [WANTED[1], {"role": "assistant", "content": None}]},
+            "turn 2: `content` must be text, not miss",
+        ),
+        ({"messages": [WANTED[1], {"role": "assistant", "content": 3}]}, "turn 2: `content` must be text, not int"),
+        ({"messages": "[{"}, "broken JSON"),
+        ({"conversations": ["x"]}, "turn 1: expected an object"),
+        ({"instruction": 1, "output": "x"}, "`instruction`"),
+    ],
+)
+def test_a_bad_row_says_what_is_wrong(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowError) as caught:
+        to_messages(fields)
+    assert words in str(caught.value)

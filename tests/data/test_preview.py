@@ -1,0 +1,23 @@
+"""The preview shows every token, and which ones are trained on."""
+
+from __future__ import annotations
+
+from phinetune.data.chat import make_encoder
+from phinetune.data.preview import SHOWN, preview
+from phinetune.model.synthetic import byte_tokenizer
+
+
+def test_trained_tokens_are_told_apart() -> None:
+    encoder = make_encoder(byte_tokenizer(300))
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    text = preview(encoder.tokenizer, encoder.encode([chat])[0])
+    assert text.plain == "<|user|>Hi<|end|><|assistant|>Hello<|end|><|endoftext|>"
+    assert [text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style)] == ["Hello<|end|><|endoftext|>"]
+
+
+def test_a_long_row_is_shortened_in_the_middle() -> None:
+    encoder = make_encoder(byte_tokenizer(300))
+    chat = [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "end"}]
+    text = preview(encoder.tokenizer, encoder.encode([chat])[0])
+    assert len(text) < SHOWN + 20
+    assert text.plain.endswith("end<|end|><|endoftext|>")

@@ -1,0 +1,83 @@
+"""Plain functions that tests of several folders use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from phinetune.config import RunConfig, make_config
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
+
+# The dictionaries of the guide's model-card sample, key by key.
+GUIDE_TRAINING: dict[str, Any] = {
+    "bf16": True,
+    "do_eval": False,
+    "learning_rate": 5.0e-06,
+    "log_level": "info",
+    "logging_steps": 20,
+    "logging_strategy": "steps",
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 1,
+    "max_steps": -1,
+    "output_dir": "./checkpoint_dir",
+    "overwrite_output_dir": True,
+    "per_device_eval_batch_size": 4,
+    "per_device_train_batch_size": 4,
+    "remove_unused_columns": True,
+    "save_steps": 100,
+    "save_total_limit": 1,
+    "seed": 0,
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "gradient_accumulation_steps": 1,
+    "warmup_ratio": 0.2,
+}
+GUIDE_PEFT: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+    "target_modules": "all-linear",
+    "modules_to_save": None,
+}
+
+
+def chat(question: str, answer: str, *more: str, system: str | None = None) -> dict[str, Any]:
+    """A row in OpenAI's form: question, answer, question, answer, …"""
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate((question, answer, *more))
+    ]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tiny_config(chats: Path, output_dir: Path, **training: Any) -> RunConfig:
+    """A run of six steps on the tiny model."""
+    settings = {
+        "output_dir": str(output_dir),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        **training,
+    }
+    return make_config(
+        {
+            "model": {"path": TINY},
+            "data": {"train": str(chats), "eval": 0.25},
+            "peft_config": {"r": 4, "lora_alpha": 8},
+            "training_config": settings,
+            "evaluation": {"max_new_tokens": 6, "max_prompts": 3, "batch_size": 2},
+        }
+    )

@@ -1,0 +1,110 @@
+"""The two dictionaries: the guide's run unchanged, old keys are translated, wrong ones refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import GUIDE_PEFT, GUIDE_TRAINING
+from phinetune.errors import ConfigError
+from phinetune.training.settings import make_lora_config, make_training_args, read_settings
+
+
+def args_of(training: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    return make_training_args(read_settings({}, training), Path("out"), torch.device("cpu"), dtype)
+
+
+def test_the_guides_dictionaries_are_taken_whole() -> None:
+    settings = read_settings(GUIDE_PEFT, GUIDE_TRAINING)
+    args = make_training_args(settings, Path("checkpoint_dir"), torch.device("cpu"), torch.bfloat16)
+    lora = make_lora_config(settings, "all-linear")
+    assert (args.bf16, args.learning_rate, args.lr_scheduler_type, args.seed) == (True, 5e-6, "cosine", 0)
+    assert (args.num_train_epochs, args.per_device_train_batch_size, args.save_total_limit) == (1, 4, 1)
+    assert (args.logging_steps, args.save_steps) == (20, 100)
+    assert args.get_warmup_steps(100) == 20
+    assert args.activation_checkpointing
+    assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.bias) == (16, 32, 0.05, "none")
+    assert [note.split("`")[1] for note in settings.notes] == ["overwrite_output_dir", "warmup_ratio"]
+
+
+def test_retired_keys_are_translated_with_a_note() -> None:
+    old = {"evaluation_strategy": "steps", "max_seq_length": 77, "no_cuda": True, "save_safetensors": True}
+    settings = read_settings({}, old)
+    assert settings.training["eval_strategy"] == "steps"
+    assert settings.max_length == settings.training["max_length"] == 77
+    assert settings.training["use_cpu"] is True
+    assert len(settings.notes) == 4
+
+
+def test_an_old_and_a_new_key_that_disagree_are_refused() -> None:
+    with pytest.raises(ConfigError, match="both `max_seq_length` and `max_length`"):
+        read_settings({}, {"max_seq_length": 77, "max_length": 78})
+
+
+def test_every_problem_of_both_dictionaries_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_settings(
+            {"lora_alhpa": 1, "r": "many", "bias": "some"},
+            {"learnin_rate": 1, "max_steps": 2.5, "packing": "perhaps", "assistant_only_loss": True},
+        )
+    text = str(caught.value)
+    assert len(caught.value.problems) == 7
+    assert "training_config: there is no key `learnin_rate`; did you mean `learning_rate`?" in text
+    assert "peft_config: there is no key `lora_alhpa`; did you mean `lora_alpha`?" in text
+    assert "training_config.max_steps" in text
+    assert "given: 2.5" in text
+    assert "peft_config.bias: it should be 'none', 'all' or 'lora_only'" in text
+    assert "`assistant_only_loss` is not used here; use data.loss_on" in text
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    settings = read_settings({"lora_dropout": "1e-1"}, {"learning_rate": "5e-6", "max_steps": "7"})
+    assert settings.training["learning_rate"] == 5e-6
+    assert settings.training["max_steps"] == 7
+    assert settings.peft["lora_dropout"] == 0.1
+
+
+def test_values_that_only_the_library_knows_are_refused_as_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="cosin is not a valid SchedulerType"):
+        args_of({"lr_scheduler_type": "cosin"})
+    with pytest.raises(ConfigError, match="peft_config: When `layers_pattern` is specified"):
+        make_lora_config(read_settings({"layers_pattern": "layers"}, {}), ["qkv_proj"])
+
+
+def test_other_kinds_of_adapter_are_refused() -> None:
+    with pytest.raises(ConfigError, match="peft_type must be LORA, not IA3"):
+        read_settings({"peft_type": "IA3"}, {})
+    assert read_settings({"peft_type": "LORA"}, {}).peft["r"] == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "bf16"),
+    [
+        ({}, torch.float32, False),
+        ({}, torch.bfloat16, True),
+        ({"bf16": True}, torch.float32, True),
+        ({"bf16": False}, torch.bfloat16, False),
+    ],
+)
+def test_bf16_follows_the_model_unless_it_is_given(given: dict[str, Any], dtype: torch.dtype, bf16: bool) -> None:
+    assert args_of(given, dtype).bf16 is bf16
+
+
+def test_nothing_is_reported_unless_asked() -> None:
+    assert args_of({}).report_to == []
+    assert args_of({"report_to": "tensorboard"}).report_to == ["tensorboard"]
+
+
+def test_remote_code_has_no_effect() -> None:
+    settings = read_settings({}, {"trust_remote_code": True})
+    assert "trust_remote_code" not in settings.training
+    assert "only transformers' own classes" in settings.notes[0]
+
+
+def test_no_length_limit_can_be_asked_for() -> None:
+    assert read_settings({}, {}).max_length == 1024
+    assert read_settings({}, {"max_length": None}).max_length is None

@@ -124,7 +124,8 @@ if [ -e "$venv" ] && [ ! -e "$owner" ]; then
 fi
 
 { rm -f "$log" && touch "$log"; } 2>/dev/null || cannot_write "$log"
-trap 'drop; printf "\nsetup: stopped, and .venv deleted; run make setup again.\n" >&2; exit 130' INT TERM HUP
+exec 3>&2
+trap 'drop; printf "\nsetup: stopped, and .venv deleted; run make setup again.\n" >&3; exit 130' INT TERM HUP
 
 # A finished .venv of the same Python only takes what changed; anything else is built anew.
 if [ -e "$stamp" ] && [ "$(minor_of "$venv/bin/python")" = "$found" ] &&

@@ -65,9 +65,11 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
+        return [folder for folder in self._numbered() if all((folder / name).is_file() for name in RESUMABLE)]
+
+    def _numbered(self) -> list[Path]:
         found = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-        whole = [p for p in found if all((p / name).is_file() for name in RESUMABLE)]
-        return sorted(whole, key=_step)
+        return sorted(found, key=_step)
 
     def check_free(self, overwrite: bool) -> None:
         """Make sure a new run may be written here, touching nothing.
@@ -143,7 +145,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
-        for folder in [*self.path.glob("checkpoint-*"), *self.path.glob(".*.partial-*")]:
+        for folder in [*self._numbered(), *self.path.glob(".*.partial-*")]:
             shutil.rmtree(folder)
 
 

@@ -233,19 +233,17 @@ def test_the_best_checkpoint_is_loaded_at_the_end(chats: Path, tmp_path: Path, c
         chats,
         tmp_path / "run",
         console,
-        lr_scheduler_type="constant",
-        learning_rate=10.0,  # so large that later steps are worse
         save_strategy="steps",
         save_steps=1,
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
         metric_for_best_model="loss",
-        greater_is_better=False,
+        greater_is_better=True,  # asks for the worst, which is early, so that best and last differ
         save_total_limit=1,
     )
     found = {e["step"]: e["eval_loss"] for e in metrics(tmp_path / "run") if "eval_loss" in e}
-    best = min(found, key=found.__getitem__)
+    best = max(found, key=found.__getitem__)
     assert best < 6
     state = adapter(tmp_path / "run" / f"checkpoint-{best}")
     assert all(torch.equal(tensor, state[name]) for name, tensor in adapter(made.folder.path).items())

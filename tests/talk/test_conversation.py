@@ -1,0 +1,93 @@
+"""Talking: turns are remembered, streams equal whole answers, commands do what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from phinetune.model.generate import Sampling
+from phinetune.talk.conversation import Conversation, chat
+from phinetune.tuned import open_model
+
+
+@pytest.fixture
+def conversation(tiny_run: Path) -> Conversation:
+    return Conversation(open_model(tiny_run), Sampling(), max_new_tokens=8)
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(conversation: Conversation) -> None:
+    whole = conversation.answer("How many?").text
+    conversation.reset()
+    assert "".join(conversation.stream("How many?")) == whole
+    assert conversation.turns == [
+        {"role": "user", "content": "How many?"},
+        {"role": "assistant", "content": whole},
+    ]
+
+
+def test_the_next_prompt_holds_the_turns_before(conversation: Conversation) -> None:
+    conversation.system = "Count."
+    answer = conversation.answer("How many?").text
+    text = conversation.tuned.loaded.tokenizer.decode(conversation.prompt_ids("Sure?"))
+    assert text == (
+        f"<|system|>Count.<|end|><|user|>How many?<|end|><|assistant|>{answer}<|end|><|user|>Sure?<|end|><|assistant|>"
+    )
+
+
+def test_the_base_answers_without_the_adapter(conversation: Conversation) -> None:
+    tuned = conversation.answer("How many?").text
+    conversation.reset()
+    conversation.with_base = True
+    base = conversation.answer("How many?").text
+    assert base != tuned
+    plain = Conversation(open_model(conversation.tuned.config.model.path), Sampling(), max_new_tokens=8)
+    assert plain.answer("How many?").text == base
+
+
+def test_a_stream_left_early_stops_generating(conversation: Conversation) -> None:
+    conversation.max_new_tokens = 100_000
+    stream = conversation.stream("How many?")
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert conversation.turns == []
+
+
+def test_an_error_while_generating_comes_back(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(conversation.tuned.model, "generate", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(conversation.stream("How many?"))
+
+
+def talk(conversation: Conversation, console: Console, *lines: str) -> str:
+    script: Iterator[str] = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(script)
+        except StopIteration:
+            raise EOFError from None
+
+    chat(conversation, console, read)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_commands(conversation: Conversation, console: Console) -> None:
+    shown = talk(conversation, console, "Hi", "/base", "Hi", "/base", "/reset", "/nonsense", "/help", "", "/exit", "Hi")
+    assert shown.count("tuned> ") == 1
+    assert shown.count("base> ") == 1
+    assert "now talking to the base model" in shown
+    assert "now talking to the tuned model" in shown
+    assert "no such command: /nonsense" in shown
+    assert conversation.turns == []
+
+
+def test_the_end_of_input_leaves(conversation: Conversation, console: Console) -> None:
+    talk(conversation, console, "Hi")
+    assert len(conversation.turns) == 2

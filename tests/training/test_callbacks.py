@@ -1,0 +1,62 @@
+"""What a power cut and a resume do to metrics.jsonl, and what Ctrl-C does to a real process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from transformers import TrainerState, TrainingArguments
+
+from helpers import tiny_config
+from phinetune.config import dump_config
+from phinetune.training.callbacks import MetricsWriter
+
+
+def test_lines_past_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    state = TrainerState(global_step=2, is_world_process_zero=True)
+    writer = MetricsWriter(file)
+    writer.on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), state, None)  # type: ignore[arg-type]
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    state = TrainerState(global_step=2, epoch=0.5, is_world_process_zero=True)
+    writer.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})  # type: ignore[arg-type]
+    entry = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (entry["step"], entry["epoch"], entry["loss"], entry["grad_norm"]) == (2, 0.5, 1.0, None)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None:
+    """A real process is interrupted after its first steps; it saves, and goes on to the same end."""
+    run, file = tmp_path / "run", tmp_path / "run.yaml"
+    settings = {"max_steps": 400, "save_strategy": "steps", "save_steps": 1000, "logging_steps": 1}
+    file.write_text(dump_config(tiny_config(chats, run, **settings)))
+    command = [sys.executable, "-m", "phinetune.cli", "train", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"phinetune train {file} --resume" in out
+    assert not (run / "results.json").exists()
+    (checkpoint,) = run.glob("checkpoint-*")
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 0 < step < 400
+    again = [*command, "--resume", "--set", f"training_config.max_steps={step + 2}"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, step + 3))
+    assert (run / "results.json").is_file()

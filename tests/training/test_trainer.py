@@ -1,0 +1,63 @@
+"""Checkpoints appear whole or not at all; packed chats don't see each other; nothing is sent anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from helpers import tiny_config
+from phinetune.errors import RunError
+from phinetune.model.load import Loaded
+from phinetune.training import job
+from phinetune.training.trainer import ChatTrainer
+
+
+def test_a_save_that_fails_half_way_leaves_the_checkpoints_before(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = ChatTrainer._save_rng_state
+
+    def failing(self: ChatTrainer, output_dir: str) -> None:
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(self, output_dir)
+
+    monkeypatch.setattr(ChatTrainer, "_save_rng_state", failing)
+    config = tiny_config(chats, tmp_path / "run", save_strategy="steps", save_steps=2, save_total_limit=1)
+    with pytest.raises(RunError, match="no space is left"):
+        job.train(config, console)
+    left = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
+    assert left == {"checkpoint-2"}
+    monkeypatch.undo()
+    assert job.train(config, console, resume=True).summary["steps"] == 6
+
+
+def test_nothing_is_sent_about_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ChatTrainer._send_telemetry is not SFTTrainer._send_telemetry
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **_: pytest.fail("telemetry was sent"))
+    ChatTrainer._send_telemetry(object.__new__(ChatTrainer))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_chats_do_not_see_each_other(tiny: Loaded, attention: str) -> None:
+    """Another first chat leaves the second one's logits the same to the bit."""
+    tiny.model.set_attn_implementation(attention)
+    first, other, second = [5, 6, 7, 8], [9, 10, 11, 12], [20, 21, 22]
+    collate = DataCollatorForLanguageModeling(pad_token_id=259, padding_free=True)
+
+    def logits(before: list[int]) -> torch.Tensor:
+        batch: Any = collate([{"input_ids": ids, "labels": ids} for ids in (before, second)])
+        with torch.no_grad():
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+            return tiny.model(**inputs).logits[0, len(before) :]
+
+    assert torch.equal(logits(first), logits(other))
+    alone = tiny.model(torch.tensor([second])).logits[0]
+    torch.testing.assert_close(logits(first), alone, rtol=1e-4, atol=1e-5)

@@ -115,6 +115,7 @@ def mistakes(tmp_path: Path, tiny_run: Path, config_file: Path) -> dict[str, tup
         "misspelt section": (train("dta.train=x"), "did you mean `data`?"),
         "finished run": (train(f"training_config.output_dir={tiny_run}"), "holds a finished run"),
         "occupied folder": (train(f"training_config.output_dir={occupied}"), "no run of phinetune wrote"),
+        "no such place": (train("training_config.output_dir=/proc/nowhere/run"), "No such file or directory"),
         "nothing to resume": (["train", config_file, "--resume"], "holds no run to go on with"),
         "no such model": (train("model.path=no/such/folder/here"), "no such folder"),
         "bad targets": (train("peft_config.target_modules=[query]"), "`query` matches no linear layer"),

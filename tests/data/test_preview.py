@@ -15,6 +15,13 @@ def test_trained_tokens_are_told_apart() -> None:
     assert [text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style)] == ["Hello<|end|><|endoftext|>"]
 
 
+def test_without_colours_trained_tokens_are_marked() -> None:
+    encoder = make_encoder(byte_tokenizer(300))
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    text = preview(encoder.tokenizer, encoder.encode([chat])[0], marks=True)
+    assert text.plain == "<|user|>Hi<|end|><|assistant|>⟦Hello<|end|><|endoftext|>⟧"
+
+
 def test_a_long_row_is_shortened_in_the_middle() -> None:
     encoder = make_encoder(byte_tokenizer(300))
     chat = [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "end"}]

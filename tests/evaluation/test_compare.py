@@ -12,7 +12,7 @@ from rich.console import Console
 
 from phinetune.config import DataSection, EvaluationSection
 from phinetune.data.build import ChatSet, build_set, read_all
-from phinetune.evaluation.compare import ROWS, Comparison, compare, show_comparison
+from phinetune.evaluation.compare import Comparison, compare, show_comparison
 from phinetune.tuned import Tuned, open_model
 
 

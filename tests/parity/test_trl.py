@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import TINY, write_jsonl
 from peft import LoraConfig
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from helpers import TINY, write_jsonl
 from phinetune.config import ModelSection, make_config
 from phinetune.model.load import load_base
 from phinetune.training import job
@@ -32,9 +32,10 @@ SETTINGS: dict[str, Any] = {
 }
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 ROWS = [
     {"instruction": f"Say {word} {i} times.", "input": "Please!" if i % 2 else "", "output": " ".join([word] * i)}
-    for i, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), 1)
+    for i, word in enumerate(WORDS, 1)
 ]
 
 

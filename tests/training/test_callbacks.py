@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from transformers import TrainerState, TrainingArguments
 
 from helpers import tiny_config
 from phinetune.config import dump_config
-from phinetune.training.callbacks import MetricsWriter
+from phinetune.errors import RunError
+from phinetune.training.callbacks import GradientCheck, MetricsWriter
 
 
 def test_lines_past_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path: Path) -> None:
@@ -31,6 +34,21 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
     writer.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})  # type: ignore[arg-type]
     entry = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (entry["step"], entry["epoch"], entry["loss"], entry["grad_norm"]) == (2, 0.5, 1.0, None)
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1e-9])
+def test_an_adapter_without_gradient_is_noticed_at_the_first_step(gradient: float) -> None:
+    """LoRA's B starts at zero and so A has no gradient yet: one tensor with any is enough."""
+    model = torch.nn.Linear(2, 2)
+    model.weight.grad, model.bias.grad = torch.zeros(2, 2), torch.full((2,), gradient)
+    check = GradientCheck()
+    if gradient:
+        check.on_pre_optimizer_step(None, None, None, model=model)  # type: ignore[arg-type]
+        model.bias.grad.zero_()  # later steps are not looked at
+        check.on_pre_optimizer_step(None, None, None, model=model)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(RunError, match="all zero at the first step"):
+            check.on_pre_optimizer_step(None, None, None, model=model)  # type: ignore[arg-type]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_rows_and_layers_are_shown_before_training(chats: Path, tmp_path: Path, 
     train(chats, tmp_path / "run", console, max_steps=1)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "9 kept" in shown
-    assert "<|assistant|>They are" in shown
+    assert "<|assistant|>⟦They are" in shown
     assert "gate_up_proj │     2 │         128 × 32 │    4 │" in shown
     assert "step 1/1  loss" in shown
 
@@ -256,20 +256,6 @@ def test_a_run_that_diverges_stops_and_names_the_batch(chats: Path, tmp_path: Pa
     assert "the loss became" in text
     assert "The batch began: '<|" in text
     assert (tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors").is_file()
-
-
-def test_an_adapter_without_gradient_is_noticed_at_once(chats: Path, tmp_path: Path, console: Console) -> None:
-    config = tiny_config(chats, tmp_path / "run")
-    config.peft_config["layers_to_transform"] = [0]
-    config.peft_config["target_modules"] = ["qkv_proj"]
-    config.peft_config["rank_pattern"] = {}
-    job.train(config, console)  # one layer alone has gradients
-    from phinetune.training.callbacks import GradientCheck
-
-    model = torch.nn.Linear(2, 2)
-    model.weight.grad = torch.zeros(2, 2)
-    with pytest.raises(RunError, match="all zero at the first step"):
-        GradientCheck().on_pre_optimizer_step(None, None, None, model=model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def compare(
     model.eval()
     results: dict[str, Held] = {}
     answers: dict[str, list[Answer]] = {}
+    asked = f" and letting {' and '.join(sides)} answer {len(questions)} prompts" if questions else ""
+    console.print(f"Scoring {len(held_out)} held-out chats{asked} …", highlight=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, side in sides.items():
             task = progress.add_task(f"evaluating {name}", total=len(held_out) + len(questions))

@@ -172,14 +172,16 @@ def log_parameters(
 
 
 def show_data(chats: Chats, loaded: Loaded, console: Console) -> None:
-    """What became of the rows, and the first chats as the model sees them (green: trained on)."""
+    """What became of the rows, and the first chats as the model sees them (the trained part told apart)."""
     for made in (chats.train, chats.held_out):
         if made:
             for line in made.report.lines():
                 console.print(line, highlight=False)
-    console.print("The first chats as the model sees them; the green part is trained on:", highlight=False)
+    marks = not console.is_terminal
+    part = "the part in ⟦ ⟧" if marks else "the green part"
+    console.print(f"The first chats as the model sees them; {part} is trained on:", highlight=False)
     for row in chats.train.encoded[:PREVIEWS]:
-        console.print(preview(loaded.tokenizer, row), highlight=False)
+        console.print(preview(loaded.tokenizer, row, marks), highlight=False)
 
 
 def show_targets(model: PeftModel, console: Console) -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from phinetune.config import RunConfig
@@ -94,6 +94,7 @@ def _make_trainer(
     args = make_training_args(settings, folder.path, loaded.device, loaded.model.dtype)
     lora = make_lora_config(settings, resolve_targets(loaded.model, settings.peft.get("target_modules")))
     lora.revision = loaded.base.revision
+    set_seed(args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
     callbacks = Callbacks(MetricsWriter(folder.metrics), ProgressLine(console), StopRequest())
     try:
         trainer = ChatTrainer(

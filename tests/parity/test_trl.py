@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers import TINY, write_jsonl
@@ -50,6 +50,7 @@ def trl_losses(model: Any, tokenizer: Any, rows: list[dict[str, str]], folder: P
             for r in rows
         ]
     )
+    set_seed(SETTINGS["seed"])  # TRL before 1.16 draws the adapter's first weights unseeded
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(

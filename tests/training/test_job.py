@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from helpers import GUIDE_PEFT, GUIDE_TRAINING, TINY, chat, tiny_config, write_jsonl
 from phinetune.config import load_config
-from phinetune.errors import ConfigError, PhinetuneError, RunError
+from phinetune.errors import ConfigError, ModelError, PhinetuneError, RunError
 from phinetune.model.load import Loaded
 from phinetune.training import job
 
@@ -178,6 +178,15 @@ def test_resume_needs_the_same_model_data_and_adapter(chats: Path, tmp_path: Pat
     with pytest.raises(RunError) as caught:
         job.train(config, console, resume=True)
     assert [p.split(":")[0] for p in caught.value.problems[:2]] == ["data", "peft_config"]
+
+
+def test_resume_needs_the_same_weights(chats: Path, tmp_path: Path, console: Console) -> None:
+    """The same path may hold another model by now; here the seed of the random weights changed."""
+    train(chats, tmp_path / "run", console, max_steps=1, save_strategy="steps", save_steps=1)
+    config = tiny_config(chats, tmp_path / "run", max_steps=2)
+    config.model.seed = 1
+    with pytest.raises(ModelError, match="this adapter was trained on"):
+        job.train(config, console, resume=True)
 
 
 @pytest.mark.parametrize(("micro", "accumulation"), [(8, 1), (4, 2), (1, 8)])

@@ -18,6 +18,7 @@ from phinetune.config import EvaluationSection
 from phinetune.data.build import ChatSet
 from phinetune.data.chat import Encoded, Encoder
 from phinetune.evaluation import metrics
+from phinetune.measures import MEASURES, Measure
 from phinetune.model.generate import Answer, answer_prompts
 from phinetune.model.scoring import IGNORED, Score, score_batch
 
@@ -55,18 +56,6 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: asdict(held) for name, held in self.results.items()}
-
-
-# (attribute, heading, format, whether more is better)
-ROWS: tuple[tuple[str, str, str, bool], ...] = (
-    ("loss", "loss", "{:.4f}", False),
-    ("perplexity", "perplexity", "{:.2f}", False),
-    ("token_accuracy", "token accuracy %", "{:.1f}", True),
-    ("rouge_l", "ROUGE-L", "{:.1f}", True),
-    ("chrf", "chrF", "{:.1f}", True),
-    ("exact_match", "exact match %", "{:.1f}", True),
-    ("stopped", "stopped by itself %", "{:.1f}", True),
-)
 
 
 def compare(
@@ -180,17 +169,17 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
         table.add_column(name, justify="right")
     if len(results) == 2:
         table.add_column("change", justify="right")
-    for attribute, heading, form, more_is_better in ROWS:
-        values = [getattr(held, attribute) for held in results.values()]
+    for measure in MEASURES:
+        values = [getattr(held, measure.key) for held in results.values()]
         if None not in values:
-            table.add_row(heading, *(form.format(v) for v in values), *_change(values, form, more_is_better))
+            table.add_row(measure.heading, *(measure.form.format(v) for v in values), *_change(measure, values))
     console.print(table)
 
 
-def _change(values: Sequence[float], form: str, more_is_better: bool) -> list[str]:
+def _change(measure: Measure, values: Sequence[float]) -> list[str]:
     if len(values) != 2:
         return []
-    difference = values[1] - values[0]
-    text = form.replace("{:", "{:+").format(difference)
-    better = difference > 0 if more_is_better else difference < 0
-    return [f"[{'green' if better else 'red'}]{text}[/]" if difference else text]
+    text, better = measure.change(*values)
+    if values[0] == values[1]:
+        return [text]
+    return [f"[{'green' if better else 'red'}]{text}[/]"]

@@ -8,16 +8,7 @@ from typing import Any
 import yaml
 
 from phinetune.config import RunConfig
-
-HEADINGS = {
-    "loss": "loss (nats a token)",
-    "perplexity": "perplexity",
-    "token_accuracy": "token accuracy %",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF",
-    "exact_match": "exact match %",
-    "stopped": "stopped by itself %",
-}
+from phinetune.measures import MEASURES
 
 
 def write_card(config: RunConfig, results: Mapping[str, Any], lora: Mapping[str, Any]) -> str:
@@ -74,10 +65,10 @@ def _results_table(evaluation: Mapping[str, Any] | None) -> str:
     if not evaluation:
         return "Not measured."
     lines = ["| | " + " | ".join(evaluation) + " |", "|---|" + "---:|" * len(evaluation)]
-    for key, heading in HEADINGS.items():
-        values = [side[key] for side in evaluation.values()]
+    for measure in MEASURES:
+        values = [side[measure.key] for side in evaluation.values()]
         if None not in values:
-            lines.append(f"| {heading} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+            lines.append(f"| {measure.heading} | " + " | ".join(measure.form.format(v) for v in values) + " |")
     return "\n".join(lines)
 
 

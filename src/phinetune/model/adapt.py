@@ -133,18 +133,27 @@ def read_base(folder: Path) -> Base | None:
         raise ModelError(f"{file}: broken: {error}") from None
 
 
+def check_base(base: Base, folder: Path) -> None:
+    """Make sure that the adapter in `folder` was trained on `base`, as far as that is recorded.
+
+    Raises:
+        ModelError: it was trained on another.
+    """
+    recorded = read_base(folder)
+    if recorded and recorded.fingerprint != base.fingerprint:
+        raise ModelError(
+            f"{folder}: this adapter was trained on {_described(recorded)}, and the base loaded is "
+            f"{_described(base)}: another model; load the adapter on the base it was trained on"
+        )
+
+
 def attach_adapter(loaded: Loaded, folder: Path) -> PeftModel:
     """The base with the adapter of `folder` on it, in evaluation mode.
 
     Raises:
         ModelError: no adapter there, one for another base, or tensors that don't fit (all of them named).
     """
-    recorded = read_base(folder)
-    if recorded and recorded.fingerprint != loaded.base.fingerprint:
-        raise ModelError(
-            f"{folder}: this adapter was trained on {_described(recorded)}, and the base loaded is "
-            f"{_described(loaded.base)}: another model; load the adapter on the base it was trained on"
-        )
+    check_base(loaded.base, folder)
     config = read_adapter_config(folder)
     model = PeftModel(loaded.model, config)
     _check_tensors(model, folder)

@@ -13,7 +13,6 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from phinetune.config import RunConfig
 from phinetune.data.build import Chats, build_chats, check_sources
@@ -22,7 +21,7 @@ from phinetune.data.preview import preview
 from phinetune.errors import ConfigError, RunError
 from phinetune.files import is_disk_full
 from phinetune.logs import log_file
-from phinetune.model.adapt import matched_targets, resolve_targets, trainable_parameters
+from phinetune.model.adapt import check_base, matched_targets, resolve_targets, trainable_parameters
 from phinetune.model.device import has_native_bf16
 from phinetune.model.load import Loaded, load_base
 from phinetune.run_folder import LOG, RunFolder
@@ -66,6 +65,8 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
         folder.check_free(overwrite)
     check_sources(config.data)
     loaded = load_base(config.model)
+    if checkpoint:
+        check_base(loaded.base, checkpoint)
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
     chats = build_chats(config.data, encoder, settings.max_length)
     show_data(chats, loaded, console)
@@ -100,7 +101,6 @@ def _make_trainer(
         trainer = ChatTrainer(
             loaded=loaded,
             args=args,
-            data_collator=None if args.packing else DataCollatorForLanguageModeling(loaded.tokenizer.pad_token_id),
             train_dataset=chats.train.dataset(),
             eval_dataset=chats.held_out.dataset() if chats.held_out else None,
             peft_config=lora,

@@ -16,7 +16,8 @@ from phinetune.config import dump_config
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The command line in this process; its exit status."""
+    """The command line in this process; its exit status. The program counts as being on the path."""
+    monkeypatch.setattr(cli, "_program", lambda: "phinetune")
     monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -76,6 +77,14 @@ def test_train_then_everything_else(
 
     monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
     assert run(monkeypatch, "chat", folder) == 0
+
+
+def test_a_program_off_the_path_is_named_by_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A newcomer's `.venv/bin/phinetune` is not on the path, and the next command must work as printed."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv" / "bin" / "phinetune"), "demo"])
+    assert cli._program() == ".venv/bin/phinetune"
 
 
 def test_config_explains_every_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

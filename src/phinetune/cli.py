@@ -100,6 +100,7 @@ def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
         console.print(
             f"Stopped after step {steps}; a checkpoint is in {made.path}. Go on with:\n  {command} --resume",
             highlight=False,
+            soft_wrap=True,
         )
         sys.exit(130)
     return made
@@ -110,6 +111,8 @@ def _program() -> str:
     if shutil.which("phinetune"):
         return "phinetune"
     place = Path(sys.argv[0])
+    if place.suffix == ".py":
+        return "python -m phinetune.cli"
     return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)
 
 
@@ -121,7 +124,7 @@ def _say_next(path: Path) -> None:
         f'  {_program()} generate {path} --prompt "…"',
         f"  {_program()} evaluate {path} --data FILE",
     ]
-    _console().print("\n".join(lines), markup=False, highlight=False)
+    _console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -67,7 +67,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert f" train {file} --resume" in out
+    assert f"  python -m phinetune.cli train {file} --resume\n" in out
     assert not (run / "results.json").exists()
     (checkpoint,) = run.glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))

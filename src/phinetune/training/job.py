@@ -177,7 +177,7 @@ def show_data(chats: Chats, loaded: Loaded, console: Console) -> None:
     for made in (chats.train, chats.held_out):
         if made:
             for line in made.report.lines():
-                console.print(line, highlight=False)
+                console.print(line, highlight=False, soft_wrap=True)
     marks = not console.is_terminal
     part = "the part in ⟦ ⟧" if marks else "the green part"
     console.print(f"The first chats as the model sees them; {part} is trained on:", highlight=False)

@@ -1,0 +1,97 @@
+"""Marking what trains, and saving and loading LoRA alone: loralib's two functions and a loader that tells all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from phinetune.lora.base import LoRALayer
+from phinetune.lora.conv import LORALIB_PREFIX, _ConvBase
+
+BIASES = ("none", "all", "lora_only")
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze everything but the adapters and, as asked, biases.
+
+    Args:
+        bias: `none`, `all` biases of the model, or `lora_only`: those of adapted layers.
+
+    Raises:
+        ValueError: another `bias`.
+    """
+    _check_bias(bias)
+    chosen = _lora_biases(model) if bias == "lora_only" else set()
+    for name, parameter in model.named_parameters():
+        trains = "lora_" in name or (bias == "all" and "bias" in name) or name in chosen
+        parameter.requires_grad = trains
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """The adapters' tensors and, as asked, biases: what to save. Names are loralib's.
+
+    Raises:
+        ValueError: another `bias`.
+    """
+    _check_bias(bias)
+    chosen = _lora_biases(model) if bias == "lora_only" else set()
+    convolutions = {name for name, layer in model.named_modules() if isinstance(layer, _ConvBase)}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" in name:
+            kept[name] = tensor
+        elif (bias == "all" and "bias" in name) or name in chosen:
+            layer, _, last = name.rpartition(".")
+            kept[f"{layer}.{LORALIB_PREFIX}{last}".lstrip(".") if layer in convolutions else name] = tensor
+    return kept
+
+
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `lora_state_dict` saved, here or in loralib, over a pretrained model; nothing is loaded in part.
+
+    Raises:
+        ValueError: all missing, unexpected and ill-shaped tensors, each named.
+    """
+    renamed = {_torch_name(model, name): tensor for name, tensor in state.items()}
+    there = model.state_dict()
+    wanted = {name for name in there if "lora_" in name}
+    problems = [f"missing: {name}" for name in sorted(wanted - renamed.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(renamed.keys() - there.keys())]
+    problems += [
+        f"{name}: shape {tuple(tensor.shape)} does not match the model's {tuple(there[name].shape)}"
+        for name, tensor in renamed.items()
+        if name in there and tensor.shape != there[name].shape
+    ]
+    if problems:
+        raise ValueError("the adapters don't fit the model:\n" + "\n".join(problems))
+    with torch.no_grad():
+        model.load_state_dict(renamed, strict=False)
+
+
+def _torch_name(model: nn.Module, name: str) -> str:
+    layer, _, last = name.rpartition(f".{LORALIB_PREFIX}")
+    if layer:
+        try:
+            if isinstance(model.get_submodule(layer), _ConvBase):
+                return f"{layer}.{last}"
+        except AttributeError:
+            pass
+    if isinstance(model, _ConvBase):
+        return name.removeprefix(LORALIB_PREFIX)
+    return name
+
+
+def _lora_biases(model: nn.Module) -> set[str]:
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALayer))
+    return {
+        f"{name}.bias".lstrip(".")
+        for name, layer in layers
+        if layer.has_adapter and isinstance(getattr(layer, "bias", None), nn.Parameter)
+    }
+
+
+def _check_bias(bias: str) -> None:
+    if bias not in BIASES:
+        raise ValueError(f"bias must be one of {', '.join(BIASES)}, not {bias!r}")

@@ -1,0 +1,131 @@
+"""Convolutions with a low-rank update, in loralib's parameter shapes.
+
+loralib reads the product B A of two matrices as the kernel's update by laying its numbers out in the kernel's shape.
+For a kernel (k₁, …, kₙ) that asks for A (r·kₙ, in·kₙ) and B (out/groups · k₁…kₙ₋₁, r·kₙ): loralib's own shapes for
+square `Conv2d`, and the ones that fit where loralib's don't (`Conv1d` and `Conv3d` beyond kernel size 1, rectangles).
+Laid out so, the update is no composition of two convolutions, so its kernel is built at each step; it is as small
+as the kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from phinetune.lora.base import LoRALayer, adopt
+
+# The names under which loralib holds the convolution's own parameters.
+LORALIB_PREFIX = "conv."
+
+Made = TypeVar("Made", bound="_ConvBase")
+
+
+class _ConvBase(LoRALayer):
+    """Mixed in before a torch convolution. Parameters are named as torch names them; loralib's `conv.weight` and
+    `conv.bias` are understood when loading.
+
+    Args:
+        r, lora_alpha, merge_weights, use_rslora: as in `Linear`.
+        lora_dropout: dropout on what the update's convolution sees.
+        kwargs: those of the torch convolution.
+    """
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        *,
+        use_rslora: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        super(LoRALayer, self).__init__(in_channels, out_channels, kernel_size, **kwargs)
+        self._set_up(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
+        if r:
+            last, before = self.kernel_size[-1], math.prod(self.kernel_size[:-1])
+            rows = self.out_channels // self.groups * before
+            self._add_adapter((r * last, self.in_channels * last), (rows, r * last))
+        self.reset_parameters()
+
+    @classmethod
+    def from_base(cls: type[Made], layer: Any, r: int, **options: Any) -> Made:
+        """An adapted layer over `layer`'s kernel and bias: the same storage, no copy."""
+        made = cls(
+            layer.in_channels, layer.out_channels, layer.kernel_size, r, **options, **_same(layer), device="meta"
+        )
+        adopt(made, layer)
+        return made
+
+    @property
+    def conv(self: Made) -> Made:
+        """loralib's name for the convolution itself: here the layer is one."""
+        return self
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # type: ignore[misc]
+        self.reset_lora_parameters()
+
+    def delta_weight(self) -> Tensor:
+        """s · B A in the kernel's shape."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).view(self.weight.shape) * self.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the torch convolution."""
+        if self.merged or not self.has_adapter:
+            return self._convolve(x, self.weight, self.bias)
+        delta = (self.lora_B @ self.lora_A).view(self.weight.shape).to(self.weight.dtype) * self.scaling
+        if self.training and self._drops:
+            return self._convolve(x, self.weight, self.bias) + self._convolve(self.lora_dropout(x), delta, None)
+        return self._convolve(x, self.weight + delta, self.bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        for name in ("weight", "bias"):
+            if f"{prefix}{LORALIB_PREFIX}{name}" in state:
+                state[f"{prefix}{name}"] = state.pop(f"{prefix}{LORALIB_PREFIX}{name}")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def _plain(self, weight: Tensor) -> nn.Module:
+        kind: Any = next(c for c in type(self).__mro__ if c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        plain: Any = kind(self.in_channels, self.out_channels, self.kernel_size, **_same(self), device="meta")
+        plain.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone())
+        made: nn.Module = plain.train(self.training)
+        return made
+
+
+def _same(layer: Any) -> dict[str, Any]:
+    """A convolution's settings as keywords."""
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    kept = {name: getattr(layer, name) for name in names}
+    return {**kept, "bias": layer.bias is not None, "dtype": layer.weight.dtype}
+
+
+class Conv1d(_ConvBase, nn.Conv1d):
+    """`nn.Conv1d` with a low-rank update."""
+
+
+class Conv2d(_ConvBase, nn.Conv2d):
+    """`nn.Conv2d` with a low-rank update."""
+
+
+class Conv3d(_ConvBase, nn.Conv3d):
+    """`nn.Conv3d` with a low-rank update."""

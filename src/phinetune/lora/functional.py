@@ -1,0 +1,177 @@
+"""The base product and its low-rank update in one function with a hand-written backward.
+
+For `x` of shape (..., in), a frozen `weight` W (out, in), and adapters A (r, in) and B (out, r) (LoRA, Hu et al.
+2021, section 4.1):
+
+    h = x Aᵀ                      (..., r), the only thing kept for the backward besides x
+    y = x Wᵀ + b + s · h Bᵀ
+
+With `splits`, W stands for several layers stacked by rows (q, k and v, say), each split having adapters of its own
+or none: A holds the adapters' A stacked (g·r, in), B theirs stacked (rows of the adapted splits, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# A split with an adapter: the rows of the output it covers, and the rows of B that hold it.
+Span = tuple[int, int, int, int]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    adapter_input: Tensor | None = None,
+    spans: Sequence[Span] | None = None,
+) -> Tensor:
+    """`x Wᵀ + b + scaling · (x Aᵀ) Bᵀ`.
+
+    Args:
+        x: shape (..., in).
+        weight: shape (out, in), any strides; trained as well if it requires a gradient.
+        bias: shape (out) or None.
+        lora_A: shape (r, in), or (g·r, in) with `spans` for g adapters.
+        lora_B: shape (out, r), or (rows of the adapted splits, r) with `spans`.
+        scaling: alpha / r, or alpha / √r.
+        adapter_input: what the adapter sees in place of x (x after dropout); same shape as x.
+        spans: one (start, stop, B start, B stop) an adapted split; None is one adapter over all rows.
+
+    Returns:
+        shape (..., out), in x's dtype. Adapters of another dtype (float32 beside a bfloat16 base) are cast once.
+    """
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    seen = None if adapter_input is None else adapter_input.reshape(rows.shape)
+    if lora_A.dtype != x.dtype:
+        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if spans is None:
+        out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen)  # type: ignore[no-untyped-call]
+    else:
+        out = _GroupedLoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, tuple(spans))  # type: ignore[no-untyped-call]
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+class _LoraLinear(torch.autograd.Function):
+    """One adapter over all rows, on x of shape (rows, in). Keeps what the adapter saw and h.
+
+    On small layers Python's own time rules, so there is no call here that could be left out.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        seen: Tensor | None,
+    ) -> Tensor:
+        ctx.scaling, ctx.apart = scaling, seen is not None
+        if seen is None:
+            seen = x
+        hidden = torch.mm(seen, a.t())
+        out = F.linear(x, weight, bias).addmm_(hidden, b.t(), alpha=scaling)
+        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.apart and weight.requires_grad else None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        seen, hidden, weight, a, b, x = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen = ctx.needs_input_grad
+        d_hidden = torch.mm(grad, b).mul_(ctx.scaling)
+        dx = torch.mm(grad, weight) if needs_x else None
+        d_seen = None
+        if not ctx.apart:
+            dx = None if dx is None else dx.addmm_(d_hidden, a)
+        elif needs_seen:
+            d_seen = torch.mm(d_hidden, a)
+        return (
+            dx,
+            torch.mm(grad.t(), seen if x is None else x) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+            torch.mm(d_hidden.t(), seen) if needs_a else None,
+            torch.mm(grad.t(), hidden).mul_(ctx.scaling) if needs_b else None,
+            None,
+            d_seen,
+        )
+
+
+class _GroupedLoraLinear(torch.autograd.Function):
+    """Adapters over some splits of the rows, on x of shape (rows, in). Keeps what the adapters saw and h."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        seen: Tensor | None,
+        spans: tuple[Span, ...],
+    ) -> Tensor:
+        ctx.scaling, ctx.apart = scaling, seen is not None
+        if seen is None:
+            seen = x
+        hidden = torch.mm(seen, a.t())
+        out = F.linear(x, weight, bias)
+        for (start, stop, first, last), part in zip(spans, hidden.split(b.shape[1], dim=1), strict=True):
+            out[:, start:stop].addmm_(part, b[first:last].t(), alpha=scaling)
+        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.apart and weight.requires_grad else None)
+        ctx.spans = spans
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        seen, hidden, weight, a, b, x = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen, _ = ctx.needs_input_grad
+        parts = [torch.mm(grad[:, start:stop], b[first:last]) for start, stop, first, last in ctx.spans]
+        d_hidden = torch.cat(parts, dim=1).mul_(ctx.scaling)
+        dx = torch.mm(grad, weight) if needs_x else None
+        d_seen = None
+        if not ctx.apart:
+            dx = None if dx is None else dx.addmm_(d_hidden, a)
+        elif needs_seen:
+            d_seen = torch.mm(d_hidden, a)
+        return (
+            dx,
+            torch.mm(grad.t(), seen if x is None else x) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+            torch.mm(d_hidden.t(), seen) if needs_a else None,
+            _grad_of_b(grad, hidden, b.shape[1], ctx.spans).mul_(ctx.scaling) if needs_b else None,
+            None,
+            d_seen,
+            None,
+        )
+
+
+def _grad_of_b(grad: Tensor, hidden: Tensor, rank: int, spans: Sequence[Span]) -> Tensor:
+    """dyᵀ h, split by split, stacked as B is."""
+    parts = zip(spans, hidden.split(rank, dim=1), strict=True)
+    return torch.cat([torch.mm(grad[:, start:stop].t(), part) for (start, stop, _, _), part in parts])
+
+
+def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float, out: int, spans: Sequence[Span] | None) -> Tensor:
+    """s · B A, the update that the adapters stand for, in at least float32: (out, in), zero where there is none."""
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    if spans is None:
+        return (b @ a) * scaling
+    rank = b.shape[1]
+    delta = a.new_zeros(out, a.shape[1])
+    for i, (start, stop, first, last) in enumerate(spans):
+        delta[start:stop] = (b[first:last] @ a[i * rank : (i + 1) * rank]) * scaling
+    return delta

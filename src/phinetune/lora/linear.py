@@ -1,0 +1,273 @@
+"""`Linear`, `MergedLinear` and `Embedding` with loralib's signatures, attributes and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from phinetune.lora.base import LoRALayer, adopt
+from phinetune.lora.functional import Span, delta_weight, lora_linear
+
+
+class _LinearBase(LoRALayer, nn.Linear):
+    """What `Linear` and `MergedLinear` share: the product, and weights stored as (in, out) on request."""
+
+    fan_in_fan_out: bool
+    _spans: tuple[Span, ...] | None
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.reset_lora_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of shape (..., in_features) to (..., out_features)."""
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        if self.merged or not self.has_adapter:
+            return F.linear(x, weight, self.bias)
+        seen = self.lora_dropout(x) if self._drops and self.training else None
+        return lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, seen, self._spans)
+
+    def delta_weight(self) -> Tensor:
+        """s · B A in the weight's shape."""
+        return self._turned(delta_weight(self.lora_A, self.lora_B, self.scaling, self.out_features, self._spans))
+
+    def _plain(self, weight: Tensor) -> nn.Module:
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(self._turned(weight).contiguous())
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone())
+        return plain.train(self.training)
+
+
+class Linear(_LinearBase):
+    """`nn.Linear` with a low-rank update: lora_A (r, in_features), lora_B (out_features, r).
+
+    Args:
+        r: rank; 0 is a plain layer.
+        lora_alpha: the update is scaled by alpha / r.
+        lora_dropout: dropout on what the adapter sees.
+        fan_in_fan_out: the weight is stored as (in_features, out_features).
+        merge_weights: `eval()` merges, `train()` unmerges.
+        use_rslora: scale by alpha / √r.
+        kwargs: those of `nn.Linear` (bias, device, dtype).
+
+    Raises:
+        ValueError: a negative rank, a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        *,
+        use_rslora: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self._set_up(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
+        self.fan_in_fan_out = fan_in_fan_out
+        self._spans = None
+        if r:
+            self._add_adapter((r, in_features), (out_features, r))
+        self.reset_parameters()
+        if fan_in_fan_out:
+            self.weight.data = self.weight.data.t()
+
+    @classmethod
+    def from_base(cls, layer: nn.Linear, r: int, **options: Any) -> Linear:
+        """An adapted layer over `layer`'s weight and bias: the same storage, no copy."""
+        kind: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
+        made = cls(layer.in_features, layer.out_features, r, **{**options, "fan_in_fan_out": False}, **kind)
+        adopt(made, layer)
+        return made
+
+
+class MergedLinear(_LinearBase):
+    """One linear layer that stands for several (q, k and v, say), some of them with adapters of their own.
+
+    lora_A is (r · adapted splits, in_features), lora_B (rows of the adapted splits, r), as in loralib.
+
+    Args:
+        out_features: rows of all splits, cut equally; or a sequence with the rows of each.
+        enable_lora: which splits have an adapter.
+        r, lora_alpha, …: as in `Linear`.
+
+    Raises:
+        ValueError: out_features that don't divide by, or don't go with, enable_lora.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | Sequence[int],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: Sequence[bool] = (False,),
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        *,
+        use_rslora: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self_splits = _split_sizes(out_features, enable_lora)
+        nn.Linear.__init__(self, in_features, sum(self_splits), **kwargs)
+        self._set_up(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
+        self.enable_lora = list(enable_lora)
+        self.splits = self_splits
+        self.fan_in_fan_out = fan_in_fan_out
+        self._spans = _spans(self_splits, self.enable_lora)
+        if r and any(enable_lora):
+            self._add_adapter((r * len(self._spans), in_features), (self._spans[-1][3], r))
+        self.reset_parameters()
+        if fan_in_fan_out:
+            self.weight.data = self.weight.data.t()
+
+    @classmethod
+    def from_base(cls, layer: nn.Linear, r: int, enable_lora: Sequence[bool], **options: Any) -> MergedLinear:
+        """An adapted layer over `layer`'s weight and bias: the same storage, no copy.
+
+        Args:
+            splits: rows of each split (keyword); equal ones if left out.
+        """
+        out = options.pop("splits", None) or layer.out_features
+        if sum(_split_sizes(out, enable_lora)) != layer.out_features:
+            raise ValueError(f"splits {out} don't add up to the layer's {layer.out_features} out_features")
+        kind: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
+        options = {**options, "fan_in_fan_out": False, "enable_lora": enable_lora}
+        made = cls(layer.in_features, out, r, **options, **kind)
+        adopt(made, layer)
+        return made
+
+    @property
+    def lora_ind(self) -> Tensor:
+        """Which output features have an adapter: booleans (out_features)."""
+        return torch.cat(
+            [
+                torch.full((rows,), on, dtype=torch.bool, device=self.weight.device)
+                for rows, on in zip(self.splits, self.enable_lora, strict=True)
+            ]
+        )
+
+    def merge_AB(self) -> Tensor:
+        """B A without its scale, in the weight's shape (loralib's name for it)."""
+        return self._turned(delta_weight(self.lora_A, self.lora_B, 1.0, self.out_features, self._spans))
+
+
+def _split_sizes(out_features: int | Sequence[int], enable_lora: Sequence[bool]) -> list[int]:
+    if not enable_lora:
+        raise ValueError("enable_lora is empty: give a boolean a split")
+    if isinstance(out_features, int):
+        if out_features % len(enable_lora):
+            raise ValueError(
+                f"out_features {out_features} can't be cut into {len(enable_lora)} equal splits (enable_lora); give "
+                "the rows of each split as a list"
+            )
+        return [out_features // len(enable_lora)] * len(enable_lora)
+    if len(out_features) != len(enable_lora):
+        raise ValueError(f"out_features names {len(out_features)} splits, enable_lora {len(enable_lora)}")
+    return list(out_features)
+
+
+def _spans(splits: Sequence[int], enable_lora: Sequence[bool]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    row = first = 0
+    for rows, on in zip(splits, enable_lora, strict=True):
+        if on:
+            spans.append((row, row + rows, first, first + rows))
+            first += rows
+        row += rows
+    return tuple(spans)
+
+
+class Embedding(LoRALayer, nn.Embedding):
+    """`nn.Embedding` with a low-rank update: lora_A (r, num_embeddings), lora_B (embedding_dim, r).
+
+    As in loralib, A starts at zero and B normal. The padding row gets no update. `max_norm` renormalises the base's
+    rows alone.
+
+    Args:
+        r, lora_alpha, merge_weights, use_rslora: as in `Linear`.
+        kwargs: those of `nn.Embedding`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        *,
+        use_rslora: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
+        self._set_up(r, lora_alpha, 0.0, merge_weights, use_rslora)
+        if r:
+            self._add_adapter((r, num_embeddings), (embedding_dim, r))
+        self.reset_parameters()
+
+    @classmethod
+    def from_base(cls, layer: nn.Embedding, r: int, **options: Any) -> Embedding:
+        """An adapted layer over `layer`'s weight: the same storage, no copy."""
+        names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        same = {name: getattr(layer, name) for name in names}
+        kind: dict[str, Any] = {"device": "meta", "dtype": layer.weight.dtype}
+        made = cls(layer.num_embeddings, layer.embedding_dim, r, **options, **same, **kind)
+        adopt(made, layer)
+        return made
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """A zero, B normal."""
+        if self.has_adapter:
+            nn.init.zeros_(self.lora_A)
+            nn.init.normal_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids of any shape (...) to (..., embedding_dim)."""
+        base = super().forward(x)
+        if self.merged or not self.has_adapter:
+            return base
+        picked = F.embedding(x, self.lora_A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        if self.padding_idx is not None:
+            picked = picked.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
+        return base + (picked @ self.lora_B.t()).to(base.dtype) * self.scaling
+
+    def delta_weight(self) -> Tensor:
+        """s · (B A)ᵀ, shape (num_embeddings, embedding_dim); zero in the padding row."""
+        delta = delta_weight(self.lora_A, self.lora_B, self.scaling, self.embedding_dim, None).t()
+        if self.padding_idx is not None:
+            delta = delta.clone()
+            delta[self.padding_idx] = 0
+        return delta
+
+    def _plain(self, weight: Tensor) -> nn.Module:
+        plain = nn.Embedding(
+            self.num_embeddings,
+            self.embedding_dim,
+            padding_idx=self.padding_idx,
+            max_norm=self.max_norm,
+            norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+            device="meta",
+        )
+        plain.weight = nn.Parameter(weight)
+        return plain.train(self.training)

@@ -123,14 +123,14 @@ class LoRALayer(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         merged = self.merged
         self.unmerge()
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
         if merged:
             self.merge()
 
     def _apply(self, *args: Any, **kwargs: Any) -> LoRALayer:
         merged = self.merged
         self.unmerge()
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if merged:
             self.merge()
         return self

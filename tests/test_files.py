@@ -48,6 +48,18 @@ def test_a_staged_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_nothing_is_seen_of_a_folder_before_its_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def power_cut(stage: Path, target: Path) -> None:
+        assert (stage / "x").read_text() == "1"
+        assert not target.exists()
+        raise OSError("power")
+
+    monkeypatch.setattr("phinetune.files.os.replace", power_cut)
+    with pytest.raises(OSError, match="power"), staged_folder(tmp_path / "made") as stage:
+        (stage / "x").write_text("1")
+    assert names(tmp_path) == set()
+
+
 def test_published_files_replace_their_namesakes_only(tmp_path: Path) -> None:
     stage, target = tmp_path / "stage", tmp_path / "target"
     stage.mkdir()

@@ -12,7 +12,7 @@ or none: A holds the adapters' A stacked (g·r, in), B theirs stacked (rows of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,12 @@ def lora_linear(
     seen = None if adapter_input is None else adapter_input.reshape(rows.shape)
     if lora_A.dtype != x.dtype:
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    if spans is None:
-        out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen)  # type: ignore[no-untyped-call]
-    else:
-        out = _GroupedLoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, tuple(spans))  # type: ignore[no-untyped-call]
+    out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
 class _LoraLinear(torch.autograd.Function):
-    """One adapter over all rows, on x of shape (rows, in). Keeps what the adapter saw and h.
+    """x of shape (rows, in) to (rows, out). Keeps what the adapter saw and h, besides the parameters.
 
     On small layers Python's own time rules, so there is no call here that could be left out.
     """
@@ -75,62 +72,19 @@ class _LoraLinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         seen: Tensor | None,
+        spans: Sequence[Span] | None,
     ) -> Tensor:
-        ctx.scaling, ctx.apart = scaling, seen is not None
-        if seen is None:
-            seen = x
-        hidden = torch.mm(seen, a.t())
-        out = F.linear(x, weight, bias).addmm_(hidden, b.t(), alpha=scaling)
-        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.apart and weight.requires_grad else None)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seen, hidden, weight, a, b, x = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen = ctx.needs_input_grad
-        d_hidden = torch.mm(grad, b).mul_(ctx.scaling)
-        dx = torch.mm(grad, weight) if needs_x else None
-        d_seen = None
-        if not ctx.apart:
-            dx = None if dx is None else dx.addmm_(d_hidden, a)
-        elif needs_seen:
-            d_seen = torch.mm(d_hidden, a)
-        return (
-            dx,
-            torch.mm(grad.t(), seen if x is None else x) if needs_weight else None,
-            grad.sum(0) if needs_bias else None,
-            torch.mm(d_hidden.t(), seen) if needs_a else None,
-            torch.mm(grad.t(), hidden).mul_(ctx.scaling) if needs_b else None,
-            None,
-            d_seen,
-        )
-
-
-class _GroupedLoraLinear(torch.autograd.Function):
-    """Adapters over some splits of the rows, on x of shape (rows, in). Keeps what the adapters saw and h."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        seen: Tensor | None,
-        spans: tuple[Span, ...],
-    ) -> Tensor:
-        ctx.scaling, ctx.apart = scaling, seen is not None
+        ctx.scaling, ctx.apart, ctx.spans = scaling, seen is not None, spans
         if seen is None:
             seen = x
         hidden = torch.mm(seen, a.t())
         out = F.linear(x, weight, bias)
-        for (start, stop, first, last), part in zip(spans, hidden.split(b.shape[1], dim=1), strict=True):
-            out[:, start:stop].addmm_(part, b[first:last].t(), alpha=scaling)
+        if spans is None:
+            out.addmm_(hidden, b.t(), alpha=scaling)
+        else:
+            for (start, stop, first, last), part in _by_split(spans, hidden, b.shape[1]):
+                out[:, start:stop].addmm_(part, b[first:last].t(), alpha=scaling)
         ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.apart and weight.requires_grad else None)
-        ctx.spans = spans
         return out
 
     @staticmethod
@@ -138,30 +92,43 @@ class _GroupedLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seen, hidden, weight, a, b, x = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen, _ = ctx.needs_input_grad
-        parts = [torch.mm(grad[:, start:stop], b[first:last]) for start, stop, first, last in ctx.spans]
-        d_hidden = torch.cat(parts, dim=1).mul_(ctx.scaling)
+        d_hidden = (torch.mm(grad, b) if ctx.spans is None else _grad_of_hidden(grad, b, ctx.spans)).mul_(ctx.scaling)
         dx = torch.mm(grad, weight) if needs_x else None
-        d_seen = None
+        d_b = d_seen = None
         if not ctx.apart:
             dx = None if dx is None else dx.addmm_(d_hidden, a)
         elif needs_seen:
             d_seen = torch.mm(d_hidden, a)
+        if needs_b:
+            d_b = torch.mm(grad.t(), hidden) if ctx.spans is None else _grad_of_b(grad, hidden, b.shape[1], ctx.spans)
+            d_b.mul_(ctx.scaling)
         return (
             dx,
             torch.mm(grad.t(), seen if x is None else x) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
             torch.mm(d_hidden.t(), seen) if needs_a else None,
-            _grad_of_b(grad, hidden, b.shape[1], ctx.spans).mul_(ctx.scaling) if needs_b else None,
+            d_b,
             None,
             d_seen,
             None,
         )
 
 
+def _by_split(spans: Sequence[Span], hidden: Tensor, rank: int) -> Iterator[tuple[Span, Tensor]]:
+    """Each adapted split with its part of h, (rows, r)."""
+    return zip(spans, hidden.split(rank, dim=1), strict=True)
+
+
+def _grad_of_hidden(grad: Tensor, b: Tensor, spans: Sequence[Span]) -> Tensor:
+    """dy B, split by split, side by side: (rows, g·r)."""
+    return torch.cat([torch.mm(grad[:, start:stop], b[first:last]) for start, stop, first, last in spans], dim=1)
+
+
 def _grad_of_b(grad: Tensor, hidden: Tensor, rank: int, spans: Sequence[Span]) -> Tensor:
     """dyᵀ h, split by split, stacked as B is."""
-    parts = zip(spans, hidden.split(rank, dim=1), strict=True)
-    return torch.cat([torch.mm(grad[:, start:stop].t(), part) for (start, stop, _, _), part in parts])
+    return torch.cat(
+        [torch.mm(grad[:, start:stop].t(), part) for (start, stop, _, _), part in _by_split(spans, hidden, rank)]
+    )
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float, out: int, spans: Sequence[Span] | None) -> Tensor:

@@ -7,13 +7,14 @@ STAMP := .venv/.setup-done
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint bench clean
 
 help:
 	@echo 'make setup   build .venv; a second call reuses it'
 	@echo 'make demo    set up, then run the demo: phinetune demo'
 	@echo 'make test    set up, then run the tests'
 	@echo 'make lint    set up, then check style, types and imports'
+	@echo 'make bench   set up, then measure the LoRA layers beside loralib and PEFT'
 	@echo 'make clean   delete .venv and the caches; runs/ stays'
 	@echo
 	@echo 'PYTHON=python3.12                  use this Python (3.10 to 3.13) instead of python3'
@@ -36,6 +37,9 @@ lint: $(STAMP)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+bench: $(STAMP)
+	@.venv/bin/python -m benchmarks.lora_layers
 
 clean:
 	rm -rf .venv .venv-setup.log build dist src/*.egg-info

@@ -214,6 +214,41 @@ def _conversation(
 
 
 @app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="a PEFT adapter folder, or a loralib checkpoint (.pt)")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="what to write: a folder (PEFT) or a .pt file (loralib)")],
+    to: Annotated[str, typer.Option(help="peft or loralib")],
+    lora_alpha: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="from loralib: the layers' lora_alpha; to loralib: theirs, if it is not to be the adapter's"),
+    ] = None,
+    merged: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=ROWS,ROWS,…",
+            help="a fused layer (MergedLinear) and its splits' rows, e.g. qkv_proj=3072,-3072,3072; "
+            "-ROWS is a split without an adapter; repeatable",
+        ),
+    ] = [],  # noqa: B006
+    base: Annotated[Optional[str], typer.Option(help="to PEFT: the base model to record")] = None,  # noqa: UP045
+    embedding: Annotated[
+        list[str], typer.Option(metavar="NAME", help="from loralib: a layer that is an embedding; repeatable")
+    ] = [],  # noqa: B006
+    linear: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="from loralib: a layer that is linear, whatever it looks like; repeatable"),
+    ] = [],  # noqa: B006
+) -> None:
+    """Convert an adapter between PEFT's form and loralib's, and check the update of every layer."""
+    from phinetune.export.convert import convert as convert_adapter
+
+    done = convert_adapter(
+        src, dst, to, lora_alpha=lora_alpha, base=base, merged=merged, embedding=embedding, linear=linear
+    )
+    _console().print("\n".join(done.report()), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def config() -> None:
     """Show every key of a run's YAML file, with its default and what it does."""
     from rich.table import Table

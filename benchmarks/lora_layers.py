@@ -1,6 +1,6 @@
 """Forward and backward of `phinetune.lora`'s layers beside the bare products, loralib's and PEFT's layers.
 
-    python -m benchmarks.lora_layers [--dtype float32] [--runs 15] [--small]
+    python -m benchmarks.lora_layers [--dtype float32] [--rounds 15] [--small]
 
 The four are timed in turns, round after round, and the ratios are medians over the rounds: the machine's noise hits
 all alike. "share of bare" is the time of the two bare products `x Wᵀ` and `dy W` over ours.

@@ -43,7 +43,6 @@ class LoRALayer(nn.Module):
         self.merge_weights = merge_weights
         self.merged = False
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
-        self._drops = lora_dropout > 0
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self._unmerged: Tensor | None = None
 
@@ -63,20 +62,29 @@ class LoRALayer(nn.Module):
         """The update that the adapter stands for, in the weight's shape and at least float32."""
         raise NotImplementedError
 
+    def _base_weight(self) -> Tensor:
+        """What the update is added to."""
+        return self.weight
+
+    def _drops(self) -> bool:
+        """Whether dropout has anything to do now; asked each time, for users put in one of their own."""
+        return self.training and type(self.lora_dropout) is not nn.Identity
+
     # -- merging --------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
         """Put the update into the weight: the sum in float32, cast once. The unmerged weight is kept aside.
 
         Raises:
-            ValueError: the sum is not finite.
+            ValueError: the sum is not finite; FSDP holds the weight.
         """
-        if self.merged or not self.has_adapter:
+        if self.merged or not self.has_adapter or self.weight.is_meta:
             return
+        if self._is_sharded():
+            raise ValueError("FSDP holds the weight: merge in a model that is not wrapped")
         with torch.no_grad():
-            total = (self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.delta_weight()).to(
-                self.weight.dtype
-            )
+            base, dtype = self._base_weight(), self.weight.dtype
+            total = (base.to(torch.promote_types(dtype, torch.float32)) + self.delta_weight()).to(dtype)
         if not torch.isfinite(total).all():
             raise ValueError(f"merging gives values that are not finite in {type(self).__name__}; nothing was merged")
         self._unmerged = self.weight.data
@@ -96,9 +104,13 @@ class LoRALayer(nn.Module):
         super().train(mode)
         if mode:
             self.unmerge()
-        elif self.merge_weights:
+        elif self.merge_weights and not self._is_sharded():
             self.merge()
         return self
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP (1 or 2) holds the storage: it would write over the weight kept aside, or never see the sum."""
+        return hasattr(self.weight, "_fsdp_flattened") or hasattr(self.weight, "device_mesh")
 
     def unloaded(self) -> nn.Module:
         """A plain torch layer with the update merged in; this layer stays as it is."""
@@ -150,7 +162,7 @@ def adopt(layer: LoRALayer, base: nn.Module) -> None:
     for name in ("weight", "bias"):
         tensor = getattr(source, name, None)
         if tensor is not None:
-            trains = name == "bias" and tensor.requires_grad
+            trains = tensor.requires_grad and (name == "bias" or not layer.has_adapter)
             setattr(layer, name, nn.Parameter(tensor.detach(), requires_grad=trains))
     if layer.has_adapter:
         for name in ("lora_A", "lora_B"):

@@ -23,10 +23,12 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         ValueError: another `bias`.
     """
     _check_bias(bias)
-    chosen = _lora_biases(model) if bias == "lora_only" else set()
     for name, parameter in model.named_parameters():
-        trains = "lora_" in name or (bias == "all" and "bias" in name) or name in chosen
-        parameter.requires_grad = trains
+        parameter.requires_grad = "lora_" in name or (bias == "all" and "bias" in name)
+    if bias == "lora_only":
+        # By object: a bias that two layers share has one name of two.
+        for name in _lora_biases(model):
+            model.get_parameter(name).requires_grad = True
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
@@ -37,7 +39,8 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """
     _check_bias(bias)
     chosen = _lora_biases(model) if bias == "lora_only" else set()
-    convolutions = {name for name, layer in model.named_modules() if isinstance(layer, _ConvBase)}
+    layers = model.named_modules(remove_duplicate=False)
+    convolutions = {name for name, layer in layers if isinstance(layer, _ConvBase)}
     kept: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if "lora_" in name:
@@ -84,11 +87,10 @@ def _torch_name(model: nn.Module, name: str) -> str:
 
 
 def _lora_biases(model: nn.Module) -> set[str]:
-    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALayer))
     return {
         f"{name}.bias".lstrip(".")
-        for name, layer in layers
-        if layer.has_adapter and isinstance(getattr(layer, "bias", None), nn.Parameter)
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, LoRALayer) and layer.has_adapter and isinstance(getattr(layer, "bias", None), nn.Parameter)
     }
 
 

@@ -89,7 +89,7 @@ class _ConvBase(LoRALayer):
         if self.merged or not self.has_adapter:
             return self._convolve(x, self.weight, self.bias)
         delta = (self.lora_B @ self.lora_A).view(self.weight.shape).to(self.weight.dtype) * self.scaling
-        if self.training and self._drops:
+        if self._drops():
             return self._convolve(x, self.weight, self.bias) + self._convolve(self.lora_dropout(x), delta, None)
         return self._convolve(x, self.weight + delta, self.bias)
 

@@ -48,9 +48,14 @@ def lora_linear(
     Returns:
         shape (..., out), in x's dtype. Adapters of another dtype (float32 beside a bfloat16 base) are cast once.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        # In place, addmm is not among the operators that autocast casts for.
+        kind = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(kind), weight.to(kind)
+        adapter_input = None if adapter_input is None else adapter_input.to(kind)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     seen = None if adapter_input is None else adapter_input.reshape(rows.shape)
-    if lora_A.dtype != x.dtype:
+    if lora_A.dtype != x.dtype or lora_B.dtype != x.dtype:
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ class _LinearBase(LoRALayer, nn.Linear):
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         if self.merged or not self.has_adapter:
             return F.linear(x, weight, self.bias)
-        seen = self.lora_dropout(x) if self._drops and self.training else None
+        seen = self.lora_dropout(x) if self._drops() else None
         return lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, seen, self._spans)
 
     def delta_weight(self) -> Tensor:
@@ -178,6 +178,8 @@ def _split_sizes(out_features: int | Sequence[int], enable_lora: Sequence[bool])
         return [out_features // len(enable_lora)] * len(enable_lora)
     if len(out_features) != len(enable_lora):
         raise ValueError(f"out_features names {len(out_features)} splits, enable_lora {len(enable_lora)}")
+    if min(out_features) < 1:
+        raise ValueError(f"each split needs a row or more, not {list(out_features)}")
     return list(out_features)
 
 
@@ -218,7 +220,10 @@ class Embedding(LoRALayer, nn.Embedding):
         self._set_up(r, lora_alpha, 0.0, merge_weights, use_rslora)
         if r:
             self._add_adapter((r, num_embeddings), (embedding_dim, r))
-        self.reset_parameters()
+        if kwargs.get("_weight") is None:
+            self.reset_parameters()
+        else:
+            self.reset_lora_parameters()
 
     @classmethod
     def from_base(cls, layer: nn.Embedding, r: int, **options: Any) -> Embedding:
@@ -242,13 +247,23 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def forward(self, x: Tensor) -> Tensor:
         """Ids of any shape (...) to (..., embedding_dim)."""
+        if self.merged:
+            # No max_norm: renormalising the sum would cut the update.
+            same = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
+            return F.embedding(x, self.weight, self.padding_idx, **same)
         base = super().forward(x)
-        if self.merged or not self.has_adapter:
+        if not self.has_adapter:
             return base
+        # Never sparse: torch can't transpose the sparse gradient back to A's shape.
         picked = F.embedding(x, self.lora_A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         if self.padding_idx is not None:
             picked = picked.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
         return base + (picked @ self.lora_B.t()).to(base.dtype) * self.scaling
+
+    def _base_weight(self) -> Tensor:
+        if self.max_norm is None:
+            return self.weight
+        return torch.renorm(self.weight, self.norm_type, 0, self.max_norm)
 
     def delta_weight(self) -> Tensor:
         """s · (B A)ᵀ, shape (num_embeddings, embedding_dim); zero in the padding row."""
@@ -263,7 +278,7 @@ class Embedding(LoRALayer, nn.Embedding):
             self.num_embeddings,
             self.embedding_dim,
             padding_idx=self.padding_idx,
-            max_norm=self.max_norm,
+            max_norm=None if self.has_adapter else self.max_norm,
             norm_type=self.norm_type,
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from phinetune.lora.base import LoRALayer
 from phinetune.lora.conv import Conv1d, Conv2d, Conv3d
@@ -43,17 +44,23 @@ def apply(
     Raises:
         ValueError: nothing matches, or a name in the list matches nothing.
     """
-    layers = {n: m for n, m in model.named_modules() if _kind(m) is not None and not isinstance(m, LoRALayer)}
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {n: m for n, m in modules if n and _kind(m) is not None and not isinstance(m, LoRALayer)}
     names = _matching(list(layers), target_modules)
+    # All are made before any is put in: options that don't fit leave the model as it was.
+    made: dict[nn.Module, nn.Module] = {}
     for name in names:
         layer = layers[name]
+        if layer in made:
+            continue
         if enable_lora is not None and isinstance(layer, nn.Linear):
-            made: nn.Module = MergedLinear.from_base(layer, r, enable_lora, **options)
+            made[layer] = MergedLinear.from_base(layer, r, enable_lora, **options)
         else:
-            made = _kind(layer).from_base(layer, r, **options)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
-        print(f"{name}: {type(layer).__name__} -> {made}")
+            made[layer] = _kind(layer).from_base(layer, r, **options)
+    for name in names:
+        layer = layers[name]
+        _put(model, name, made[layer])
+        print(f"{name}: {type(layer).__name__} -> lora.{type(made[layer]).__name__}, r={r}")
     return names
 
 
@@ -61,14 +68,28 @@ def unload(model: nn.Module) -> nn.Module:
     """The model with every adapted layer replaced by a plain torch layer that holds the update, in place."""
     if isinstance(model, LoRALayer):
         return model.unloaded()
-    for name, layer in list(model.named_modules()):
+    places: dict[LoRALayer, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, LoRALayer):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, layer.unloaded())
+            places.setdefault(layer, []).append(name)
+    while places:
+        # Taken out of the dictionary, so that its memory is free once it is replaced.
+        layer, names = places.popitem()
+        plain = layer.unloaded()
+        for name in names:
+            _put(model, name, plain)
     return model
 
 
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
 def _kind(layer: nn.Module) -> Any:
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        # nn.MultiheadAttention's out_proj: its weight is read, it is never called, so an adapter would do nothing.
+        return None
     return next((ours for theirs, ours in KINDS if isinstance(layer, theirs)), None)
 
 

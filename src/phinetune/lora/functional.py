@@ -93,20 +93,23 @@ class _LoraLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what once_differentiable says, without its time
+            raise RuntimeError("lora_linear has no second derivative (create_graph=True)")
         seen, hidden, weight, a, b, x = ctx.saved_tensors
+        spans = ctx.spans
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen, _ = ctx.needs_input_grad
-        d_hidden = (torch.mm(grad, b) if ctx.spans is None else _grad_of_hidden(grad, b, ctx.spans)).mul_(ctx.scaling)
+        d_hidden = _scaled_mm(grad, b, ctx.scaling) if spans is None else _grad_of_hidden(grad, b, ctx.scaling, spans)
         dx = torch.mm(grad, weight) if needs_x else None
         d_b = d_seen = None
         if not ctx.apart:
             dx = None if dx is None else dx.addmm_(d_hidden, a)
         elif needs_seen:
             d_seen = torch.mm(d_hidden, a)
-        if needs_b:
-            d_b = torch.mm(grad.t(), hidden) if ctx.spans is None else _grad_of_b(grad, hidden, b.shape[1], ctx.spans)
-            d_b.mul_(ctx.scaling)
+        if needs_b and spans is None:
+            d_b = _scaled_mm(grad.t(), hidden, ctx.scaling)
+        elif needs_b:
+            d_b = _grad_of_b(grad, hidden, b, ctx.scaling, spans)
         return (
             dx,
             torch.mm(grad.t(), seen if x is None else x) if needs_weight else None,
@@ -124,16 +127,21 @@ def _by_split(spans: Sequence[Span], hidden: Tensor, rank: int) -> Iterator[tupl
     return zip(spans, hidden.split(rank, dim=1), strict=True)
 
 
-def _grad_of_hidden(grad: Tensor, b: Tensor, spans: Sequence[Span]) -> Tensor:
-    """dy B, split by split, side by side: (rows, g·r)."""
-    return torch.cat([torch.mm(grad[:, start:stop], b[first:last]) for start, stop, first, last in spans], dim=1)
+def _scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """s · left right in one call; with beta 0 the first argument is never read."""
+    return torch.addmm(left.new_empty(left.shape[0], right.shape[1]), left, right, beta=0, alpha=scaling)
 
 
-def _grad_of_b(grad: Tensor, hidden: Tensor, rank: int, spans: Sequence[Span]) -> Tensor:
-    """dyᵀ h, split by split, stacked as B is."""
-    return torch.cat(
-        [torch.mm(grad[:, start:stop].t(), part) for (start, stop, _, _), part in _by_split(spans, hidden, rank)]
-    )
+def _grad_of_hidden(grad: Tensor, b: Tensor, scaling: float, spans: Sequence[Span]) -> Tensor:
+    """s · dy B, split by split, side by side: (rows, g·r)."""
+    parts = [_scaled_mm(grad[:, start:stop], b[first:last], scaling) for start, stop, first, last in spans]
+    return torch.cat(parts, dim=1)
+
+
+def _grad_of_b(grad: Tensor, hidden: Tensor, b: Tensor, scaling: float, spans: Sequence[Span]) -> Tensor:
+    """s · dyᵀ h, split by split, stacked as B is."""
+    parts = _by_split(spans, hidden, b.shape[1])
+    return torch.cat([_scaled_mm(grad[:, start:stop].t(), part, scaling) for (start, stop, _, _), part in parts])
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float, out: int, spans: Sequence[Span] | None) -> Tensor:

@@ -122,6 +122,7 @@ def mistakes(tmp_path: Path, tiny_run: Path, config_file: Path) -> dict[str, tup
         "empty set": (train(f"data.train={empty}", "data.eval=null"), "the set is empty"),
         "misspelt key": (train("training_config.max_step=1"), "did you mean `max_steps`?"),
         "misspelt section": (train("dta.train=x"), "did you mean `data`?"),
+        "bad log level": (train("training_config.log_level=loud"), "`loud` is none of debug, info"),
         "finished run": (train(f"training_config.output_dir={tiny_run}"), "holds a finished run"),
         "occupied folder": (train(f"training_config.output_dir={occupied}"), "no run of phinetune wrote"),
         "no such place": (train("training_config.output_dir=/proc/nowhere/run"), "No such file or directory"),

@@ -48,6 +48,14 @@ def test_torch_dtype_is_the_older_name_of_dtype(given: object) -> None:
     assert make_config({"model": {"torch_dtype": given}}).model.dtype == "bfloat16"
 
 
+def test_the_keywords_of_the_model_cards_sample_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    sample = {"use_cache": False, "trust_remote_code": True, "torch_dtype": torch.bfloat16, "device_map": None}
+    model = make_config({"model": {"path": "x", "attn_implementation": "flash_attention_2", **sample}}).model
+    assert (model.use_cache, model.dtype, model.attn_implementation) == (False, "bfloat16", "flash_attention_2")
+    assert "trust_remote_code has no effect" in caplog.text
+    assert "device_map" in problems_of({"model": {"device_map": "auto"}})[0]
+
+
 def test_overrides_reach_into_sections_and_dictionaries() -> None:
     config = make_config(
         {"model": "starter", "training_config": {"max_steps": 9}},

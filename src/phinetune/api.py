@@ -12,11 +12,11 @@ from rich.console import Console
 
 from phinetune.config import EvaluationSection, RunConfig, make_config
 from phinetune.data.build import build_set, check_sources, read_all
-from phinetune.errors import ModelError
+from phinetune.errors import ConfigError, ModelError
 from phinetune.evaluation.compare import Comparison, compare, show_comparison
 from phinetune.export.card import write_card
 from phinetune.files import write_text
-from phinetune.logs import quiet_libraries, set_up_logging
+from phinetune.logs import LEVELS, quiet_libraries, set_up_logging
 from phinetune.run_folder import CARD, RunFolder
 from phinetune.training import job
 from phinetune.training.settings import read_settings
@@ -75,8 +75,7 @@ def train(
 
 def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Run:
     """`train` for a validated configuration, shown on `console`."""
-    level = str(config.training_config.get("log_level") or "info")
-    set_up_logging("info" if level == "passive" else level)
+    set_up_logging(_log_level(config))
     quiet_libraries()
     trained = job.train(config, console, resume=resume, overwrite=overwrite)
     reports = {"train": trained.chats.train, "held_out": trained.chats.held_out}
@@ -101,6 +100,15 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
         show_comparison(comparison, console)
     _finish(trained.folder, config, results, trained.model)
     return Run(trained.folder.path, results, False)
+
+
+def _log_level(config: RunConfig) -> str:
+    level = str(config.training_config.get("log_level") or "passive").lower()
+    if level == "passive":  # transformers' word for "leave it as it is"
+        return "info"
+    if level not in LEVELS:
+        raise ConfigError(f"training_config.log_level: `{level}` is none of {', '.join(LEVELS)}, passive")
+    return level
 
 
 def _finish(folder: RunFolder, config: RunConfig, results: dict[str, Any], model: PeftModel) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from phinetune.errors import ConfigError, unknown_key
+
+logger = logging.getLogger(__name__)
 
 
 class Section(BaseModel):
@@ -42,10 +45,16 @@ class ModelSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _old_names(cls, value: Any) -> Any:
-        """`torch_dtype` is the older name of `dtype`; torch's own dtype objects are taken by name."""
+        """The keywords that scripts give `from_pretrained`: `torch_dtype` is the older name of `dtype`, torch's own
+        dtype objects are taken by name, and what has no effect here is said.
+        """
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
+        if value.pop("trust_remote_code", False):
+            logger.warning("model.trust_remote_code has no effect: only transformers' own classes are used")
+        if value.get("device_map", "given") is None:
+            del value["device_map"]  # the sample's None: the model goes to model.device
         if "torch_dtype" in value:
             value.setdefault("dtype", value.pop("torch_dtype"))
         if "dtype" in value:

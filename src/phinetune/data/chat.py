@@ -12,7 +12,7 @@ end. For a single-turn chat this is TRL's prompt/completion mask.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -143,11 +143,6 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant",
 def ends_a_turn(encoder: Encoder, rows: Iterable[Encoded]) -> bool:
     """Whether any label is an end-of-turn token: without one, the model never learns to stop."""
     return any(label in encoder.end_of_turn for row in rows for label in row.labels)
-
-
-def for_prompts(encoder: Encoder) -> Encoder:
-    """The same encoder with the loss on the last turn, as held-out answers are judged."""
-    return replace(encoder, loss_on="last")
 
 
 def _fold(system: str, chat: list[Message]) -> list[Message]:

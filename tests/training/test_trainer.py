@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ def test_a_save_that_fails_half_way_leaves_the_checkpoints_before(
     assert left == {"checkpoint-2"}
     monkeypatch.undo()
     assert job.train(config, console, resume=True).summary["steps"] == 6
+
+
+def test_a_checkpoint_is_not_seen_before_its_one_rename(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def power_cut(stage: Path, target: Path) -> None:
+        if Path(target).name.startswith("checkpoint-"):
+            assert not Path(target).exists()
+            raise OSError("power")
+        rename(stage, target)
+
+    monkeypatch.setattr("phinetune.files.os.replace", power_cut)
+    with pytest.raises(OSError, match="power"):
+        job.train(tiny_config(chats, tmp_path / "run", save_strategy="steps", save_steps=2), console)
+    assert [p for p in (tmp_path / "run").iterdir() if p.is_dir()] == []
 
 
 def test_nothing_is_sent_about_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of a run: five sections, each knob declared once with its default and its help.
+"""The configuration of a run: six sections, each knob declared once with its default and its help.
 
 `peft_config` and `training_config` are plain dictionaries here: their keys are those of
 `peft.LoraConfig` and `trl.SFTConfig`, and `phinetune.training.settings` validates them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -93,6 +93,11 @@ class DataSection(Section):
         "fail", description="rows that can't be used: stop and list them, or drop and count them"
     )
     limit: int | None = Field(None, ge=1, description="use the first N rows only")
+    packing: Literal["conversations", "tokens"] = Field(
+        "conversations",
+        description="what per_device_train_batch_size counts: conversations, or rows filled up to "
+        "training_config.max_length tokens with as many conversations as fit",
+    )
     seed: int = Field(0, description="seed of the split by fraction")
 
     @field_validator("eval")
@@ -101,6 +106,21 @@ class DataSection(Section):
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError(f"the fraction held out must lie between 0 and 1, not {value}")
         return value
+
+
+class EngineSection(Section):
+    """How a training step is computed."""
+
+    kind: Literal["fast", "plain"] = Field(
+        "fast", description="fast: packed rows and fused operators; plain: transformers and PEFT as they are"
+    )
+    activation_memory: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="what is recomputed in the backward to save memory: auto (as little as fits the free memory), "
+        "none, all layers, or the first N layers",
+    )
+    share_prefixes: bool = Field(True, description="compute what a step's chats begin with in common once")
+    compile: bool = Field(False, description="compile the element-wise operators with torch.compile")
 
 
 class EvaluationSection(Section):
@@ -113,6 +133,9 @@ class EvaluationSection(Section):
     batch_size: int = Field(16, ge=1, description="prompts answered together; rows scored together")
 
 
+SHORTHANDS = {"model": "path", "data": "train", "engine": "kind"}
+
+
 class RunConfig(Section):
     """A whole run. `RunConfig.model_validate` or `load_config` make one."""
 
@@ -120,16 +143,19 @@ class RunConfig(Section):
     data: DataSection = Field(default_factory=DataSection, description="the chats")
     peft_config: dict[str, Any] = Field(default_factory=dict, description="keys of peft.LoraConfig")
     training_config: dict[str, Any] = Field(default_factory=dict, description="keys of trl.SFTConfig")
+    engine: EngineSection = Field(default_factory=EngineSection, description="how a step is computed")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="base against tuned")
 
     @model_validator(mode="before")
     @classmethod
     def _shorthands(cls, value: Any) -> Any:
-        """`model: PATH` and `data: FILE` stand for the section with that one key; an empty section is none."""
+        """`model: PATH`, `data: FILE` and `engine: KIND` stand for the section with that one key; an empty section is
+        none.
+        """
         if not isinstance(value, Mapping):
             return value
         value = {key: section for key, section in value.items() if section is not None}
-        for section, key in (("model", "path"), ("data", "train")):
+        for section, key in SHORTHANDS.items():
             if isinstance(value.get(section), (str, Path, list)):
                 short = value[section]
                 value[section] = {key: short if isinstance(short, list) else str(short)}
@@ -187,8 +213,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: write it as section.key=value, for example data.limit=100")
     for key in keys[:-1]:
         below = tree.get(key)
-        if isinstance(below, str) and key in ("model", "data"):
-            below = {"path" if key == "model" else "train": below}
+        if isinstance(below, str) and key in SHORTHANDS:
+            below = {SHORTHANDS[key]: below}
         if below is not None and not isinstance(below, dict):
             raise ConfigError(f"--set {override}: `{key}` holds a value, not a section")
         tree[key] = tree = dict(below or {})

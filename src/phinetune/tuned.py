@@ -46,7 +46,7 @@ def open_model(path: str | Path, **model_options: Any) -> Tuned:
     config = _recorded_config(folder) if adapted else make_config({"model": {"path": str(path)}})
     merged = {**config.model.model_dump(), **model_options}
     section = make_config({"model": merged}).model
-    loaded = load_base(section)
+    loaded = load_base(section, fast=config.engine.kind == "fast")
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
     model = attach_adapter(loaded, folder) if adapted else loaded.model
     return Tuned(loaded, model, encoder, config)

@@ -119,7 +119,7 @@ def test_the_resolved_configuration_starts_the_same_run(tiny_run: Path, chats: P
     job.train(config, Console(quiet=True))
     assert losses(tmp_path / "again") == losses(tiny_run)
     tree = yaml.safe_load((tiny_run / "config.yaml").read_text())
-    assert set(tree) == {"model", "data", "peft_config", "training_config", "evaluation"}
+    assert set(tree) == {"model", "data", "peft_config", "training_config", "engine", "evaluation"}
     assert tree["data"]["loss_on"] == "assistant"
 
 

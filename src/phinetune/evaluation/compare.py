@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from phinetune.config import EvaluationSection
 from phinetune.data.build import ChatSet
 from phinetune.data.chat import Encoded, Encoder
+from phinetune.data.packing import pack
 from phinetune.evaluation import metrics
 from phinetune.measures import MEASURES, Measure
 from phinetune.model.generate import Answer, answer_prompts
+from phinetune.model.load import has_packed_form
 from phinetune.model.scoring import IGNORED, Score, score_batch
 
 
@@ -111,9 +113,15 @@ def score_rows(
     total = Score()
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        total = total + score_batch(model, _pad(batch, tokenizer.pad_token_id, model.device))
+        total = total + score_batch(model, _batched(batch, tokenizer.pad_token_id, model))
         on_done(len(batch))
     return total
+
+
+def _batched(rows: Sequence[Encoded], pad: int, model: Any) -> dict[str, torch.Tensor]:
+    if not has_packed_form(model):
+        return _pad(rows, pad, model.device)
+    return {key: value.to(model.device) for key, value in pack(rows).items()}
 
 
 def _pad(rows: Sequence[Encoded], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

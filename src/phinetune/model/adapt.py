@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from phinetune.errors import ConfigError, ModelError, at_most
-from phinetune.model.load import Base, Loaded
+from phinetune.model.fused import use_fused_layers
+from phinetune.model.load import Base, Loaded, has_packed_form
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -155,6 +156,8 @@ def attach_adapter(loaded: Loaded, folder: Path) -> PeftModel:
     """
     check_base(loaded.base, folder)
     config = read_adapter_config(folder)
+    if has_packed_form(loaded.model):
+        use_fused_layers(config)
     model = PeftModel(loaded.model, config)
     _check_tensors(model, folder)
     model.load_adapter(str(folder), "default", is_trainable=False)

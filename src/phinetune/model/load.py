@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from phinetune.config import ModelSection
 from phinetune.errors import ModelError
-from phinetune.model import starter, synthetic
+from phinetune.model import phi3, starter, synthetic
 from phinetune.model.device import pick_device, pick_dtype
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,12 @@ class Loaded:
     device: torch.device
 
 
-def load_base(section: ModelSection) -> Loaded:
+def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
     """Load what `section` names and move it to its device, in evaluation mode.
+
+    Args:
+        fast: take the class that has a packed form beside transformers' own (`phinetune.model.phi3`), if this
+            model's configuration has one.
 
     Raises:
         ModelError: not there, not of the family, pickle-only, shards missing, no chat template, …
@@ -66,9 +71,9 @@ def load_base(section: ModelSection) -> Loaded:
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     if section.path.startswith(synthetic.PREFIX):
-        model, base = _load_random(section, dtype)
+        model, base = _load_random(section, dtype, fast)
     else:
-        model, base = _load_checkpoint(section, dtype)
+        model, base = _load_checkpoint(section, dtype, fast)
     tokenizer = load_tokenizer(section, base, model.config)
     _align_stop_ids(model, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
@@ -76,19 +81,33 @@ def load_base(section: ModelSection) -> Loaded:
     return Loaded(model.to(device).eval(), tokenizer, base, device)  # type: ignore[arg-type]
 
 
-def _load_random(section: ModelSection, dtype: torch.dtype) -> tuple[Phi3ForCausalLM, Base]:
+def has_packed_form(model: object) -> bool:
+    """Whether a model, or the base of a PEFT model, takes packed rows."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    return isinstance(core, phi3.Phi3ForCausalLM)
+
+
+def _class_for(config: Phi3Config, fast: bool) -> type[Phi3ForCausalLM]:
+    reason = phi3.missing_form(config) if fast else None
+    if reason:
+        logger.warning("engine: %s has no fast form, so transformers' own model is used", reason)
+    return phi3.Phi3ForCausalLM if fast and not reason else Phi3ForCausalLM
+
+
+def _load_random(section: ModelSection, dtype: torch.dtype, fast: bool) -> tuple[Phi3ForCausalLM, Base]:
     config = synthetic.parse_shape(section.path)
-    model = synthetic.random_model(config, section.seed, dtype, section.attn_implementation)
+    kind = _class_for(config, fast)
+    model = synthetic.random_model(config, section.seed, dtype, section.attn_implementation, kind)
     shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
     return model, Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
 
 
-def _load_checkpoint(section: ModelSection, dtype: torch.dtype) -> tuple[Phi3ForCausalLM, Base]:
+def _load_checkpoint(section: ModelSection, dtype: torch.dtype, fast: bool) -> tuple[Phi3ForCausalLM, Base]:
     folder, revision = find_folder(section.path, section.revision)
     config = read_config(folder)
     check_weights(folder)
     try:
-        model = Phi3ForCausalLM.from_pretrained(
+        model = _class_for(config, fast).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

@@ -54,14 +54,22 @@ def score_batch(model: Any, batch: dict[str, torch.Tensor]) -> Score:
     Args:
         model: a causal model, or a PEFT model around one.
         batch: `input_ids`, `attention_mask` and `labels`, each of shape (rows, tokens); labels not shifted,
-            -100 where there is none. Packed rows come with `position_ids` in place of the mask.
+            -100 where there is none. Packed rows of transformers come with `position_ids` in place of the mask,
+            those of `phinetune.data.packing` with `segments`, and go through the model's own loss.
     """
+    if "segments" in batch:
+        return score_packed(model(**batch))
     labels = batch["labels"][:, 1:]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = core.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     picked = labels != IGNORED
     return _score_tokens(core.get_output_embeddings(), hidden[picked], labels[picked])
+
+
+def score_packed(out: Any) -> Score:
+    """The sums of a `PackedOutput`."""
+    return Score(float(out.nll), round(float(out.correct)), round(float(out.count)))
 
 
 def _score_tokens(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> Score:

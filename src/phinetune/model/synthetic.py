@@ -120,11 +120,17 @@ def special_ids(vocabulary: int) -> dict[str, int]:
     return {token: FIRST_BYTE + 256 + i for i, token in enumerate(SPECIAL)}
 
 
-def random_model(config: Phi3Config, seed: int, dtype: torch.dtype, attention: str) -> Phi3ForCausalLM:
+def random_model(
+    config: Phi3Config,
+    seed: int,
+    dtype: torch.dtype,
+    attention: str,
+    kind: type[Phi3ForCausalLM] = Phi3ForCausalLM,
+) -> Phi3ForCausalLM:
     """A model of that shape, its weights drawn from `seed` without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Phi3ForCausalLM = Phi3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+        model: Phi3ForCausalLM = kind._from_config(config, dtype=dtype, attn_implementation=attention)
     special = special_ids(config.vocab_size)
     model.generation_config = GenerationConfig(
         bos_token_id=1,

@@ -22,10 +22,12 @@ from phinetune.errors import ConfigError, RunError
 from phinetune.files import is_disk_full
 from phinetune.logs import log_file
 from phinetune.model.adapt import check_base, matched_targets, resolve_targets, trainable_parameters
-from phinetune.model.device import has_native_bf16
-from phinetune.model.load import Loaded, load_base
+from phinetune.model.device import has_native_bf16, pick_device, pick_dtype
+from phinetune.model.fused import use_fused_layers
+from phinetune.model.load import Loaded, has_packed_form, load_base
 from phinetune.run_folder import LOG, RunFolder
 from phinetune.training.callbacks import GradientCheck, MetricsWriter, StopRequest
+from phinetune.training.engine import Engine, why_plain
 from phinetune.training.progress import ProgressLine
 from phinetune.training.settings import Settings, make_lora_config, make_training_args, read_settings
 from phinetune.training.trainer import ChatTrainer
@@ -64,17 +66,20 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
     if not resume:
         folder.check_free(overwrite)
     check_sources(config.data)
-    loaded = load_base(config.model)
+    plain = why_plain(config, settings, pick_dtype(config.model.dtype, pick_device(config.model.device)))
+    loaded = load_base(config.model, fast=plain is None)
     if checkpoint:
         check_base(loaded.base, checkpoint)
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
     chats = build_chats(config.data, encoder, settings.max_length)
     show_data(chats, loaded, console)
-    trainer, callbacks = _make_trainer(settings, loaded, chats, folder, console)
+    engine = Engine.of(config, settings) if has_packed_form(loaded.model) else None
+    trainer, callbacks = _make_trainer(settings, loaded, chats, engine, folder, console)
     if checkpoint is None:
         folder.start(config, loaded.base.revision)
     trained = Trained(folder, loaded, trainer.peft_model, encoder, chats, {}, False)
     with log_file(folder.path / LOG):
+        log_engine(engine, plain)
         log_parameters(config, settings, trainer.args, loaded, trainer.peft_model)
         show_targets(trainer.peft_model, console)
         return _run(trainer, callbacks, checkpoint, trained)
@@ -90,18 +95,23 @@ class Callbacks:
 
 
 def _make_trainer(
-    settings: Settings, loaded: Loaded, chats: Chats, folder: RunFolder, console: Console
+    settings: Settings, loaded: Loaded, chats: Chats, engine: Engine | None, folder: RunFolder, console: Console
 ) -> tuple[ChatTrainer, Callbacks]:
-    args = make_training_args(settings, folder.path, loaded.device, loaded.model.dtype)
+    args = make_training_args(settings, folder.path, loaded.device, loaded.model.dtype, fast=engine is not None)
     lora = make_lora_config(settings, resolve_targets(loaded.model, settings.peft.get("target_modules")))
     lora.revision = loaded.base.revision
+    rows = chats.train.dataset()
+    if engine:
+        use_fused_layers(lora)
+        rows = engine.prepare(rows)
     set_seed(args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
     callbacks = Callbacks(MetricsWriter(folder.metrics), ProgressLine(console), StopRequest())
     try:
         trainer = ChatTrainer(
             loaded=loaded,
             args=args,
-            train_dataset=chats.train.dataset(),
+            engine=engine,
+            train_dataset=rows,
             eval_dataset=chats.held_out.dataset() if chats.held_out else None,
             peft_config=lora,
             callbacks=[callbacks.metrics, callbacks.progress, GradientCheck(), callbacks.stop],
@@ -146,6 +156,16 @@ def _mean_loss(trainer: ChatTrainer) -> float | None:
     """The mean of the logged losses, those before a resume included."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return sum(losses) / len(losses) if losses else None
+
+
+def log_engine(engine: Engine | None, why_not: str | None) -> None:
+    """One line on how a step is computed."""
+    if engine is None:
+        logger.info("engine: plain (transformers and PEFT as they are)%s", f": {why_not}" if why_not else "")
+        return
+    rows = f"rows filled up to {engine.fill} tokens" if engine.fill else "a step's chats in one row"
+    shared = "common beginnings computed once" if engine.share else "no sharing of common beginnings"
+    logger.info("engine: fast: %s without padding, %s, activation memory %s", rows, shared, engine.activation_memory)
 
 
 def log_parameters(

@@ -185,8 +185,14 @@ def make_lora_config(settings: Settings, targets: Any) -> LoraConfig:
         raise ConfigError(f"peft_config: {error}") from error
 
 
-def make_training_args(settings: Settings, output_dir: Path, device: torch.device, dtype: torch.dtype) -> SFTConfig:
+def make_training_args(
+    settings: Settings, output_dir: Path, device: torch.device, dtype: torch.dtype, *, fast: bool = False
+) -> SFTConfig:
     """TRL's arguments for this device and dtype. `bf16` follows the model's dtype unless given.
+
+    Args:
+        fast: the engine computes in the weights' dtype, packs, and saves memory itself, so autocast, TRL's packing
+            and transformers' gradient checkpointing are off.
 
     Raises:
         ConfigError: TRL or transformers refuses a value or a combination.
@@ -196,6 +202,8 @@ def make_training_args(settings: Settings, output_dir: Path, device: torch.devic
         given["bf16"] = dtype == torch.bfloat16
     given["output_dir"] = str(output_dir)
     given.setdefault("use_cpu", device.type == "cpu")
+    if fast:
+        given |= {"bf16": False, "packing": False, "gradient_checkpointing": False}
     given["disable_tqdm"] = True  # phinetune.training.progress draws the line
     try:
         with warnings.catch_warnings():

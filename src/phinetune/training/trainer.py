@@ -18,6 +18,7 @@ from phinetune.files import publish_files, publish_folder
 from phinetune.model.adapt import BASE_FILE
 from phinetune.model.load import Loaded
 from phinetune.model.scoring import Score, score_batch
+from phinetune.training.engine import Engine
 
 
 class ChatTrainer(SFTTrainer):
@@ -25,14 +26,17 @@ class ChatTrainer(SFTTrainer):
 
     Different from its parent: a checkpoint appears whole or not at all and holds no pickled arguments;
     evaluation weighs tokens, not batches, and keeps no logits; a loss that is not finite stops the run; nothing
-    is reported to anyone who was not named in `report_to`.
+    is reported to anyone who was not named in `report_to`. With an engine, a step's chats are one packed row.
     """
 
-    def __init__(self, *, loaded: Loaded, args: SFTConfig, **kwargs: Any) -> None:
+    def __init__(self, *, loaded: Loaded, args: SFTConfig, engine: Engine | None = None, **kwargs: Any) -> None:
         self.base, self.tokenizer = loaded.base, loaded.tokenizer
         self.generation = loaded.model.generation_config
         self.folder = Path(str(args.output_dir))
         self._stage: Path | None = None
+        self.engine = engine
+        if engine:
+            kwargs["data_collator"] = engine.collator(loaded.model)
         super().__init__(model=loaded.model, args=args, processing_class=loaded.tokenizer, **kwargs)
 
     @property
@@ -110,6 +114,8 @@ class ChatTrainer(SFTTrainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
+        if self.engine:
+            self.engine.budget_memory(self.peft_model, self.args.device)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # -- training and evaluating ----------------------------------------------------------------------------
@@ -121,10 +127,34 @@ class ChatTrainer(SFTTrainer):
             raise RunError(self._not_finite(float(loss), ids))
         return loss
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Of a packed row: its labels' summed loss over those of the whole step; token accuracy besides."""
+        if "segments" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        out = model(**inputs)
+        count = out.count if num_items_in_batch is None else num_items_in_batch
+        loss = out.nll / count
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes, each a part of the sum
+        self._metrics["train"]["mean_token_accuracy"].append(float(out.correct / out.count))
+        return (loss, out) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The labels of all micro-batches of a step, over all processes; a shared label counts for each row."""
+        if not batch_samples or "weights" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count real tokens: by the mask, since the padding token may be one that chats contain."""
         mask = inputs.get("attention_mask")  # packed rows have none, and no padding
-        count = torch.as_tensor(inputs["input_ids"].numel() if mask is None else mask.sum(), device=self.args.device)
+        packed = inputs.get("row_tokens", inputs["input_ids"].numel())
+        count = torch.as_tensor(packed if mask is None else mask.sum(), device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(count).sum())
 
     def _not_finite(self, loss: float, ids: torch.Tensor) -> str:
@@ -145,18 +175,17 @@ class ChatTrainer(SFTTrainer):
     ) -> EvalLoopOutput:
         """Loss, perplexity and token accuracy over all labelled tokens, batch by batch."""
         model = self.peft_model.eval()
-        total, rows = Score(), 0
+        total = Score()
         for batch in dataloader:
             with self.compute_loss_context_manager():
                 total = total + score_batch(model, self._prepare_inputs(batch))
-            rows += len(batch["input_ids"])
         total = self._reduced(total)
         metrics = {"loss": total.loss, "perplexity": total.perplexity, "token_accuracy": total.token_accuracy}
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=rows,
+            num_samples=self.num_examples(dataloader),
         )
 
     def _reduced(self, score: Score) -> Score:

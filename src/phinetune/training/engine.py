@@ -1,0 +1,103 @@
+"""Which engine a run trains with: the fast one, or transformers and PEFT as they are where it has no form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from phinetune.config import RunConfig
+from phinetune.data.packing import PackedCollator, fill_rows
+from phinetune.model.memory import ActivationMemory, LayerSizes, free_bytes
+from phinetune.model.phi3 import rope_limit
+from phinetune.training.settings import Settings
+
+# An adapter's gradient, and AdamW's two moments, in float32.
+BYTES_A_TRAINED_PARAMETER = 12
+
+# What needs a whole batch's logits, embeddings or activations in transformers' own form.
+PLAIN_TRAINING = {
+    "loss_type": ("nll", "chunked_nll"),
+    "label_smoothing_factor": (0.0,),
+    "neftune_noise_alpha": (None,),
+    "activation_offloading": (False,),
+    "use_liger_kernel": (False,),
+    "fp16": (False,),
+    "packing_strategy": ("bfd",),
+    "deepspeed": (None,),
+}
+# LoRA variants that read more than a layer's input, or replace more than linear layers.
+PLAIN_PEFT = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "velora_config",
+)
+
+
+def why_plain(config: RunConfig, settings: Settings, dtype: torch.dtype) -> str | None:
+    """What makes this run train without the fast engine; None if nothing does.
+
+    Args:
+        dtype: the weights'.
+    """
+    if config.engine.kind == "plain":
+        return "engine: plain"
+    for key, fine in PLAIN_TRAINING.items():
+        if settings.training.get(key, fine[0]) not in fine:
+            return f"training_config.{key}"
+    if settings.training.get("bf16") and dtype != torch.bfloat16:
+        return f"training_config.bf16 over {dtype} weights (model.dtype: bfloat16 has a fast form)"
+    return next((f"peft_config.{key}" for key in PLAIN_PEFT if settings.peft.get(key)), None)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The fast engine's choices for one run.
+
+    Attributes:
+        share: compute common beginnings once. Off under LoRA dropout, where each row draws masks of its own.
+        fill: tokens that `data.packing: tokens` fills a row up to; None where a row is a conversation.
+    """
+
+    activation_memory: str | int
+    share: bool
+    fill: int | None
+    dropout: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, settings: Settings) -> Engine:
+        """The engine that a configuration asks for."""
+        dropout = bool(settings.peft.get("lora_dropout"))
+        by_tokens = config.data.packing == "tokens" or bool(settings.training.get("packing"))
+        memory = config.engine.activation_memory
+        share = config.engine.share_prefixes and not dropout
+        return cls(memory, share, settings.max_length if by_tokens else None, dropout)
+
+    def prepare(self, dataset: Dataset) -> Dataset:
+        """The rows that a step counts."""
+        return fill_rows(dataset, self.fill) if self.fill else dataset
+
+    def collator(self, model: Any) -> PackedCollator:
+        """Makes a packed row of a step's conversations."""
+        return PackedCollator(share=self.share, rope_limit=rope_limit(model.config))
+
+    def budget_memory(self, model: PeftModel, device: torch.device) -> None:
+        """Let the decoder keep what fits the memory that is free now, before the first step."""
+        core: Any = model.get_base_model()
+        decoder = core.model
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        decoder.activation_levels = ActivationMemory(
+            self.activation_memory,
+            LayerSizes.of(decoder.config, self.dropout),
+            len(decoder.layers),
+            decoder.embed_tokens.weight.element_size(),
+            free_bytes(device) - trained * BYTES_A_TRAINED_PARAMETER,
+        )

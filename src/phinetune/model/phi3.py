@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from phinetune.model.memory import Level
 from phinetune.ops import rotary
-from phinetune.ops.attention import Heads, attention
+from phinetune.ops.attention import Heads, Run, attention, plan
 from phinetune.ops.cross_entropy import linear_cross_entropy
 from phinetune.ops.layout import Segment, read_segments
 from phinetune.ops.norm import rms_norm
@@ -57,7 +57,7 @@ class Packed:
         levels: what each layer keeps for the backward.
     """
 
-    segments: list[Segment]
+    runs: list[Run]
     cos: Tensor
     sin: Tensor
     predicts: Tensor
@@ -109,7 +109,7 @@ class Phi3Attention(plain.Phi3Attention):
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
         qkv = self.qkv_proj(hidden_states)
-        out = attention(qkv, packed.cos, packed.sin, packed.segments, self.heads)
+        out = attention(qkv, packed.cos, packed.sin, packed.runs, self.heads)
         return self.o_proj(out if rows is None else out.index_select(0, rows))
 
     @property
@@ -190,7 +190,8 @@ class Phi3Model(plain.Phi3Model):
         parts = read_segments(segments)
         cos, sin = self._rotation(positions, parts)
         levels = self._levels(len(positions))
-        row = Packed(parts, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels)
+        runs = plan(parts, self.layers[0].self_attn.heads, hidden.dtype, hidden.device)
+        row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, packed=row, rows=predicts if i == last else None, level=levels[i])

@@ -1,9 +1,10 @@
 """Causal attention over packed segments by matrix products, with its own backward.
 
-A block of queries sees a prefix of its segment's context, so each block is one product, one softmax over whole
-rows and another product; nothing is computed above the diagonal but the block's own corner, and memory grows with
-the length, not with its square. Query heads that share a key head (grouped-query attention) are stacked as rows.
-The backward computes the softmax again from queries and keys (Dao et al. 2022, FlashAttention, section 3.1).
+Segments of like length are computed together. A block of queries sees a prefix of its segment's context, so each
+block is one product, one softmax over whole rows and another product; nothing is computed above the diagonal but the
+block's own corner, and memory grows with the length, not with its square. Query heads that share a key head
+(grouped-query attention) are stacked as rows. The backward computes the softmax again from queries and keys (Dao et
+al. 2022, FlashAttention, section 3.1).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune.ops.layout import Range, Segment
+from phinetune.ops.layout import Group, Segment, group
 from phinetune.ops.rotary import rotate_
 
-BLOCK = 64  # queries a product
+BLOCK = 64  # queries of a segment a product
+SCORES = 1 << 20  # elements alive at a time, where segments are short: 4 MB in float32
 FLASH_FROM = 1024  # tokens, on a CPU in float32; benchmarks/attention.py measures both
 
 
@@ -40,82 +42,185 @@ class Heads:
     window: int | None = None
 
     @property
-    def group(self) -> int:
+    def shared(self) -> int:
+        """Query heads a key head."""
         return self.heads // self.kv_heads
 
+    @property
+    def total(self) -> int:
+        return self.heads + 2 * self.kv_heads
 
-def attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[Segment], heads: Heads) -> Tensor:
+
+@dataclass(frozen=True)
+class Placed:
+    """A group, and where its heads lie: rows of qkv, of the output and of their gradients, seen as (rows, size).
+
+    Heads are laid out as (segments, kv_heads, tokens, heads sharing the key). What the padding gives is written to a
+    token behind the last.
+
+    Attributes:
+        batch: segments · kv_heads.
+        length: own tokens of the longest segment.
+        before: tokens above.
+        q, k, v, out: where to read; `to_` where to write, keys and values of the segments' own tokens only.
+        above_k, above_v: keys and values of the tokens above, of every head.
+        padded: own tokens that are padding, shape (segments, 1, length, 1, 1); None where none is.
+    """
+
+    batch: int
+    length: int
+    before: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    to_q: Tensor
+    to_k: Tensor
+    to_v: Tensor
+    to_out: Tensor
+    above_k: Tensor
+    above_v: Tensor
+    padded: Tensor | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens of the row next to each other that are computed in one way.
+
+    Attributes:
+        groups: of their segments, counted from the run's first token; None: one long root, which goes to torch's
+            fused attention.
+    """
+
+    length: int
+    groups: list[Placed] | None
+
+
+def plan(segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, device: torch.device) -> list[Run]:
+    """How to attend within segments; the same for every layer.
+
+    Args:
+        segments: cover the row in order; a branch stands after its parent and before the next root.
+    """
+    runs: list[list[Segment]] = []
+    fused: list[bool] = []
+    for i, segment in enumerate(segments):
+        branches = i + 1 < len(segments) and bool(segments[i + 1].above)
+        # The fused attention knows neither branches nor a window.
+        simple = not segment.above and not branches and len(segment) <= (heads.window or len(segment))
+        alone = simple and len(segment) > _fused_from(dtype, device)
+        if alone or not runs or fused[-1]:
+            runs.append([])
+            fused.append(alone)
+        runs[-1].append(segment)
+    return [_run(run, heads, device, alone) for run, alone in zip(runs, fused, strict=True)]
+
+
+def _run(segments: Sequence[Segment], heads: Heads, device: torch.device, alone: bool) -> Run:
+    first, length = segments[0].start, segments[-1].stop - segments[0].start
+    if alone:
+        return Run(length, None)
+    groups = group([s.moved(-first) for s in segments], device)
+    return Run(length, [_placed(part, heads, length) for one in groups for part in _portions(one, heads)])
+
+
+def _portions(one: Group, heads: Heads) -> Iterator[Group]:
+    """A group cut so that a block's scores stay in the processor's cache."""
+    scores = heads.heads * min(BLOCK, one.own.shape[1]) * (one.before + one.own.shape[1])
+    most = max(1, SCORES // scores)
+    for start in range(0, len(one.own), most):
+        part = slice(start, start + most)
+        yield Group(one.above, one.own[part], None if one.there is None else one.there[part])
+
+
+def _placed(one: Group, heads: Heads, tokens: int) -> Placed:
+    own, above = one.own, torch.cat([torch.arange(*part) for part in one.above] or [torch.empty(0, dtype=torch.long)])
+    above = above.to(own.device)[None]
+    to = own if one.there is None else own.where(one.there, tokens)
+    context = torch.cat([above.expand(len(own), -1), own], dim=1)
+
+    def queries(at: Tensor, total: int) -> Tensor:
+        head = torch.arange(heads.heads, device=at.device).view(heads.kv_heads, 1, -1)
+        return (at[:, None, :, None] * total + head).flatten()
+
+    def keys(at: Tensor, first: int) -> Tensor:
+        head = torch.arange(first, first + heads.kv_heads, device=at.device)[:, None]
+        return (at[:, None] * heads.total + head).flatten()
+
+    k, v = heads.heads, heads.heads + heads.kv_heads
+    return Placed(
+        batch=len(own) * heads.kv_heads,
+        length=own.shape[1],
+        before=above.shape[1],
+        q=queries(own, heads.total),
+        k=keys(context, k),
+        v=keys(context, v),
+        out=queries(own, heads.heads),
+        to_q=queries(to, heads.total),
+        to_k=keys(to, k),
+        to_v=keys(to, v),
+        to_out=queries(to, heads.heads),
+        above_k=keys(above, k),
+        above_v=keys(above, v),
+        padded=None if one.there is None else ~one.there[:, None, :, None, None],
+    )
+
+
+def _fused_from(dtype: torch.dtype, device: torch.device) -> float:
+    """Length from which torch's fused attention wins. On a CPU its bfloat16 backward never does."""
+    if device.type != "cpu":
+        return 0
+    return FLASH_FROM if dtype == torch.float32 else math.inf
+
+
+def attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[Run], heads: Heads) -> Tensor:
     """Rotate queries and keys, attend within segments.
 
     Args:
         qkv: the fused projection's output, shape (tokens, (heads + 2 · kv_heads) · size); overwritten.
         cos, sin: shape (tokens, m) for the first 2·m features of each head.
-        segments: cover the row in order; a branch stands after its parent and before the next root.
+        runs: `plan`'s, covering the tokens in order.
 
     Returns:
         shape (tokens, heads · size).
     """
-    runs = list(_runs(segments, heads, _flash_from(qkv)))
-    if len(runs) == 1 and not isinstance(runs[0], Segment):
-        return _in_blocks(qkv, cos, sin, segments, heads)
+    if len(runs) == 1 and runs[0].groups is not None:
+        return _in_groups(qkv, cos, sin, runs[0].groups, heads)
     qkv = _Rotate.apply(qkv, cos, sin, heads)  # type: ignore[no-untyped-call]
-    parts = qkv.split([_length(run) for run in runs])
+    parts = qkv.split([run.length for run in runs])
     return torch.cat([_attend(part, run, heads) for part, run in zip(parts, runs, strict=True)])
 
 
-def _in_blocks(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, segments: Sequence[Segment], heads: Heads
-) -> Tensor:
-    out: Tensor = _Attention.apply(qkv, cos, sin, segments, heads)  # type: ignore[no-untyped-call]
+def _attend(qkv: Tensor, run: Run, heads: Heads) -> Tensor:
+    """A run's tokens, already rotated."""
+    return _fused(qkv, heads) if run.groups is None else _in_groups(qkv, None, None, run.groups, heads)
+
+
+def _in_groups(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: list[Placed], heads: Heads) -> Tensor:
+    out: Tensor = _Attention.apply(qkv, cos, sin, groups, heads)  # type: ignore[no-untyped-call]
     return out
 
 
-def _attend(qkv: Tensor, run: Segment | Sequence[Segment], heads: Heads) -> Tensor:
-    """A run's tokens, already rotated: a long root by torch's fused attention, others in blocks."""
-    if not isinstance(run, Segment):
-        return _in_blocks(qkv, None, None, [segment.moved(-run[0].start) for segment in run], heads)
+def _fused(qkv: Tensor, heads: Heads) -> Tensor:
     q, k, v = (part.transpose(0, 1)[None] for part in _split(qkv, heads))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scaling, enable_gqa=heads.group > 1)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scaling, enable_gqa=heads.shared > 1)
     return out[0].transpose(0, 1).reshape(len(qkv), -1)
 
 
-def _flash_from(qkv: Tensor) -> float:
-    """Roots longer than this go to torch's fused attention; benchmarks/attention.py measures where it wins.
-
-    On a CPU its bfloat16 backward is slower than the products at any length.
-    """
-    if qkv.device.type != "cpu":
-        return 0
-    return FLASH_FROM if qkv.dtype == torch.float32 else math.inf
+def _split(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of queries (tokens, heads, size), keys and values (tokens, kv_heads, size)."""
+    q, k, v = qkv.view(len(qkv), -1, heads.size).split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
+    return q, k, v
 
 
-def _runs(segments: Sequence[Segment], heads: Heads, flash_from: float) -> list[Segment | list[Segment]]:
-    """The row cut into long roots, alone, and lists of what lies between them.
-
-    A root stays in a list if it has branches, or a window that it is too long for: the fused attention has neither.
-    """
-    runs: list[Segment | list[Segment]] = []
-    for i, segment in enumerate(segments):
-        length = segment.stop - segment.start
-        branches = i + 1 < len(segments) and bool(segments[i + 1].above)
-        plain = not segment.above and not branches and length <= (heads.window or length)
-        if plain and length > flash_from:
-            runs.append(segment)
-        elif runs and isinstance(runs[-1], list):
-            runs[-1].append(segment)
-        else:
-            runs.append([segment])
-    return runs
-
-
-def _length(run: Segment | list[Segment]) -> int:
-    first, last = (run, run) if isinstance(run, Segment) else (run[0], run[-1])
-    return last.stop - first.start
+def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
+    """Rotate queries and keys in place."""
+    states = qkv.view(len(qkv), -1, heads.size)[:, : heads.heads + heads.kv_heads]
+    rotate_(states, cos, sin, back=back)
+    return qkv
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates queries and keys of qkv in place."""
-
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
         _turn(qkv, cos, sin, heads)
@@ -130,155 +235,113 @@ class _Rotate(torch.autograd.Function):
         return _turn(grad.clone(), cos, sin, ctx.heads, back=True), None, None, None
 
 
-def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
-    q, k, _ = _split(qkv, heads)
-    rotate_(q, cos, sin, back=back)
-    rotate_(k, cos, sin, back=back)
-    return qkv
-
-
 class _Attention(torch.autograd.Function):
     """Rotates in place first where cos and sin are given. Keeps the rotated qkv alone."""
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, segments: Sequence[Segment], heads: Heads
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Sequence[Placed], heads: Heads
     ) -> Tensor:
         if cos is not None and sin is not None:
             _turn(qkv, cos, sin, heads)
-        q, k, v = _split(qkv, heads)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for segment in segments:
-            keys, values = _gather(k, segment.ranges), _gather(v, segment.ranges)
-            for block in _blocks(segment, heads.window):
-                weights = _weights(q, keys, block, heads)
-                _product(weights, values[:, block.low : block.high], 1.0, out, block, heads)
-        ctx.segments, ctx.heads = segments, heads
+        out = qkv.new_empty(len(qkv) + 1, heads.heads * heads.size)
+        for one in groups:
+            q, k, v = _gather(qkv, one, heads)
+            rows = torch.empty_like(q)
+            for block in _blocks(one, heads.window):
+                got = torch.bmm(_weights(q, k, block, heads), v[:, block.keys])
+                rows[:, block.queries] = got.view(one.batch, -1, heads.shared, heads.size)
+            out.view(-1, heads.size).index_copy_(0, one.to_out, rows.view(-1, heads.size))
+        ctx.groups, ctx.heads = groups, heads
         ctx.save_for_backward(qkv, cos, sin)
-        return out.view(len(out), -1)
+        return out[:-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin = ctx.saved_tensors
-        d_qkv = torch.zeros_like(qkv)
-        d_q, d_k, d_v = _split(d_qkv, ctx.heads)
-        q, k, v = _split(qkv, ctx.heads)
-        grad = grad.reshape(q.shape)
-        for segment in ctx.segments:
-            keys, values = _gather(k, segment.ranges), _gather(v, segment.ranges)
-            d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
-            for block in _blocks(segment, ctx.heads.window):
-                _block_backward(q, keys, values, grad, d_q, d_keys, d_values, block, ctx.heads)
-            _scatter(d_k, segment.ranges, d_keys)
-            _scatter(d_v, segment.ranges, d_values)
-        if cos is not None:
-            _turn(d_qkv, cos, sin, ctx.heads, back=True)
-        return d_qkv, None, None, None, None
+        heads: Heads = ctx.heads
+        d_qkv = qkv.new_empty(len(qkv) + 1, qkv.shape[1])
+        flat = d_qkv.view(-1, heads.size)
+        shared: list[tuple[Tensor, Tensor]] = []
+        for one in ctx.groups:
+            d_q, d_k, d_v = _group_backward(qkv, grad, one, heads)
+            flat.index_copy_(0, one.to_q, d_q.view(-1, heads.size))
+            for to, above, part in ((one.to_k, one.above_k, d_k), (one.to_v, one.above_v, d_v)):
+                flat.index_copy_(0, to, part[:, one.before :].reshape(-1, heads.size))
+                summed = part[:, : one.before].unflatten(0, (-1, heads.kv_heads)).sum(0)
+                shared.append((above, summed.view(-1, heads.size)))
+        for above, part in shared:  # only now has every token got its own
+            flat.index_add_(0, above, part)
+        d_qkv = d_qkv[:-1]
+        return d_qkv if cos is None else _turn(d_qkv, cos, sin, heads, back=True), None, None, None, None
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [start, stop) of the row and the keys [low, high) of their context that they may see.
+    """Own tokens `queries` of each segment, and the tokens `keys` of its context that they may see.
 
-    `seen` of these keys are seen by the first query; each next one sees one more.
+    The first query sees `seen` of these keys, each next one sees one more.
     """
 
-    start: int
-    stop: int
-    low: int
-    high: int
+    queries: slice
+    keys: slice
     seen: int
 
 
-def _blocks(segment: Segment, window: int | None) -> Iterator[_Block]:
-    before = sum(stop - start for start, stop in segment.above)
-    for start in range(segment.start, segment.stop, BLOCK):
-        stop = min(start + BLOCK, segment.stop)
-        first = before + start - segment.start  # the first query's own place in its context
+def _blocks(one: Placed, window: int | None) -> Iterator[_Block]:
+    """From the last to the first: the last one's keys are all of them, unless there is a window."""
+    for start in reversed(range(0, one.length, BLOCK)):
+        stop = min(start + BLOCK, one.length)
+        first = one.before + start  # the first query's own place in its context
         low = 0 if window is None else max(0, first - window + 1)
-        yield _Block(start, stop, low, first + stop - start, first + 1 - low)
+        yield _Block(slice(start, stop), slice(low, one.before + stop), first + 1 - low)
 
 
-def _split(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of queries (tokens, heads, size), keys and values (tokens, kv_heads, size)."""
-    parts = qkv.view(len(qkv), -1, heads.size)
-    q, k, v = parts.split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
-    return q, k, v
+def _gather(qkv: Tensor, one: Placed, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """A group's queries (batch, tokens, heads sharing a key, size), keys and values (batch, context, size)."""
+    flat = qkv.view(-1, heads.size)
+    q, k, v = (flat.index_select(0, at) for at in (one.q, one.k, one.v))
+    shape = (one.batch, -1, heads.size)
+    return q.view(one.batch, one.length, heads.shared, heads.size), k.view(shape), v.view(shape)
 
 
-def _gather(states: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """The tokens of `ranges`, head by head: (kv_heads, tokens, size)."""
-    if len(ranges) == 1:
-        return states[ranges[0][0] : ranges[0][1]].transpose(0, 1).contiguous()
-    return torch.cat([states[start:stop].transpose(0, 1) for start, stop in ranges], dim=1)
-
-
-def _scatter(into: Tensor, ranges: Sequence[Range], grad: Tensor) -> None:
-    """Add what `_gather` took, (kv_heads, tokens, size), back to where it lay."""
-    for (start, stop), part in zip(ranges, grad.split([stop - start for start, stop in ranges], dim=1), strict=True):
-        into[start:stop].add_(part.transpose(0, 1))
-
-
-def _take(states: Tensor, block: _Block, heads: Heads) -> Tensor:
-    """Query rows of a block: (kv_heads, group · queries, size)."""
-    part = states[block.start : block.stop].unflatten(1, (heads.kv_heads, heads.group))
-    rows: Tensor = part.permute(1, 2, 0, 3).reshape(heads.kv_heads, -1, heads.size)
-    return rows
-
-
-def _product(left: Tensor, right: Tensor, scaling: float, into: Tensor, block: _Block, heads: Heads) -> None:
-    """scaling · left right, (kv_heads, group · queries, size), to where `_take` takes a block's rows from."""
-    if heads.group == 1:
-        rows = into[block.start : block.stop].transpose(0, 1)
-        torch.baddbmm(rows, left, right, beta=0, alpha=scaling, out=rows)
-        return
-    part = into[block.start : block.stop].unflatten(1, (heads.kv_heads, heads.group))
-    rows = torch.baddbmm(right[:, :1], left, right, beta=0, alpha=scaling)
-    part.copy_(rows.view(heads.kv_heads, heads.group, -1, heads.size).permute(2, 0, 1, 3))
-
-
-def _weights(q: Tensor, keys: Tensor, block: _Block, heads: Heads) -> Tensor:
-    """Softmax of the scaled scores: (kv_heads, group · queries, keys)."""
-    rows = _take(q, block, heads)
-    scores = rows.new_empty(heads.kv_heads, rows.shape[1], block.high - block.low)
-    torch.baddbmm(scores, rows, keys[:, block.low : block.high].mT, beta=0, alpha=heads.scaling, out=scores)
-    _hide(scores, block, heads.window)
+def _weights(q: Tensor, k: Tensor, block: _Block, heads: Heads) -> Tensor:
+    """Softmax of a block's scaled scores: (batch, queries · heads sharing a key, keys)."""
+    rows, keys = q[:, block.queries].flatten(1, 2), k[:, block.keys]
+    scores = torch.baddbmm(rows[:, :1, :1], rows, keys.mT, beta=0, alpha=heads.scaling)
+    _hide(scores.view(len(q), -1, heads.shared, keys.shape[1]), block, heads.window)
     return torch.softmax(scores, dim=-1)
 
 
 def _hide(scores: Tensor, block: _Block, window: int | None) -> None:
     """Minus infinity where a query must not look: after itself, and before its window."""
-    queries = block.stop - block.start
-    shaped = scores.view(len(scores), -1, queries, scores.shape[-1])
-    shaped[..., block.seen - 1 :].add_(_corner(queries, scores.dtype, scores.device))
-    if window is not None and block.seen + queries - 1 > window:
-        row = torch.arange(queries, device=scores.device)[:, None]
-        column = torch.arange(scores.shape[-1], device=scores.device)
-        shaped.masked_fill_(column <= row + (block.seen - 1 - window), float("-inf"))
+    queries, keys = scores.shape[1], scores.shape[3]
+    scores[..., block.seen - 1 :] += _corner(queries, scores.dtype, scores.device)
+    if window is not None and keys > window:
+        row = torch.arange(queries, device=scores.device)[:, None, None]
+        column = torch.arange(keys, device=scores.device)
+        scores.masked_fill_(column <= row + (block.seen - 1 - window), float("-inf"))
 
 
 @functools.lru_cache(maxsize=256)
 def _corner(queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Minus infinity above the diagonal, zero elsewhere; adding it is faster than filling by a mask."""
-    return torch.full((queries, queries), float("-inf"), dtype=dtype, device=device).triu_(1)
+    return torch.full((queries, queries), float("-inf"), dtype=dtype, device=device).triu_(1)[:, None]
 
 
-def _block_backward(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    grad: Tensor,
-    d_q: Tensor,
-    d_keys: Tensor,
-    d_values: Tensor,
-    block: _Block,
-    heads: Heads,
-) -> None:
-    seen = slice(block.low, block.high)
-    weights, rows, d_out = _weights(q, keys, block, heads), _take(q, block, heads), _take(grad, block, heads)
-    d_values[:, seen].baddbmm_(weights.mT, d_out)
-    d_scores = torch.bmm(d_out, values[:, seen].mT)
-    # dS = P ∘ (dP − rowsum(dP ∘ P))
-    d_scores = torch._softmax_backward_data(d_scores, weights, -1, weights.dtype)
-    d_keys[:, seen].baddbmm_(d_scores.mT, rows, alpha=heads.scaling)
-    _product(d_scores, keys[:, seen], heads.scaling, d_q, block, heads)
+def _group_backward(qkv: Tensor, grad: Tensor, one: Placed, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what `_gather` gave; those of the padding are zero or of no account."""
+    q, k, v = _gather(qkv, one, heads)
+    d_out = grad.reshape(-1, heads.size).index_select(0, one.out).view_as(q)
+    if one.padded is not None:
+        d_out.unflatten(0, (-1, heads.kv_heads)).masked_fill_(one.padded, 0)
+    d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for block in _blocks(one, heads.window):
+        weights, d_rows = _weights(q, k, block, heads), d_out[:, block.queries].flatten(1, 2)
+        d_v[:, block.keys] += torch.bmm(weights.mT, d_rows)
+        d_weights = torch.bmm(d_rows, v[:, block.keys].mT)
+        # dS = P ∘ (dP − rowsum(dP ∘ P))
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(heads.scaling)
+        d_k[:, block.keys] += torch.bmm(d_scores.mT, q[:, block.queries].flatten(1, 2))
+        d_q[:, block.queries] = torch.bmm(d_scores, k[:, block.keys]).view(one.batch, -1, heads.shared, heads.size)
+    return d_q, d_k, d_v

@@ -10,12 +10,15 @@ nothing are roots. Conversations that begin alike are branches over a shared roo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Range = tuple[int, int]
+
+ALIKE = 0.7  # segments at least this long, measured by the longest, are padded to it and computed together
 
 
 @dataclass(frozen=True)
@@ -26,30 +29,68 @@ class Segment:
     stop: int
     above: tuple[Range, ...] = ()
 
-    @property
-    def ranges(self) -> tuple[Range, ...]:
-        """All that the last token sees, adjacent ranges joined."""
-        joined: list[Range] = []
-        for start, stop in (*self.above, (self.start, self.stop)):
-            if joined and joined[-1][1] == start:
-                joined[-1] = (joined[-1][0], stop)
-            else:
-                joined.append((start, stop))
-        return tuple(joined)
+    def __len__(self) -> int:
+        return self.stop - self.start
 
     def moved(self, by: int) -> Segment:
         """The same segment where the row is cut off `-by` tokens from its start."""
         return Segment(self.start + by, self.stop + by, tuple((start + by, stop + by) for start, stop in self.above))
 
 
+@dataclass(frozen=True)
+class Group:
+    """Segments under one parent and of like length, padded at their ends to the longest.
+
+    Attributes:
+        above: what they all see before their own tokens.
+        own: each segment's tokens, shape (segments, longest); the first one's again where it has ended.
+        there: which of `own` are tokens; None where all are.
+    """
+
+    above: tuple[Range, ...]
+    own: Tensor
+    there: Tensor | None
+
+    @property
+    def before(self) -> int:
+        """Tokens above."""
+        return sum(stop - start for start, stop in self.above)
+
+
 def read_segments(table: Tensor) -> list[Segment]:
     """Segments of a table (n, 3) of start, stop and parent's index (-1: none); parents stand before children."""
-    return list(_walk(table.tolist()))
-
-
-def _walk(rows: list[list[int]]) -> Iterator[Segment]:
     paths: list[tuple[Range, ...]] = []
-    for start, stop, parent in rows:
+    segments = []
+    for start, stop, parent in table.tolist():
         above = paths[parent] if parent >= 0 else ()
         paths.append((*above, (start, stop)))
-        yield Segment(start, stop, above)
+        segments.append(Segment(start, stop, above))
+    return segments
+
+
+def group(segments: Sequence[Segment], device: torch.device) -> list[Group]:
+    """Segments that are computed together: attention over many short ones is a few wide products."""
+    families: dict[tuple[Range, ...], list[Segment]] = {}
+    for segment in segments:
+        families.setdefault(segment.above, []).append(segment)
+    return [_padded(alike, device) for family in families.values() for alike in _alike(family)]
+
+
+def _alike(family: Sequence[Segment]) -> Iterator[list[Segment]]:
+    alike: list[Segment] = []
+    for segment in sorted(family, key=len, reverse=True):
+        if alike and len(segment) < ALIKE * len(alike[0]):
+            yield alike
+            alike = []
+        alike.append(segment)
+    yield alike
+
+
+def _padded(segments: Sequence[Segment], device: torch.device) -> Group:
+    longest = len(segments[0])
+    starts = torch.tensor([segment.start for segment in segments])[:, None]
+    lengths = torch.tensor([len(segment) for segment in segments])[:, None]
+    place = torch.arange(longest)
+    there = place < lengths
+    own = torch.where(there, starts + place, starts)
+    return Group(segments[0].above, own.to(device), None if bool(there.all()) else there.to(device))

@@ -82,21 +82,26 @@ def rope_limit(config: Any) -> int | None:
 
 
 class Phi3RMSNorm(plain.Phi3RMSNorm):
-    """The norm with a small backward."""
+    """The norm with a small backward; `compile_ops` runs it compiled."""
+
+    compile_ops = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, compile=self.compile_ops)
 
 
 class Phi3MLP(plain.Phi3MLP):
     """gate_up_proj, SwiGLU, down_proj; the packed way can drop SwiGLU's output and compute it again."""
 
+    compile_ops = False
+
     def forward(self, hidden_states: Tensor, packed: bool = False, rebuild: bool = False) -> Tensor:
         if not packed:
             return super().forward(hidden_states)
         gate_up = self.gate_up_proj(hidden_states)
-        active = swiglu(gate_up)
-        with _lighter(rebuild, active, swiglu, gate_up):
+        activate = functools.partial(swiglu, compile=self.compile_ops)
+        active = activate(gate_up)
+        with _lighter(rebuild, active, activate, gate_up):
             return self.down_proj(active)  # type: ignore[no-any-return]
 
 
@@ -184,13 +189,20 @@ class Phi3Model(plain.Phi3Model):
         self.activation_levels: Callable[[int], Sequence[Level]] | None = None
         self.post_init()  # type: ignore[no-untyped-call]
 
+    def compile_operators(self) -> None:
+        """Run norms and SwiGLU compiled from now on."""
+        for module in self.modules():
+            if isinstance(module, (Phi3RMSNorm, Phi3MLP)):
+                module.compile_ops = True
+
     def packed(self, input_ids: Tensor, positions: Tensor, segments: Tensor, predicts: Tensor) -> Tensor:
         """Normed hidden states at the positions `predicts`: shape (labels, width). See `Phi3ForCausalLM.forward`."""
         hidden = self.embed_tokens(input_ids)
         parts = read_segments(segments)
         cos, sin = self._rotation(positions, parts)
         levels = self._levels(len(positions))
-        runs = plan(parts, self.layers[0].self_attn.heads, hidden.dtype, hidden.device)
+        first: Any = self.layers[0]
+        runs = plan(parts, first.self_attn.heads, hidden.dtype, hidden.device)
         row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

@@ -40,16 +40,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros_like(nll)
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, len(labels), rows):
+        rows = min(len(labels), max(1, CHUNK_ELEMENTS // weight.shape[0]))
+        logits = hidden.new_empty(rows, weight.shape[0])  # once: fresh pages for every chunk take longer than softmax
+        log_p = torch.empty_like(logits, dtype=torch.float32)
+        for start in range(0, len(labels), max(1, rows)):
             part = slice(start, start + rows)
-            log_p = torch.log_softmax(hidden[part] @ weight.t(), dim=-1, dtype=torch.float32)
-            picked = log_p.gather(1, labels[part, None]).squeeze(1)
+            count = len(labels[part])
+            torch.mm(hidden[part], weight.t(), out=logits[:count])
+            torch.log_softmax(logits[:count], dim=-1, dtype=torch.float32, out=log_p[:count])
+            picked = log_p[:count].gather(1, labels[part, None]).squeeze(1)
             nll -= torch.dot(picked, weights[part])
-            correct += torch.dot((picked == log_p.amax(-1)).float(), weights[part])
+            correct += torch.dot((picked == log_p[:count].amax(-1)).float(), weights[part])
             if d_hidden is None and d_weight is None:
                 continue
-            d_logits = _gradient(log_p, labels[part], weights[part]).to(hidden.dtype)
+            d_logits = _gradient(log_p[:count], labels[part], weights[part], logits[:count])
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[part])
             if d_weight is not None:
@@ -70,8 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _gradient(log_p: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """weight · (softmax − one-hot), written over `log_p`."""
+def _gradient(log_p: Tensor, labels: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
+    """weight · (softmax − one-hot), in float32 over `log_p`, rounded over `logits` where these are narrower."""
     p = log_p.exp_()
     p[torch.arange(len(labels), device=p.device), labels] -= 1.0
-    return p.mul_(weights[:, None])
+    p.mul_(weights[:, None])
+    return p if logits.dtype == p.dtype else logits.copy_(p)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phinetune.ops.compiled import compiled
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, compile: bool = False) -> Tensor:
     """`weight · x / √(mean(x²) + eps)` over the last dimension.
 
     The statistics are float32 and the normalised x is rounded to x's dtype before it is weighed, as in transformers.
@@ -16,8 +18,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: shape (..., width).
         weight: shape (width).
+        compile: run the compiled form of forward and backward.
     """
-    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _RMSNorm.apply(x, weight, eps, compile)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -25,22 +28,31 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps x and one float32 number a token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (length.square() / x.shape[-1] + eps).rsqrt()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compile: bool) -> Tensor:
+        ctx.compile = compile
+        out, scale = (compiled(_forward) if compile else _forward)(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        normed: Tensor = (x * scale).to(x.dtype) * weight
-        return normed
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        # With n = x·scale and g = grad·weight: dx = scale · (g − n · mean(g·n))
         d_weight = dx = None
         if ctx.needs_input_grad[1]:
             d_weight = (grad * (x * scale)).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            g = grad * weight
-            pull = torch.linalg.vecdot(g.float(), x.float()).unsqueeze(-1) * scale.square() / x.shape[-1]
-            dx = (g - x * pull).mul_(scale).to(x.dtype)
-        return dx, d_weight, None
+            dx = (compiled(_backward) if ctx.compile else _backward)(grad, x, weight, scale)
+        return dx, d_weight, None, None
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = (length.square() / x.shape[-1] + eps).rsqrt()
+    return (x * scale).to(x.dtype) * weight, scale
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """With n = x · scale and g = grad · weight: dx = scale · (g − n · mean(g · n))."""
+    g = grad * weight
+    pull = (g.float() * x.float()).sum(-1, keepdim=True) * scale.square() / x.shape[-1]
+    return ((g - x * pull) * scale).to(x.dtype)

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from phinetune.ops.compiled import compiled
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) · up` of shape (..., 2 · width) to (..., width), the gate being the first half."""
-    out: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+
+def swiglu(gate_up: Tensor, *, compile: bool = False) -> Tensor:
+    """`silu(gate) · up` of shape (..., 2 · width) to (..., width), the gate being the first half.
+
+    Args:
+        compile: run the compiled form of forward and backward.
+    """
+    out: Tensor = _SwiGLU.apply(gate_up, compile)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -19,17 +25,34 @@ class _SwiGLU(torch.autograd.Function):
     """Keeps its input alone, and computes silu again."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, compile: bool) -> Tensor:
+        ctx.compile = compile
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return (compiled(_forward) if compile else _forward)(gate_up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        d_gate, d_up = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=d_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
-        return out
+        return (compiled(_formula) if ctx.compile else _backward)(grad, gate_up), None
+
+
+def _forward(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _formula(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """For the compiler, which fuses it into one loop."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    open_ = torch.sigmoid(gate)
+    return torch.cat([grad * up * open_ * (1 + gate * (1 - open_)), grad * gate * open_], dim=-1)
+
+
+def _backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The same by the operators that torch has fused already, each written to its place."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = torch.empty_like(gate_up)
+    d_gate, d_up = out.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=d_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,10 @@ from phinetune.config import RunConfig
 from phinetune.data.packing import PackedCollator, fill_rows
 from phinetune.model.memory import ActivationMemory, LayerSizes, free_bytes
 from phinetune.model.phi3 import rope_limit
+from phinetune.ops.compiled import why_not
 from phinetune.training.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # An adapter's gradient, and AdamW's two moments, in float32.
 BYTES_A_TRAINED_PARAMETER = 12
@@ -63,14 +67,18 @@ class Engine:
     """The fast engine's choices for one run.
 
     Attributes:
+        activation_memory: the configuration's.
         share: compute common beginnings once. Off under LoRA dropout, where each row draws masks of its own.
         fill: tokens that `data.packing: tokens` fills a row up to; None where a row is a conversation.
+        dropout: whether LoRA dropout is on.
+        compile: compile the element-wise operators.
     """
 
     activation_memory: str | int
     share: bool
     fill: int | None
     dropout: bool
+    compile: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, settings: Settings) -> Engine:
@@ -79,7 +87,8 @@ class Engine:
         by_tokens = config.data.packing == "tokens" or bool(settings.training.get("packing"))
         memory = config.engine.activation_memory
         share = config.engine.share_prefixes and not dropout
-        return cls(memory, share, settings.max_length if by_tokens else None, dropout)
+        compile = config.engine.compile or bool(settings.training.get("torch_compile"))
+        return cls(memory, share, settings.max_length if by_tokens else None, dropout, compile)
 
     def prepare(self, dataset: Dataset) -> Dataset:
         """The rows that a step counts."""
@@ -89,10 +98,16 @@ class Engine:
         """Makes a packed row of a step's conversations."""
         return PackedCollator(share=self.share, rope_limit=rope_limit(model.config))
 
-    def budget_memory(self, model: PeftModel, device: torch.device) -> None:
-        """Let the decoder keep what fits the memory that is free now, before the first step."""
+    def set_up(self, model: PeftModel, device: torch.device) -> None:
+        """Before the first step: compile what can be, and let the decoder keep what fits the memory free now."""
         core: Any = model.get_base_model()
         decoder = core.model
+        if self.compile:
+            reason = why_not()
+            if reason:
+                logger.warning("engine.compile: off, since nothing can be compiled here (%s)", reason)
+            else:
+                decoder.compile_operators()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         decoder.activation_levels = ActivationMemory(
             self.activation_memory,

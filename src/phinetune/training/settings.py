@@ -203,7 +203,7 @@ def make_training_args(
     given["output_dir"] = str(output_dir)
     given.setdefault("use_cpu", device.type == "cpu")
     if fast:
-        given |= {"bf16": False, "packing": False, "gradient_checkpointing": False}
+        given |= {"bf16": False, "packing": False, "gradient_checkpointing": False, "torch_compile": False}
     given["disable_tqdm"] = True  # phinetune.training.progress draws the line
     try:
         with warnings.catch_warnings():

@@ -115,7 +115,7 @@ class ChatTrainer(SFTTrainer):
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         if self.engine:
-            self.engine.budget_memory(self.peft_model, self.args.device)
+            self.engine.set_up(self.peft_model, self.args.device)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # -- training and evaluating ----------------------------------------------------------------------------

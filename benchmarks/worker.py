@@ -1,0 +1,239 @@
+"""One measurement in a process of its own: `python -m benchmarks.worker KIND JSON` prints one JSON line.
+
+Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
+one step of made-up tokens, by either engine), `gemm` (the best rate of a matrix product).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+TRAINING: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "max_length": 1024,
+    "seed": 0,
+    "use_cpu": True,
+}
+
+
+def trl(
+    model: str,
+    data: str,
+    rows: int,
+    batch: int,
+    dtype: str,
+    checkpointing: bool = False,
+    packing: bool = False,
+    compile: bool = False,
+) -> dict[str, Any]:
+    """TRL on the first rows of `data`, a JSON list of Alpaca rows."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    read = json.loads(Path(data).read_text())[:rows]
+    asked = [row["instruction"] + ("\n" + row["input"] if row["input"] else "") for row in read]
+    chats = [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": row["output"]}],
+        }
+        for question, row in zip(asked, read, strict=True)
+    ]
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa"),
+        args=SFTConfig(
+            tempfile.mkdtemp(),
+            per_device_train_batch_size=batch,
+            packing=packing,
+            gradient_checkpointing=checkpointing,
+            torch_compile=compile,
+            bf16=dtype == "bfloat16",
+            report_to=[],
+            disable_tqdm=True,
+            **TRAINING,
+        ),
+        train_dataset=Dataset.from_list(chats),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(**LORA),
+    )
+    tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"tokens": tokens, "seconds": seconds, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def phinetune(model: str, data: str, rows: int, batch: int, dtype: str, engine: dict[str, Any]) -> dict[str, Any]:
+    """A run of this project on the same rows. `overhead`: share of the time that is not forward to optimizer."""
+    from peft import PeftModel
+    from rich.console import Console
+    from torch.nn.modules.module import register_module_forward_pre_hook
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from phinetune.config import make_config
+    from phinetune.training import job
+
+    began: list[float] = []
+    ended: list[float] = []
+    register_module_forward_pre_hook(
+        lambda module, _: began.append(time.perf_counter()) if isinstance(module, PeftModel) else None
+    )
+    register_optimizer_step_post_hook(lambda *_: ended.append(time.perf_counter()))
+    folder = Path(tempfile.mkdtemp()) / "run"
+    training = {**TRAINING, "output_dir": str(folder), "per_device_train_batch_size": batch}
+    config = make_config(
+        {
+            "model": {"path": model, "dtype": dtype, "device": "cpu"},
+            "data": {"train": data, "limit": rows},
+            "engine": engine,
+            "peft_config": LORA,
+            "training_config": training,
+        }
+    )
+    trained = job.train(config, Console(quiet=True))
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    inside = sum(end - start for start, end in zip(began, ended, strict=True))
+    return {
+        "tokens": trained.summary["tokens"],
+        "seconds": trained.summary["seconds"],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "overhead": 1 - inside / (ended[-1] - began[0]),
+    }
+
+
+def step(
+    model: str,
+    engine: str,
+    chats: int,
+    length: int,
+    dtype: str,
+    shared: int = 0,
+    sharing: bool = True,
+    labelled: int | None = None,
+    rounds: int = 3,
+    memory: str | int = "none",
+) -> dict[str, Any]:
+    """Forward and backward over `chats` conversations of `length` tokens, the first `shared` of them the same.
+
+    Args:
+        engine: fast, plain (transformers and PEFT), or compiled (plain under torch.compile).
+        labelled: tokens at each end that are trained on; None is all.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from phinetune.config import EngineSection, ModelSection
+    from phinetune.data.chat import Encoded
+    from phinetune.data.packing import pack
+    from phinetune.model.fused import use_fused_layers
+    from phinetune.model.load import load_base
+    from phinetune.training.engine import Engine
+
+    loaded = load_base(ModelSection(path=model, dtype=dtype, device="cpu"), fast=engine == "fast")
+    lora = LoraConfig(**LORA)
+    peft = get_peft_model(loaded.model, use_fused_layers(lora) if engine == "fast" else lora).train()
+    torch.manual_seed(0)
+    top = loaded.model.config.vocab_size - 64
+    begin = torch.randint(3, top, (shared,)).tolist()
+    rows = []
+    for _ in range(chats):
+        ids = begin + torch.randint(3, top, (length - shared,)).tolist()
+        quiet = 0 if labelled is None else length - labelled
+        rows.append(Encoded(ids, [-100] * quiet + ids[quiet:]))
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    if engine == "fast":
+        Engine(EngineSection(activation_memory=memory).activation_memory, sharing, None, False).set_up(
+            peft, loaded.device
+        )
+        batch = pack(rows, share=sharing)
+
+        def loss() -> torch.Tensor:
+            out = peft(**batch)
+            return out.nll / out.count
+
+    else:
+        run = torch.compile(peft) if engine == "compiled" else peft
+        padded = {
+            "input_ids": torch.tensor([r.input_ids for r in rows]),
+            "labels": torch.tensor([r.labels for r in rows]),
+        }
+
+        def loss() -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                return run(**padded, use_cache=False).loss  # type: ignore[no-any-return]
+
+    times = []
+    for _ in range(rounds + 1):
+        for p in trained:
+            p.grad = None
+        start = time.perf_counter()
+        loss().backward()
+        times.append(time.perf_counter() - start)
+    counted = chats * (length if labelled is None else labelled)
+    return {
+        "tokens": chats * length,
+        "seconds": statistics.median(times[1:]),
+        "useful_flop": useful(loaded.model.config, chats * length, counted, chats * length * (length + 1) // 2),
+    }
+
+
+def useful(config: Any, tokens: int, labels: int, pairs: int) -> float:
+    """Operations that a step cannot do without: products forward and backward, the head at labels, attention's.
+
+    Args:
+        pairs: (query, key) pairs that see each other.
+    """
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attended = config.num_attention_heads * size
+    qkv = attended + 2 * config.num_key_value_heads * size
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = hidden * qkv + attended * hidden + 3 * hidden * inner
+    # Attention: two products forward, four backward, 2 operations a multiplication each.
+    attention = 12 * attended * pairs
+    return config.num_hidden_layers * (4.0 * layer * tokens + attention) + 4.0 * hidden * config.vocab_size * labels
+
+
+def gemm(dtype: str) -> dict[str, Any]:
+    """The best rate of a matrix product seen, in operations a second."""
+    best = 0.0
+    for rows, inner, columns in ((2048, 3072, 9216), (2048, 2048, 2048), (1024, 8192, 3072)):
+        a = torch.randn(rows, inner, dtype=getattr(torch, dtype))
+        b = torch.randn(columns, inner, dtype=getattr(torch, dtype))
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.mm(a, b.t())
+            best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - start))
+    return {"flop_per_s": best}
+
+
+KINDS = {"trl": trl, "phinetune": phinetune, "step": step, "gemm": gemm}
+
+
+def main() -> None:
+    """Run the kind named on the command line and print what it gave, with this process's peak memory."""
+    torch.set_num_threads(2)
+    result = KINDS[sys.argv[1]](**json.loads(sys.argv[2]))
+    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

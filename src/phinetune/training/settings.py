@@ -203,7 +203,9 @@ def make_training_args(
     given["output_dir"] = str(output_dir)
     given.setdefault("use_cpu", device.type == "cpu")
     if fast:
-        given |= {"bf16": False, "packing": False, "gradient_checkpointing": False, "torch_compile": False}
+        # The plain loss_type keeps TRL 1.14 from putting its own forward in the model's place.
+        off = ("bf16", "packing", "gradient_checkpointing", "torch_compile")
+        given |= {"loss_type": "nll", **dict.fromkeys(off, False)}
     given["disable_tqdm"] = True  # phinetune.training.progress draws the line
     try:
         with warnings.catch_warnings():

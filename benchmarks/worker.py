@@ -149,7 +149,7 @@ def step(
 
     loaded = load_base(ModelSection(path=model, dtype=dtype, device="cpu"), fast=engine == "fast")
     lora = LoraConfig(**LORA)
-    peft = get_peft_model(loaded.model, use_fused_layers(lora) if engine == "fast" else lora).train()
+    peft = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model) if engine == "fast" else lora).train()
     torch.manual_seed(0)
     top = loaded.model.config.vocab_size - 64
     begin = torch.randint(3, top, (shared,)).tolist()

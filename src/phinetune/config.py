@@ -35,6 +35,11 @@ class ModelSection(Section):
         "auto",
         description="weights' dtype; auto: bfloat16 where the device multiplies it natively, else float32",
     )
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="hold the decoder's linear layers in 4 bits (nf4: QLoRA, double quantisation) or 8 bits (int8); "
+        "needs phinetune[quant]",
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
         "sdpa", description="attention of transformers' Phi-3"
     )

@@ -43,7 +43,7 @@ def open_model(path: str | Path, **model_options: Any) -> Tuned:
     quiet_libraries()
     folder = Path(path).expanduser()
     adapted = (folder / ADAPTER_CONFIG).is_file()
-    config = _recorded_config(folder) if adapted else make_config({"model": {"path": str(path)}})
+    config = recorded_config(folder) if adapted else make_config({"model": {"path": str(path)}})
     merged = {**config.model.model_dump(), **model_options}
     section = make_config({"model": merged}).model
     loaded = load_base(section, fast=config.engine.kind == "fast")
@@ -52,7 +52,7 @@ def open_model(path: str | Path, **model_options: Any) -> Tuned:
     return Tuned(loaded, model, encoder, config)
 
 
-def _recorded_config(folder: Path) -> RunConfig:
+def recorded_config(folder: Path) -> RunConfig:
     """The run's configuration; for a checkpoint that of its run; for another tool's adapter just its base."""
     for place in (folder, folder.parent):
         if RunFolder(place).is_run:

@@ -110,3 +110,14 @@ def test_remote_code_has_no_effect() -> None:
 def test_no_length_limit_can_be_asked_for() -> None:
     assert read_settings({}, {}).max_length == 1024
     assert read_settings({}, {"max_length": None}).max_length is None
+
+
+def test_an_optimizer_of_bitsandbytes_has_a_stated_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings({}, {"optim": "paged_adamw_32bit"}).training["optim"] == "paged_adamw_32bit"
+    monkeypatch.setattr("phinetune.training.settings.find_spec", lambda name: None)
+    settings = read_settings({}, {"optim": "paged_adamw_32bit"})
+    assert settings.training["optim"] == "adamw_torch"
+    assert any("paged_adamw_32bit" in note and "phinetune[quant]" in note for note in settings.notes)
+    assert read_settings({}, {"optim": "adamw_torch_fused"}).training["optim"] == "adamw_torch_fused"
+    with pytest.raises(ConfigError, match="needs bitsandbytes"):
+        read_settings({}, {"optim": "paged_lion_8bit"})

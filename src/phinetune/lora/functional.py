@@ -12,7 +12,7 @@ or none: A holds the adapters' A stacked (g·r, in), B theirs stacked (rows of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ Span = tuple[int, int, int, int]
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Callable[[], Tensor],
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -37,7 +37,8 @@ def lora_linear(
 
     Args:
         x: shape (..., in).
-        weight: shape (out, in), any strides; trained as well if it requires a gradient.
+        weight: shape (out, in), any strides; trained as well if it requires a gradient. Or a function that gives it
+            (expands a quantised one, say), in x's dtype: called here and again in the backward, nothing kept.
         bias: shape (out) or None.
         lora_A: shape (r, in), or (g·r, in) with `spans` for g adapters.
         lora_B: shape (out, r), or (rows of the adapted splits, r) with `spans`.
@@ -51,14 +52,15 @@ def lora_linear(
     if torch.is_autocast_enabled(x.device.type):
         # In place, addmm is not among the operators that autocast casts for.
         kind = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(kind), weight.to(kind)
+        x = x.to(kind)
+        weight = weight.to(kind) if isinstance(weight, Tensor) else weight
         adapter_input = None if adapter_input is None else adapter_input.to(kind)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     seen = None if adapter_input is None else adapter_input.reshape(rows.shape)
     if lora_A.dtype != x.dtype or lora_B.dtype != x.dtype:
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])  # type: ignore[no-any-return]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -71,7 +73,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -82,6 +84,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scaling, ctx.apart, ctx.spans = scaling, seen is not None, spans
         if seen is None:
             seen = x
+        ctx.recipe = kept = None
+        if isinstance(weight, Tensor):
+            kept = weight
+        else:
+            ctx.recipe = weight
+            weight = weight()
         hidden = torch.mm(seen, a.t())
         out = F.linear(x, weight, bias)
         if spans is None:
@@ -89,7 +97,7 @@ class _LoraLinear(torch.autograd.Function):
         else:
             for (start, stop, first, last), part in _by_split(spans, hidden, b.shape[1]):
                 out[:, start:stop].addmm_(part, b[first:last].t(), alpha=scaling)
-        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.apart and weight.requires_grad else None)
+        ctx.save_for_backward(seen, hidden, kept, a, b, x if ctx.apart and weight.requires_grad else None)
         return out
 
     @staticmethod
@@ -97,6 +105,8 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # what once_differentiable says, without its time
             raise RuntimeError("lora_linear has no second derivative (create_graph=True)")
         seen, hidden, weight, a, b, x = ctx.saved_tensors
+        if ctx.recipe is not None:
+            weight = ctx.recipe()
         spans = ctx.spans
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen, _ = ctx.needs_input_grad
         d_hidden = _scaled_mm(grad, b, ctx.scaling) if spans is None else _grad_of_hidden(grad, b, ctx.scaling, spans)

@@ -157,7 +157,7 @@ def attach_adapter(loaded: Loaded, folder: Path) -> PeftModel:
     check_base(loaded.base, folder)
     config = read_adapter_config(folder)
     if has_packed_form(loaded.model):
-        use_fused_layers(config)
+        use_fused_layers(config, loaded.model)
     model = PeftModel(loaded.model, config)
     _check_tensors(model, folder)
     model.load_adapter(str(folder), "default", is_trainable=False)

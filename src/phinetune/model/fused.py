@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from phinetune.lora.functional import lora_linear
@@ -19,26 +19,43 @@ class FusedLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = self._only_adapter() if not args and not kwargs else None
-        if adapter is None:
+        name = None if args or kwargs else only_adapter(self, nn.Linear)
+        if name is None:
             return super().forward(x, *args, **kwargs)
-        dropout = self.lora_dropout[adapter]
-        seen = dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None
         base: Any = self.base_layer
-        a: Any = self.lora_A[adapter].weight
-        b: Any = self.lora_B[adapter].weight
-        return lora_linear(x, base.weight, base.bias, a, b, self.scaling[adapter], seen)
-
-    def _only_adapter(self) -> str | None:
-        """The one active adapter, if it is a plain one on a plain linear layer."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or self.disable_adapters or self.merged or type(self.base_layer) is not nn.Linear:
-            return None
-        name = names[0]
-        return None if name in self.lora_variant or self.lora_bias[name] else str(name)
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
+        return lora_linear(x, base.weight, base.bias, a, b, self.scaling[name], dropped(self, name, x))
 
 
-def use_fused_layers(config: LoraConfig) -> LoraConfig:
-    """Let PEFT put `FusedLinear` onto linear layers; what is saved stays plain PEFT."""
-    config._register_custom_module({nn.Linear: FusedLinear})
+def only_adapter(layer: LoraLayer, base: type[nn.Module]) -> str | None:
+    """The one active adapter of a layer, if it is a plain one on exactly this kind of base."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.disable_adapters or layer.merged or type(layer.base_layer) is not base:
+        return None
+    name = names[0]
+    return None if name in layer.lora_variant or layer.lora_bias[name] else str(name)
+
+
+def dropped(layer: LoraLayer, name: str, x: Tensor) -> Tensor | None:
+    """What the adapter sees in place of x under dropout; None where that is x."""
+    dropout = layer.lora_dropout[name]
+    return dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None
+
+
+def use_fused_layers(config: LoraConfig, model: Any) -> LoraConfig:
+    """Let PEFT put fused layers onto the linear layers of `model`; what is saved stays plain PEFT.
+
+    Over 8-bit weights PEFT's own layer stays: bitsandbytes' product is one of its own there.
+    """
+    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FusedLinear}
+    if getattr(model, "is_loaded_in_8bit", False):
+        return config
+    if getattr(model, "is_loaded_in_4bit", False):
+        from bitsandbytes.nn.modules import Linear4bit
+
+        from phinetune.model.fused_4bit import FusedLinear4bit
+
+        kinds = {Linear4bit: FusedLinear4bit, **kinds}
+    config._register_custom_module(kinds)
     return config

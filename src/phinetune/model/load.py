@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import struct
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from phinetune.config import ModelSection
 from phinetune.errors import ModelError
 from phinetune.model import phi3, starter, synthetic
 from phinetune.model.device import pick_device, pick_dtype
+from phinetune.model.quantize import is_quantized, quantization_config
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +73,17 @@ def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     if section.path.startswith(synthetic.PREFIX):
-        model, base = _load_random(section, dtype, fast)
+        model, base = _load_random(section, dtype, fast, device)
     else:
-        model, base = _load_checkpoint(section, dtype, fast)
+        model, base = _load_checkpoint(section, dtype, fast, device)
     tokenizer = load_tokenizer(section, base, model.config)
     _align_stop_ids(model, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
-    logger.info("model %s: %s on %s, attention %s", base.path, dtype, device, section.attn_implementation)
-    return Loaded(model.to(device).eval(), tokenizer, base, device)  # type: ignore[arg-type]
+    held = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
+    logger.info("model %s: %s on %s, attention %s", base.path, held, device, section.attn_implementation)
+    if not is_quantized(model):
+        model.to(device)  # type: ignore[arg-type]
+    return Loaded(model.eval(), tokenizer, base, device)
 
 
 def has_packed_form(model: object) -> bool:
@@ -94,33 +99,56 @@ def _class_for(config: Phi3Config, fast: bool) -> type[Phi3ForCausalLM]:
     return phi3.Phi3ForCausalLM if fast and not reason else Phi3ForCausalLM
 
 
-def _load_random(section: ModelSection, dtype: torch.dtype, fast: bool) -> tuple[Phi3ForCausalLM, Base]:
+def _load_random(
+    section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+) -> tuple[Phi3ForCausalLM, Base]:
     config = synthetic.parse_shape(section.path)
+    shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    base = Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
     kind = _class_for(config, fast)
     model = synthetic.random_model(config, section.seed, dtype, section.attn_implementation, kind)
-    shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return model, Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
+    if section.quantization == "none":
+        return model, base
+    with tempfile.TemporaryDirectory() as folder:  # bitsandbytes quantises while a checkpoint is read
+        model.save_pretrained(folder)
+        del model
+        return _read_model(Path(folder), config, section, dtype, fast, device), base
 
 
-def _load_checkpoint(section: ModelSection, dtype: torch.dtype, fast: bool) -> tuple[Phi3ForCausalLM, Base]:
+def _load_checkpoint(
+    section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+) -> tuple[Phi3ForCausalLM, Base]:
     folder, revision = find_folder(section.path, section.revision)
     config = read_config(folder)
     check_weights(folder)
     try:
-        model = _class_for(config, fast).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=section.attn_implementation,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        model = _read_model(folder, config, section, dtype, fast, device)
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         raise ModelError(f"{section.path}: could not be loaded: {error}") from error
     # What PEFT writes into adapter_config.json: a hub id stays a hub id, not this machine's cache folder.
     name = section.path if revision else str(folder)
     model.config._name_or_path = model.name_or_path = name
     return model, Base(section.path, revision, fingerprint(folder))
+
+
+def _read_model(
+    folder: Path, config: Phi3Config, section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+) -> Phi3ForCausalLM:
+    quantized: dict[str, Any] = {}
+    if section.quantization != "none":
+        quantized = {"quantization_config": quantization_config(section.quantization, dtype)}
+        if device.type != "cpu":
+            quantized["device_map"] = {"": device}
+    model: Phi3ForCausalLM = _class_for(config, fast).from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=section.attn_implementation,
+        use_safetensors=True,
+        local_files_only=True,
+        **quantized,
+    )
+    return model
 
 
 def find_folder(path: str, revision: str | None) -> tuple[Path, str | None]:

@@ -4,25 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+from phinetune.model.control import THOUGHTS, ControlTokens, control_tokens
+from phinetune.model.tools import ToolStyle, lay_out, tool_style
+
+# `role` and `content` (text); where there is more: `tool_calls` on an assistant's turn, `tools` on a system message
+# that stands first, `train` (false: no loss on this turn), `name` and `tool_call_id` on a tool's turn.
+Message = dict[str, Any]
 
 _PROBE = "zqx"  # letters that no template writes by itself
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, reply: bool = False) -> str:
-    """The chat as text; with `reply`, up to and with the header of the assistant's next turn."""
-    text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
+    """The chat as text for `tokenize`; with `reply`, up to and with the header of the assistant's next turn.
+
+    Control tokens that stand in the messages themselves are masked (`phinetune.model.control`).
+    """
+    chat = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    control = control_tokens(tokenizer)
+    if any(typed_tokens(control, message) for message in chat):
+        chat = [_masked(control, message) for message in chat]
+    tools = None
+    if any("tools" in message or "tool_calls" in message for message in chat):
+        chat, tools = lay_out(chat, style_of(tokenizer))
+    text: Any = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=reply)
     return str(text)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of rendered chats. A template writes its special tokens itself, so none is added."""
-    if not texts:
-        return []
-    return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+    masked = [i for i, text in enumerate(texts) if ControlTokens.is_masked(text)]
+    plain = [text for text in texts if not ControlTokens.is_masked(text)]
+    ids = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
+    twin_ids = iter(control_tokens(tokenizer).encode([texts[i] for i in masked]) if masked else [])
+    chosen = set(masked)
+    return [list(next(twin_ids if i in chosen else ids)) for i in range(len(texts))]
+
+
+def typed_tokens(control: ControlTokens, message: Message) -> list[str]:
+    """The control tokens that stand in a message, where the tokenizer would take them for the template's."""
+    spared = THOUGHTS if message["role"] == "assistant" else frozenset()
+    found = control.find(message["content"])
+    for key in ("tools", "tool_calls", "name", "tool_call_id"):
+        if key in message:
+            found += [token for text in _texts(message[key]) for token in control.find(text)]
+    return [token for token in found if token not in spared]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for pair in value.items() for item in pair for text in _texts(item)]
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
+
+
+def _masked(control: ControlTokens, message: Message) -> Message:
+    spared = THOUGHTS if message["role"] == "assistant" else frozenset()
+    return {key: value if key == "role" else control.mask(value, spared) for key, value in message.items()}
+
+
+_styles: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ToolStyle]] = WeakKeyDictionary()
+
+
+def style_of(tokenizer: PreTrainedTokenizerBase) -> ToolStyle:
+    """How the template takes tools and calls; probed once for each template."""
+    known = _styles.get(tokenizer)
+    if known is None or known[0] != tokenizer.chat_template:
+        known = _styles[tokenizer] = (tokenizer.chat_template, tool_style(tokenizer))
+    return known[1]
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor
 def rebuilt(tensor: Tensor, recipe: Callable[[], Tensor]) -> Iterator[None]:
     """Whatever inside the block saves `tensor` for its backward keeps `recipe` instead, and calls it then.
 
+    Not for use under `torch.utils.checkpoint`: of nested hooks only the innermost see what is saved.
+
     Args:
         recipe: gives the tensor's value again, without a graph; must not hold `tensor` itself.
     """

@@ -102,7 +102,7 @@ def _make_trainer(
     lora.revision = loaded.base.revision
     rows = chats.train.dataset()
     if engine:
-        use_fused_layers(lora)
+        use_fused_layers(lora, loaded.model)
         rows = engine.prepare(rows)
     set_seed(args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
     callbacks = Callbacks(MetricsWriter(folder.metrics), ProgressLine(console), StopRequest())

@@ -6,10 +6,12 @@ Keys of older scripts are taken along: each retired key is translated, or left o
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,7 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     for key in list(training):
         if key in ELSEWHERE and training[key] not in (None, False, _field(SFTConfig, key).default):
             problems.append(f"training_config: `{key}` is not used here; {ELSEWHERE[key]}")
+    _optimizer(training, problems, notes)
     if training.pop("trust_remote_code", False):
         notes.append("training_config: `trust_remote_code` has no effect: only transformers' own classes are used")
     peft = {key: value for key, value in peft_config.items() if key != "peft_type"}
@@ -132,6 +135,22 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     if problems:
         raise ConfigError(problems)
     return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes)
+
+
+# Optimizers of bitsandbytes, which scripts for QLoRA name.
+BITSANDBYTES = re.compile(r"paged_|.*(8bit|_bnb|lion_|ademamix)")
+
+
+def _optimizer(training: dict[str, Any], problems: list[str], notes: list[str]) -> None:
+    """Without bitsandbytes its AdamW is torch's, which takes the same steps with more memory; others are refused."""
+    name = str(training.get("optim", ""))
+    if not BITSANDBYTES.match(name) or find_spec("bitsandbytes"):
+        return
+    if "adamw" not in name:
+        problems.append(f"training_config.optim: `{name}` needs bitsandbytes; pip install 'phinetune[quant]'")
+        return
+    training["optim"] = "adamw_torch"
+    notes.append(f"training_config: `optim: {name}` needs bitsandbytes (phinetune[quant]); `adamw_torch` in its place")
 
 
 def _translate(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
@@ -205,7 +224,7 @@ def make_training_args(
     if fast:
         # The plain loss_type keeps TRL 1.14 from putting its own forward in the model's place.
         off = ("bf16", "packing", "gradient_checkpointing", "torch_compile")
-        given |= {"loss_type": "nll", **dict.fromkeys(off, False)}
+        given |= {"loss_type": "nll", "dataset_kwargs": {"skip_prepare_dataset": True}, **dict.fromkeys(off, False)}
     given["disable_tqdm"] = True  # phinetune.training.progress draws the line
     try:
         with warnings.catch_warnings():

@@ -17,6 +17,7 @@ from phinetune.errors import RunError
 from phinetune.files import publish_files, publish_folder
 from phinetune.model.adapt import BASE_FILE
 from phinetune.model.load import Loaded
+from phinetune.model.quantize import is_quantized
 from phinetune.model.scoring import Score, score_batch
 from phinetune.training.engine import Engine
 
@@ -38,6 +39,10 @@ class ChatTrainer(SFTTrainer):
         if engine:
             kwargs["data_collator"] = engine.collator(loaded.model)
         super().__init__(model=loaded.model, args=args, processing_class=loaded.tokenizer, **kwargs)
+        if is_quantized(loaded.model):  # TRL rounds the adapters to bfloat16 there; they train in float32 here
+            for parameter in self.peft_model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
 
     @property
     def peft_model(self) -> PeftModel:

@@ -1,0 +1,84 @@
+"""A 4-bit or 8-bit base trains like transformers, PEFT and bitsandbytes as they are, and its adapter loads there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+
+from helpers import tiny_config
+from phinetune.config import ModelSection
+from phinetune.model.load import load_base
+from phinetune.training import job
+
+pytest.importorskip("bitsandbytes")
+
+SHAPE = "random:{layers: 2, hidden_size: 64, intermediate_size: 128, heads: 4, kv_heads: 2, vocab: 320}"
+
+
+def trained(chats: Path, folder: Path, kind: str, engine: str, resume: bool = False, **training: Any) -> Any:
+    config = tiny_config(chats, folder, optim="paged_adamw_32bit", **training)
+    config.model.path, config.model.quantization, config.engine.kind = SHAPE, kind, engine  # type: ignore[assignment]
+    return job.train(config, Console(quiet=True), resume=resume)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_losses_are_those_of_the_plain_path(chats: Path, tmp_path: Path, kind: str) -> None:
+    fast = trained(chats, tmp_path / "fast", kind, "fast")
+    trained(chats, tmp_path / "plain", kind, "plain")
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert {p.dtype for p in fast.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_adapter_of_a_quantised_base_loads_in_plain_peft(chats: Path, tmp_path: Path) -> None:
+    run = trained(chats, tmp_path / "run", "nf4", "fast")
+    base = load_base(ModelSection(path=SHAPE, quantization="nf4"), fast=False)
+    plain = PeftModel.from_pretrained(base.model, tmp_path / "run").eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, run.model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_resumed_run_over_four_bits_ends_with_the_same_adapter(chats: Path, tmp_path: Path) -> None:
+    whole = trained(chats, tmp_path / "whole", "nf4", "fast")
+    trained(chats, tmp_path / "part", "nf4", "fast", save_strategy="steps", save_steps=3)
+    import shutil
+
+    shutil.rmtree(tmp_path / "part" / "checkpoint-6")
+    resumed = trained(chats, tmp_path / "part", "nf4", "fast", resume=True, save_strategy="steps", save_steps=3)
+    for ours, theirs in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_no_expanded_weight_is_kept_for_the_backward() -> None:
+    """What the graph holds is far less than the weights in 16 bits."""
+    from peft import LoraConfig, get_peft_model
+
+    from phinetune.model.fused import use_fused_layers
+
+    model = load_base(ModelSection(path=SHAPE, quantization="nf4")).model
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft = get_peft_model(model, use_fused_layers(config, model))
+    layer = peft.get_base_model().model.layers[0].mlp.down_proj
+    kept: list[torch.Size] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(3, 128, requires_grad=True))
+    assert torch.Size([64, 128]) not in kept
+    assert kept

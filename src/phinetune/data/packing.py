@@ -92,7 +92,7 @@ def _labels(tree: _Tree, rows: Sequence[Encoded]) -> tuple[np.ndarray[Any, Any],
         at.append(places[:-1][picked])
         what.append(labels[picked])
     pairs = np.stack([np.concatenate(at), np.concatenate(what)])
-    if len(tree.segments) == len(rows):
+    if tree.size == sum(len(row.input_ids) for row in rows):  # nothing is shared
         return pairs[0], pairs[1], np.ones(pairs.shape[1], dtype=np.float32)
     unique, counts = np.unique(pairs, axis=1, return_counts=True)
     return unique[0].copy(), unique[1].copy(), counts.astype(np.float32)

@@ -80,6 +80,10 @@ class ControlTokens:
         named = [self.unmask(self._typed.sub(lambda m: _twin_name(self.ids[m[0]]), text)) for text in texts]
         return [encoding.ids for encoding in self._twin.encode_batch(named, add_special_tokens=False)]
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Where each token of a text begins and ends if every control token in it is letters."""
+        return list(self._twin.encode(text, add_special_tokens=False).offsets)
+
     def _stand_in(self, token: str) -> str:
         return f"\ue000{NONCE}:{self._texts.index(token)}\ue001"
 

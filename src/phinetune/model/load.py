@@ -257,7 +257,7 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config) -> PreTrainedTokenizerBase:
+def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, or the one `section.tokenizer` names. The config helps to tell its class.
 
     Raises:

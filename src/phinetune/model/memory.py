@@ -46,9 +46,10 @@ class LayerSizes:
         return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout)
 
     def kept(self, level: Level) -> int:
+        """Elements a token at a level; attention's output twice, which torch's fused attention keeps for itself."""
         if level is Level.LAYER:
             return self.hidden
-        lasting = 2 * self.hidden + self.qkv + self.attended + 2 * self.inner
+        lasting = 2 * self.hidden + self.qkv + 2 * self.attended + 2 * self.inner
         dropped = 2 * self.hidden + self.inner
         if self.dropout:
             return lasting + 2 * (2 * self.hidden + self.attended + self.inner)
@@ -98,7 +99,7 @@ class ActivationMemory:
 
     def _fitting(self, tokens: int) -> list[Level]:
         levels = [Level.KEEP] * self.layers
-        for level in (Level.CHEAP, Level.LAYER):
+        for level in (Level.LAYER,) if self.sizes.dropout else (Level.CHEAP, Level.LAYER):
             for i in range(self.layers):
                 if self.needed(tokens, levels) <= self.free:
                     return levels

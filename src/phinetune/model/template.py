@@ -27,7 +27,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, r
     control = control_tokens(tokenizer)
     if any(typed_tokens(control, message) for message in chat):
         chat = [_masked(control, message) for message in chat]
-    tools = None
+    tools: list[Any] | None = None
     if any("tools" in message or "tool_calls" in message for message in chat):
         chat, tools = lay_out(chat, style_of(tokenizer))
     text: Any = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=reply)

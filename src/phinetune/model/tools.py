@@ -47,9 +47,7 @@ def tool_style(tokenizer: PreTrainedTokenizerBase) -> ToolStyle:
     return ToolStyle(tools, calls)
 
 
-def _shows(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-) -> bool:
+def _shows(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> bool:
     try:
         text = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
     except Exception:  # a template refuses by raising whatever Jinja or its author chose
@@ -57,9 +55,7 @@ def _shows(
     return _NAME in text and _VALUE in text
 
 
-def lay_out(
-    messages: Sequence[dict[str, Any]], style: ToolStyle
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+def lay_out(messages: Sequence[dict[str, Any]], style: ToolStyle) -> tuple[list[dict[str, Any]], list[Any] | None]:
     """The messages and the `tools=` argument as the template takes them.
 
     Args:

@@ -26,7 +26,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights
     Returns:
         two float32 scalars: Σ weight · nll (differentiable), Σ weight over labels that were the first choice.
     """
-    out: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden, weight, labels, weights)  # type: ignore[no-untyped-call]
+    wanted = torch.is_grad_enabled()
+    out: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden, weight, labels, weights, wanted)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -34,8 +35,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Keeps the gradient of hidden, and of the head where it trains; no logits."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor]:
+        # Under no_grad the flags still say what would need a gradient.
+        needs_hidden, needs_weight = (wanted and needs for needs in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -50,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.log_softmax(logits[:count], dim=-1, dtype=torch.float32, out=log_p[:count])
             picked = log_p[:count].gather(1, labels[part, None]).squeeze(1)
             nll -= torch.dot(picked, weights[part])
-            correct += torch.dot((picked == log_p[:count].amax(-1)).float(), weights[part])
+            correct += torch.dot((log_p[:count].argmax(-1) == labels[part]).float(), weights[part])
             if d_hidden is None and d_weight is None:
                 continue
             d_logits = _gradient(log_p[:count], labels[part], weights[part], logits[:count])
@@ -69,6 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if d_hidden is None else (d_hidden * grad).to(d_hidden.dtype),
             None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
+            None,
             None,
             None,
         )

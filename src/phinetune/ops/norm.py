@@ -39,7 +39,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         d_weight = dx = None
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * (x * scale)).flatten(0, -2).sum(0).to(weight.dtype)
+            d_weight = (grad * (x * scale)).reshape(-1, len(weight)).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             dx = (compiled(_backward) if ctx.compile else _backward)(grad, x, weight, scale)
         return dx, d_weight, None, None

@@ -19,7 +19,11 @@ from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
 from phinetune.config import ModelSection
 from phinetune.model.load import Loaded, load_base
 
-torch.set_num_threads(2)
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Tiny models are fastest on one thread, above all beside other work; the starter is not tiny."""
+    torch.set_num_threads(2 if request.node.get_closest_marker("starter") else 1)
 
 
 @pytest.fixture(autouse=True)

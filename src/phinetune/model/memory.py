@@ -46,10 +46,10 @@ class LayerSizes:
         return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout)
 
     def kept(self, level: Level) -> int:
-        """Elements a token at a level; attention's output twice, which torch's fused attention keeps for itself."""
+        """Elements a token at a level. torch's fused attention keeps its output besides, which the reserve covers."""
         if level is Level.LAYER:
             return self.hidden
-        lasting = 2 * self.hidden + self.qkv + 2 * self.attended + 2 * self.inner
+        lasting = 2 * self.hidden + self.qkv + self.attended + 2 * self.inner
         dropped = 2 * self.hidden + self.inner
         if self.dropout:
             return lasting + 2 * (2 * self.hidden + self.attended + self.inner)

@@ -112,3 +112,19 @@ def test_every_knob_has_help() -> None:
     knobs = describe_knobs()
     assert {"model.path", "data.train", "evaluation.batch_size", "peft_config"} <= {key for key, _, _ in knobs}
     assert all(help_text for _, _, help_text in knobs)
+
+
+def test_training_files_may_have_weights() -> None:
+    config = make_config({"data": {"train": ["a.jsonl", {"path": "b.jsonl", "weight": 2}]}})
+    assert config.model_validate(config.model_dump(mode="json")) == config
+    assert config.model_dump(mode="json")["data"]["train"] == ["a.jsonl", {"path": "b.jsonl", "weight": 2.0}]
+    assert make_config({"data": ["a.jsonl", {"path": "b.jsonl"}]}).data.train[1].weight == 1  # type: ignore[index,union-attr]
+
+
+def test_a_mistake_in_a_weighted_file_is_named() -> None:
+    train = ["a.jsonl", {"pth": "b.jsonl"}, {"path": "c.jsonl", "weight": 0}]
+    (problem,) = problems_of({"data": {"train": train[:2]}})
+    assert problem.startswith("configuration: data.train: entry 2: ")
+    assert "there is no key `pth`; did you mean `path`?" in problem
+    (problem,) = problems_of({"data": {"train": train[2:]}})
+    assert "entry 1: weight: Input should be greater than 0" in problem

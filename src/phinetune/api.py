@@ -1,7 +1,8 @@
-"""The library: `train`, `evaluate` and `load`, the same work as the command line's."""
+"""The library: `train`, `evaluate`, `merge` and `load`, the same work as the command line's."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,18 +10,27 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
+from rich.table import Table
 
 from phinetune.config import EvaluationSection, RunConfig, make_config
-from phinetune.data.build import build_set, check_sources, read_all
-from phinetune.errors import ConfigError, ModelError
-from phinetune.evaluation.compare import Comparison, compare, show_comparison
+from phinetune.data.build import ChatSet, build_chats, build_set, check_sources, read_all
+from phinetune.errors import ConfigError, DataError, ModelError
+from phinetune.evaluation.compare import Comparison, compare, score_rows, show_comparison
+from phinetune.export.base import trained_dtype
 from phinetune.export.card import write_card
+from phinetune.export.merge import Merge, merge_run, record_losses
 from phinetune.files import write_text
 from phinetune.logs import LEVELS, quiet_libraries, set_up_logging
+from phinetune.model.device import pick_device
+from phinetune.model.load import load_base
+from phinetune.model.memory import free_bytes
+from phinetune.model.scoring import Score
 from phinetune.run_folder import CARD, RunFolder
 from phinetune.training import job
 from phinetune.training.settings import read_settings
-from phinetune.tuned import open_model
+from phinetune.tuned import Tuned, open_model, recorded_config
+
+SCORING_ROOM = 1.2  # memory that a model takes while it scores, as a multiple of its weights
 
 
 @dataclass(frozen=True)
@@ -150,12 +160,116 @@ def evaluate(
     source = data or tuned.config.data.eval
     if source is None or isinstance(source, float):
         raise ModelError(f"{path}: no held-out file is recorded there; name one with --data FILE")
-    section = tuned.config.data.model_copy(update={"train": source, "eval": None, "limit": None})
-    check_sources(section)
-    limit = read_settings(tuned.config.peft_config, tuned.config.training_config).max_length
-    name = source if isinstance(source, str) else ", ".join(source)
-    held_out = build_set(name, read_all(source, section.split), section, tuned.encoder, limit)
+    held_out = _chats_of(tuned, source)
     options = EvaluationSection.model_validate({**tuned.config.evaluation.model_dump(), **(evaluation or {})})
     comparison = compare(tuned.model, tuned.loaded.tokenizer, tuned.encoder, held_out, options, console)
     show_comparison(comparison, console)
     return comparison
+
+
+def _chats_of(tuned: Tuned, source: str | Sequence[str]) -> ChatSet:
+    """The chats of a file, or of several, encoded as the run's own were."""
+    listed = source if isinstance(source, str) else list(source)
+    section = tuned.config.data.model_copy(update={"train": listed, "eval": None, "limit": None})
+    check_sources(section)
+    name = source if isinstance(source, str) else ", ".join(source)
+    return build_set(name, read_all(source, section.split), section, tuned.encoder, _max_length(tuned.config))
+
+
+def _max_length(config: RunConfig) -> int | None:
+    return read_settings(config.peft_config, config.training_config).max_length
+
+
+def merge(
+    path: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    base: str = "16bit",
+    score: bool = True,
+    console: Console | None = None,
+    device: str = "auto",
+) -> Merge:
+    """Merge a run (or an adapter folder) into its base and write a plain transformers checkpoint.
+
+    Args:
+        path: a run, one of its checkpoints or an adapter folder.
+        out: a folder that is not there yet, or empty.
+        dtype: float32, bfloat16 or float16; None keeps the dtype of the base's files.
+        base: `16bit`, or for a run trained with `model.quantization` `quantized`: merge into what is left of the
+            base's weights after that.
+        score: measure base, adapter and merged model on the run's held-out chats, where it has any.
+        device: where they are measured.
+
+    Raises:
+        PhinetuneError: `out` is taken, or the run can't be merged.
+    """
+    console = console or Console(stderr=True)
+    made = merge_run(path, out, dtype=dtype, base=base)
+    console.print("\n".join(made.report()), markup=False, highlight=False, soft_wrap=True)
+    if not score:
+        return made
+    try:
+        scores = _score_merge(Path(path).expanduser(), made, console, device)
+    except DataError as error:
+        console.print(f"Held-out loss not measured: {error}", markup=False, highlight=False, soft_wrap=True)
+        return made
+    if scores:
+        record_losses(made, {side: one.loss for side, one in scores.items()})
+        console.print(_losses_table(scores))
+    return made
+
+
+def _score_merge(path: Path, made: Merge, console: Console, device: str) -> dict[str, Score]:
+    """The scores of `base`, `adapter` and `merged`, one model in memory at a time; none where that can't be had."""
+    config = recorded_config(path)
+    reason = _why_not_scored(config, made, device)
+    if reason:
+        console.print(f"Held-out loss not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
+        return {}
+    tuned = open_model(path, device=device)
+    tokenizer, rows, batch = tuned.loaded.tokenizer, _held_out(tuned).encoded, config.evaluation.batch_size
+    console.print(f"Scoring {len(rows)} held-out chats with base, adapter and merged model …", highlight=False)
+    with tuned.model.disable_adapter():
+        scores = {"base": score_rows(tuned.model, tokenizer, rows, batch)}
+    scores["adapter"] = score_rows(tuned.model, tokenizer, rows, batch)
+    del tuned
+    gc.collect()  # a PEFT model is held by cycles
+    written = {"path": str(made.path), "dtype": made.record["dtype"], "device": device}
+    plain = {"revision": None, "tokenizer": None, "quantization": "none"}
+    merged = load_base(config.model.model_copy(update=written | plain), fast=config.engine.kind == "fast")
+    scores["merged"] = score_rows(merged.model, tokenizer, rows, batch)
+    return scores
+
+
+def _why_not_scored(config: RunConfig, made: Merge, device: str) -> str | None:
+    if config.data.eval is None:
+        return "no held-out chats are recorded for this run"
+    quantized = config.model.quantization != "none"
+    widths = [1 if quantized else trained_dtype(config.model).itemsize, made.dtype.itemsize]
+    needed = SCORING_ROOM * made.size / made.dtype.itemsize * max(widths)
+    free = free_bytes(pick_device(device))
+    if needed > free:
+        return f"the models take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+    return None
+
+
+def _held_out(tuned: Tuned) -> ChatSet:
+    """The run's own held-out chats: a file's, or the share of its training chats."""
+    data = tuned.config.data
+    if not isinstance(data.eval, float):
+        return _chats_of(tuned, data.eval or [])
+    held_out = build_chats(data, tuned.encoder, _max_length(tuned.config)).held_out
+    assert held_out
+    return held_out
+
+
+def _losses_table(scores: Mapping[str, Score]) -> Table:
+    one = next(iter(scores.values()))
+    table = Table(title=f"Held-out chats ({one.tokens:,} labelled tokens)", title_justify="left")
+    for column in ("", *scores):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("loss", *(f"{one.loss:.4f}" for one in scores.values()))
+    table.add_row("perplexity", *(f"{one.perplexity:.3f}" for one in scores.values()))
+    table.add_row("token accuracy %", *(f"{100 * one.token_accuracy:.2f}" for one in scores.values()))
+    return table

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from phinetune.cli_data import app as data_app
 from phinetune.errors import PhinetuneError
+from phinetune.program import console as _console
+from phinetune.program import program as _program
 
 app = typer.Typer(
     help="Fine-tune a Phi-3 with LoRA on your chats, and see whether it got better.",
@@ -18,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(data_app, name="data")
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="a run, an adapter folder or a model (hub id or folder)")]
 SetOption = Annotated[
@@ -50,12 +53,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns))
 
 
 @app.command()
@@ -104,16 +101,6 @@ def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
         )
         sys.exit(130)
     return made
-
-
-def _program() -> str:
-    """How this program can be called again: by its name where that is on the path, else by its place."""
-    if shutil.which("phinetune"):
-        return "phinetune"
-    place = Path(sys.argv[0])
-    if place.suffix == ".py":
-        return "python -m phinetune.cli"
-    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)
 
 
 def _say_next(path: Path) -> None:
@@ -214,10 +201,63 @@ def _conversation(
 
 
 @app.command()
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run, one of its checkpoints or an adapter folder")],
+    out: Annotated[Path, typer.Option(help="the folder to write: a plain transformers model")],
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="float32, bfloat16 or float16; the dtype of the base's files if left out"),
+    ] = None,
+    base: Annotated[
+        str,
+        typer.Option(help="for a run with model.quantization: 16bit, or quantized, the weights it was trained on"),
+    ] = "16bit",
+    score: Annotated[
+        bool, typer.Option(help="measure base, adapter and merged model on the run's held-out chats")
+    ] = True,
+    device: Device = "auto",
+) -> None:
+    """Merge a run into its base: a model that runs without PEFT, written shard by shard."""
+    from phinetune.api import merge as merge_run
+
+    console = _console()
+    made = merge_run(run, out, dtype=dtype, base=base, score=score, console=console, device=device)
+    lines = ["Next:", f"  {_program()} chat {made.path}", f"  {_program()} evaluate {made.path} --data FILE"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[str, typer.Option(help="gguf, gguf-lora (the adapter alone) or ollama")],
+    kind: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--type", help="of the numbers: f32, f16, bf16 or q8_0; what suits the target if left out"),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="the file (ollama: the folder) to write; named after the run if left out"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
+) -> None:
+    """Write a run or a model for another program: llama.cpp, Ollama."""
+    from phinetune.export.targets import export as export_run
+
+    done = export_run(run, to, kind=kind, out=out, overwrite=overwrite)
+    _console().print("\n".join(done.report(_program())), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="a PEFT adapter folder, or a loralib checkpoint (.pt)")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="what to write: a folder (PEFT) or a .pt file (loralib)")],
-    to: Annotated[str, typer.Option(help="peft or loralib")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="peft or loralib; from a PEFT folder also peft-split (q_proj, k_proj, v_proj, gate_proj, up_proj, as "
+            "vLLM takes) or peft-fused (qkv_proj, gate_up_proj)"
+        ),
+    ],
     lora_alpha: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(help="from loralib: the layers' lora_alpha; to loralib: theirs, if it is not to be the adapter's"),
@@ -239,7 +279,7 @@ def convert(
         typer.Option(metavar="NAME", help="from loralib: a layer that is linear, whatever it looks like; repeatable"),
     ] = [],  # noqa: B006
 ) -> None:
-    """Convert an adapter between PEFT's form and loralib's, and check the update of every layer."""
+    """Convert an adapter between PEFT's forms and loralib's, and check the update of every layer."""
     from phinetune.export.convert import convert as convert_adapter
 
     done = convert_adapter(

@@ -68,18 +68,29 @@ class ModelSection(Section):
         return value
 
 
+class WeightedFile(Section):
+    """One of several training files, and how often its rows count."""
+
+    path: str = Field(description="file, datasets folder or hub id")
+    weight: float = Field(1.0, gt=0, le=100, description="2 takes every row twice, 0.5 a drawn half of them")
+
+
 class DataSection(Section):
     """Which chats, and how they become tokens and labels."""
 
-    train: str | list[str] | None = Field(
-        None, description="file (.jsonl .json .csv .parquet), datasets folder or hub id; or a list of them"
+    train: str | list[str | WeightedFile] | None = Field(
+        None,
+        description="file (.jsonl .json .csv .parquet), datasets folder or hub id; or a list of them, where "
+        "{path: …, weight: 2} takes a file's rows twice and weight 0.5 half of them",
     )
     eval: float | str | list[str] | None = Field(
         None, description="held-out chats: a file like `train`, or the fraction of `train` to hold out"
     )
     split: str = Field("train", description="split to read of a datasets folder or hub id")
-    format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion"] = Field(
-        "auto", description="form of the rows; auto looks at each row's keys"
+    format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "text", "tokens"] = Field(
+        "auto",
+        description="form of the rows; auto looks at each row's keys. text and tokens (input_ids, labels) are "
+        "taken as they stand",
     )
     loss_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="tokens trained on: every assistant turn, the last one, or all tokens"
@@ -103,7 +114,18 @@ class DataSection(Section):
         description="what per_device_train_batch_size counts: conversations, or rows filled up to "
         "training_config.max_length tokens with as many conversations as fit",
     )
-    seed: int = Field(0, description="seed of the split by fraction")
+    seed: int = Field(0, description="seed of the split by fraction and of the rows drawn by weight")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _weighted_files(cls, value: Any) -> Any:
+        """Each entry checked here, so that its mistakes are named as what they are and not as a union's."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [
+            _weighted_file(entry, f"entry {i}") if isinstance(entry, Mapping) else entry
+            for i, entry in enumerate(value, 1)
+        ]
 
     @field_validator("eval")
     @classmethod
@@ -111,6 +133,20 @@ class DataSection(Section):
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError(f"the fraction held out must lie between 0 and 1, not {value}")
         return value
+
+
+def _weighted_file(entry: Mapping[str, Any], where: str) -> WeightedFile:
+    try:
+        return WeightedFile.model_validate(dict(entry))
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(
+                unknown_key(where, str(problem["loc"][0]), WeightedFile.model_fields)
+                if problem["type"] == "extra_forbidden"
+                else f"{where}: {problem['loc'][0]}: {problem['msg']}"
+                for problem in error.errors()
+            )
+        ) from None
 
 
 class EngineSection(Section):

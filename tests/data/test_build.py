@@ -115,6 +115,52 @@ def test_a_set_that_never_ends_a_turn_is_refused(chats: Path) -> None:
         build_chats(DataSection(train=str(chats)), make_encoder(tokenizer), None)
 
 
+def numbered(tmp_path: Path, name: str, count: int) -> Path:
+    return write_jsonl(tmp_path / name, [chat(f"{name} {i}", "yes") for i in range(count)])
+
+
+def test_a_weight_repeats_or_draws_the_rows_of_its_file(tmp_path: Path) -> None:
+    first, second, third = (str(numbered(tmp_path, name, 8)) for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    files = [first, {"path": second, "weight": 2.5}, {"path": third, "weight": 0.25}]
+    asked = questions(build(train=files).train)
+    assert asked[:8] == [f"a.jsonl {i}" for i in range(8)]
+    times = [asked.count(f"b.jsonl {i}") for i in range(8)]
+    assert sorted(times) == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert sum(q.startswith("c.jsonl") for q in asked) == 2
+    assert asked == sorted(asked, key=lambda q: (q[0], int(q.split()[1])))
+    assert questions(build(train=files).train) == asked
+    assert questions(build(train=files, seed=1).train) != asked
+    assert questions(build(train=[{"path": first}]).train) == asked[:8]
+    assert build(train=files).train.report.source == f"{first}, {second} × 2.5, {third} × 0.25"
+
+
+def test_a_repeated_row_stands_on_one_side_of_the_split(tmp_path: Path) -> None:
+    files = [{"path": str(numbered(tmp_path, "a.jsonl", 20)), "weight": 3}]
+    made = build(train=files, eval=0.25)
+    assert made.held_out is not None
+    assert (len(made.train), len(made.held_out)) == (45, 5)
+    assert not set(questions(made.train)) & set(questions(made.held_out))
+
+
+def test_the_split_is_the_same_with_and_without_weights(tmp_path: Path) -> None:
+    file = str(numbered(tmp_path, "a.jsonl", 20))
+    plain, by_weight = build(train=file, eval=0.25), build(train=[{"path": file, "weight": 2}], eval=0.25)
+    assert questions(plain.held_out) == questions(by_weight.held_out)
+
+
+def test_a_weight_that_draws_nothing_leaves_an_empty_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the set is empty"):
+        build(train=[{"path": str(numbered(tmp_path, "a.jsonl", 4)), "weight": 0.1}])
+
+
+def test_sets_of_text_and_ids_train_like_chats(tmp_path: Path) -> None:
+    rows = [{"text": "Once.<|end|>"}, {"input_ids": [5, 6]}, chat("a", "b")]
+    made = build(train=str(write_jsonl(tmp_path / "a.jsonl", rows))).train
+    assert dict(made.report.forms) == {"text": 1, "tokens": 1, "messages": 1}
+    assert len(made.dataset()) == 3
+    assert questions(made) == ["a"]
+
+
 def test_missing_sources_are_told_together() -> None:
     with pytest.raises(DataError) as caught:
         build(train="a.jsonl", eval="b.csv")

@@ -1,4 +1,4 @@
-"""The four forms become the same messages; what is wrong with a row is said."""
+"""The forms become the same messages; what is wrong with a row is said."""
 
 from __future__ import annotations
 
@@ -54,11 +54,18 @@ def test_tool_turns_of_both_kinds_are_tool_messages() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"text": "x"}, "no known form"),
+        ({"txt": "x"}, "the keys (txt) are those of no known form"),
+        ({"\x1b[31m" + "k" * 90: 1}, "the keys (?[31m" + "k" * 32 + "…) are"),
         ({"messages": []}, "`messages` is empty"),
         ({"messages": WANTED[:2]}, "no assistant turn"),
         ({"messages": WANTED[2:]}, "first turn is the assistant's"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "turn 1: unknown role `alien`"),
+        ({"messages": [{"role": None, "content": {"a": None}}]}, "turn 1: unknown role `None`"),
+        ({"messages": [None]}, "turn 1: expected an object"),
+        ({"messages": [*WANTED, {"role": "user", "content": "\ud83d"}]}, "half a character"),
+        ({"messages": [*WANTED[:2], {**WANTED[2], "train": "no"}]}, "turn 3: `train` must be true or false"),
+        ({"messages": [*WANTED[:2], {**WANTED[2], "weight": 0.5}]}, "turn 3: `weight` must be 0 or 1"),
+        ({"messages": "[" * 100_000}, "JSON that can't be read"),
         (
             {"messages": [WANTED[1], {"role": "assistant", "content": None}]},
             "turn 2: `content` must be text, not miss",
@@ -73,3 +80,20 @@ def test_a_bad_row_says_what_is_wrong(fields: dict[str, Any], words: str) -> Non
     with pytest.raises(RowError) as caught:
         to_messages(fields)
     assert words in str(caught.value)
+
+
+def test_a_turn_can_be_left_out_of_the_loss() -> None:
+    for key, value in (("train", False), ("weight", 0)):
+        turns = [*WANTED[:2], {**WANTED[2], key: value}]
+        assert to_messages({"messages": turns})[2] == {**WANTED[2], "train": False}
+        shares = [{"from": m["role"], "value": m["content"], **({key: value} if m is turns[2] else {})} for m in turns]
+        assert to_messages({"conversations": shares})[2] == {**WANTED[2], "train": False}
+    for key, value in (("train", True), ("weight", 1), ("train", None), ("weight", None)):
+        assert to_messages({"messages": [*WANTED[:2], {**WANTED[2], key: value}]}) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("form", "fields"), [("text", {"text": "x"}), ("tokens", {"input_ids": [1], "labels": [1], "text": "x"})]
+)
+def test_rows_that_are_text_or_ids_are_told(form: str, fields: dict[str, Any]) -> None:
+    assert detect_form(fields) == form

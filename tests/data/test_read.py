@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from phinetune.data.read import read_rows
+from phinetune.data.read import Broken, Row, read_rows, scan_rows
 from phinetune.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -95,6 +95,50 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, words
     with pytest.raises(DataError) as caught:
         list(read_rows(str(file)))
     assert words in str(caught.value)
+
+
+def test_rows_of_a_json_list_know_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for text in (
+        '[\n {"a": 1},\n\n {"a": [1,\n 2]}, {"a": 3}]',
+        '{"n": 1,\n"data" : [{"a": 1},\n\n{"a": 2}, {"a": 3}]}',
+    ):
+        file.write_text(text)
+        assert [where for where, _ in read_rows(str(file))] == [
+            f"{file}:2: row 1",
+            f"{file}:4: row 2",
+            f"{file}:{5 if text[0] == '[' else 4}: row 3",
+        ]
+
+
+def test_a_scan_goes_on_behind_broken_places(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a"\n{"a": "caf\xe9"}\n[]\n' + b"[" * 100_000 + b'\n{"a": 2}\n')
+    found = list(scan_rows(str(file)))
+    assert [isinstance(row, Row) for row in found] == [True, False, False, False, False, True]
+    assert found[0] == Row(f"{file}:1", {"a": 1})
+    broken = [row for row in found if isinstance(row, Broken)]
+    assert [row.where for row in broken] == [f"{file}:{line}" for line in (2, 3, 4, 5)]
+    assert [row.kind for row in broken] == ["broken", "encoding", "broken", "broken"]
+    assert broken[1].problem == "not UTF-8 text (byte 0xe9 at column 11); save it as UTF-8"
+    assert broken[1].salvaged == {"a": "café"}
+    assert "nested too deeply" in broken[3].problem
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_in_a_wide_encoding_is_named_and_can_be_salvaged(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": "ü"}\n{"a": 2}\n', encoding=encoding)
+    if encoding == "utf-16-be":
+        file.write_bytes(b"\xfe\xff" + file.read_bytes())
+    found = list(scan_rows(str(file)))
+    assert [(row.where, row.salvaged) for row in found] == [  # type: ignore[union-attr]
+        (f"{file}:1", {"a": "ü"}),
+        (f"{file}:2", {"a": 2}),
+    ]
+    assert all(f"the file is {encoding.upper()[:6]}, not UTF-8" in row.problem for row in found)  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_rows(str(file))
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "deep/missing.parquet", "no file at all"])

@@ -172,7 +172,7 @@ def test_options_and_places_are_refused_together(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 3
     for words in ("give the layers' own with --lora-alpha", "mine: is there already", "--merged x: expected"):
         assert words in str(caught.value)
-    assert "must be peft or loralib, not onnx" in refused(tmp_path, file, "onnx")
+    assert "must be one of peft, loralib, peft-split, peft-fused, not onnx" in refused(tmp_path, file, "onnx")
     assert "--lora-alpha must be above 0" in refused(tmp_path, file, "peft", lora_alpha=0)
     assert "--embedding up2: no layer" in refused(tmp_path, file, "peft", lora_alpha=1, embedding=["up2"])
     assert "--to loralib takes a PEFT adapter folder" in refused(tmp_path, file, "loralib")

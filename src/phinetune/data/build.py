@@ -10,16 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 
-from phinetune.config import DataSection
+from phinetune.config import DataSection, WeightedFile
 from phinetune.data.chat import Encoded, Encoder, ends_a_turn
-from phinetune.data.formats import RowError, detect_form, to_messages
+from phinetune.data.outcome import Outcome, outcomes
 from phinetune.data.read import Row, check_source, read_rows
 from phinetune.errors import DataError, at_most
 from phinetune.model.template import Message
-
-BATCH = 512  # chats tokenised in one call; the tokenizer spreads a call over the cores
 
 
 @dataclass
@@ -39,6 +36,20 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "dropped": dict(self.dropped), "forms": dict(self.forms)}
 
+    def count(self, outcome: Outcome) -> None:
+        """Add one row."""
+        self.rows += 1
+        self.cut += outcome.cut
+        if outcome.form:
+            self.forms[outcome.form] += 1
+        if outcome.reason:
+            self.dropped[outcome.reason] += 1
+        if outcome.encoded:
+            self.kept += 1
+            self.tokens += len(outcome.encoded.input_ids)
+            self.trainable_tokens += outcome.encoded.trainable
+            self.longest = max(self.longest, len(outcome.encoded.input_ids))
+
     def lines(self) -> list[str]:
         """The report in sentences for a person."""
         forms = ", ".join(f"{count} {form}" for form, count in self.forms.most_common())
@@ -54,7 +65,7 @@ class Report:
 
 @dataclass
 class ChatSet:
-    """Chats of one set, as messages and as tokens, row by row the same."""
+    """Chats of one set, as messages and as tokens. Rows that are text or ids have tokens only."""
 
     chats: list[list[Message]]
     encoded: list[Encoded]
@@ -92,7 +103,7 @@ def check_sources(section: DataSection) -> None:
     problems = []
     for source in (section.train, section.eval):
         if not isinstance(source, float) and source is not None:
-            problems += [problem for one in _listed(source) if (problem := check_source(one))]
+            problems += [problem for one, _ in weighted(source) if (problem := check_source(one))]
     if problems:
         raise DataError(problems)
 
@@ -105,7 +116,7 @@ def build_chats(section: DataSection, encoder: Encoder, max_length: int | None) 
     """
     check_sources(section)
     train, held_out = _split(section)
-    source = ", ".join(_listed(section.train or []))
+    source = name_sources(section.train)
     made = build_set(source, train, section, encoder, max_length)
     if not ends_a_turn(encoder, made.encoded):
         raise DataError(
@@ -114,8 +125,7 @@ def build_chats(section: DataSection, encoder: Encoder, max_length: int | None) 
         )
     if held_out is None:
         return Chats(made, None)
-    by_share = section.eval is None or isinstance(section.eval, float)
-    name = f"{source} (held out)" if by_share else ", ".join(_listed(section.eval))  # type: ignore[arg-type]
+    name = f"{source} (held out)" if isinstance(section.eval, float) else name_sources(section.eval)
     return Chats(made, build_set(name, held_out, section, encoder, max_length))
 
 
@@ -129,9 +139,14 @@ def build_set(
     """
     made = ChatSet([], [], Report(name))
     problems: list[str] = []
-    usable = _usable_chats(rows, section, encoder, made.report, problems)
-    while batch := list(itertools.islice(usable, BATCH)):
-        _encode_batch(batch, section, encoder, max_length, made, problems)
+    for outcome in outcomes(rows, section, encoder, max_length):
+        made.report.count(outcome)
+        if outcome.error:
+            problems.append(f"{outcome.row.where}: {outcome.error}")
+        if outcome.encoded:
+            made.encoded.append(outcome.encoded)
+            if outcome.chat:
+                made.chats.append(outcome.chat)
     if problems and section.invalid_rows == "fail":
         raise DataError([*at_most(problems), "(data.invalid_rows: drop leaves such rows out and counts them)"])
     if not made.encoded:
@@ -141,94 +156,67 @@ def build_set(
 
 
 def _split(section: DataSection) -> tuple[list[Row], list[Row] | None]:
-    train = list(itertools.islice(read_all(section.train or [], section.split), section.limit))
-    if section.eval is None:
-        return train, None
-    if not isinstance(section.eval, float):
-        return train, list(read_all(section.eval, section.split))
-    count = round(len(train) * section.eval)
-    if not 0 < count < len(train):
-        raise DataError(f"data.eval: {section.eval} of {len(train)} rows leaves one side empty; give a file instead")
-    chosen = set(random.Random(section.seed).sample(range(len(train)), count))
-    parts: tuple[list[Row], list[Row]] = ([], [])
-    for i, row in enumerate(train):
+    """Training rows, each file's by its weight, and held-out rows, each once."""
+    sources = weighted(section.train)
+    rows: list[tuple[int, Row]] = []
+    for i, (path, _) in enumerate(sources):
+        left = None if section.limit is None else section.limit - len(rows)
+        rows += ((i, row) for row in itertools.islice(read_rows(path, section.split), left))
+    if isinstance(section.eval, float):
+        rows, held = _hold_out(rows, section.eval, section.seed)
+        return _by_weight(rows, sources, section.seed), [row for _, row in held]
+    train = _by_weight(rows, sources, section.seed)
+    return train, None if section.eval is None else list(read_all(section.eval, section.split))
+
+
+def _hold_out(
+    rows: Sequence[tuple[int, Row]], share: float, seed: int
+) -> tuple[list[tuple[int, Row]], list[tuple[int, Row]]]:
+    chosen = held_out_places(len(rows), share, seed)
+    parts: tuple[list[tuple[int, Row]], list[tuple[int, Row]]] = ([], [])
+    for i, row in enumerate(rows):
         parts[i in chosen].append(row)
     return parts
 
 
+def held_out_places(count: int, share: float, seed: int) -> set[int]:
+    """Which of `count` rows are held out.
+
+    Raises:
+        DataError: one side would be empty.
+    """
+    held = round(count * share)
+    if not 0 < held < count:
+        raise DataError(f"data.eval: {share} of {count} rows leaves one side empty; give a file instead")
+    return set(random.Random(seed).sample(range(count), held))
+
+
+def _by_weight(rows: Sequence[tuple[int, Row]], sources: Sequence[tuple[str, float]], seed: int) -> list[Row]:
+    """Every row as often as the weight of its file says; the part after the point falls to rows drawn by `seed`."""
+    places: list[list[int]] = [[] for _ in sources]
+    for place, (i, _) in enumerate(rows):
+        places[i].append(place)
+    times = [0] * len(rows)
+    for i, (_, weight) in enumerate(sources):
+        whole = int(weight)
+        extra = round((weight - whole) * len(places[i]))
+        drawn = set(random.Random(f"{seed} {i}").sample(places[i], extra))
+        for place in places[i]:
+            times[place] = whole + (place in drawn)
+    return [row for place, (_, row) in enumerate(rows) for _ in range(times[place])]
+
+
 def read_all(source: str | Sequence[str], split: str) -> Iterator[Row]:
     """Rows of one source or of several, one after the other."""
-    return itertools.chain.from_iterable(read_rows(one, split) for one in _listed(source))
+    return itertools.chain.from_iterable(read_rows(one, split) for one, _ in weighted(source))
 
 
-def _listed(source: str | Sequence[str]) -> list[str]:
-    return [source] if isinstance(source, str) else list(source)
+def weighted(source: str | Sequence[str | WeightedFile] | None) -> list[tuple[str, float]]:
+    """Each source and its weight, 1 where none is given."""
+    listed = [source] if isinstance(source, str) else list(source or [])
+    return [(one, 1.0) if isinstance(one, str) else (one.path, one.weight) for one in listed]
 
 
-def _usable_chats(
-    rows: Iterable[Row], section: DataSection, encoder: Encoder, report: Report, problems: list[str]
-) -> Iterator[tuple[str, list[Message]]]:
-    for where, fields in rows:
-        report.rows += 1
-        try:
-            form = detect_form(fields) if section.format == "auto" else section.format
-            chat = encoder.prepare(to_messages(fields, form))
-        except RowError as error:
-            problems.append(f"{where}: {error}")
-            report.dropped[str(error)] += 1
-            continue
-        report.forms[form] += 1
-        yield where, chat
-
-
-def _encode_batch(
-    batch: Sequence[tuple[str, list[Message]]],
-    section: DataSection,
-    encoder: Encoder,
-    max_length: int | None,
-    made: ChatSet,
-    problems: list[str],
-) -> None:
-    for (where, chat), row in zip(batch, _encode_all(batch, encoder, made.report, problems), strict=True):
-        if row is None:
-            continue
-        if max_length and len(row.input_ids) > max_length:
-            fitted = encoder.fit(chat, max_length) if section.overlong == "cut" else None
-            if fitted is None:
-                made.report.dropped[f"longer than {max_length} tokens"] += 1
-                continue
-            made.report.cut += 1
-            row = fitted
-        if not row.trainable:
-            problems.append(f"{where}: no token to train on")
-            made.report.dropped["no token to train on"] += 1
-            continue
-        made.chats.append(chat)
-        made.encoded.append(row)
-        _count(made.report, row)
-
-
-def _encode_all(
-    batch: Sequence[tuple[str, list[Message]]], encoder: Encoder, report: Report, problems: list[str]
-) -> list[Encoded | None]:
-    """Encode together; where a template refuses a chat, one by one to find which."""
-    try:
-        return list(encoder.encode([chat for _, chat in batch]))
-    except (RowError, TemplateError):
-        rows: list[Encoded | None] = []
-        for where, chat in batch:
-            try:
-                rows += encoder.encode([chat])
-            except (RowError, TemplateError) as error:
-                reason = str(error) if isinstance(error, RowError) else f"the chat template refuses it: {error}"
-                problems.append(f"{where}: {reason}")
-                report.dropped[reason] += 1
-                rows.append(None)
-        return rows
-
-
-def _count(report: Report, row: Encoded) -> None:
-    report.kept += 1
-    report.tokens += len(row.input_ids)
-    report.trainable_tokens += row.trainable
-    report.longest = max(report.longest, len(row.input_ids))
+def name_sources(source: str | Sequence[str | WeightedFile] | None) -> str:
+    """The sources in a line: `a.jsonl, b.jsonl × 2`."""
+    return ", ".join(path if weight == 1 else f"{path} × {weight:g}" for path, weight in weighted(source))

@@ -6,7 +6,7 @@ The loss mask comes from token spans. For the assistant turn `m[i]` of a chat `m
     end   = tokens shared by render(m[:i+1]) and render(m), or all of them if m[i] is the last message
 
 so a turn carries its content, its end-of-turn token and what the template writes up to the next header or the
-end. For a single-turn chat this is TRL's prompt/completion mask.
+end. For a single-turn chat this is TRL's prompt/completion mask. A turn with `train: false` is left out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,19 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.data.formats import RowError
+from phinetune.data.row_error import RowError
+from phinetune.model.control import control_tokens
 from phinetune.model.scoring import IGNORED
-from phinetune.model.template import Message, common_prefix, end_of_turn_ids, render, renders_role, tokenize
+from phinetune.model.template import (
+    Message,
+    common_prefix,
+    end_of_turn_ids,
+    render,
+    renders_role,
+    style_of,
+    tokenize,
+)
+from phinetune.model.tools import ToolStyle
 
 
 class Encoded(NamedTuple):
@@ -42,24 +52,40 @@ class Encoder:
     system: str
     dropped_roles: frozenset[str]
     end_of_turn: frozenset[int]
+    tools: ToolStyle
 
     def prepare(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as they will be rendered, the system message treated as configured.
 
         Raises:
-            RowError: the template would drop a message in silence.
+            RowError: the template would drop a message, the tools or a tool call in silence.
         """
         chat = list(messages)
         if any(m["role"] == "system" for m in chat[1:]):
-            raise RowError("a system message stands after the first turn; move it to the front")
+            raise RowError("a system message stands after the first turn; move it to the front", "roles")
+        self._check_tools(chat)
         if chat[0]["role"] == "system" and self.system != "keep":
-            first, *chat = chat
-            if self.system == "fold":
-                chat = _fold(first["content"], chat)
+            chat = self._without_system(chat)
         for role in self.dropped_roles & {message["role"] for message in chat}:
             hint = "; set data.system to `fold` or `drop`" if role == "system" else ""
-            raise RowError(f"this checkpoint's chat template drops {role} messages in silence{hint}")
+            raise RowError(
+                f"this checkpoint's chat template drops {role} messages in silence{hint}",
+                "system" if role == "system" else "template",
+            )
         return chat
+
+    def _check_tools(self, chat: Sequence[Message]) -> None:
+        for key, style in (("tools", self.tools.tools), ("tool_calls", self.tools.calls)):
+            if style is None and any(key in message for message in chat):
+                what = key.replace("_", " ")
+                raise RowError(f"this checkpoint's chat template drops {what} in silence", "template")
+
+    def _without_system(self, chat: Sequence[Message]) -> list[Message]:
+        """The chat with its system message's words folded away or dropped; tools stay where they are."""
+        first, *rest = chat
+        if self.system == "fold" and first["content"]:
+            rest = _fold(first["content"], rest)
+        return [{**first, "content": ""}, *rest] if "tools" in first else rest
 
     def encode(self, chats: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Encode prepared chats, all texts through the tokenizer in one call."""
@@ -67,23 +93,38 @@ class Encoder:
         ids = iter(tokenize(self.tokenizer, [text for plan in plans for text in plan]))
         return [self._label(chat, [next(ids) for _ in plan]) for chat, plan in zip(chats, plans, strict=True)]
 
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode ready-made texts, their control tokens as tokens; every token is trained on.
+
+        A text that ends without an end token gets the tokenizer's own.
+        """
+        ends = [str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.end_of_turn]
+        eos = str(self.tokenizer.eos_token or "")
+        ended = [text if text.rstrip().endswith((*ends, eos)) else text + eos for text in texts]
+        return [Encoded(ids, list(ids)) for ids in tokenize(self.tokenizer, ended)]
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prepared chat up to and with the header of the assistant's next turn."""
         return tokenize(self.tokenizer, [render(self.tokenizer, messages, reply=True)])[0]
 
     def _turns(self, chat: Sequence[Message]) -> list[int]:
+        """The turns whose spans matter: those trained on, or, if all tokens are, those left out."""
         turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-        return {"assistant": turns, "last": turns[-1:], "all": []}[self.loss_on]
+        left_out = {i for i in turns if chat[i].get("train") is False}
+        if self.loss_on == "all":
+            return sorted(left_out)
+        return [i for i in (turns[-1:] if self.loss_on == "last" else turns) if i not in left_out]
 
     def _plan(self, chat: Sequence[Message]) -> list[str]:
-        """The whole chat's text, then the texts whose shared tokens bound each trained turn."""
+        """The whole chat's text, then the texts whose shared tokens bound each turn that matters."""
         texts = [render(self.tokenizer, chat)]
         for i in self._turns(chat):
             prefix = render(self.tokenizer, chat[:i], reply=True)
             if not texts[0].startswith(prefix):
                 raise RowError(
                     "this checkpoint's chat template renders the turns before an answer in another way once the "
-                    "answer is there, so training would not match use"
+                    "answer is there, so training would not match use",
+                    "template",
                 )
             texts.append(prefix)
             if i + 1 < len(chat):
@@ -92,13 +133,12 @@ class Encoder:
 
     def _label(self, chat: Sequence[Message], ids: Sequence[list[int]]) -> Encoded:
         whole, bounds = ids[0], iter(ids[1:])
-        if self.loss_on == "all":
-            return Encoded(whole, list(whole))
-        labels = [IGNORED] * len(whole)
+        everything = self.loss_on == "all"
+        labels = list(whole) if everything else [IGNORED] * len(whole)
         for i in self._turns(chat):
             start = common_prefix(next(bounds), whole)
             end = common_prefix(next(bounds), whole) if i + 1 < len(chat) else len(whole)
-            labels[start:end] = whole[start:end]
+            labels[start:end] = [IGNORED] * (end - start) if everything else whole[start:end]
         return Encoded(whole, labels)
 
     def fit(self, messages: Sequence[Message], max_length: int) -> Encoded | None:
@@ -107,6 +147,11 @@ class Encoder:
         The oldest turns go first (a system message stays), then the end of the longest remaining prompt
         message. Answers and end tokens are never cut.
         """
+        fitted = self.fit_chat(messages, max_length)
+        return fitted[1] if fitted else None
+
+    def fit_chat(self, messages: Sequence[Message], max_length: int) -> tuple[list[Message], Encoded] | None:
+        """`fit`, with the messages that are left."""
         chat = list(messages)
         encoded = self.encode([chat])[0]
         while len(encoded.input_ids) > max_length and (shorter := _without_oldest_exchange(chat)):
@@ -115,29 +160,37 @@ class Encoder:
         for _ in range(4):  # tokens can merge anew at a cut, so the first try may miss by a few
             excess = len(encoded.input_ids) - max_length
             if excess <= 0:
-                return encoded
+                return chat, encoded
             shortened = self._shorten_prompt(chat, excess)
             if shortened is None:
                 return None
             chat = shortened
             encoded = self.encode([chat])[0]
-        return encoded if len(encoded.input_ids) <= max_length else None
+        return (chat, encoded) if len(encoded.input_ids) <= max_length else None
 
     def _shorten_prompt(self, chat: Sequence[Message], excess: int) -> list[Message] | None:
         prompts = [i for i, m in enumerate(chat) if m["role"] in ("user", "tool")]
+        if not prompts:
+            return None
         longest = max(prompts, key=lambda i: len(chat[i]["content"]))
         content = chat[longest]["content"]
-        offsets = self.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = self._offsets(content)
         if len(offsets) <= excess:
             return None
         cut = {**chat[longest], "content": content[: offsets[len(offsets) - excess][0]]}
         return [*chat[:longest], cut, *chat[longest + 1 :]]
 
+    def _offsets(self, content: str) -> list[tuple[int, int]]:
+        control = control_tokens(self.tokenizer)
+        if control.find(content):
+            return control.offsets(content)
+        return list(self.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
+
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant", system: str = "keep") -> Encoder:
     """An encoder for this tokenizer, after looking which roles its template drops."""
     dropped = frozenset(role for role in ("system", "tool") if not renders_role(tokenizer, role))
-    return Encoder(tokenizer, loss_on, system, dropped, frozenset(end_of_turn_ids(tokenizer)))
+    return Encoder(tokenizer, loss_on, system, dropped, frozenset(end_of_turn_ids(tokenizer)), style_of(tokenizer))
 
 
 def ends_a_turn(encoder: Encoder, rows: Iterable[Encoded]) -> bool:
@@ -150,7 +203,7 @@ def _fold(system: str, chat: list[Message]) -> list[Message]:
         if message["role"] == "user":
             folded: Message = {"role": "user", "content": f"{system}\n\n{message['content']}"}
             return [*chat[:i], folded, *chat[i + 1 :]]
-    raise RowError("there is no user turn to fold the system message into")
+    raise RowError("there is no user turn to fold the system message into", "system")
 
 
 def _without_oldest_exchange(chat: Sequence[Message]) -> list[Message] | None:

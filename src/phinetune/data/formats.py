@@ -1,13 +1,16 @@
-"""The four usual forms of chat data, each turned into the same list of messages."""
+"""The usual forms of chat data, each turned into the same list of messages; and rows that are text or ids already."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from phinetune.errors import DataError
+from phinetune.data.row_error import RowError
+from phinetune.data.tool_calls import FUNCTION_CALL, read_calls, read_tools
 from phinetune.model.template import Message
+
+__all__ = ["FORMS", "READY", "ROLES", "RowError", "detect_form", "strings", "to_messages"]
 
 # What the roles of each tool that writes chat data mean.
 ROLES = {
@@ -20,18 +23,17 @@ ROLES = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    FUNCTION_CALL: "assistant",
     "tool": "tool",
+    "function": "tool",
     "observation": "tool",
     "function_response": "tool",
 }
-
-
-class RowError(DataError):
-    """What is wrong with one row; the caller knows where it stands."""
+READY = ("text", "tokens")  # forms that no template renders: text as it stands, and `input_ids` with `labels`
 
 
 def detect_form(fields: Mapping[str, Any]) -> str:
-    """The form of a row: messages, conversations, alpaca or prompt_completion.
+    """The form of a row: messages, conversations, alpaca, prompt_completion, text or tokens.
 
     Raises:
         RowError: no form has these keys.
@@ -44,24 +46,63 @@ def detect_form(fields: Mapping[str, Any]) -> str:
         return "alpaca"
     if "prompt" in fields and "completion" in fields:
         return "prompt_completion"
+    if "input_ids" in fields:
+        return "tokens"
+    if "text" in fields:
+        return "text"
     raise RowError(
-        f"the keys ({', '.join(map(str, fields)) or 'none'}) are those of no known form; expected `messages`, "
-        "`conversations`, `instruction` and `output`, or `prompt` and `completion`"
+        f"the keys ({', '.join(map(_shown, fields)) or 'none'}) are those of no known form; expected `messages`, "
+        "`conversations`, `instruction` and `output`, `prompt` and `completion`, `text`, or `input_ids`"
     )
 
 
 def to_messages(fields: Mapping[str, Any], form: str = "auto") -> list[Message]:
     """The row's chat as messages with `role` (system, user, assistant, tool) and `content`.
 
+    The row's tools ride on the first message, made a system message where the row has none.
+
     Raises:
         RowError: the row is not of that form, or has no assistant turn that something comes before.
     """
     messages = FORMS[detect_form(fields) if form == "auto" else form](fields)
     if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("no assistant turn, so there is nothing to learn from it")
+        raise RowError("no assistant turn, so there is nothing to learn from it", "roles")
     if messages[0]["role"] == "assistant":
-        raise RowError("the first turn is the assistant's; a chat starts with a user or system turn")
+        raise RowError("the first turn is the assistant's; a chat starts with a user or system turn", "roles")
+    tools = read_tools(fields)
+    if tools:
+        if messages[0]["role"] != "system":
+            messages.insert(0, _message("system", ""))
+        messages[0] = {**messages[0], "tools": tools}
+    for message in messages:
+        check_letters(message["content"])
+        if "tools" in message or "tool_calls" in message:
+            check_letters(json.dumps(message, ensure_ascii=False))
     return messages
+
+
+def check_letters(text: str) -> None:
+    """Make sure that a text can be encoded at all.
+
+    Raises:
+        RowError: it holds half a character (`"\\ud83d"` in a JSON file), which no tokenizer takes.
+    """
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        raise RowError("the text holds half a character (a lone surrogate such as \\ud83d)", "letters") from None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text inside a row, keys left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from strings(item)
 
 
 def _from_messages(fields: Mapping[str, Any]) -> list[Message]:
@@ -106,20 +147,42 @@ def _system(fields: Mapping[str, Any]) -> list[Message]:
 
 
 def _turns(fields: Mapping[str, Any], key: str, role_key: str, text_key: str) -> list[Message]:
-    messages = []
-    for number, turn in enumerate(_listed(fields, key), 1):
-        where = f"{key}, turn {number}"
-        if not isinstance(turn, Mapping) or role_key not in turn:
-            raise RowError(f"{where}: expected an object with `{role_key}` and `{text_key}`")
-        role = ROLES.get(str(turn[role_key]).lower())
-        if role is None:
-            raise RowError(f"{where}: unknown role `{turn[role_key]}`; known: {', '.join(ROLES)}")
-        if turn.get("tool_calls"):
-            raise RowError(f"{where}: tool calls are not supported yet")
-        messages.append(_message(role, _content(turn, text_key, where)))
+    turns = enumerate(_listed(fields, key), 1)
+    messages = [_turn(turn, role_key, text_key, f"{key}, turn {number}") for number, turn in turns]
     if not messages:
         raise RowError(f"`{key}` is empty")
     return messages
+
+
+def _turn(turn: Any, role_key: str, text_key: str, where: str) -> Message:
+    if not isinstance(turn, Mapping) or role_key not in turn:
+        raise RowError(f"{where}: expected an object with `{role_key}` and `{text_key}`")
+    name = str(turn[role_key]).lower()
+    role = ROLES.get(name)
+    if role is None:
+        raise RowError(f"{where}: unknown role `{_shown(turn[role_key])}`; known: {', '.join(ROLES)}", "roles")
+    calls = read_calls(turn, name, turn.get(text_key), where)
+    if calls and role != "assistant":
+        raise RowError(f"{where}: only an assistant's turn can call tools, not a {role} turn", "tools")
+    written = name != FUNCTION_CALL and not (calls and turn.get(text_key) is None)
+    message = _message(role, _content(turn, text_key, where) if written else "")
+    if calls:
+        message["tool_calls"] = calls
+    if role == "tool":
+        message.update({key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)})
+    if not _is_trained(turn, where):
+        message["train"] = False
+    return message
+
+
+def _is_trained(turn: Mapping[str, Any], where: str) -> bool:
+    """`train: false`, or `weight: 0` as OpenAI writes it, leaves a turn out of the loss."""
+    train, weight = turn.get("train"), turn.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise RowError(f"{where}: `train` must be true or false")
+    if weight is not None and weight not in (0, 1):
+        raise RowError(f"{where}: `weight` must be 0 or 1; for more of a file, give it a weight in data.train")
+    return train is not False and weight != 0
 
 
 def _listed(fields: Mapping[str, Any], key: str) -> list[Any]:
@@ -129,6 +192,10 @@ def _listed(fields: Mapping[str, Any], key: str) -> list[Any]:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise RowError(f"`{key}` holds broken JSON: {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"`{key}` holds JSON that can't be read: {error}") from None
+    if value is None:
+        raise RowError(f"`{key}` is missing", "content")
     if not isinstance(value, (list, tuple)):
         raise RowError(f"`{key}` must be a list of turns")
     return list(value)
@@ -147,8 +214,15 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
     if isinstance(value, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
         value = "".join(str(part.get("text", "")) for part in value)  # OpenAI's list of parts
     if not isinstance(value, str):
-        raise RowError(f"{where}: `{key}` must be text, not {'missing' if value is None else type(value).__name__}")
+        found = "missing" if value is None else type(value).__name__
+        raise RowError(f"{where}: `{key}` must be text, not {found}", "content")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A word of the row as an error may print it: short, and without control characters."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(value))
+    return text if len(text) <= 40 else text[:37] + "…"
 
 
 def _message(role: str, content: str) -> Message:

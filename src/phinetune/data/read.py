@@ -1,4 +1,4 @@
-"""Rows of a data source, each with the place it came from."""
+"""Rows of a data source, each with the place it came from, and the places where there should be one and is none."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from phinetune.data.encodings import NotText, bad_place, decode_line, is_wide, lines_of, refuse_other_kinds
 from phinetune.errors import DataError, at_most
 
 
@@ -20,11 +21,35 @@ class Row(NamedTuple):
     fields: dict[str, Any]
 
 
+class Broken(NamedTuple):
+    """A place that holds no row one can read, and why; `salvaged` is the row that it looks like."""
+
+    where: str
+    problem: str
+    kind: Literal["broken", "encoding"] = "broken"
+    salvaged: dict[str, Any] | None = None
+
+
 def read_rows(source: str, split: str = "train") -> Iterator[Row]:
     """Rows of a file, a folder that `datasets` can load, or a hub id.
 
     Raises:
         DataError: not there, not readable, or broken; broken JSON Lines are listed with their lines.
+    """
+    if not Path(source).expanduser().is_file():
+        return (row for row in scan_rows(source, split) if isinstance(row, Row))
+    found = list(scan_rows(source, split))
+    problems = [f"{row.where}: {row.problem}" for row in found if isinstance(row, Broken)]
+    if problems:
+        raise DataError(at_most(problems))
+    return (row for row in found if isinstance(row, Row))
+
+
+def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
+    """Rows of a source and its broken places, in order.
+
+    Raises:
+        DataError: not there, or a folder or hub id that can't be loaded.
     """
     problem = check_source(source)
     if problem:
@@ -34,10 +59,24 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
         return _dataset_folder(path, split)
     if not path.is_file():
         return _hub(source, split)
+    return _file(path)
+
+
+def _file(path: Path) -> Iterator[Row | Broken]:
     try:
-        return READERS[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        kind = path.suffix.lower()
+        if kind != ".parquet":
+            refuse_other_kinds(path)
+        if kind in (".json", ".csv") and is_wide(path):
+            line, problem = bad_place(path)
+            yield Broken(f"{path}:{line}", problem, "encoding")
+            return
+        yield from READERS[kind](path)
+    except NotText as error:
+        yield Broken(f"{path}:{error.line}", str(error), "encoding")
+    except UnicodeDecodeError:
+        line, problem = bad_place(path)
+        yield Broken(f"{path}:{line}", problem, "encoding")
 
 
 def check_source(source: str) -> str | None:
@@ -51,77 +90,115 @@ def check_source(source: str) -> str | None:
     return f"{source}: no such file"
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    rows, problems = [], []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}:{number}: broken JSON: {error.msg} (column {error.colno})")
-                continue
-            if not isinstance(fields, dict):
-                problems.append(f"{path}:{number}: expected a JSON object, found {_kind(fields)}")
-                continue
-            rows.append(Row(f"{path}:{number}", fields))
-    if problems:
-        raise DataError(at_most(problems))
-    return iter(rows)
+def _json_lines(path: Path) -> Iterator[Row | Broken]:
+    for number, raw in lines_of(path):
+        line, problem = decode_line(raw)
+        where = f"{path}:{number}"
+        if line is None:
+            yield Broken(where, problem or "", "encoding")
+            continue
+        if not line.strip():
+            continue
+        fields, trouble = _load(line.rstrip("\r\n"))
+        if trouble:
+            yield Broken(where, trouble)
+        elif not isinstance(fields, dict):
+            yield Broken(where, f"expected a JSON object, found {_kind(fields)}")
+        elif problem:
+            yield Broken(where, problem, "encoding", fields)
+        else:
+            yield Row(where, fields)
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _load(text: str) -> tuple[Any, str | None]:
+    """The value, or what is wrong with the JSON."""
+    try:
+        return json.loads(text), None
+    except json.JSONDecodeError as error:
+        return None, f"broken JSON: {error.msg} (column {error.colno})"
+    except RecursionError:
+        return None, "broken JSON: nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        return None, f"broken JSON: {error}"
+
+
+def _json(path: Path) -> Iterator[Row | Broken]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.pos and text[: error.pos].rstrip().endswith("}"):
-            return _json_lines(path)  # JSON Lines under the wrong name
-        raise DataError(f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})") from None
+            yield from _json_lines(path)  # JSON Lines under the wrong name
+        else:
+            yield Broken(f"{path}:{error.lineno}", f"broken JSON: {error.msg} (column {error.colno})")
+        return
+    except (RecursionError, ValueError):
+        yield Broken(str(path), _load(text)[1] or "broken JSON")
+        return
+    start = 0
     if isinstance(tree, dict):
-        lists = [value for value in tree.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        tree = lists[0] if len(lists) == 1 and "messages" not in tree and "conversations" not in tree else [tree]
+        lists = {k: v for k, v in tree.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+        wrapped = len(lists) == 1 and "messages" not in tree and "conversations" not in tree
+        key, tree = next(iter(lists.items())) if wrapped else ("", [tree])
+        found = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*\[", text) if wrapped else None
+        start = found.end() - 1 if found else 0
     if not isinstance(tree, list):
-        raise DataError(f"{path}: expected a list of objects, found {_kind(tree)}")
-    problems = [
-        f"{path}: row {i}: expected an object, found {_kind(r)}"
-        for i, r in enumerate(tree, 1)
-        if not isinstance(r, dict)
-    ]
-    if problems:
-        raise DataError(at_most(problems))
-    return (Row(f"{path}: row {number}", fields) for number, fields in enumerate(tree, 1))
+        yield Broken(str(path), f"expected a list of objects, found {_kind(tree)}")
+        return
+    lines = _lines_of_items(text, start, len(tree))
+    for number, (line, fields) in enumerate(zip(lines, tree, strict=True), 1):
+        where = f"{path}:{line}: row {number}" if line else f"{path}: row {number}"
+        known = isinstance(fields, dict)
+        yield Row(where, fields) if known else Broken(where, f"expected an object, found {_kind(fields)}")
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _lines_of_items(text: str, start: int, count: int) -> list[int]:
+    """The line on which each item of the list at `start` begins; zeros where that can't be told."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,\[]*")
+    lines: list[int] = []
+    place, line, counted = start, 1, 0
+    try:
+        while len(lines) < count:
+            between = blank.match(text, place)
+            place = between.end() if between else place
+            line += text.count("\n", counted, place)
+            counted = place
+            lines.append(line)
+            _, place = decoder.raw_decode(text, place)
+    except json.JSONDecodeError:
+        return [0] * count
+    return lines
+
+
+def _csv(path: Path) -> Iterator[Row | Broken]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        rows, line = [], 2
+        line = 2
         try:
             for fields in reader:
                 if fields.pop(None, None) is not None:
-                    raise DataError(f"{path}:{line}: more cells than the header has columns")
-                rows.append(Row(f"{path}:{line}", {k: v for k, v in fields.items() if v not in (None, "")}))
+                    yield Broken(f"{path}:{line}", "more cells than the header has columns")
+                else:
+                    yield Row(f"{path}:{line}", {k: v for k, v in fields.items() if v not in (None, "")})
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}:{line}: broken CSV: {error}") from None
-    return iter(rows)
+            yield Broken(f"{path}:{line}", f"broken CSV: {error}")
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[Row | Broken]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
-    return (Row(f"{path}: row {number}", fields) for number, fields in enumerate(table.to_pylist(), 1))
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield Broken(str(path), f"not a readable Parquet file: {error}")
+        return
+    yield from (Row(f"{path}: row {number}", fields) for number, fields in enumerate(rows, 1))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

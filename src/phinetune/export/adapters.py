@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,14 @@ class Adapter:
     def out(self) -> int:
         """Rows of the update."""
         return self.splits.out if self.splits else self.b.shape[0]
+
+    def with_scale(self, scale: float) -> Adapter:
+        """The same update with another scale: what it lacks goes into B, in float32 where B's dtype would round it."""
+        if scale == self.scale:
+            return self
+        exact = self.b.double() * (self.scale / scale)
+        kept = exact.to(self.b.dtype)
+        return replace(self, b=kept if torch.equal(kept.double(), exact) else exact.float(), scale=scale)
 
     def update(self) -> Tensor:
         """s · B A in float64, shape (out, in); an embedding's is (embedding_dim, num_embeddings)."""

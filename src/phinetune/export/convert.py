@@ -1,10 +1,13 @@
-"""An adapter from PEFT's form to loralib's and back, with the update of every layer checked on what was written.
+"""An adapter from one form to another, with the update of every layer checked on what was written.
 
     phinetune convert runs/demo lora.pt --to loralib
     phinetune convert lora.pt adapter --to peft --lora-alpha 16
+    phinetune convert runs/demo for-vllm --to peft-split
+    phinetune convert for-vllm back --to peft-fused
 
-A linear layer's A and B are the same numbers in both. What differs is the scale, which loralib's file does not hold,
-and fused layers (q, k and v in one): `to_peft` and `to_loralib` say how.
+A linear layer's A and B are the same numbers in PEFT's form and in loralib's. What differs is the scale, which
+loralib's file does not hold, and fused layers (q, k and v in one): `to_peft` and `to_loralib` say how. `split` says how
+PEFT's adapters of fused layers become those of split ones and come back.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +27,14 @@ from torch import Tensor
 from phinetune.errors import ModelError, at_most
 from phinetune.export.adapters import Adapter, Layer, Splits
 from phinetune.export.forms import read_loralib, read_peft, write_loralib, write_peft
+from phinetune.export.split import base_config, known_splits, target_names, to_fused, to_split
 from phinetune.export.to_loralib import constructors, to_loralib
 from phinetune.export.to_peft import to_peft
 from phinetune.files import publish_files, staged_folder
-from phinetune.model.adapt import ADAPTER_CONFIG
+from phinetune.model.adapt import ADAPTER_CONFIG, BASE_FILE, FUSED
 
-FORMS = ("peft", "loralib")
+FORMS = ("peft", "loralib", "peft-split", "peft-fused")
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 RTOL = 1e-5
 
 
@@ -74,10 +80,11 @@ def convert(
     Args:
         src: a PEFT adapter folder, or a file that `torch.save(lora.lora_state_dict(model), …)` wrote.
         dst: a file for loralib, a folder for PEFT; not there yet, or an empty folder.
-        to: `peft` or `loralib`.
+        to: `peft` or `loralib`; `peft-split` or `peft-fused` from one PEFT form to another.
         lora_alpha: from loralib, the layers' alpha; to loralib, the alpha the layers will have (if not the adapter's).
         base: to PEFT, the base to record.
         merged: fused layers as NAME=ROWS,ROWS,…; NAME is the end of layers' names, -ROWS a split without an adapter.
+            To the split or fused form only where the base's config.json can't be had.
         embedding: from loralib, the ends of embeddings' names beside those of `KNOWN_EMBEDDINGS`.
         linear: from loralib, linear layers that would be taken for convolutions.
 
@@ -90,11 +97,12 @@ def convert(
         problems.append(f"--lora-alpha must be above 0, not {lora_alpha}")
     if to == "peft" and lora_alpha is None:
         problems.append("loralib's file does not hold lora_alpha: give the layers' own with --lora-alpha")
-    peft_only = {"--base": base, "--embedding": embedding, "--linear": linear}
-    problems += [f"{name} goes with --to peft alone" for name, given in peft_only.items() if given and to == "loralib"]
+    problems += _refused_options(to, lora_alpha, base, embedding, linear)
     fused = _parse_merged(merged, problems)
     if problems:
         raise ModelError(problems)
+    if to in ("peft-split", "peft-fused"):
+        return _convert_names(src, dst, to, base, fused)
     if to == "loralib":
         return _convert_to_loralib(src, dst, lora_alpha, fused)
     assert lora_alpha is not None
@@ -106,12 +114,45 @@ def _finish_peft(layers: Mapping[str, Layer], dst: Path, base: str | None) -> Co
     with staged_folder(dst) as stage:
         write_peft({name: layer.made for name, layer in layers.items()}, stage, base)
         difference = _check(layers, read_peft(stage)[1])
-    steps = [
+    return Conversion(dst, _count(layers), difference, _load(dst, base))
+
+
+def _convert_names(src: Path, dst: Path, to: str, base: str | None, fused: Mapping[str, Splits]) -> Conversion:
+    """From PEFT's form with fused names to that with split names, or back."""
+    config, adapters = read_peft(src)
+    shape = base_config(src, config)
+    if shape:
+        lasts = {name.rsplit(".", 1)[-1] for name in adapters}
+        there = {FUSED.get(last, last) for last in lasts}
+        fused = {**{name: splits for name, splits in known_splits(shape).items() if name in there}, **fused}
+    layers = to_split(adapters, fused) if to == "peft-split" else to_fused(adapters, fused)
+    name = base or config.base_model_name_or_path
+    targets = target_names(layers, shape.num_hidden_layers if shape else None)
+    made = {layer: one.made for layer, one in layers.items()}
+    with staged_folder(dst) as stage:
+        write_peft(made, stage, name, like=config, targets=targets, largest=to == "peft-split")
+        if (src / BASE_FILE).is_file() and not base:
+            shutil.copyfile(src / BASE_FILE, stage / BASE_FILE)
+        difference = _check(layers, read_peft(stage)[1])
+    steps = _serve(dst, name, made) if to == "peft-split" else _load(dst, name)
+    return Conversion(dst, _count(layers), difference, steps)
+
+
+def _load(dst: Path, base: str | None) -> list[str]:
+    return [
         f"Next (base_model is {base or 'the model whose layers these are'}, loaded without adapters):",
         "  from peft import PeftModel",
         f'  model = PeftModel.from_pretrained(base_model, "{dst}")',
     ]
-    return Conversion(dst, _count(layers), difference, steps)
+
+
+def _serve(dst: Path, base: str | None, made: Mapping[str, Adapter]) -> list[str]:
+    rank = max(adapter.rank for adapter in made.values())
+    room = next((size for size in VLLM_RANKS if size >= rank), rank)
+    return [
+        "Next, in vLLM (or with PEFT on a model whose layers are split):",
+        f"  vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {room} --lora-modules tuned={dst}",
+    ]
 
 
 def _convert_to_loralib(src: Path, dst: Path, lora_alpha: float | None, fused: Mapping[str, Splits]) -> Conversion:
@@ -141,17 +182,31 @@ def _as_built(
     return {name: Adapter(a, b, alpha / b.shape[1], splits=splits.get(name)) for name, (a, b) in pairs.items()}
 
 
+def _refused_options(
+    to: str, lora_alpha: float | None, base: str | None, embedding: Sequence[str], linear: Sequence[str]
+) -> list[str]:
+    """What goes with another direction."""
+    names = to in ("peft-split", "peft-fused")
+    given = {
+        "--lora-alpha": ("peft or loralib", lora_alpha is not None and names),
+        "--base": ("peft, peft-split or peft-fused", base and to == "loralib"),
+        "--embedding": ("peft", embedding and to != "peft"),
+        "--linear": ("peft", linear and to != "peft"),
+    }
+    return [f"{option} goes with --to {forms} alone" for option, (forms, wrong) in given.items() if wrong]
+
+
 def _refused_places(src: Path, dst: Path, to: str) -> list[str]:
     if to not in FORMS:
-        return [f"--to must be peft or loralib, not {to}"]
+        return [f"--to must be one of {', '.join(FORMS)}, not {to}"]
     problems = []
     if not src.exists():
         problems.append(f"{src}: no such file or folder")
     elif to == "peft" and src.is_dir():
         problems.append(f"{src}: a folder; --to peft takes a loralib checkpoint (a .pt file)")
-    elif to == "loralib" and not src.is_dir():
-        problems.append(f"{src}: a file; --to loralib takes a PEFT adapter folder (with {ADAPTER_CONFIG})")
-    empty = to == "peft" and dst.is_dir() and not dst.is_symlink() and not any(dst.iterdir())
+    elif to != "peft" and not src.is_dir():
+        problems.append(f"{src}: a file; --to {to} takes a PEFT adapter folder (with {ADAPTER_CONFIG})")
+    empty = to != "loralib" and dst.is_dir() and not dst.is_symlink() and not any(dst.iterdir())
     if os.path.lexists(dst) and not empty:
         problems.append(f"{dst}: is there already; nothing is overwritten, so name another place")
     return problems

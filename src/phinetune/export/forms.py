@@ -12,7 +12,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ def read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Adapter]]:
 
 def _beyond_lora(config: LoraConfig) -> list[str]:
     names = [name for name in BEYOND_LORA if getattr(config, name, None)]
-    found = [f"`{name}` is set, and loralib has no form for that" for name in names]
+    found = [f"`{name}` is set, which A and B alone do not hold; it is not converted" for name in names]
     if config.bias != "none":
         found.append(f"`bias` is {config.bias!r}: trained biases are not converted, only LoRA's A and B")
     start = config.init_lora_weights
@@ -145,26 +145,41 @@ def _peft_scale(config: LoraConfig, name: str, rank: int) -> float:
     return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
-def write_peft(adapters: Mapping[str, Adapter], folder: Path, base: str | None) -> None:
+def write_peft(
+    adapters: Mapping[str, Adapter],
+    folder: Path,
+    base: str | None,
+    like: LoraConfig | None = None,
+    targets: Sequence[str] | None = None,
+    largest: bool = False,
+) -> None:
     """Write `adapters` (none with splits) as PEFT does, into a folder that is there.
 
     Ranks and alphas that differ from the most common ones go to `rank_pattern` and `alpha_pattern`.
+
+    Args:
+        like: the configuration whose task and base's revision are kept.
+        targets: `target_modules`, if not every layer's full name.
+        largest: take the largest rank instead of the most common, for servers that make room by `r`.
     """
     kinds = {name: (one.rank, _tidy(one.scale * one.rank)) for name, one in adapters.items()}
-    (rank, alpha), _ = Counter(kinds.values()).most_common(1)[0]
+    rank, alpha = max(kinds.values()) if largest else Counter(kinds.values()).most_common(1)[0][0]
+    names = list(targets or adapters)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type, unused-ignore]
         rank_pattern=_patterns({name: kind[0] for name, kind in kinds.items()}, rank),
         alpha_pattern=_patterns({name: kind[1] for name, kind in kinds.items()}, alpha),
-        target_modules=list(adapters),
+        target_modules=names,
         base_model_name_or_path=base,
+        task_type=like.task_type if like else None,
+        revision=like.revision if like else None,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
     # PEFT writes the set of targets in any order.
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    written["target_modules"] = list(adapters)
+    written["target_modules"] = names
     write_text(folder / ADAPTER_CONFIG, json.dumps(written, indent=2, sort_keys=True) + "\n")
     tensors = {}
     for name, one in adapters.items():

@@ -145,12 +145,7 @@ def _is_block_diagonal(b: Tensor, spans: Sequence[tuple[slice, slice]], columns:
 
 def _baked(source: Adapter, alpha: float, rank: int) -> Tensor:
     """B such that alpha / rank scales it to the source's update; in float32 where its own dtype would round it."""
-    factor = source.scale / (alpha / rank)
-    if factor == 1:
-        return source.b
-    exact = source.b.double() * factor
-    kept = exact.to(source.b.dtype)
-    return kept if torch.equal(kept.double(), exact) else exact.float()
+    return source.with_scale(alpha / rank).b
 
 
 def constructors(layers: Mapping[str, Layer], alpha: float, turned: bool) -> list[str]:

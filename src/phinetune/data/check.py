@@ -1,0 +1,226 @@
+"""`phinetune data check`: every row looked at before a run is, and what stands out, with file and line."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from phinetune.config import DataSection
+from phinetune.data.build import Report, held_out_places
+from phinetune.data.chat import Encoder
+from phinetune.data.comparing import Comparison
+from phinetune.data.findings import KINDS, Findings
+from phinetune.data.formats import strings
+from phinetune.data.histogram import histogram
+from phinetune.data.languages import Languages
+from phinetune.data.outcome import Fate, Outcome, outcomes
+from phinetune.data.read import Broken, Row, scan_rows
+from phinetune.data.sensitive import SECRETS, count_sensitive
+from phinetune.data.text_checks import letter_troubles, markup_troubles, turn_troubles
+from phinetune.errors import DataError
+
+LONGEST_SHOWN = 3
+HUGE = 200_000  # characters: beyond it (and beyond 40 a token of max_length) no row is a chat
+
+
+@dataclass
+class CheckReport:
+    """What was found in the files.
+
+    Attributes:
+        counts: rows of the training files; `held_out` those of the held-out ones.
+        lengths: (tokens, trainable tokens) of each kept row.
+        longest: the longest rows' (tokens, trainable tokens, place).
+        sensitive: how often each kind of personal data or secret stands in the rows.
+        checkpoint: what its template does with system messages, tool turns, tools and calls.
+        fates: every row in order, for `--fix`.
+    """
+
+    counts: Report
+    max_length: int | None
+    checkpoint: dict[str, str]
+    findings: Findings = field(default_factory=Findings)
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+    longest: list[tuple[int, int, str]] = field(default_factory=list)
+    languages: Languages = field(default_factory=Languages)
+    sensitive: Counter[str] = field(default_factory=Counter)
+    fates: list[Fate] = field(default_factory=list)
+    ends_a_turn: bool = False
+    held_out: Report | None = None
+
+    @property
+    def spoiled(self) -> bool:
+        return self.findings.spoil
+
+    def to_dict(self) -> dict[str, Any]:
+        longest = [{"where": w, "tokens": n, "trainable_tokens": t} for n, t, w in sorted(self.longest, reverse=True)]
+        return {
+            **self.counts.to_dict(),
+            "held_out": self.held_out.to_dict() if self.held_out else None,
+            "max_length": self.max_length,
+            "checkpoint": self.checkpoint,
+            "rows_by_tokens": [one._asdict() for one in histogram(self.lengths)],
+            "longest_rows": longest,
+            "languages": dict(self.languages.counts),
+            "sensitive": dict(self.sensitive),
+            "findings": [found.to_dict() for found in self.findings.in_order()],
+            "spoiled": self.spoiled,
+        }
+
+
+def check_files(
+    files: Sequence[str],
+    held_out: Sequence[str],
+    section: DataSection,
+    encoder: Encoder,
+    max_length: int | None,
+    on_row: Callable[[], None] = lambda: None,
+) -> CheckReport:
+    """Look at every row of `files` and `held_out`, and whether one stands in both.
+
+    Args:
+        section: how the rows become tokens; its `eval`, where it is a fraction, splits the rows as a run would.
+        max_length: tokens that a row may have; None is no limit.
+        on_row: called after each row.
+    """
+    report = CheckReport(Report(", ".join(files)), max_length, describe_template(encoder))
+    look = _Look(section, encoder, max_length, report)
+    compared = Comparison(report.findings, section.format)
+    rows = look.readable(files, report.counts, report.fates)
+    for number, (outcome, fate) in enumerate(look.at(rows, report.counts)):
+        on_row()
+        report.fates.append(fate)
+        _measure(outcome, encoder, report)
+        if not outcome.error:
+            compared.take_in(number, fate)
+    if isinstance(section.eval, float) and not held_out:
+        compared.split(_held_out(len(rows), section.eval, section.seed), section.eval)
+    if held_out:
+        report.held_out = Report(", ".join(held_out))
+        others = look.readable(held_out, report.held_out, [])
+        for outcome, _ in look.at(others, report.held_out):
+            on_row()
+            compared.hold_out(outcome.row)
+    if report.lengths and not report.ends_a_turn:
+        report.findings.add("no_stop", ", ".join(files), "no label is an end-of-turn token")
+    return report
+
+
+def _held_out(count: int, share: float, seed: int) -> set[int]:
+    try:
+        return held_out_places(count, share, seed)
+    except DataError:  # too few rows to split: the run says so
+        return set()
+
+
+def _measure(outcome: Outcome, encoder: Encoder, report: CheckReport) -> None:
+    """Lengths and languages of a row that is kept."""
+    if not outcome.encoded:
+        return
+    size = (len(outcome.encoded.input_ids), outcome.encoded.trainable)
+    report.lengths.append(size)
+    heapq.heappush(report.longest, (*size, outcome.row.where))
+    if len(report.longest) > LONGEST_SHOWN:
+        heapq.heappop(report.longest)
+    report.ends_a_turn = report.ends_a_turn or any(i in encoder.end_of_turn for i in outcome.encoded.labels)
+
+
+def describe_template(encoder: Encoder) -> dict[str, str]:
+    """What the checkpoint's template does with what not every template knows."""
+    kept = {role: "dropped" if role in encoder.dropped_roles else "kept" for role in ("system", "tool")}
+    tools = {"argument": "kept", "message": "kept, in the system message", None: "dropped"}[encoder.tools.tools]
+    calls = {"template": "kept", "content": "kept, between <|tool_call|> and <|/tool_call|>", None: "dropped"}
+    return {
+        "system messages": kept["system"],
+        "tool turns": kept["tool"],
+        "tools": tools,
+        "tool calls": calls[encoder.tools.calls],
+    }
+
+
+@dataclass
+class _Look:
+    """The look at the rows of one set of files, one after the other."""
+
+    section: DataSection
+    encoder: Encoder
+    max_length: int | None
+    report: CheckReport
+    salvaged: set[str] = field(default_factory=set)
+
+    def readable(self, files: Sequence[str], counts: Report, fates: list[Fate]) -> list[Row]:
+        """The rows that can be looked at; the rest becomes findings, and fates."""
+        rows: list[Row] = []
+        for file in files:
+            before = counts.rows + len(rows)
+            for found in _scan(file, self.section.split):
+                row = found if isinstance(found, Row) else self._salvage(found)
+                if row is None or self._is_huge(row):
+                    fates.append(self._unreadable(found, counts))
+                else:
+                    rows.append(row)
+            if counts.rows + len(rows) == before:
+                self.report.findings.add("nothing", file)
+        return rows
+
+    def _salvage(self, broken: Broken) -> Row | None:
+        """The row that a broken place looks like, to be looked at as if it were mended."""
+        if broken.salvaged is None:
+            return None
+        self.report.findings.add(broken.kind, broken.where, broken.problem)
+        self.salvaged.add(broken.where)
+        return Row(broken.where, broken.salvaged)
+
+    def _is_huge(self, row: Row) -> bool:
+        return sum(map(len, strings(row.fields))) > max(HUGE, 40 * (self.max_length or 0))
+
+    def _unreadable(self, found: Row | Broken, counts: Report) -> Fate:
+        fields = found.fields if isinstance(found, Row) else found.salvaged
+        kind = "huge" if isinstance(found, Row) or fields is not None else found.kind
+        detail = found.problem if isinstance(found, Broken) else f"{sum(map(len, strings(fields))):,} characters"
+        self.report.findings.add(kind, found.where, detail)
+        counts.rows += 1
+        counts.dropped[KINDS[kind].title] += 1
+        return Fate(Row(found.where, {}), KINDS[kind].title)
+
+    def at(self, rows: Iterable[Row], counts: Report) -> Iterator[tuple[Outcome, Fate]]:
+        """What becomes of each row, with all that stands out about it noted."""
+        for outcome in outcomes(rows, self.section, self.encoder, self.max_length):
+            counts.count(outcome)
+            fate = Fate(outcome.row, salvaged=outcome.row.where in self.salvaged)
+            for kind, detail in self._troubles(outcome):
+                forgiven = self.section.invalid_rows == "drop" and outcome.error and kind == outcome.error.kind
+                self.report.findings.add(kind, outcome.row.where, detail, spoils=False if forgiven else None)
+                if KINDS[kind].left_out:
+                    fate.left_out = fate.left_out or KINDS[kind].title
+            yield outcome, fate
+
+    def _troubles(self, outcome: Outcome) -> Iterator[tuple[str, str]]:
+        if outcome.error:
+            yield outcome.error.kind, str(outcome.error)
+        elif outcome.reason:
+            yield "too_long", outcome.reason
+        elif outcome.cut:
+            yield "cut", ""
+        yield from turn_troubles(outcome.messages)
+        yield from markup_troubles(outcome.messages, self.encoder)
+        texts = list(strings(outcome.row.fields))
+        # Each kind once a row.
+        yield from {kind: detail for text in texts for kind, detail in letter_troubles(text)}.items()
+        sensitive: Counter[str] = sum(map(count_sensitive, texts), Counter())
+        self.report.sensitive += sensitive
+        for kind, count in sensitive.items():
+            yield ("secret" if kind in SECRETS else "personal"), f"{kind} × {count}" if count > 1 else kind
+        odd = self.report.languages.add(outcome.messages)
+        if odd:
+            yield "language", odd
+
+
+def _scan(file: str, split: str) -> Iterator[Row | Broken]:
+    try:
+        yield from scan_rows(file, split)
+    except DataError as error:
+        yield Broken(file, str(error))

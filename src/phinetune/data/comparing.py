@@ -1,0 +1,86 @@
+"""Rows against each other: twice in the training files, and in training and held-out chats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from phinetune.data.duplicates import NearDuplicates, exact_key
+from phinetune.data.findings import KINDS, Findings
+from phinetune.data.formats import detect_form, to_messages
+from phinetune.data.outcome import Fate
+from phinetune.data.read import Row
+from phinetune.data.row_error import RowError
+from phinetune.model.template import Message
+
+
+def text_of(messages: Sequence[Message]) -> str:
+    """A chat as one text, to be compared."""
+    turns = []
+    for message in messages:
+        calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
+        turns.append(f"{message['role']}: {message['content']}{calls}")
+    return "\n".join(turns)
+
+
+def _text_of_row(row: Row, form: str) -> str:
+    try:
+        form = detect_form(row.fields) if form == "auto" else form
+        if form == "tokens":
+            return " ".join(map(str, row.fields["input_ids"]))
+        return str(row.fields["text"]) if form == "text" else text_of(to_messages(row.fields, form))
+    except (RowError, TypeError, KeyError):
+        return ""
+
+
+class Comparison:
+    """Takes in training rows one by one, each under its number, then held-out ones."""
+
+    def __init__(self, findings: Findings, form: str) -> None:
+        self._findings, self._form = findings, form
+        self._fates: dict[int, Fate] = {}
+        self._first: dict[bytes, int] = {}
+        self._copies: dict[int, list[int]] = {}
+        self._near = NearDuplicates(lambda number: _text_of_row(self._fates[number].row, form))
+
+    def take_in(self, number: int, fate: Fate) -> None:
+        """Compare a row with those before it."""
+        self._fates[number] = fate
+        text = _text_of_row(fate.row, self._form)
+        first = self._first.setdefault(exact_key(text), number)
+        if first != number:
+            self._copies.setdefault(first, [first]).append(number)
+            self._findings.add("duplicate", fate.row.where, f"like {self._where(first)}")
+            fate.left_out = fate.left_out or KINDS["duplicate"].title
+            return
+        match = None if "input_ids" in fate.row.fields else self._near.add(number, text)
+        if match is not None:
+            self._findings.add("near", fate.row.where, f"like {self._where(match)}")
+
+    def hold_out(self, row: Row) -> None:
+        """Compare a held-out row with all rows taken in."""
+        text = _text_of_row(row, self._form)
+        if not text:
+            return
+        first = self._first.get(exact_key(text))
+        if first is None:
+            near = self._near.find(text)
+            if near is not None:
+                self._findings.add("near_shared", self._where(near), f"held out at {row.where}")
+            return
+        for number in self._copies.get(first, [first]):
+            self._findings.add("shared", self._where(number), f"held out at {row.where}")
+            self._fates[number].left_out = KINDS["shared"].title
+
+    def split(self, held_out: set[int], share: float) -> None:
+        """Compare the two sides of a split by fraction, given the numbers of the rows on the smaller."""
+        for numbers in self._copies.values():
+            sides = [number in held_out for number in numbers]
+            if any(sides) and not all(sides):
+                here, there = numbers[sides.index(False)], numbers[sides.index(True)]
+                detail = f"its copy {self._where(there)} is held out by data.eval: {share:g}"
+                self._findings.add("shared", self._where(here), detail)
+
+    def _where(self, number: int) -> str:
+        where: str = self._fates[number].row.where
+        return where

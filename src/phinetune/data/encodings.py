@@ -1,0 +1,106 @@
+"""Bytes that should be UTF-8 text: lines of a file, and what is wrong where they are not."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+
+MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+BARE = {b"{\0": "utf-16-le", b"[\0": "utf-16-le", b"\0{": "utf-16-be", b"\0[": "utf-16-be"}
+OTHER_KINDS = {
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"PK\x03\x04": "a zip archive (or an Office file); unpack or export it",
+    b"PAR1": "a Parquet file; give it the ending .parquet",
+    b"(\xb5/\xfd": "a Zstandard archive; unpack it",
+    b"%PDF": "a PDF",
+    b"SQLite": "an SQLite database",
+}
+
+
+class NotText(Exception):
+    """A file that is no UTF-8 text at all; `line` is where to look."""
+
+    line = 1
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Make sure that a text file does not begin like an archive.
+
+    Raises:
+        NotText: it does.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    for mark, kind in OTHER_KINDS.items():
+        if head.startswith(mark):
+            raise NotText(f"this is not text but {kind}")
+
+
+def is_wide(path: Path) -> bool:
+    """Whether a file is UTF-16 or UTF-32."""
+    return _wide(path) is not None
+
+
+def _wide(path: Path) -> str | None:
+    """UTF-16 or UTF-32, if the file begins that way."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+    return marked or BARE.get(head[:2])
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes | str]]:
+    """Numbered lines: bytes, or text where the whole file is UTF-16 or UTF-32."""
+    name = _wide(path)
+    if name:
+        text = path.read_bytes().decode(name, errors="replace").removeprefix("\ufeff")
+        yield from enumerate((_Wide(line, name) for line in text.split("\n")), 1)
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+class _Wide(str):
+    """A line of a file in another encoding, named."""
+
+    name: str
+
+    def __new__(cls, line: str, name: str) -> _Wide:
+        made = super().__new__(cls, line)
+        made.name = name
+        return made
+
+
+def decode_line(line: bytes | str) -> tuple[str | None, str | None]:
+    """The line as text and what is wrong with its encoding; either may be None.
+
+    Bytes that are not UTF-8 are read as Windows-1252, the usual culprit, if that gives text at all.
+    """
+    if isinstance(line, _Wide):
+        return str(line), f"the file is {line.name.upper()[:6]}, not UTF-8; save it as UTF-8"
+    if isinstance(line, str):
+        return line, None
+    try:
+        return line.decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 text (byte 0x{line[error.start]:02x} at column {error.start + 1}); save it as UTF-8"
+    try:
+        return line.decode("cp1252"), problem
+    except UnicodeDecodeError:
+        return None, problem
+
+
+def bad_place(path: Path) -> tuple[int, str]:
+    """(line, problem) of the first bytes in a file that are not UTF-8."""
+    for number, line in lines_of(path):
+        problem = decode_line(line)[1]
+        if problem:
+            return number, problem
+    return 1, "not UTF-8 text; save it as UTF-8"

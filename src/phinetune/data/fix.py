@@ -1,0 +1,88 @@
+"""`phinetune data check --fix`: the set without what can't be mended, and mended where it can."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phinetune.data.check import CheckReport
+from phinetune.data.findings import KINDS
+from phinetune.data.text_checks import mend
+from phinetune.errors import DataError
+from phinetune.files import write_text
+
+
+@dataclass
+class Fixed:
+    """What was written: rows, why others were left out, and rows mended by kind."""
+
+    path: str
+    rows: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    mended: Counter[str] = field(default_factory=Counter)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "left_out": dict(self.left_out), "mended": dict(self.mended)}
+
+    def line(self) -> str:
+        """The result in a sentence."""
+        parts = [f"Wrote {self.path}: {self.rows:,} rows"]
+        if self.mended:
+            parts.append("mended " + ", ".join(f"{count} with {kind}" for kind, count in self.mended.most_common()))
+        if self.left_out:
+            parts.append("left out " + ", ".join(f"{count}: {why}" for why, count in self.left_out.most_common()))
+        return "; ".join(parts)
+
+
+def check_target(out: Path) -> None:
+    """Make sure that the cleaned set can be written, before anything slow begins.
+
+    Raises:
+        DataError: something stands there, or the name does not say JSON Lines.
+    """
+    if out.suffix.lower() != ".jsonl":
+        raise DataError(f"--fix {out}: the cleaned set is JSON Lines; give it a name that ends in .jsonl")
+    if out.exists():
+        raise DataError(f"--fix {out}: something stands there already; give another name, or move it away")
+
+
+def write_fixed(report: CheckReport, out: Path) -> Fixed:
+    """Write the rows of a checked set that are sound or can be mended, each in its own form, as JSON Lines.
+
+    Raises:
+        DataError: `out` exists, or no row would be left.
+    """
+    check_target(out)
+    made = Fixed(str(out))
+    lines = []
+    for fate in report.fates:
+        if fate.left_out:
+            made.left_out[fate.left_out] += 1
+            continue
+        fields, kinds = _mended(fate.row.fields)
+        if fate.salvaged:
+            kinds.add("encoding")
+        made.mended.update(KINDS[kind].title for kind in kinds)
+        lines.append(json.dumps(fields, ensure_ascii=False, default=str) + "\n")
+    if not lines:
+        raise DataError(f"--fix {out}: no row would be left, so nothing was written")
+    made.rows = len(lines)
+    write_text(out, "".join(lines))
+    return made
+
+
+def _mended(value: Any) -> tuple[Any, set[str]]:
+    """The value with every text in it mended, and what was mended."""
+    if isinstance(value, str):
+        return mend(value)
+    if isinstance(value, Mapping):
+        pairs = {key: _mended(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in pairs.items()}, set().union(*(kinds for _, kinds in pairs.values()))
+    if isinstance(value, (list, tuple)):
+        items = [_mended(item) for item in value]
+        return [item for item, _ in items], set().union(*(kinds for _, kinds in items))
+    return value, set()

@@ -1,0 +1,98 @@
+"""A folder that `ollama create` takes: the model as GGUF and a Modelfile with template, stop words and parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from phinetune.errors import ModelError
+from phinetune.export.gguf import Written, write_gguf
+from phinetune.export.go_template import Turns, read_turns
+from phinetune.export.source import Checkpoint
+from phinetune.files import staged_folder, write_text
+from phinetune.model.template import tokenize
+
+MODELFILE = "Modelfile"
+MARK = "# Written by phinetune."
+WEIGHTS = "model.gguf"
+LONGEST_CONTEXT = 4096  # tokens; a longer one takes memory that is seldom used, and `/set parameter num_ctx` gives it
+
+
+def write_ollama(source: Checkpoint, folder: Path, kind: str, name: str, overwrite: bool) -> Written:
+    """Write `source` as a folder for Ollama, which appears whole or not at all.
+
+    Args:
+        kind: the type of the GGUF's matrices: f32, f16, bf16 or q8_0.
+        name: what the GGUF calls the model.
+
+    Raises:
+        ModelError: `folder` is taken, or the model or its chat template can't be written.
+    """
+    check_free(folder, overwrite)
+    turns = read_turns(source.tokenizer)
+    with staged_folder(folder) as stage:
+        written = write_gguf(source, stage / WEIGHTS, kind, name)
+        text = modelfile(turns, source.tokenizer, source.generation_config, written)
+        write_text(stage / MODELFILE, text)
+    return written
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Make sure that `folder` is not there, is empty, or holds such an export and nothing else, to be overwritten.
+
+    Raises:
+        ModelError: it is taken.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ModelError(f"{folder}: is there already and is no folder; name another place with --out")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names:
+        return
+    if not names <= {MODELFILE, WEIGHTS} or not _is_own(folder):
+        raise ModelError(f"{folder}: holds files that no export wrote; name another place with --out")
+    if not overwrite:
+        raise ModelError(f"{folder}: is there already; name another place with --out, or replace it with --overwrite")
+
+
+def _is_own(folder: Path) -> bool:
+    try:
+        return (folder / MODELFILE).read_text(encoding="utf-8").startswith(MARK)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def modelfile(turns: Turns, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, written: Written) -> str:
+    """The Modelfile's text."""
+    # Where the GGUF says that a text gets the start token, Ollama puts it there, and the template must not.
+    template = turns.in_go(with_start=not written.vocabulary.add_bos)
+    if '"""' in template:
+        raise ModelError(f'{tokenizer.name_or_path}: its chat template writes """, which a Modelfile has no form for')
+    lines = [
+        MARK,
+        f"FROM ./{WEIGHTS}",
+        f'TEMPLATE """{template}"""',
+        *[f'PARAMETER stop "{word}"' for word in stop_words(turns, tokenizer, generation)],
+        *[f"PARAMETER {key} {value}" for key, value in parameters(generation, written.context).items()],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def stop_words(turns: Turns, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig) -> list[str]:
+    """The tokens at which generation ends, then the special tokens that open a turn: a model that writes one of these
+    has begun to speak for another."""
+    ends = generation.eos_token_id or []
+    ids = [ends] if isinstance(ends, int) else list(ends)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for header in [turns.reply, *(before for before, _ in turns.around.values())]:
+        ids += [i for i in tokenize(tokenizer, [header])[0] if i in special]
+    return [str(word) for word in tokenizer.convert_ids_to_tokens(list(dict.fromkeys(ids)))]
+
+
+def parameters(generation: GenerationConfig, context: int) -> dict[str, str]:
+    """Sampling as the model's generation config has it (greedy, if it does not sample) instead of Ollama's own."""
+    found = {"num_ctx": str(min(context, LONGEST_CONTEXT)), "repeat_penalty": "1"}
+    if not generation.do_sample:
+        return {**found, "temperature": "0"}
+    chosen = {key: getattr(generation, key, None) for key in ("temperature", "top_p", "top_k")}
+    return found | {key: f"{value:g}" for key, value in chosen.items() if value is not None}

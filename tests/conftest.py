@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from pathlib import Path
@@ -73,13 +74,18 @@ def tiny_run(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def phi3_tokenizer() -> PreTrainedTokenizerBase:
-    """The real Phi-3 tokenizer with the Phi-3.5 template; it lies outside the repository."""
+def _phi3_tokenizer() -> PreTrainedTokenizerBase:
     folder = SHARED / "phi3-tokenizer"
     if not folder.is_dir():
         pytest.skip(f"the real Phi-3 tokenizer is not at {folder}")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer
+
+
+@pytest.fixture
+def phi3_tokenizer(_phi3_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The real Phi-3 tokenizer with the Phi-3.5 template; it lies outside the repository. A copy for each test."""
+    return copy.deepcopy(_phi3_tokenizer)
 
 
 @pytest.fixture(scope="session")

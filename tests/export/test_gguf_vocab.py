@@ -68,10 +68,10 @@ def check_texts_and_chats(server: Llama, tokenizer: PreTrainedTokenizerBase, mar
 
 
 @pytest.fixture(scope="module")
-def phi3_file(phi3_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def phi3_file(_phi3_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GGUF of a small model with the real Phi-3 vocabulary."""
     folder = hub_shape("phi-3-mini-4k-instruct", tmp_path_factory.mktemp("phi3") / "mine", vocab_size=32064)
-    random_model(folder, phi3_tokenizer)
+    random_model(folder, _phi3_tokenizer)
     export(str(folder), "gguf", out=folder.parent / "phi3.gguf")
     return folder.parent / "phi3.gguf"
 

@@ -67,7 +67,7 @@ def resolve_targets(model: nn.Module, wanted: Any) -> Any:
     layers = linear_layers(model)
     last_names = {name.rsplit(".", 1)[-1] for name in layers}
     if isinstance(wanted, str):
-        return _resolve_pattern(wanted, layers, last_names)
+        return _resolve_pattern(wanted, layers, last_names, _head_name(model))
     names = list(dict.fromkeys(_fused_name(name, last_names) for name in wanted))
     problems = [
         f"peft_config.target_modules: `{name}` matches no linear layer; there are {', '.join(sorted(last_names))}"
@@ -79,9 +79,18 @@ def resolve_targets(model: nn.Module, wanted: Any) -> Any:
     return names
 
 
-def _resolve_pattern(pattern: str, layers: Mapping[str, nn.Linear], last_names: set[str]) -> str:
+def _head_name(model: nn.Module) -> str | None:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return next((name for name, layer in model.named_modules() if layer is head), None)
+
+
+def _resolve_pattern(pattern: str, layers: Mapping[str, nn.Linear], last_names: set[str], head: str | None) -> str:
     try:
         matched = any(re.fullmatch(pattern, name) for name in layers)
+        if head and re.fullmatch(pattern, head):  # the loss reads the head's weight, so its adapter would be idle
+            raise ConfigError(
+                f"peft_config.target_modules: the pattern `{pattern}` matches {head}, and the head is not adapted"
+            )
     except re.error as error:
         raise ConfigError(f"peft_config.target_modules: `{pattern}` is no regular expression: {error}") from None
     if not matched:

@@ -96,7 +96,8 @@ class Engine:
 
     def collator(self, model: Any) -> PackedCollator:
         """Makes a packed row of a step's conversations."""
-        return PackedCollator(share=self.share, rope_limit=rope_limit(model.config))
+        # The model's own residual dropout draws masks for each row, as LoRA dropout does.
+        return PackedCollator(share=self.share and not model.config.resid_pdrop, rope_limit=rope_limit(model.config))
 
     def set_up(self, model: PeftModel, device: torch.device) -> None:
         """Before the first step: compile what can be, and let the decoder keep what fits the memory free now."""

@@ -22,6 +22,7 @@ from phinetune import cli
 from phinetune.api import load
 from phinetune.errors import ModelError
 from phinetune.export.gguf import write_gguf
+from phinetune.export.merge import merge_run
 from phinetune.export.source import open_checkpoint, short_name
 from phinetune.export.targets import export
 from phinetune.model.synthetic import byte_tokenizer
@@ -132,12 +133,12 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
     def watched(name: str) -> torch.Tensor:
         assert all(one() is None for one in alive), name
-        tensor = honest(name).clone()
-        alive.append(weakref.ref(tensor))
-        return tensor
+        array = honest(name).numpy().copy()  # torch keeps it for as long as it uses its memory
+        alive.append(weakref.ref(array))
+        return torch.from_numpy(array)
 
     source.tensor = watched  # type: ignore[method-assign]
-    write_gguf(source, tmp_path / "a.gguf", "q8_0", "a")
+    write_gguf(source, tmp_path / "a.gguf", "f32", "a")  # whose arrays are the tensors' memory
     assert len(alive) == len(source.names())
 
 
@@ -299,6 +300,17 @@ def test_tied_embeddings_are_found_in_whatever_the_files_hold(
     assert tensors["token_embd.weight"].data.tobytes() == embed.numpy().tobytes()
     theirs = Phi3ForCausalLM.from_pretrained(folder)
     assert torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight) is (held != "unlike")
+
+
+def test_a_run_and_what_it_is_merged_into_are_the_same_file(tiny_run: Path, tmp_path: Path) -> None:
+    merge_run(tiny_run, tmp_path / "merged", dtype="float32")
+    export(str(tiny_run), "gguf", kind="q8_0", out=tmp_path / "run.gguf")
+    export(str(tmp_path / "merged"), "gguf", kind="q8_0", out=tmp_path / "merged.gguf")
+    ours, theirs = tensors_of(tmp_path / "run.gguf"), tensors_of(tmp_path / "merged.gguf")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].data.tobytes() == theirs[name].data.tobytes() for name in ours)
+    keys, merged_keys = keys_of(tmp_path / "run.gguf"), keys_of(tmp_path / "merged.gguf")
+    assert {key for key in keys if keys[key] != merged_keys.get(key)} == {"general.name"}
 
 
 def test_files_are_named_after_the_run(tmp_path: Path, tiny_run: Path) -> None:

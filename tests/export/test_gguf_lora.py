@@ -158,5 +158,5 @@ def test_the_commands_make_the_base_and_lay_the_adapter_on(tiny_run: Path, tmp_p
     made = export(str(tiny_run), "gguf-lora", out=tmp_path / "a.gguf")
     assert made.report("PHI")[-2:] == [
         f"  PHI export '{TINY}' --to gguf --type f16 --out random-f16.gguf",
-        f"  llama-cli -m random-f16.gguf --lora {tmp_path / 'a.gguf'} --temp 0",
+        f"  llama-cli -m random-f16.gguf --lora {tmp_path / 'a.gguf'} -c 4096 --temp 0",
     ]

@@ -285,6 +285,22 @@ def test_losses_of_base_adapter_and_merged_model_side_by_side(tiny_run: Path, tm
     assert f"| adapter | {losses['adapter']:.4f} | base and adapter, as trained |" in card
 
 
+def test_the_merged_model_is_measured_as_it_was_written(
+    tiny_run: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, dtypes = api.load_base, []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        loaded = honest(*arguments, **options)
+        dtypes.append(loaded.model.dtype)
+        return loaded
+
+    monkeypatch.setattr(api, "load_base", load)
+    for dtype in (torch.bfloat16, torch.float32):
+        phinetune.merge(tiny_run, tmp_path / str(dtype), dtype=str(dtype), console=console, device="cpu")
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
 def test_a_run_with_a_held_out_file(chats: Path, tmp_path: Path, console: Console) -> None:
     config = tiny_config(chats, tmp_path / "run", max_steps=1)
     config.data.eval = str(write_jsonl(tmp_path / "held.jsonl", [chat("a", "b"), chat("c", "d")]))
@@ -390,9 +406,10 @@ def test_the_merged_starter_says_the_same_forty_tokens(starter_folder: Path, tmp
         return_tensors="pt",
         return_dict=True,
     )
-    wanted, found, alone = (
-        one.generate(**chat_ids, max_new_tokens=40, min_new_tokens=40, do_sample=False)
-        for one in (model, merged, open_plain(starter_folder))
+    wanted, found = (
+        one.generate(**chat_ids, max_new_tokens=40, min_new_tokens=40, do_sample=False) for one in (model, merged)
     )
     assert torch.equal(found, wanted)
+    with model.disable_adapter():
+        alone = model.generate(**chat_ids, max_new_tokens=40, min_new_tokens=40, do_sample=False)
     assert not torch.equal(alone, wanted)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phinetune.errors import ModelError
-from phinetune.export.gguf import FILE_TYPES, Written, write_gguf
+from phinetune.export.gguf import FILE_TYPES, trained_context, write_gguf
 from phinetune.export.gguf_lora import write_gguf_lora
 from phinetune.export.merged import open_merged
 from phinetune.export.ollama import LONGEST_CONTEXT, MODELFILE, check_free, write_ollama
@@ -91,13 +91,15 @@ def _gguf(request: Request) -> Export:
         request.out,
         f"a GGUF of {written.tensors} tensors, {request.kind}",
         request.out.stat().st_size,
-        [_llama_cli(request.out, written)],
+        [_llama_cli(request.out, written.context)],
         written.vocabulary.notes,
     )
 
 
-def _llama_cli(file: Path, written: Written) -> str:
-    return f"llama-cli -m {quoted(file)} -c {min(written.context, LONGEST_CONTEXT)} --temp 0"
+def _llama_cli(file: Path, context: int, lora: Path | None = None) -> str:
+    """A greedy chat, not longer than LongRoPE's short factors last: llama.cpp chooses them by the context's size."""
+    adapter = f" --lora {quoted(lora)}" if lora else ""
+    return f"llama-cli -m {quoted(file)}{adapter} -c {min(context, LONGEST_CONTEXT)} --temp 0"
 
 
 def _gguf_lora(request: Request) -> Export:
@@ -113,7 +115,7 @@ def _gguf_lora(request: Request) -> Export:
         request.out.stat().st_size,
         [
             f"phinetune export {quoted(run.base.path)} --to gguf --type f16 --out {quoted(base)}",
-            f"llama-cli -m {quoted(base)} --lora {quoted(request.out)} --temp 0",
+            _llama_cli(base, trained_context(run.config), request.out),
         ],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def test_a_folder_needs_no_weights(tmp_path: Path) -> None:
     assert ids(ModelSection(path=TINY, tokenizer=str(folder))) == ids(ModelSection(path=str(folder)))
     shutil.copy(SHARED / "hub-configs" / "phi-3-mini-4k-instruct.json", folder / "config.json")
     assert ids(ModelSection(path=str(folder)))[0] == 32010
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("as_model", [True, False])
+def test_whatever_class_its_settings_name_tokenizer_json_decides(tmp_path: Path, named: str, as_model: bool) -> None:
+    if not (SHARED / "phi3-tokenizer").is_dir():
+        pytest.skip("the real Phi-3 tokenizer is not here")
+    folder = tmp_path / "model"
+    shutil.copytree(SHARED / "phi3-tokenizer", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": named}))
+    section = ModelSection(path=str(folder)) if as_model else ModelSection(path=TINY, tokenizer=str(folder))
+    assert open_tokenizer(section)("<|user|>\nHello", add_special_tokens=False)["input_ids"] == [32010, 15043]
 
 
 @pytest.mark.starter

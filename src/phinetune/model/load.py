@@ -258,7 +258,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, or the one `section.tokenizer` names. The config helps to tell its class.
+    """The checkpoint's tokenizer, or the one `section.tokenizer` names.
+
+    A Phi-3 config always goes with it: without one, a folder that names `LlamaTokenizer` is rebuilt as Llama's and
+    loses what its tokenizer.json says; with one, that file is read as it is.
 
     Raises:
         ModelError: none there, or none that has a chat template.
@@ -269,7 +272,7 @@ def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None)
     folder, _ = find_folder(source, None if section.tokenizer else base.revision)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, config=None if section.tokenizer else config, local_files_only=True, trust_remote_code=False
+            folder, config=config or Phi3Config(), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(f"{source}: its tokenizer could not be loaded: {error}") from error

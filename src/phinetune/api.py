@@ -13,19 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 from phinetune.config import CustomMetric, EvaluationSection, RunConfig, make_config
-from phinetune.data.build import ChatSet, build_chats, build_set, check_sources, read_all
+from phinetune.data.build import Chats, ChatSet, build_chats, build_set, check_sources, read_all
+from phinetune.data.chat import Encoder
 from phinetune.errors import ConfigError, DataError, ModelError
 from phinetune.evaluation.compare import Comparison, compare
+from phinetune.evaluation.harness import TaskResult, run_tasks, show_tasks
 from phinetune.evaluation.metrics import row_metrics
 from phinetune.evaluation.scoring import score_rows
 from phinetune.evaluation.screen import show_comparison
+from phinetune.evaluation.while_training import WhileTraining, while_training
 from phinetune.export.base import trained_dtype
 from phinetune.export.card import write_card
 from phinetune.export.merge import Merge, merge_run, record_losses
 from phinetune.files import write_text
 from phinetune.logs import LEVELS, quiet_libraries, set_up_logging
 from phinetune.model.device import pick_device
-from phinetune.model.load import load_base
+from phinetune.model.load import Loaded, load_base
 from phinetune.model.memory import free_bytes
 from phinetune.model.scoring import Score
 from phinetune.run_folder import CARD, RunFolder
@@ -92,7 +95,12 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
     set_up_logging(_log_level(config))
     quiet_libraries()
     row_metrics(config.evaluation)  # functions that can't be had are told before anything slow begins
-    trained = job.train(config, console, resume=resume, overwrite=overwrite)
+    section = config.evaluation
+
+    def looking(loaded: Loaded, encoder: Encoder, chats: Chats, counted: bool) -> WhileTraining:
+        return while_training(loaded.tokenizer, encoder, chats.held_out, section, counted)
+
+    trained = job.train(config, console, resume=resume, overwrite=overwrite, looking=looking)
     reports = {"train": trained.chats.train, "held_out": trained.chats.held_out}
     results: dict[str, Any] = {
         "base": asdict(trained.loaded.base),
@@ -175,6 +183,42 @@ def evaluate(
     comparison = compare(tuned.model, tuned.loaded.tokenizer, tuned.encoder, held_out, options, console)
     show_comparison(comparison, console)
     return comparison
+
+
+def evaluate_tasks(
+    path: str | Path,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    chat_template: bool = False,
+    console: Console | None = None,
+    **model_options: Any,
+) -> list[TaskResult]:
+    """Run tasks of lm-evaluation-harness on a run and on its base; a plain model is measured alone.
+
+    Args:
+        path: a run, an adapter folder or a model.
+        tasks, include_path, limit, batch_size, chat_template: see `phinetune.evaluation.harness.run_tasks`.
+
+    Raises:
+        PhinetuneError: the model, the harness or a task can't be had.
+    """
+    console = console or Console(stderr=True)
+    tuned = open_model(path, **model_options)
+    results = run_tasks(
+        tuned.model,
+        tuned.loaded.tokenizer,
+        tasks,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        console=console,
+    )
+    show_tasks(results, console)
+    return results
 
 
 def _evaluation_options(recorded: EvaluationSection, given: Mapping[str, Any], console: Console) -> EvaluationSection:

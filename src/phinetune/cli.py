@@ -130,9 +130,22 @@ def evaluate(
     ] = None,
     tag: Annotated[Optional[str], typer.Option(help="column of the data by whose values to split as well")] = None,  # noqa: UP045
     generate: Annotated[bool, typer.Option(help="let the models answer, or score the chats only")] = True,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,…", help="run these tasks of lm-evaluation-harness in place of held-out chats"),
+    ] = None,
+    include_path: Annotated[Optional[Path], typer.Option(help="a folder of task files of your own")] = None,  # noqa: UP045
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="with --tasks: prompts go into the checkpoint's chat template")
+    ] = False,
     device: Device = "auto",
 ) -> None:
-    """Compare a run with its base on held-out chats; a plain model is measured alone."""
+    """Compare a run with its base on held-out chats, or on tasks; a plain model is measured alone."""
+    if tasks:
+        if data:
+            raise PhinetuneError("--data and --tasks are two evaluations; give one of them")
+        _evaluate_tasks(run, tasks, include_path, max_prompts, batch_size, chat_template, device, out)
+        return
     import yaml
 
     from phinetune.api import evaluate as evaluate_run
@@ -150,6 +163,37 @@ def evaluate(
         write_text(out, json.dumps(comparison.to_tree(), indent=2, ensure_ascii=False) + "\n")
         console.print(f"Wrote {out}", highlight=False)
     console.print(f"Next: {_program()} chat {run}", highlight=False)
+
+
+def _evaluate_tasks(
+    run: str,
+    tasks: str,
+    include_path: Path | None,
+    limit: int | None,
+    batch_size: int | None,
+    chat_template: bool,
+    device: str,
+    out: Path | None,
+) -> None:
+    from phinetune.api import evaluate_tasks
+    from phinetune.files import write_text
+
+    console = _console()
+    results = evaluate_tasks(
+        run,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        console=console,
+        device=device,
+    )
+    if out:
+        tree = {"tasks": [one.to_dict() for one in results]}
+        write_text(out, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        console.print(f"Wrote {out}", highlight=False)
+    console.print(f"Next: {_program()} evaluate {run} --data FILE", highlight=False)
 
 
 @app.command()

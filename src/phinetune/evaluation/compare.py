@@ -51,6 +51,7 @@ class Comparison:
         json_fields: by model: percent of answers with a field right, by field; empty without JSON references.
         flags: what should be looked at, in sentences.
         examples: every answered prompt.
+        data: what became of the held-out rows, as results.json has it.
     """
 
     results: dict[str, Numbers]
@@ -59,6 +60,7 @@ class Comparison:
     by_tag: dict[str, Numbers] = field(default_factory=dict)
     json_fields: dict[str, dict[str, float]] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Numbers]:
         """`results`: the part `evaluation` of results.json."""
@@ -157,6 +159,7 @@ def _compared(
         _by_tag(sides, questions, held_out.tags),
         fields if any(fields.values()) else {},
         _flags(results, section.max_new_tokens),
+        held_out.report.to_dict(),
     )
 
 

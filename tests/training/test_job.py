@@ -55,6 +55,7 @@ def test_a_run_leaves_exactly_these_files(tiny_run: Path) -> None:
         "metrics.jsonl",
         "results.json",
         "run.log",
+        "samples.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
     }

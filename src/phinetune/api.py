@@ -30,6 +30,7 @@ from phinetune.training import job
 from phinetune.training.settings import read_settings
 from phinetune.tuned import Tuned, open_model, recorded_config
 
+EXAMPLES = 20  # answered prompts that a run keeps in its results
 SCORING_ROOM = 1.2  # memory that a model takes while it scores, as a multiple of its weights
 
 
@@ -88,10 +89,9 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
     set_up_logging(_log_level(config))
     quiet_libraries()
     trained = job.train(config, console, resume=resume, overwrite=overwrite)
-    reports = {"train": trained.chats.train, "held_out": trained.chats.held_out}
     results: dict[str, Any] = {
         "base": asdict(trained.loaded.base),
-        "data": {name: made.report.to_dict() if made else None for name, made in reports.items()},
+        "data": trained.chats.facts(),
         "training": trained.summary,
     }
     if trained.stopped:
@@ -106,7 +106,7 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
             console,
         )
         results["evaluation"] = comparison.to_dict()
-        results["examples"] = [asdict(example) for example in comparison.examples[:10]]
+        results["examples"] = [asdict(example) for example in comparison.examples[:EXAMPLES]]
         show_comparison(comparison, console)
     _finish(trained.folder, config, results, trained.model)
     return Run(trained.folder.path, results, False)

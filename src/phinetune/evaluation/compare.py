@@ -51,10 +51,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results by model (`base`, `tuned`) and every answered prompt."""
+    """Results by model (`base`, `tuned`), every answered prompt, and what became of the held-out rows."""
 
     results: dict[str, Held]
     examples: list[Example]
+    data: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         return {name: asdict(held) for name, held in self.results.items()}
@@ -98,7 +99,7 @@ def compare(
         Example(prompt, reference, {name: made[i].text for name, made in answers.items()})
         for i, (_, prompt, reference) in enumerate(questions)
     ]
-    return Comparison(results, examples)
+    return Comparison(results, examples, held_out.report.to_dict())
 
 
 def score_rows(

@@ -165,6 +165,7 @@ const report = (() => {
   }
 
   const again = () => drawAll([...drawn.values()].map((held) => held.chart));
+  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => (one.open = true)));
   media.forEach((query) => query.addEventListener("change", again));
   drawAll(read(document));
   return { read, update, drawAll, keys: () => [...drawn.keys()] };

@@ -15,6 +15,7 @@ from phinetune.files import write_text
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 LOG = "run.log"
 START = "start.json"
 RESULTS = "results.json"
@@ -27,6 +28,7 @@ RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "train
 OWN_FILES = (
     CONFIG,
     METRICS,
+    SAMPLES,
     LOG,
     START,
     RESULTS,
@@ -56,6 +58,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / METRICS
+
+    @property
+    def samples(self) -> Path:
+        return self.path / SAMPLES
 
     @property
     def is_run(self) -> bool:

@@ -56,6 +56,7 @@ def test_a_run_leaves_exactly_these_files(tiny_run: Path) -> None:
         "report.html",
         "results.json",
         "run.log",
+        "samples.jsonl",
         "start.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -65,11 +65,18 @@ class Report:
 
 @dataclass
 class ChatSet:
-    """Chats of one set, as messages and as tokens. Rows that are text or ids have tokens only."""
+    """Chats of one set, as messages and as tokens. Rows that are text or ids have tokens only.
+
+    Attributes:
+        places: where in `encoded` each chat stands.
+        tags: of each in `encoded`, what its row has in the column `data.tag`; empty without one.
+    """
 
     chats: list[list[Message]]
     encoded: list[Encoded]
     report: Report
+    places: list[int] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -150,8 +157,11 @@ def build_set(
             problems.append(f"{outcome.row.where}: {outcome.error}")
         if outcome.encoded:
             made.encoded.append(outcome.encoded)
+            if section.tag:
+                made.tags.append(str(outcome.row.fields.get(section.tag, "")))
             if outcome.chat:
                 made.chats.append(outcome.chat)
+                made.places.append(len(made.encoded) - 1)
     if problems and section.invalid_rows == "fail":
         raise DataError([*at_most(problems), "(data.invalid_rows: drop leaves such rows out and counts them)"])
     if not made.encoded:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from phinetune.config import RunConfig
-from phinetune.measures import MEASURES
+from phinetune.measures import measured
 
 
 def write_card(config: RunConfig, results: Mapping[str, Any], lora: Mapping[str, Any]) -> str:
@@ -65,10 +65,9 @@ def _results_table(evaluation: Mapping[str, Any] | None) -> str:
     if not evaluation:
         return "Not measured."
     lines = ["| | " + " | ".join(evaluation) + " |", "|---|" + "---:|" * len(evaluation)]
-    for measure in MEASURES:
-        values = [side[measure.key] for side in evaluation.values()]
-        if None not in values:
-            lines.append(f"| {measure.heading} | " + " | ".join(measure.form.format(v) for v in values) + " |")
+    for measure in measured(evaluation):
+        values = [measure.amount(side[measure.key]) for side in evaluation.values()]
+        lines.append(f"| {measure.heading} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -92,6 +92,27 @@ def _keep_until(path: Path, step: int) -> None:
         if entry["step"] <= step:
             kept.append(line)
     path.write_text("".join(kept), encoding="utf-8")
+
+
+class SamplesWriter(TrainerCallback):
+    """Appends to `samples.jsonl` what the model answers to fixed prompts at each evaluation, one JSON object an answer.
+
+    On resume, lines after the checkpoint are dropped, as in `metrics.jsonl`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            _keep_until(self.path, state.global_step)
+
+    def write(self, state: TrainerState, samples: Sequence[dict[str, Any]]) -> None:
+        """Keep the answers of this step."""
+        if samples and state.is_world_process_zero:
+            lines = [json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) for sample in samples]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in lines))
 
 
 # What transformers and TRL log besides: the same numbers under other names, and times that include the set-up.

@@ -57,6 +57,8 @@ def make_run(folder: Path, steps: int = 30, finished: bool = True, **results: An
     lines = [entry(step) for step in range(1, steps + 1)]
     lines += [{"step": s, "eval_loss": 1 / s, "eval_token_accuracy": 0.5 + s / 100} for s in (10, 20) if s <= steps]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = [{"step": step, "prompt": "Two?", "reference": "2", "answer": str(step // 10)} for step in (10, 20)]
+    run.samples.write_text("".join(json.dumps(sample) + "\n" for sample in samples if sample["step"] <= steps))
     if finished:
         training = {"steps": steps, "epochs": 1.5, "tokens": 400 * steps, "seconds": 62.0, "tokens_per_s": 150.0}
         examples = [example(i) for i in range(1, 25)]

@@ -40,6 +40,11 @@ def test_a_change_within_chance_is_no_gain(tmp_path: Path) -> None:
     assert told(tmp_path / "run", differences=unclear).startswith("No clear difference on 80")
 
 
+def test_an_interval_that_could_not_be_had_is_left_out(tmp_path: Path) -> None:
+    without = {"exact_match": {"low": float("nan"), "high": None, "verdict": "better"}}
+    assert "interval" not in told(tmp_path / "run", differences=without)
+
+
 def test_fewer_prompts_than_chats_are_told(tmp_path: Path) -> None:
     few = {side: {**numbers, "prompts": 24} for side, numbers in EVALUATION.items()}
     assert "chats: on 24 answered prompts exact match rose" in told(tmp_path / "run", evaluation=few)

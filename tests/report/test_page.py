@@ -97,8 +97,9 @@ def test_twenty_answers_are_shown_and_the_later_evaluation_beside_the_runs_own(t
     folder = make_run(tmp_path / "run")
     RunFolder(folder).write_evaluation({"data": {"held_out": {"source": "other.jsonl"}}, "evaluation": EVALUATION})
     text = page.write_report(folder).read_text()
-    assert text.count('<article class="answered">') == 20
+    assert text.count('<div class="side base">') == 20
     assert "Evaluated since, on other.jsonl" in text
+    assert "Answers while training" in text
 
 
 def test_training_writes_the_page_and_the_run_outlives_its_failure(

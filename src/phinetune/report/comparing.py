@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phinetune.measures import MEASURES
+from phinetune.measures import measures_of
 from phinetune.report.facts import RunFacts
 from phinetune.report.marking import Marked, mark
 from phinetune.report.views import ANSWERS
@@ -52,13 +52,13 @@ def _tuned(run: RunFacts) -> Mapping[str, Any]:
 def result_rows(runs: Sequence[RunFacts]) -> list[Row]:
     """A row a measure that any run has; the best value is marked where two or more have it."""
     rows = []
-    for measure in MEASURES:
+    for measure in measures_of(list(dict.fromkeys(key for run in runs for key in _tuned(run)))):
         values = [_tuned(run).get(measure.key) for run in runs]
         known = [value for value in values if value is not None]
         if known:
             best = (max if measure.more_is_better else min)(known)
             marks = [len(known) > 1 and value == best and min(known) != max(known) for value in values]
-            rows.append(Row(measure.heading, ["—" if v is None else measure.form.format(v) for v in values], marks))
+            rows.append(Row(measure.heading, ["—" if v is None else measure.amount(v) for v in values], marks))
     return rows
 
 

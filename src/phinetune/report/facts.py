@@ -14,7 +14,7 @@ import yaml
 
 from phinetune.errors import RunError
 from phinetune.program import is_alive
-from phinetune.run_folder import CONFIG, EVALUATION, METRICS, RESULTS, START, RunFolder
+from phinetune.run_folder import CONFIG, EVALUATION, METRICS, RESULTS, SAMPLES, START, RunFolder
 
 SHOWN_LINES = 5  # broken lines named one by one
 
@@ -30,7 +30,7 @@ class RunFacts:
         start: start.json: base, data, steps, environment.
         results: results.json, there once a run has ended.
         later: evaluation.json, an evaluation made after the run.
-        entries: the readable lines of metrics.jsonl, by step.
+        entries, samples: the readable lines of metrics.jsonl and samples.jsonl, by step.
         notes: what could not be read, a sentence each.
     """
 
@@ -42,6 +42,7 @@ class RunFacts:
     results: Mapping[str, Any]
     later: Mapping[str, Any]
     entries: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
 
     @property
@@ -102,10 +103,12 @@ def read_run(path: str | Path) -> RunFacts:
         raise RunError(f"{path}: {missing}; name the output_dir of a training run")
     notes: list[str] = []
     start, results, later = (_read_json(folder.path / name, notes) for name in (START, RESULTS, EVALUATION))
-    entries = _read_metrics(folder.path / METRICS, notes)
+    entries, samples = (_read_lines(folder.path / name, notes) for name in (METRICS, SAMPLES))
     state = "finished" if folder.is_finished else "running" if _runs_elsewhere(start) else "stopped"
     name = folder.path.resolve().name
-    return RunFacts(folder.path, name, state, _read_config(folder, notes), start, results, later, entries, notes)
+    return RunFacts(
+        folder.path, name, state, _read_config(folder, notes), start, results, later, entries, samples, notes
+    )
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunFacts]:
@@ -152,7 +155,7 @@ def _read_json(file: Path, notes: list[str]) -> Mapping[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _read_metrics(file: Path, notes: list[str]) -> list[Mapping[str, Any]]:
+def _read_lines(file: Path, notes: list[str]) -> list[Mapping[str, Any]]:
     try:
         lines = file.read_bytes().splitlines()
     except FileNotFoundError:
@@ -168,7 +171,7 @@ def _read_metrics(file: Path, notes: list[str]) -> list[Mapping[str, Any]]:
         more = f" and {len(broken) - SHOWN_LINES} more" if len(broken) > SHOWN_LINES else ""
         listed = ", ".join(map(str, broken[:SHOWN_LINES]))
         lines_word = "line" if len(broken) == 1 else "lines"
-        notes.append(f"{METRICS}: {lines_word} {listed}{more} can't be read and left out")
+        notes.append(f"{file.name}: {lines_word} {listed}{more} can't be read and left out")
     return sorted(entries, key=lambda entry: int(entry["step"]))
 
 

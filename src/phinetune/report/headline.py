@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phinetune.measures import MEASURES, Measure
+from phinetune.measures import Measure, measured
 from phinetune.report.facts import RunFacts
 
 # The first of these that was measured, and is not nought on both sides, is told beside the loss.
@@ -33,16 +34,17 @@ def headline(run: RunFacts) -> str:
 
 
 def _compared(run: RunFacts, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
-    told = [measure for measure in (telling(base, tuned), _measure("loss")) if measure]
+    both = {measure.key: measure for measure in measured({"base": base, "tuned": tuned})}
+    told = [measure for measure in (telling(base, tuned), both.get("loss")) if measure]
     chats, prompts = run.held_out.get("kept"), tuned.get("prompts")
     parts = []
     for measure in told:
         some = measure.key in ANSWERED and prompts and chats and prompts < chats
-        difference = run.differences.get(measure.key)
+        ends = interval(measure, run.differences.get(measure.key) or {})
         parts.append(
             (f"on {prompts:,} answered prompts " if some else "")
             + _change(measure, base[measure.key], tuned[measure.key])
-            + (f" ({interval(measure, difference)})" if difference and measure.key != "loss" else "")
+            + (f" (95% interval of the change {ends})" if ends and measure.key != "loss" else "")
         )
     where = f"on {chats:,} held-out chats" if chats else "on the held-out chats"
     return f"{_verdict(run, told, base, tuned)} {where}: {', '.join(parts)}."
@@ -61,21 +63,17 @@ def _verdict(run: RunFacts, told: Sequence[Measure], base: Mapping[str, Any], tu
 
 
 def interval(measure: Measure, difference: Mapping[str, Any]) -> str:
-    """`95% interval of the change +24.0 to +38.0`."""
-    low, high = (measure.change(0.0, float(difference[end]))[0].replace("-", "−") for end in ("low", "high"))
-    return f"{difference.get('level', 95)}% interval of the change {low} to {high}"
+    """`+24.0 to +38.0`; nothing where there were too few rows for one."""
+    ends = [difference.get(end) for end in ("low", "high")]
+    if not all(isinstance(end, (int, float)) and math.isfinite(end) for end in ends):
+        return ""
+    return " to ".join(measure.amount(float(end or 0), sign=True) for end in ends).replace("-", "−")
 
 
 def telling(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Measure | None:
     """The measure beside the loss that says most about the answers, or about the tokens where none were asked for."""
-    for key in TELLING:
-        if (base.get(key) or tuned.get(key)) and None not in (base.get(key), tuned.get(key)):
-            return _measure(key)
-    return None
-
-
-def _measure(key: str) -> Measure:
-    return next(measure for measure in MEASURES if measure.key == key)
+    both = {measure.key: measure for measure in measured({"base": base, "tuned": tuned})}
+    return next((both[key] for key in TELLING if key in both and (base[key] or tuned[key])), None)
 
 
 def _change(measure: Measure, before: float, after: float) -> str:
@@ -91,4 +89,4 @@ def _change(measure: Measure, before: float, after: float) -> str:
 
 def _spell(measure: Measure, value: float) -> str:
     """The loss with three figures that count; the rest as tables have it."""
-    return f"{value:.3g}" if measure.key == "loss" else measure.form.format(value)
+    return f"{value:.3g}" if measure.key == "loss" else measure.amount(value)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from phinetune.measures import MEASURES, Measure
+from phinetune.measures import MEASURES, Measure, measured
 from phinetune.report.curves import GIB, last_values
 from phinetune.report.facts import RunFacts
-from phinetune.report.headline import UNCLEAR, telling
+from phinetune.report.headline import UNCLEAR, interval, telling
 from phinetune.report.marking import Marked, Piece, mark
 from phinetune.spelling import spell_seconds
 
@@ -37,31 +37,25 @@ class ResultRow(NamedTuple):
 
 def result_rows(evaluated: Mapping[str, Any]) -> list[ResultRow]:
     """A row a measure that every model has, of results.json or evaluation.json."""
-    sides = list((evaluated.get("evaluation") or {}).values())
+    sides = evaluated.get("evaluation") or {}
     differences = evaluated.get("differences") or {}
     return [
-        _result_row(measure, [side[measure.key] for side in sides], differences.get(measure.key))
-        for measure in MEASURES
-        if sides and all(isinstance(side.get(measure.key), (int, float)) for side in sides)
+        _result_row(measure, [side[measure.key] for side in sides.values()], differences.get(measure.key))
+        for measure in measured(sides)
     ]
 
 
 def _result_row(measure: Measure, values: list[float], difference: Mapping[str, Any] | None) -> ResultRow:
-    shown = [measure.form.format(value) for value in values]
+    shown = [measure.amount(value) for value in values]
     if len(values) != 2:
         return ResultRow(measure.heading, shown)
     change, better = measure.change(*values)
     verdict = "" if values[0] == values[1] else "better" if better else "worse"
-    ends = ""
+    ends = interval(measure, difference or {})
     if difference:
-        ends = " to ".join(measure.change(0.0, float(difference[end]))[0] for end in ("low", "high"))
-        verdict = "unclear" if difference.get("verdict") == UNCLEAR else verdict
-    bar = (values[0], values[1]) if measure.more_is_better and all(0 <= value <= 100 for value in values) else None
-    return ResultRow(measure.heading, shown, _minus(change), verdict, _minus(ends), bar)
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
+        verdict = "unclear" if difference.get("verdict") == UNCLEAR else str(difference.get("verdict", verdict))
+    bar = (values[0], values[1]) if measure.percent and all(0 <= value <= 100 for value in values) else None
+    return ResultRow(measure.heading, shown, change.replace("-", "−"), verdict, ends, bar)
 
 
 class TagTable(NamedTuple):
@@ -88,7 +82,7 @@ def tag_table(run: RunFacts) -> TagTable | None:
 
 def _of(side: Mapping[str, Any] | None, measure: Measure) -> str:
     value = (side or {}).get(measure.key)
-    return measure.form.format(value) if isinstance(value, (int, float)) else "—"
+    return measure.amount(value) if isinstance(value, (int, float)) else "—"
 
 
 def field_rows(run: RunFacts) -> list[tuple[str, list[str]]]:
@@ -134,6 +128,24 @@ def _answered(example: Mapping[str, Any]) -> list[Answered]:
         against_other = mark(text, others[0]) if len(others) == 1 else Marked([Piece(text, False)], False)
         made.append(Answered(model, against_other, mark(text, reference), text.strip() == reference.strip()))
     return made
+
+
+class Sampled(NamedTuple):
+    """A fixed prompt, and (step, answer, whether it ended by itself) at each evaluation."""
+
+    prompt: str
+    reference: str
+    answers: list[tuple[int, str, bool]]
+
+
+def sampled(run: RunFacts) -> list[Sampled]:
+    """What the model answered to the fixed prompts while it trained."""
+    found: dict[str, Sampled] = {}
+    for sample in run.samples:
+        prompt = str(sample.get("prompt", ""))
+        held = found.setdefault(prompt, Sampled(prompt, str(sample.get("reference", "")), []))
+        held.answers.append((int(sample["step"]), str(sample.get("answer", "")), bool(sample.get("stopped", True))))
+    return list(found.values())
 
 
 def state_line(run: RunFacts) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from phinetune.errors import PhinetuneError
 from phinetune.report.facts import read_run
 from phinetune.report.page import run_page
-from phinetune.run_folder import METRICS, REPORT
+from phinetune.run_folder import METRICS, REPORT, SAMPLES
 
 ADDRESS = "127.0.0.1"
 OWN_NAMES = (ADDRESS, "localhost")
@@ -51,7 +51,7 @@ class _Page:
         return self._made[2]
 
     def _seen(self) -> list[tuple[str, int, int]]:
-        files = [*self.folder.glob("*.json"), self.folder / METRICS]
+        files = [*self.folder.glob("*.json"), self.folder / METRICS, self.folder / SAMPLES]
         stats = [(file.name, file.stat()) for file in files if file.is_file()]
         return sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 

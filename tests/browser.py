@@ -52,11 +52,11 @@ for (const element of document.querySelectorAll("body *")) {
 return found;
 """
 
-# Plots without a pixel in the colour of their first curve.
-EMPTY_PLOTS = """
-const wanted = getComputedStyle(document.documentElement).getPropertyValue("--run-0").trim();
-const [r, g, b] = [1, 3, 5].map((i) => parseInt(wanted.slice(i, i + 2), 16));
-const inked = (canvas) => {
+# (plot, curve) pairs of which hardly a pixel is drawn in the curve's colour.
+MISSING_CURVES = """
+const inked = (canvas, run) => {
+  const colour = getComputedStyle(document.documentElement).getPropertyValue(`--run-${run}`).trim();
+  const [r, g, b] = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   let count = 0;
   for (let i = 0; i < data.length; i += 4) {
@@ -65,9 +65,9 @@ const inked = (canvas) => {
   }
   return count;
 };
-return [...document.querySelectorAll("figure:has(.plot)")]
-  .filter((f) => !f.querySelector("canvas") || inked(f.querySelector("canvas")) < 20)
-  .map((f) => f.dataset.chart);
+return JSON.parse(document.getElementById("charts").textContent).flatMap((chart) => chart.series
+  .filter((s) => inked(document.querySelector(`figure[data-chart="${chart.key}"] canvas`), s.run) < 20)
+  .map((s) => [chart.key, s.name]));
 """
 
 

@@ -27,17 +27,17 @@ DIFFERENCES = {
 }
 
 
-def entry(step: int, **more: Any) -> dict[str, Any]:
+def entry(step: int, scale: float = 1.0, **more: Any) -> dict[str, Any]:
     return {
         "step": step,
         "epoch": step / 20,
         "time": 1_800_000_000.0 + 2 * step,
-        "loss": 2.5 * math.exp(-step / 8) + 0.1,
-        "grad_norm": 1.5 / step,
-        "learning_rate": 1e-3 * (1 - step / 40),
+        "loss": scale * (2.5 * math.exp(-step / 8) + 0.1),
+        "grad_norm": scale * 1.5 / step,
+        "learning_rate": scale * 1e-3 * (1 - step / 40),
         "tokens": 400 * step,
-        "tokens_per_s": 150.0 + step % 5,
-        "memory": 1_800_000_000 + step * 1_000_000,
+        "tokens_per_s": scale * (150.0 + step % 5),
+        "memory": scale * (1_800_000_000 + step * 1_000_000),
         **more,
     }
 
@@ -47,15 +47,21 @@ def example(number: int = 1, **more: Any) -> dict[str, Any]:
     return {"prompt": f"Question {number}?", "reference": answers["tuned"], "answers": answers, **more}
 
 
-def make_run(folder: Path, steps: int = 30, finished: bool = True, **results: Any) -> Path:
-    """A run of 30 planned steps with an evaluation at 10 and 20; `results` replaces keys of results.json."""
+def make_run(folder: Path, steps: int = 30, finished: bool = True, scale: float = 1.0, **results: Any) -> Path:
+    """A run of 30 planned steps with an evaluation at 10 and 20; `scale` multiplies what is plotted, `results`
+    replaces keys of results.json.
+    """
     run = RunFolder(folder)
     run.start(tiny_config(Path("chats.jsonl"), folder, max_steps=30), None)
     environment = {"device": "cpu", "torch": "2.13.0"}
     facts = {"base": {"path": "starter", "revision": None}, "data": DATA, "trainable_parameters": 4_055_040}
     run.write_start({**facts, "parameters": 138_570_048, "environment": environment, "steps": 30, "process": {}})
-    lines = [entry(step) for step in range(1, steps + 1)]
-    lines += [{"step": s, "eval_loss": 1 / s, "eval_token_accuracy": 0.5 + s / 100} for s in (10, 20) if s <= steps]
+    lines = [entry(step, scale) for step in range(1, steps + 1)]
+    lines += [
+        {"step": s, "eval_loss": scale / s, "eval_token_accuracy": scale * (0.5 + s / 100)}
+        for s in (10, 20)
+        if s <= steps
+    ]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     samples = [{"step": step, "prompt": "Two?", "reference": "2", "answer": str(step // 10)} for step in (10, 20)]
     run.samples.write_text("".join(json.dumps(sample) + "\n" for sample in samples if sample["step"] <= steps))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from browser import EMPTY_PLOTS, LOW_CONTRAST, Browser, chromium
+from browser import LOW_CONTRAST, MISSING_CURVES, Browser, chromium
 from phinetune.report.page import write_comparison, write_report
 from phinetune.report.watch import make_server
 from phinetune.run_folder import RunFolder
@@ -46,7 +46,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("compared")
-    runs = [make_run(folder / name) for name in ("one", "two", "three")]
+    runs = [make_run(folder / name, scale=scale) for name, scale in (("one", 1), ("two", 0.8), ("three", 0.6))]
     return write_comparison(runs, folder / "comparison.html").as_uri()
 
 
@@ -58,7 +58,7 @@ def test_a_page_is_quiet_whole_and_readable(
     url = request.getfixturevalue(name)
     browser.open(url, theme, width)
     assert browser.run("return document.querySelectorAll('figure canvas').length") == 7
-    assert browser.run(EMPTY_PLOTS) == []
+    assert browser.run(MISSING_CURVES) == []
     assert browser.overflow() == 0
     assert browser.run(LOW_CONTRAST) == []
     assert browser.console() == []
@@ -122,7 +122,7 @@ def test_a_dark_page_is_printed_in_light_colours(browser: Browser, page: str) ->
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", printed)
     time.sleep(0.2)
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert browser.run(EMPTY_PLOTS) == []
+    assert browser.run(MISSING_CURVES) == []
     assert browser.run(LOW_CONTRAST) == []
 
 
@@ -139,7 +139,7 @@ def test_a_watched_page_renews_itself_without_a_reload(browser: Browser, tmp_pat
             folder.metrics.write_text("".join(json.dumps(entry(s)) + "\n" for s in range(1, steps + 1)))
             wait_for(browser, f"return document.body.innerText.includes('in {steps} of 30 steps')")
             wait_for(browser, f"return document.querySelector('output').textContent.endsWith('step {steps}')")
-        assert browser.run(EMPTY_PLOTS) == []
+        assert browser.run(MISSING_CURVES) == []
         make_run(folder.path)
         wait_for(browser, "return document.querySelector('h1').textContent.startsWith('Better')")
         assert browser.run("return window.stayed") is True

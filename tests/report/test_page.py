@@ -102,6 +102,17 @@ def test_twenty_answers_are_shown_and_the_later_evaluation_beside_the_runs_own(t
     assert "Answers while training" in text
 
 
+def test_answers_are_held_against_what_tells_most(tmp_path: Path) -> None:
+    alike, alien = (
+        example(),
+        example(answers={"base": "The order is a classic example.", "tuned": "Sorry! We are on it."}),
+    )
+    for examples, at_first in (([alike, alien, alike], "other"), ([alien, alike, alien], "reference")):
+        text = page.run_page(read_run(make_run(tmp_path / at_first, examples=examples)))
+        assert f'id="marks-{at_first}" checked' in text
+        assert text.count(" checked>") == 1
+
+
 def test_training_writes_the_page_and_the_run_outlives_its_failure(
     chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -119,6 +119,15 @@ def asked(examples: Sequence[Mapping[str, Any]]) -> list[Asked]:
     ]
 
 
+def marks_at_first(prompts: Sequence[Asked]) -> str:
+    """What answers are held against until the reader chooses: the other model's, or where most of those differ
+    throughout, as they do of a base that does not know the task, the reference.
+    """
+    answers = [answer for one in prompts for answer in one.answers]
+    alien = sum(answer.against_other.throughout for answer in answers)
+    return "reference" if 2 * alien > len(answers) else "other"
+
+
 def _answered(example: Mapping[str, Any]) -> list[Answered]:
     answers = {model: str(text) for model, text in (example.get("answers") or {}).items()}
     reference = str(example.get("reference", ""))

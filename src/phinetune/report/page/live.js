@@ -17,6 +17,7 @@
       part.replaceChildren(...next.childNodes);
     }
     const charts = report.read(fresh), keys = charts.filter((c) => c.series.length).map((c) => c.key);
+    document.getElementById("charts").textContent = fresh.getElementById("charts").textContent;
     if (keys.join() === report.keys().join()) return report.update(charts);
     document.getElementById("training").replaceChildren(...fresh.getElementById("training").childNodes);
     report.drawAll(charts);

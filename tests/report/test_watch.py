@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -69,13 +70,21 @@ def test_a_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
 def test_ctrl_c_ends_it_well(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     command = [sys.executable, "-m", "phinetune.cli", "watch", str(folder), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
-    assert process.stdout
-    line = process.stdout.readline()
-    port = int(line.partition("http://127.0.0.1:")[2].partition("/")[0])
-    assert get(port)[0] == 200
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=20)
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, preexec_fn=_heed_ctrl_c) as process:
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            port = int(line.partition("http://127.0.0.1:")[2].partition("/")[0])
+            assert get(port)[0] == 200
+            process.send_signal(signal.SIGINT)
+            out, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert f"phinetune report {folder}" in out
     assert errors == ""
+
+
+def _heed_ctrl_c() -> None:
+    """Tests that run in a shell's background are started with Ctrl-C ignored, and would pass that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -111,7 +111,7 @@ def thin(points: Sequence[Point], limit: int = POINTS) -> list[Point]:
     if len(points) <= limit:
         return list(points)
     size = math.ceil(len(points) / (limit // 2 - 1))
-    kept = []
+    kept: list[Point] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
         known = [point for point in stretch if point[1] is not None]

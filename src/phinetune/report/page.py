@@ -13,13 +13,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from phinetune import __version__
 from phinetune.files import write_text
 from phinetune.report import comparing, views
 from phinetune.report.curves import charts
 from phinetune.report.facts import RunFacts, read_run, read_runs
 from phinetune.report.headline import headline
 from phinetune.run_folder import REPORT
+from phinetune.version import VERSION
 
 PAGE = Path(str(files("phinetune.report"))) / "page"
 STYLES = ("uplot/uPlot.min.css", "style.css")
@@ -76,7 +76,7 @@ def _render(template: str, live: bool, **values: Any) -> str:
     return environment.get_template(template).render(
         **values,
         live=live,
-        version=__version__,
+        version=VERSION,
         written=time.strftime("%Y-%m-%d %H:%M"),
         policy=_policy(styles, scripts, live),
         styles=[Markup(style) for style in styles],

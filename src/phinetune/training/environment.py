@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import TrainingArguments
 
-from phinetune import __version__
+from phinetune.version import VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
@@ -27,7 +27,7 @@ def describe_environment(args: TrainingArguments) -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": platform.platform(),
         "Python": platform.python_version(),
-        "phinetune": __version__,
+        "phinetune": VERSION,
         **{name: found for name in LIBRARIES if (found := _version(name))},
     }
 

@@ -161,7 +161,8 @@ def evaluate(
     try:
         given["metrics"] = yaml.safe_load(metrics) if metrics else None
     except yaml.YAMLError as error:
-        raise PhinetuneError(f"--metrics {metrics}: write it as YAML, e.g. [exact_match, bleu] ({error})") from None
+        problem = getattr(error, "problem", None) or "broken"
+        raise PhinetuneError(f"--metrics {metrics}: write it as YAML, e.g. [exact_match, bleu] ({problem})") from None
     section = {"generate": generate, **{key: value for key, value in given.items() if value is not None}}
     console = _console()
     comparison = evaluate_run(run, data or None, section, tag=tag, console=console, device=device)

@@ -66,7 +66,8 @@ def questions_of(encoder: Encoder, held_out: ChatSet, limit: int | None) -> list
     for chat, row in list(zip(held_out.chats, held_out.places, strict=True))[:limit]:
         last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
         asked = next((m["content"] for m in reversed(chat[:last]) if m["role"] == "user"), "")
-        questions.append(Question(encoder.prompt_ids(chat[:last]), chat[:last], asked, chat[last]["content"], row))
+        reference = chat[last]["content"] or ""  # a turn may be nothing but a tool call
+        questions.append(Question(encoder.prompt_ids(chat[:last]), chat[:last], asked or "", reference, row))
     return questions
 
 

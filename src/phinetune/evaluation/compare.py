@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -63,19 +64,34 @@ class Comparison:
     data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Numbers]:
-        """`results`: the part `evaluation` of results.json."""
-        return {name: dict(numbers) for name, numbers in self.results.items()}
+        """`results`: the part `evaluation` of results.json. JSON has no infinity: null stands for it."""
+        return {name: _finite(numbers) for name, numbers in self.results.items()}
 
     def to_tree(self, examples: int | None = None) -> dict[str, Any]:
         """Everything, under the keys that results.json and `phinetune evaluate --out` have; the first examples only."""
         return {
             "evaluation": self.to_dict(),
-            "differences": {key: one.to_dict() for key, one in self.differences.items()},
-            "by_tag": self.by_tag,
+            "differences": {
+                key: one.to_dict()
+                for key, one in self.differences.items()
+                if math.isfinite(one.change + one.low + one.high)
+            },
+            "by_tag": {tag: _finite(found) for tag, found in self.by_tag.items()},
             "json_fields": self.json_fields,
             "flags": self.flags,
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
+
+
+def _finite(tree: Numbers) -> Numbers:
+    return {
+        key: _finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in tree.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -193,6 +209,8 @@ def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict
 
 def _by_tag(sides: Mapping[str, _Side], questions: Sequence[Question], tags: Sequence[str]) -> dict[str, Numbers]:
     found: dict[str, Numbers] = {}
+    if not any(tags):  # the run's column is not in this file
+        return found
     for tag in sorted(set(tags)):
         rows = [i for i, one in enumerate(tags) if one == tag]
         prompts = [i for i, question in enumerate(questions) if tags[question.row] == tag]

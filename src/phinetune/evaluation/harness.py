@@ -167,9 +167,10 @@ def _difference(
         rows.append(np.array(numbers, dtype=np.float64))
         if not np.isclose(rows[-1].mean(), values[side], rtol=1e-9, atol=1e-12):
             return None
-    ones = np.ones(len(rows[0]))
+    base, tuned = rows
+    ones = np.ones(len(base))
     measure = Measure(name, name, "{:.4f}", more, False)
-    return differences({name: (measure, Pairs(*rows, ones, ones))}, len(ones)).get(name)
+    return differences({name: (measure, Pairs(base, tuned, ones, ones))}, len(ones)).get(name)
 
 
 def show_tasks(results: Sequence[TaskResult], console: Console) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+TRIES = 20  # brackets at which JSON may begin: an answer that goes in circles has thousands
 FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
@@ -26,7 +28,7 @@ def read(text: str) -> Any:
     if fenced and (found := _whole(fenced.group(1))) is not NOTHING:
         return found
     decoder = json.JSONDecoder()
-    for match in re.finditer(r"[{\[]", text):
+    for match in itertools.islice(re.finditer(r"[{\[]", text), TRIES):
         try:
             return decoder.raw_decode(text, match.start())[0]
         except (json.JSONDecodeError, RecursionError):

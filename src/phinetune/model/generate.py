@@ -67,7 +67,7 @@ def answer_prompts(
     sampling = sampling or Sampling()
     stops = stop_set(model)
     if sampling.temperature <= 0 and has_packed_form(model) and not _more_than_greedy(model):
-        core = model.get_base_model() if isinstance(model, PeftModel) else model
+        core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         made = decode(core, prompts, stops=stops, limit=max_new_tokens, rows=batch_size, on_done=on_done)
         return [_read_answer(tokenizer, ids, stops) for ids in made]
     size = batch_size or BATCH

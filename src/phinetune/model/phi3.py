@@ -130,7 +130,7 @@ class Phi3Attention(plain.Phi3Attention):
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
         qkv = self.qkv_proj(hidden_states)
-        out = packed.attend(self.layer_idx, qkv, self.heads)
+        out = packed.attend(self.layer_idx or 0, qkv, self.heads)
         return self.o_proj(out if rows is None else out.index_select(0, rows))
 
     @property
@@ -262,7 +262,7 @@ class Phi3Model(plain.Phi3Model):
     def rotation(self, positions: Tensor, *, long: bool) -> tuple[Tensor, Tensor]:
         """cos and sin, each (tokens, m) in float32; `long`: by longrope's long factors."""
         emb = self.rotary_emb
-        frequencies = emb.original_inv_freq
+        frequencies: Tensor = emb.original_inv_freq
         if long:
             limit = rope_limit(emb.config) or 0
             frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](emb.config, positions.device, seq_len=limit + 1)

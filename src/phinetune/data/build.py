@@ -98,6 +98,11 @@ class Chats:
     train: ChatSet
     held_out: ChatSet | None
 
+    def facts(self) -> dict[str, Any]:
+        """The reports of both sets, as JSON holds them; `held_out` is None without held-out chats."""
+        sets = {"train": self.train, "held_out": self.held_out}
+        return {name: made.report.to_dict() if made else None for name, made in sets.items()}
+
 
 def check_sources(section: DataSection) -> None:
     """Make sure that the files named are there, before anything slow begins.

@@ -137,6 +137,7 @@ def step(
     Args:
         engine: fast, plain (transformers and PEFT), or compiled (plain under torch.compile).
         labelled: tokens at each end that are trained on; None is all.
+        rounds: steps that count, after a first one that does not; with 0 the first counts.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -190,7 +191,7 @@ def step(
     counted = chats * (length if labelled is None else labelled)
     return {
         "tokens": chats * length,
-        "seconds": statistics.median(times[1:]),
+        "seconds": statistics.median(times[1:] or times),
         "useful_flop": useful(loaded.model.config, chats * length, counted, chats * length * (length + 1) // 2),
     }
 

@@ -6,12 +6,14 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from phinetune.data.encodings import NotText, bad_place, decode_line, is_wide, lines_of, refuse_other_kinds
 from phinetune.errors import DataError, at_most
+
+BATCH = 1024  # rows of a Parquet file held at a time
 
 
 class Row(NamedTuple):
@@ -30,19 +32,36 @@ class Broken(NamedTuple):
     salvaged: dict[str, Any] | None = None
 
 
-def read_rows(source: str, split: str = "train") -> Iterator[Row]:
+def read_rows(source: str, split: str = "train") -> list[Row]:
     """Rows of a file, a folder that `datasets` can load, or a hub id.
 
     Raises:
         DataError: not there, not readable, or broken; broken JSON Lines are listed with their lines.
     """
-    if not Path(source).expanduser().is_file():
-        return (row for row in scan_rows(source, split) if isinstance(row, Row))
-    found = list(scan_rows(source, split))
-    problems = [f"{row.where}: {row.problem}" for row in found if isinstance(row, Broken)]
-    if problems:
-        raise DataError(at_most(problems))
-    return (row for row in found if isinstance(row, Row))
+    rows, broken = read_first(source, split, None)
+    if broken:
+        raise DataError(at_most(broken))
+    return rows
+
+
+def read_first(source: str, split: str, most: int | None) -> tuple[list[Row], list[str]]:
+    """The first `most` rows, all if that is None, and what is broken up to there.
+
+    Raises:
+        DataError: not there, or a folder or hub id that can't be loaded.
+    """
+    rows: list[Row] = []
+    broken: list[str] = []
+    found = scan_rows(source, split)
+    while most is None or len(rows) < most:
+        one = next(found, None)
+        if one is None:
+            break
+        if isinstance(one, Row):
+            rows.append(one)
+        else:
+            broken.append(f"{one.where}: {one.problem}")
+    return rows, broken
 
 
 def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
@@ -55,10 +74,8 @@ def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
     if problem:
         raise DataError(problem)
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _dataset_folder(path, split)
     if not path.is_file():
-        return _hub(source, split)
+        return number_rows(source, open_dataset(source, split))
     return _file(path)
 
 
@@ -91,7 +108,12 @@ def check_source(source: str) -> str | None:
 
 
 def _json_lines(path: Path) -> Iterator[Row | Broken]:
-    for number, raw in lines_of(path):
+    return read_lines(path, lines_of(path))
+
+
+def read_lines(path: Path, lines: Iterable[tuple[int, bytes | str]]) -> Iterator[Row | Broken]:
+    """The rows of numbered lines of JSON."""
+    for number, raw in lines:
         line, problem = decode_line(raw)
         where = f"{path}:{number}"
         if line is None:
@@ -190,12 +212,15 @@ def _parquet(path: Path) -> Iterator[Row | Broken]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}: row {number}", fields)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield Broken(str(path), f"not a readable Parquet file: {error}")
-        return
-    yield from (Row(f"{path}: row {number}", fields) for number, fields in enumerate(rows, 1))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
@@ -207,27 +232,40 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
 }
 
 
-def _dataset_folder(path: Path, split: str) -> Iterator[Row]:
+def open_dataset(source: str, split: str, *, streaming: bool = False) -> Any:
+    """The split of a folder that `datasets` can load, or of a hub id; with `streaming`, read as it is asked for.
+
+    Raises:
+        DataError: it can't be loaded, or has no such split.
+    """
+    path = Path(source).expanduser()
+    return _folder(path, split, streaming) if path.is_dir() else _hub(source, split, streaming)
+
+
+def _folder(path: Path, split: str, streaming: bool) -> Any:
     import datasets
 
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
-        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path), split=split)
+        data = (
+            datasets.load_from_disk(str(path))
+            if saved
+            else datasets.load_dataset(str(path), split=split, streaming=streaming)
+        )
     except (ValueError, OSError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: not a folder that `datasets` can load: {error}") from error
-    return _number(str(path), _pick_split(str(path), data, split))
+    return _pick_split(str(path), data, split)
 
 
-def _hub(source: str, split: str) -> Iterator[Row]:
+def _hub(source: str, split: str, streaming: bool) -> Any:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        data = datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(source, split=split, streaming=streaming)
     except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{source}: no such file, and not to be had from the hub as a data set ({first})") from error
-    return _number(source, data)
 
 
 def _pick_split(where: str, data: Any, split: str) -> Any:
@@ -238,7 +276,8 @@ def _pick_split(where: str, data: Any, split: str) -> Any:
     return data[split]
 
 
-def _number(where: str, data: Any) -> Iterator[Row]:
+def number_rows(where: str, data: Any) -> Iterator[Row]:
+    """The rows of a data set of `datasets`."""
     return (Row(f"{where}: row {number}", dict(fields)) for number, fields in enumerate(data, 1))
 
 

@@ -76,17 +76,17 @@ def measured(tree: Row) -> Row:
     config = make_config(tree)
     chats = build_chats(config.data, make_encoder(open_tokenizer(config.model)), 1024)
     before = _status("VmRSS")
-    begun: list[bool] = []
+    begun: list[int] = []
 
     def first_step(module: Any, _: Any) -> None:
         if isinstance(module, PeftModel) and not begun:
-            begun.append(True)
+            begun.append(_status("VmRSS"))
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 
     register_module_forward_pre_hook(first_step)
     trained = job.train(config, Console(quiet=True))
     assert len(chats.train)
-    return {"bytes": _status("VmHWM") - before, "seconds": trained.summary["seconds"], "before": before}
+    return {"bytes": _status("VmHWM") - before, "seconds": trained.summary["seconds"], "loaded": begun[0] - before}
 
 
 def _status(key: str) -> int:

@@ -48,7 +48,7 @@ def a_row(i: int) -> dict[str, Any]:
     return chat(f"What is {i}?", f"It is {i}.", *(["<|end|>", "ü🙂"] if i % 3 else []))
 
 
-ROWS = [a_row(i) for i in range(60)]
+ROWS = [{**a_row(i), **({"kind": i % 3} if i % 4 else {})} for i in range(60)]
 
 
 def both(monkeypatch: pytest.MonkeyPatch, **section: Any) -> tuple[Chats, Chats]:
@@ -65,6 +65,8 @@ def same(large: ChatSet | None, small: ChatSet | None) -> None:
     assert large.report == small.report
     assert list(large.encoded) == list(small.encoded)
     assert list(large.chats) == list(small.chats)
+    assert list(large.places) == list(small.places)
+    assert list(large.tags) == list(small.tags)
     assert list(large.lengths()) == list(small.lengths())
     assert large.encoded[1] == small.encoded[1]
     assert large.encoded[-3:] == small.encoded[-3:]
@@ -99,7 +101,7 @@ def test_weights_limits_and_held_out_files_are_the_same_too(monkeypatch: pytest.
     second = str(write_jsonl(tmp_path / "b.jsonl", ROWS[25:]))
     files = [{"path": first, "weight": 2.5}, {"path": second, "weight": 0.4}]
     for section in (
-        {"train": files, "eval": 0.2},
+        {"train": files, "eval": 0.2, "tag": "kind"},
         {"train": [first, second], "limit": 31, "eval": second},
         {"train": first, "limit": 17, "invalid_rows": "drop", "loss_on": "last"},
     ):

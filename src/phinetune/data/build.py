@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from phinetune.config import DataSection, WeightedFile
 from phinetune.data.cache import kept, key_of
 from phinetune.data.chat import Encoded, Encoder, ends_a_turn
-from phinetune.data.outcome import Outcome, outcomes
+from phinetune.data.outcome import Outcome, outcomes, tag_of
 from phinetune.data.places import split_places
-from phinetune.data.read import Row, check_source, read_first, read_rows
+from phinetune.data.read import Row, check_source, read_first
 from phinetune.data.sources import digest
 from phinetune.data.stored import TRAINED, Columns, StoredChats, StoredRows
 from phinetune.data.stream import check_stream, first_rows, stream
@@ -25,7 +25,9 @@ from phinetune.data.table import read_table, write_table
 from phinetune.errors import DataError, at_most
 from phinetune.model.template import Message
 
+SETTINGS = {"split", "format", "loss_on", "system", "overlong", "limit", "tag"}  # on which a table depends
 SMALL = 5000  # rows: below, other processes take longer to start than the work takes
+REASONS_SHOWN = 4
 
 
 @dataclass
@@ -64,21 +66,30 @@ class Report:
         forms = ", ".join(f"{count} {form}" for form, count in self.forms.most_common())
         dropped = f", {sum(self.dropped.values())} dropped" if self.dropped else ""
         cut = f", {self.cut} cut to fit" if self.cut else ""
+        rest = sum(count for _, count in self.dropped.most_common()[REASONS_SHOWN:])
         share = self.trainable_tokens / max(1, self.tokens)
         return [
             f"{self.source}: {self.rows} rows ({forms}): {self.kept} kept{cut}{dropped}; {self.tokens:,} tokens, "
             f"{self.trainable_tokens:,} of them trained on ({share:.0%}); longest chat {self.longest} tokens",
-            *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()),
+            *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common(REASONS_SHOWN)),
+            *([f"  dropped {rest} for other reasons"] if rest else []),
         ]
 
 
 @dataclass
 class ChatSet:
-    """Chats of one set, as messages and as tokens. Rows that are text or ids have tokens only."""
+    """Chats of one set, as messages and as tokens. Rows that are text or ids have tokens only.
+
+    Attributes:
+        places: where in `encoded` each chat stands.
+        tags: of each in `encoded`, what its row has in the column `data.tag`; empty without one.
+    """
 
     chats: Sequence[list[Message]]
     encoded: Sequence[Encoded]
     report: Report
+    places: Sequence[int] = field(default_factory=list)
+    tags: Sequence[str] = field(default_factory=list)
     stored_end: bool = False  # of rows on disk: whether any label is an end-of-turn token
     stream: IterableDataset | None = None  # all rows, where `encoded` is only what a stream began with
 
@@ -115,6 +126,11 @@ class Chats:
 
     train: ChatSet
     held_out: ChatSet | None
+
+    def facts(self) -> dict[str, Any]:
+        """The reports of both sets, as JSON holds them; `held_out` is None without held-out chats."""
+        sets = {"train": self.train, "held_out": self.held_out}
+        return {name: made.report.to_dict() if made else None for name, made in sets.items()}
 
 
 def check_sources(section: DataSection) -> None:
@@ -223,6 +239,8 @@ def build_set(
     """
     chats: list[list[Message]] = []
     rows_made: list[Encoded] = []
+    places: list[int] = []
+    tags: list[str] = []
     report = Report(name)
     problems: list[str] = []
     for outcome in outcomes(rows, section, encoder, max_length):
@@ -231,10 +249,13 @@ def build_set(
             problems.append(f"{outcome.row.where}: {outcome.error}")
         if outcome.encoded:
             rows_made.append(outcome.encoded)
+            if section.tag:
+                tags.append(tag_of(outcome.row, section.tag))
             if outcome.chat:
                 chats.append(outcome.chat)
+                places.append(len(rows_made) - 1)
     refuse(report, problems, section)
-    return ChatSet(chats, rows_made, report)
+    return ChatSet(chats, rows_made, report, places, tags)
 
 
 def refuse(report: Report, problems: Sequence[str], section: DataSection) -> None:
@@ -273,7 +294,7 @@ def _kept_table(path: str, section: DataSection, encoder: Encoder, max_length: i
     Raises:
         DataError: it has broken places, or rows that can't be used where these are refused; it is not kept then.
     """
-    settings = section.model_dump(mode="json", include={"split", "format", "loss_on", "system", "overlong", "limit"})
+    settings = section.model_dump(mode="json", include=SETTINGS)
     key = key_of({**settings, "max_length": max_length, "source": digest(path, section.split)}, encoder.tokenizer)
 
     def make(folder: Path) -> None:
@@ -319,18 +340,15 @@ def _stored_set(name: str, columns: Columns, places: Sequence[int], section: Dat
     )
     refuse(report, [text for _, text in columns.texts("error", places)], section)
     rows = order[lengths > 0]
-    chats = order[columns.table.data.column("chat").is_valid().to_numpy()[order]]
+    is_chat = columns.table.data.column("chat").is_valid().to_numpy()[rows]
     return ChatSet(
-        StoredChats(columns.table.select_columns("chat").select(chats)),
+        StoredChats(columns.table.select_columns("chat").select(rows[is_chat])),
         StoredRows(columns.table.select_columns(TRAINED).select(rows)),
         report,
+        np.flatnonzero(is_chat).tolist(),
+        [tag for _, tag in columns.texts("tag", rows.tolist())],
         bool(columns.numbers("ends")[order].any()),
     )
-
-
-def read_all(source: str | Sequence[str], split: str) -> Iterator[Row]:
-    """Rows of one source or of several, one after the other."""
-    return itertools.chain.from_iterable(read_rows(one, split) for one, _ in weighted(source))
 
 
 def weighted(source: str | Sequence[str | WeightedFile] | None) -> list[tuple[str, float]]:

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from phinetune.data.encodings import NotText, is_wide, lines_of, refuse_other_kinds
-from phinetune.data.read import Broken, Row, open_dataset, read_lines, scan_rows
+from phinetune.data.read import Broken, Row, is_list, open_dataset, read_lines, scan_rows
 
 PIECE = 2048  # rows: enough to spread over processes, few enough to hold
 LINES = (".jsonl", ".ndjson")
@@ -76,7 +76,7 @@ def _is_text(path: Path) -> bool:
         refuse_other_kinds(path)
     except NotText:
         return False
-    return not is_wide(path)
+    return not is_wide(path) and not is_list(path)
 
 
 @dataclass(frozen=True)

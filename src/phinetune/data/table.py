@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 
 from phinetune.config import DataSection
 from phinetune.data.chat import Encoder, ends_a_turn
-from phinetune.data.outcome import Outcome, outcomes
+from phinetune.data.outcome import Outcome, outcomes, tag_of
 from phinetune.data.read import Broken, Row
 from phinetune.data.sources import PIECE, Piece, Source, open_source
 from phinetune.errors import DataError
@@ -37,6 +37,7 @@ SCHEMA = pyarrow.schema(
         "reason": pyarrow.string(),
         "error": pyarrow.string(),  # with the row's place
         "broken": pyarrow.string(),  # of a place that holds no row
+        "tag": pyarrow.string(),
         "chat": pyarrow.string(),  # the messages as JSON, where the row has any
     }
 )
@@ -91,7 +92,7 @@ def encode_pieces(
         found = list(source.read(Piece(**piece)))
         rows = [row for row in found if isinstance(row, Row)]
         made = outcomes(rows, section, encoder, max_length)
-        lines += [_broken(row) if isinstance(row, Broken) else _line(next(made), encoder) for row in found]
+        lines += [_broken(row) if isinstance(row, Broken) else _line(next(made), encoder, section.tag) for row in found]
     return pyarrow.Table.from_pylist(lines, schema=SCHEMA)
 
 
@@ -99,7 +100,7 @@ def _broken(place: Broken) -> dict[str, Any]:
     return {"length": 0, "trainable": 0, "broken": f"{place.where}: {place.problem}"}
 
 
-def _line(made: Outcome, encoder: Encoder) -> dict[str, Any]:
+def _line(made: Outcome, encoder: Encoder, tag: str | None) -> dict[str, Any]:
     row = made.encoded
     return {
         "input_ids": row.input_ids if row else [],
@@ -111,6 +112,7 @@ def _line(made: Outcome, encoder: Encoder) -> dict[str, Any]:
         "form": made.form,
         "reason": made.reason,
         "error": f"{made.row.where}: {made.error}" if made.error else None,
+        "tag": tag_of(made.row, tag) if tag else None,
         "chat": json.dumps(made.chat) if row and made.chat else None,
     }
 

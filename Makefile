@@ -45,6 +45,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.lora_layers
 	@.venv/bin/python -m benchmarks.train
+	@.venv/bin/python -m benchmarks.data
+	@.venv/bin/python -m benchmarks.plan
 	@.venv/bin/python -m benchmarks.qlora
 	@.venv/bin/python -m benchmarks.generate
 

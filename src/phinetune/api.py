@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phinetune.config import CustomMetric, EvaluationSection, RunConfig, make_config
-from phinetune.data.build import Chats, ChatSet, build_chats, build_set, check_sources, read_all
+from phinetune.data.build import Chats, ChatSet, build_chats, check_sources, read_sets
 from phinetune.data.chat import Encoder
 from phinetune.errors import ConfigError, DataError, ModelError
 from phinetune.evaluation.compare import Comparison, compare
@@ -279,7 +279,7 @@ def _chats_of(tuned: Tuned, source: str | Sequence[str]) -> ChatSet:
     section = tuned.config.data.model_copy(update={"train": listed, "eval": None, "limit": None})
     check_sources(section)
     name = source if isinstance(source, str) else ", ".join(source)
-    return build_set(name, read_all(source, section.split), section, tuned.encoder, _max_length(tuned.config))
+    return read_sets(name, listed, section, tuned.encoder, _max_length(tuned.config))[0]
 
 
 def _max_length(config: RunConfig) -> int | None:

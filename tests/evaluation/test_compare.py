@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from phinetune.config import DataSection, EvaluationSection
-from phinetune.data.build import ChatSet, build_set, read_all
-from phinetune.data.read import Row
+from phinetune.data.build import ChatSet, build_set
+from phinetune.data.read import Row, read_rows
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.scoring import score_rows
 from phinetune.evaluation.screen import show_comparison
@@ -30,7 +30,7 @@ def tuned(tiny_run: Path) -> Tuned:
 
 @pytest.fixture
 def held_out(tuned: Tuned, chats: Path) -> ChatSet:
-    return build_set("chats", read_all(str(chats), "train"), DataSection(), tuned.encoder, None)
+    return build_set("chats", read_rows(str(chats)), DataSection(), tuned.encoder, None)
 
 
 def compared(model: Any, tuned: Tuned, held_out: ChatSet, console: Console, **options: Any) -> Comparison:

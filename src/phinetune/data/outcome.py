@@ -61,6 +61,11 @@ class Fate:
     salvaged: bool = False
 
 
+def tag_of(row: Row, column: str) -> str:
+    """What a row has in the column that results are split by; nothing where it has none."""
+    return str(row.fields.get(column, ""))
+
+
 def is_huge(row: Row, max_length: int | None) -> bool:
     """Whether a row is far too long to be a chat, so that a look at its words would take minutes."""
     return _turns(row) > TURNS or size_of(row.fields) > max(HUGE, 40 * (max_length or 0))

@@ -72,6 +72,31 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
+    probe: Annotated[bool, typer.Option(help="measure a layer of the model on this machine, for the time")] = True,
+    overrides: SetOption = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Say what a run will take of memory, time and disk. Status 1: it does not fit; what would is listed."""
+    from phinetune.config import load_config
+    from phinetune.logs import quiet_libraries
+    from phinetune.planning.plan import make_plan
+    from phinetune.planning.screen import show_plan
+
+    quiet_libraries()
+    made = make_plan(load_config(config, overrides), probe=probe)
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        show_plan(made, _console())
+        if made.fits:
+            _console().print(f"Next: {_program()} train {config}", highlight=False, soft_wrap=True)
+    if not made.fits:
+        sys.exit(1)
+
+
+@app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="where the run goes")] = Path("runs/demo"),
     overwrite: Overwrite = False,

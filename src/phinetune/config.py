@@ -109,6 +109,11 @@ class DataSection(Section):
         "fail", description="rows that can't be used: stop and list them, or drop and count them"
     )
     limit: int | None = Field(None, ge=1, description="use the first N rows only")
+    streaming: bool = Field(
+        False,
+        description="read and encode rows while training, for sets that the disk has no room for; needs "
+        "training_config.max_steps, and held-out chats from a file",
+    )
     packing: Literal["conversations", "tokens"] = Field(
         "conversations",
         description="what per_device_train_batch_size counts: conversations, or rows filled up to "

@@ -13,11 +13,12 @@ from check_helpers import ENCODER, check, kinds, places
 from helpers import chat, write_jsonl
 from phinetune.config import DataSection
 from phinetune.data import findings
-from phinetune.data.build import build_chats, held_out_places
+from phinetune.data.build import build_chats
 from phinetune.data.chat import make_encoder
 from phinetune.data.check import check_files, describe_template
 from phinetune.data.check_screen import show_check
 from phinetune.data.findings import KINDS
+from phinetune.data.places import held_out_places
 from phinetune.model.synthetic import byte_tokenizer
 from template_helpers import template_tokenizer
 

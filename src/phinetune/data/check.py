@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phinetune.config import DataSection
-from phinetune.data.build import Report, held_out_places
+from phinetune.data.build import Report
 from phinetune.data.chat import Encoder
 from phinetune.data.comparing import Comparison
 from phinetune.data.findings import KINDS, Findings
@@ -17,6 +17,7 @@ from phinetune.data.formats import strings
 from phinetune.data.histogram import histogram
 from phinetune.data.languages import Languages
 from phinetune.data.outcome import Fate, Outcome, describe_size, is_huge, outcomes
+from phinetune.data.places import held_out_places
 from phinetune.data.read import Broken, Row, scan_rows
 from phinetune.data.sensitive import SECRETS, count_sensitive
 from phinetune.data.text_checks import call_troubles, letter_troubles, markup_troubles, text_troubles, turn_troubles

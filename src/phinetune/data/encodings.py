@@ -64,16 +64,24 @@ def _wide(path: Path) -> str | None:
     return marked or BARE.get(tuple(byte == 0 for byte in head))
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, bytes | str]]:
-    """Numbered lines: bytes, or text where the whole file is UTF-16 or UTF-32."""
+def lines_of(path: Path, start: int = 0, stop: int | None = None, first: int = 1) -> Iterator[tuple[int, bytes | str]]:
+    """Numbered lines: bytes, or text where the whole file is UTF-16 or UTF-32.
+
+    Args:
+        start, stop: bytes of a file in UTF-8 between which to read; `first` is the number of the line at `start`.
+    """
     name = _wide(path)
     if name:
         text = path.read_bytes().decode(name, errors="replace").removeprefix("\ufeff")
         yield from enumerate((_Wide(line, name) for line in text.split("\n")), 1)
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        place = file.seek(start)
+        for number, line in enumerate(file, first):
             yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            place += len(line)
+            if place == stop:
+                return
 
 
 class _Wide(str):

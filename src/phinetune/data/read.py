@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from phinetune.data.json_text import TOO_DEEP, is_deep, load_json
 from phinetune.errors import DataError, at_most
 
 PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".tar", ".tgz")
+BATCH = 1024  # rows of a Parquet file held at a time
 
 
 class Row(NamedTuple):
@@ -33,44 +34,56 @@ class Broken(NamedTuple):
     salvaged: dict[str, Any] | None = None
 
 
-def read_rows(source: str, split: str = "train") -> Iterator[Row]:
+def read_rows(source: str, split: str = "train") -> list[Row]:
     """Rows of a file, a folder that `datasets` can load, or a hub id.
 
     Raises:
         DataError: not there, not readable, or broken; broken JSON Lines are listed with their lines.
     """
-    if not Path(source).expanduser().is_file():
-        return _sound(scan_rows(source, split))
-    found = list(scan_rows(source, split))
-    problems = [f"{row.where}: {row.problem}" for row in found if isinstance(row, Broken)]
-    if problems:
-        raise DataError(at_most(problems))
-    return (row for row in found if isinstance(row, Row))
+    rows, broken = read_first(source, split, None)
+    if broken:
+        raise DataError(at_most(broken))
+    return rows
 
 
-def _sound(found: Iterator[Row | Broken]) -> Iterator[Row]:
-    for row in found:
-        if isinstance(row, Broken):
-            others = [one for one in found if isinstance(one, Broken)]
-            raise DataError(at_most([f"{one.where}: {one.problem}" for one in (row, *others)]))
-        yield row
+def read_first(source: str, split: str, most: int | None) -> tuple[list[Row], list[str]]:
+    """The first `most` rows, all if that is None, and what is broken up to there.
+
+    Raises:
+        DataError: not there, or a folder or hub id that can't be loaded.
+    """
+    rows: list[Row] = []
+    broken: list[str] = []
+    found = scan_rows(source, split)
+    while most is None or len(rows) < most:
+        one = next(found, None)
+        if one is None:
+            break
+        if isinstance(one, Row):
+            rows.append(one)
+        else:
+            broken.append(f"{one.where}: {one.problem}")
+    return rows, broken
 
 
 def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
     """Rows of a source and its broken places, in order.
 
     Raises:
-        DataError: not there, or a folder or hub id that can't be loaded.
+        DataError: not there, or a hub id that can't be loaded.
     """
     problem = check_source(source)
     if problem:
         raise DataError(problem)
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _dataset_folder(path, split)
-    if not path.is_file():
-        return _hub(source, split)
-    return _file(path)
+    if path.is_file():
+        return _file(path)
+    try:
+        return number_rows(source, open_dataset(source, split))
+    except DataError as error:
+        if not path.is_dir():
+            raise
+        return _broken_folder(path, str(error))
 
 
 def _file(path: Path) -> Iterator[Row | Broken]:
@@ -104,14 +117,20 @@ def check_source(source: str) -> str | None:
 
 
 def _json_lines(path: Path) -> Iterator[Row | Broken]:
-    with path.open("rb") as file:
-        listed = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     # A list under the name of JSON Lines is read as what it is.
-    yield from _json(path) if listed and not is_wide(path) else _lines(path)
+    return _json(path) if is_list(path) else read_lines(path, lines_of(path))
 
 
-def _lines(path: Path) -> Iterator[Row | Broken]:
-    for number, raw in lines_of(path):
+def is_list(path: Path) -> bool:
+    """Whether a file of text begins as one JSON list does, whatever its name says."""
+    with path.open("rb") as file:
+        head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return head.startswith(b"[") and not is_wide(path)
+
+
+def read_lines(path: Path, lines: Iterable[tuple[int, bytes | str]]) -> Iterator[Row | Broken]:
+    """The rows of numbered lines of JSON."""
+    for number, raw in lines:
         line, problem = decode_line(raw)
         where = f"{path}:{number}"
         if line is None:
@@ -145,7 +164,7 @@ def _json(path: Path) -> Iterator[Row | Broken]:
     except json.JSONDecodeError as error:
         by_line = path.suffix.lower() != ".json" or text[: error.pos].rstrip().endswith("}")
         if error.msg == "Extra data" and by_line:
-            yield from _lines(path)  # JSON Lines under the wrong name
+            yield from read_lines(path, lines_of(path))  # JSON Lines under the wrong name
         else:
             yield Broken(f"{path}:{error.lineno}", f"broken JSON: {error.msg} (column {error.colno})")
         return
@@ -220,12 +239,15 @@ def _parquet(path: Path) -> Iterator[Row | Broken]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}: row {number}", fields)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield Broken(str(path), f"not a readable Parquet file: {error}")
-        return
-    yield from (Row(f"{path}: row {number}", fields) for number, fields in enumerate(rows, 1))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
@@ -237,35 +259,48 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
 }
 
 
-def _dataset_folder(path: Path, split: str) -> Iterator[Row | Broken]:
+def open_dataset(source: str, split: str, *, streaming: bool = False) -> Any:
+    """The split of a folder that `datasets` can load, or of a hub id; with `streaming`, read as it is asked for.
+
+    Raises:
+        DataError: it can't be loaded, or has no such split.
+    """
+    path = Path(source).expanduser()
+    return _folder(path, split, streaming) if path.is_dir() else _hub(source, split, streaming)
+
+
+def _folder(path: Path, split: str, streaming: bool) -> Any:
     import datasets
 
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
-        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path), split=split)
+        data = (
+            datasets.load_from_disk(str(path))
+            if saved
+            else datasets.load_dataset(str(path), split=split, streaming=streaming)
+        )
     except (ValueError, OSError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        return _broken_folder(path, str(error.__cause__ or error))
-    return _number(str(path), _pick_split(str(path), data, split))
+        raise DataError(f"{path}: not a folder that `datasets` can load: {error.__cause__ or error}") from error
+    return _pick_split(str(path), data, split)
 
 
 def _broken_folder(path: Path, problem: str) -> Iterator[Row | Broken]:
     """What stands in the way of `datasets`, and what its files hold, each read by itself to find the place."""
-    yield Broken(str(path), f"not a folder that `datasets` can load: {' '.join(problem.split())}")
+    yield Broken(str(path), " ".join(problem.removeprefix(f"{path}: ").split()))
     for file in sorted(path.rglob("*")):
         if file.is_file() and file.suffix.lower() in READERS:
             yield from _file(file)
 
 
-def _hub(source: str, split: str) -> Iterator[Row]:
+def _hub(source: str, split: str, streaming: bool) -> Any:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        data = datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(source, split=split, streaming=streaming)
     except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{source}: no such file, and not to be had from the hub as a data set ({first})") from error
-    return _number(source, data)
 
 
 def _pick_split(where: str, data: Any, split: str) -> Any:
@@ -276,7 +311,8 @@ def _pick_split(where: str, data: Any, split: str) -> Any:
     return data[split]
 
 
-def _number(where: str, data: Any) -> Iterator[Row]:
+def number_rows(where: str, data: Any) -> Iterator[Row]:
+    """The rows of a data set of `datasets`."""
     return (Row(f"{where}: row {number}", dict(fields)) for number, fields in enumerate(data, 1))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
 from phinetune.config import RunConfig
@@ -90,7 +90,7 @@ class Engine:
         compile = config.engine.compile or bool(settings.training.get("torch_compile"))
         return cls(memory, share, settings.max_length if by_tokens else None, dropout, compile)
 
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """The rows that a step counts."""
         return fill_rows(dataset, self.fill) if self.fill else dataset
 

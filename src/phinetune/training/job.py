@@ -66,6 +66,8 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
     if not resume:
         folder.check_free(overwrite)
     check_sources(config.data)
+    if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
+        raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
     plain = why_plain(config, settings, pick_dtype(config.model.dtype, pick_device(config.model.device)))
     loaded = load_base(config.model, fast=plain is None)
     if checkpoint:

@@ -123,6 +123,13 @@ class ChatTrainer(SFTTrainer):
             self.engine.set_up(self.peft_model, self.args.device)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the lengths of rows on disk: `group_by_length` would read all rows to count them."""
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
+        columns: list[str] = self._signature_columns or []
+        named = list(dict.fromkeys([*columns, self.args.length_column_name]))
+        self._signature_columns = named  # type: ignore[assignment]
+
     # -- training and evaluating ----------------------------------------------------------------------------
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -106,6 +106,12 @@ def test_typed_control_tokens_give_the_text_that_transformers_gives(
     assert same
 
 
+def test_of_tokens_that_begin_alike_the_longest_is_found() -> None:
+    tokenizer = byte_tokenizer(300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>", "<x>yz", "<x>y"]})
+    assert control_tokens(tokenizer).find("a<x>yzy<x>y<x>z") == ["<x>yz", "<x>y", "<x>"]
+
+
 def test_chats_with_and_without_typed_tokens_keep_their_places_in_a_batch(tokenizer: Any) -> None:
     encoder = make_encoder(tokenizer)
     token = typed(tokenizer)[0]

@@ -70,7 +70,7 @@ def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
     """Rows of a source and its broken places, in order.
 
     Raises:
-        DataError: not there, or a folder or hub id that can't be loaded.
+        DataError: not there, or a hub id that can't be loaded.
     """
     problem = check_source(source)
     if problem:

@@ -42,6 +42,7 @@ bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.lora_layers
 	@.venv/bin/python -m benchmarks.train
 	@.venv/bin/python -m benchmarks.generate
+	@.venv/bin/python -m benchmarks.qlora
 
 clean:
 	rm -rf .venv .venv-setup.log build dist src/*.egg-info

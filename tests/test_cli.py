@@ -41,7 +41,7 @@ def test_help_needs_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "evaluate", "generate", "chat", "demo", "convert", "config"):
+    for verb in ("train", "evaluate", "generate", "chat", "demo", "convert", "push", "config"):
         assert verb in done.stdout
 
 

@@ -68,7 +68,7 @@ class LoRALayer(nn.Module):
 
     def _drops(self) -> bool:
         """Whether dropout has anything to do now; asked each time, for users put in one of their own."""
-        return self.training and type(self.lora_dropout) is not nn.Identity
+        return self.training and type(self._modules["lora_dropout"]) is not nn.Identity
 
     # -- merging --------------------------------------------------------------------------------------------
 

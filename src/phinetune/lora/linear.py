@@ -28,11 +28,17 @@ class _LinearBase(LoRALayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of shape (..., in_features) to (..., out_features)."""
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
         if self.merged or not self.has_adapter:
-            return F.linear(x, weight, self.bias)
+            return F.linear(x, self._turned(self.weight), self.bias)
+        held: dict[str, Any] = self._parameters
+        try:  # past nn.Module's attribute lookup, a twentieth of a small layer's time
+            weight, bias, a, b = held["weight"], held["bias"], held["lora_A"], held["lora_B"]
+        except KeyError:  # FSDP's flat views and torch's parametrizations are attributes alone
+            weight, bias, a, b = self.weight, self.bias, self.lora_A, self.lora_B
+        if self.fan_in_fan_out:
+            weight = weight.t()
         seen = self.lora_dropout(x) if self._drops() else None
-        return lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, seen, self._spans)
+        return lora_linear(x, weight, bias, a, b, self.scaling, seen, self._spans)
 
     def delta_weight(self) -> Tensor:
         """s · B A in the weight's shape."""

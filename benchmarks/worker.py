@@ -2,13 +2,15 @@
 
 Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
 one step of made-up tokens, by either engine), `gemm` (the best rate of a matrix product), `generate` (greedy answers
-to prompts, by transformers or by this project).
+to prompts, by transformers or by this project), `merge` (an adapter into its base), `copy` (that base's folder).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -32,6 +34,27 @@ TRAINING: dict[str, Any] = {
 }
 
 
+PEAKS: dict[str, float] = {}  # resident memory of the phases that have ended, in GB
+
+
+def end_phase(name: str) -> None:
+    """Keep the largest resident memory of the phase that ends here, and count anew for the next."""
+    if name in PEAKS:
+        return
+    PEAKS[name] = _peak_gb()
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the next phase's peak is then at least this one's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_gb() -> float:
+    """The largest resident memory since the last phase, in GB."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else []:
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def trl(
     model: str,
     data: str,
@@ -41,6 +64,8 @@ def trl(
     checkpointing: bool = False,
     packing: bool = False,
     compile: bool = False,
+    accumulate: int = 1,
+    quantization: str = "none",
 ) -> dict[str, Any]:
     """TRL on the first rows of `data`, a JSON list of Alpaca rows."""
     from datasets import Dataset
@@ -48,20 +73,18 @@ def trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    read = json.loads(Path(data).read_text())[:rows]
-    asked = [row["instruction"] + ("\n" + row["input"] if row["input"] else "") for row in read]
-    chats = [
-        {
-            "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": row["output"]}],
-        }
-        for question, row in zip(asked, read, strict=True)
-    ]
+    from phinetune.model.quantize import quantization_config
+
+    made = getattr(torch, dtype)
+    held = {"quantization_config": quantization_config(quantization, made)} if quantization != "none" else {}
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=made, attn_implementation="sdpa", **held)
+    end_phase("load_gb")
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa"),
+        model=loaded,
         args=SFTConfig(
             tempfile.mkdtemp(),
             per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
             packing=packing,
             gradient_checkpointing=checkpointing,
             torch_compile=compile,
@@ -70,7 +93,7 @@ def trl(
             disable_tqdm=True,
             **TRAINING,
         ),
-        train_dataset=Dataset.from_list(chats),
+        train_dataset=Dataset.from_list(_chats(data, rows)),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(**LORA),
     )
@@ -82,7 +105,21 @@ def trl(
     return {"tokens": tokens, "seconds": seconds, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
-def phinetune(model: str, data: str, rows: int, batch: int, dtype: str, engine: dict[str, Any]) -> dict[str, Any]:
+def _chats(data: str, rows: int) -> list[dict[str, Any]]:
+    read = json.loads(Path(data).read_text())[:rows]
+    asked = [row["instruction"] + ("\n" + row["input"] if row["input"] else "") for row in read]
+    return [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": row["output"]}],
+        }
+        for question, row in zip(asked, read, strict=True)
+    ]
+
+
+def phinetune(
+    model: str, data: str, rows: int, batch: int, dtype: str, engine: dict[str, Any], quantization: str = "none"
+) -> dict[str, Any]:
     """A run of this project on the same rows. `overhead`: share of the time that is not forward to optimizer."""
     from peft import PeftModel
     from rich.console import Console
@@ -94,15 +131,19 @@ def phinetune(model: str, data: str, rows: int, batch: int, dtype: str, engine: 
 
     began: list[float] = []
     ended: list[float] = []
-    register_module_forward_pre_hook(
-        lambda module, _: began.append(time.perf_counter()) if isinstance(module, PeftModel) else None
-    )
+
+    def begin(module: torch.nn.Module, _: Any) -> None:
+        if isinstance(module, PeftModel):
+            end_phase("load_gb")
+            began.append(time.perf_counter())
+
+    register_module_forward_pre_hook(begin)
     register_optimizer_step_post_hook(lambda *_: ended.append(time.perf_counter()))
     folder = Path(tempfile.mkdtemp()) / "run"
     training = {**TRAINING, "output_dir": str(folder), "per_device_train_batch_size": batch}
     config = make_config(
         {
-            "model": {"path": model, "dtype": dtype, "device": "cpu"},
+            "model": {"path": model, "dtype": dtype, "device": "cpu", "quantization": quantization},
             "data": {"train": data, "limit": rows},
             "engine": engine,
             "peft_config": LORA,
@@ -287,14 +328,47 @@ def gemm(dtype: str) -> dict[str, Any]:
     return {"flop_per_s": best}
 
 
-KINDS = {"trl": trl, "phinetune": phinetune, "step": step, "gemm": gemm, "generate": generate}
+def merge(adapter: str, base: str, out: str) -> dict[str, Any]:
+    """The adapter merged into the base, in the dtype of the base's files, synced to disk."""
+    from phinetune.export.merge import merge_run
+
+    del base
+    start = time.perf_counter()
+    made = merge_run(adapter, out)
+    return {"seconds": time.perf_counter() - start, "bytes": made.size}
+
+
+def copy(adapter: str, base: str, out: str) -> dict[str, Any]:
+    """The base's folder copied, synced to disk as a merge is."""
+    from phinetune.files import sync_tree
+
+    del adapter
+    start = time.perf_counter()
+    shutil.copytree(base, out)
+    sync_tree(Path(out))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "bytes": sum(file.stat().st_size for file in Path(out).iterdir())}
+
+
+KINDS = {
+    "trl": trl,
+    "phinetune": phinetune,
+    "step": step,
+    "gemm": gemm,
+    "merge": merge,
+    "copy": copy,
+    "generate": generate,
+}
 
 
 def main() -> None:
     """Run the kind named on the command line and print what it gave, with this process's peak memory."""
     torch.set_num_threads(2)
     result = KINDS[sys.argv[1]](**json.loads(sys.argv[2]))
-    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    last = _peak_gb()
+    if PEAKS:
+        result |= {**PEAKS, "training_gb": last}
+    result["peak_gb"] = max(last, *PEAKS.values()) if PEAKS else last
     print(json.dumps(result))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
+from hub_helpers import Hub, point_at, serve_hub
 from phinetune.config import ModelSection
 from phinetune.model.load import Loaded, load_base
 
@@ -94,3 +96,11 @@ def starter_folder() -> Path:
     from phinetune.model.starter import ensure_starter
 
     return ensure_starter()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub on loopback, which huggingface_hub here takes for the real one; alice's token is set."""
+    with serve_hub() as server:
+        point_at(server, monkeypatch, tmp_path / "hf-home")
+        yield server

@@ -41,7 +41,8 @@ def test_help_needs_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "evaluate", "generate", "chat", "demo", "convert", "report", "watch", "config"):
+    verbs = ("train", "evaluate", "generate", "chat", "demo", "convert", "push", "report", "watch", "config")
+    for verb in verbs:
         assert verb in done.stdout
 
 

@@ -1,6 +1,6 @@
 """phinetune: fine-tune a Phi-3 with LoRA on your chats, and see whether it got better.
 
-`train`, `evaluate`, `merge` and `load` are imported when first used, so `import phinetune` costs nothing.
+`train`, `evaluate`, `merge`, `push` and `load` are imported when first used, so `import phinetune` costs nothing.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from phinetune.version import VERSION
 
 if TYPE_CHECKING:
-    from phinetune.api import evaluate, load, merge, train
+    from phinetune.api import evaluate, load, merge, push, train
 
 __version__ = VERSION
-__all__ = ["evaluate", "load", "merge", "train"]
+__all__ = ["evaluate", "load", "merge", "push", "train"]
 
 
 def __getattr__(name: str) -> Any:

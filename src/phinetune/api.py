@@ -1,4 +1,4 @@
-"""The library: `train`, `evaluate`, `merge` and `load`, the same work as the command line's."""
+"""The library: `train`, `evaluate`, `merge`, `push` and `load`, the same work as the command line's."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from phinetune.evaluation.while_training import WhileTraining, while_training
 from phinetune.export.base import trained_dtype
 from phinetune.export.card import write_card
 from phinetune.export.merge import Merge, merge_run, record_losses
+from phinetune.export.push import Push, push_run
 from phinetune.files import write_text
 from phinetune.logs import LEVELS, quiet_libraries, set_up_logging
 from phinetune.model.device import pick_device
@@ -382,3 +383,17 @@ def _losses_table(scores: Mapping[str, Score]) -> Table:
     table.add_row("perplexity", *(f"{one.perplexity:.3f}" for one in scores.values()))
     table.add_row("token accuracy %", *(f"{100 * one.token_accuracy:.2f}" for one in scores.values()))
     return table
+
+
+def push(path: str | Path, repo: str, *, private: bool = False, merged: bool = False) -> Push:
+    """Push a run, one of its checkpoints or an adapter folder to the hub, with a model card, in one commit.
+
+    Args:
+        repo: `name` or `owner/name`; it is made where it is not there.
+        private: make it private.
+        merged: push base and adapter as one model instead of the adapter.
+
+    Raises:
+        PhinetuneError: nothing there to push, no access token, or what the hub refuses.
+    """
+    return push_run(path, repo, private=private, merged=merged)

@@ -310,6 +310,22 @@ def export(
 
 
 @app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run, one of its checkpoints or an adapter folder")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub; made if it is not there")],
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="push base and adapter merged into one model, not the adapter alone")
+    ] = False,
+) -> None:
+    """Push a run to the Hugging Face hub with a model card; the token is HF_TOKEN's, .env's or `hf auth login`'s."""
+    from phinetune.api import push as push_run
+
+    done = push_run(run, repo, private=private, merged=merged)
+    _console().print("\n".join(done.report(_program())), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="a PEFT adapter folder, or a loralib checkpoint (.pt)")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="what to write: a folder (PEFT) or a .pt file (loralib)")],

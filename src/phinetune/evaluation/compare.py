@@ -185,14 +185,17 @@ def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict
     own_way = [one.name for one in section.metrics if isinstance(one, CustomMetric) and one.less_is_better]
 
     def ratio(top: str, times: float = 1.0, exponential: bool = False) -> Pairs:
-        tops = [times * np.array([getattr(s, top) for s in side.scores], dtype=np.float64) for side in (base, tuned)]
-        tokens = [np.array([s.tokens for s in side.scores], dtype=np.float64) for side in (base, tuned)]
-        return Pairs(*tops, *tokens, exponential=exponential)
+        def column(side: _Side, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+            return np.array([getattr(score, name) for score in side.scores], dtype=np.float64)
+
+        tops, tokens = ((column(base, name), column(tuned, name)) for name in (top, "tokens"))
+        return Pairs(times * tops[0], times * tops[1], tokens[0], tokens[1], exponential)
 
     def mean(name: str) -> Pairs:
-        numbers = [side.answered.numbers[name] for side in (base, tuned)]
-        there = ~np.isnan(numbers[0] + numbers[1])  # paired: only rows of which both have a number
-        return Pairs(*(np.where(there, one, 0.0) for one in numbers), *(there.astype(np.float64),) * 2)
+        before, after = base.answered.numbers[name], tuned.answered.numbers[name]
+        there = ~np.isnan(before + after)  # paired: only rows of which both have a number
+        weights = there.astype(np.float64)
+        return Pairs(np.where(there, before, 0.0), np.where(there, after, 0.0), weights, weights)
 
     scored = {
         "loss": ratio("nll"),

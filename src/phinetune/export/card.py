@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from phinetune.config import RunConfig
+from phinetune.export.card_usage import adapter_usage
 from phinetune.measures import measured
 
+SECRETS = ("hub_token", "push_to_hub_token")  # keys of training_config that no card and no upload shows
 
-def write_card(config: RunConfig, results: Mapping[str, Any], lora: Mapping[str, Any]) -> str:
+
+def write_card(
+    config: RunConfig, results: Mapping[str, Any], lora: Mapping[str, Any], *, repo: str | None = None
+) -> str:
     """The card's Markdown, with the front matter that the hub reads.
 
     Args:
-        results: as in results.json: `base`, `data`, `training` and, where it was measured, `evaluation`.
+        results: as in results.json: `base` and, where they are known, `data`, `training` and `evaluation`.
         lora: the adapter's configuration in force.
+        repo: the repository that the card is for; without one it is for the run's folder on this machine.
     """
     base = results["base"]
-    name = config.output_dir.resolve().name
-    revision = f" (revision `{base['revision']}`)" if base["revision"] else ""
+    name = repo or config.output_dir.resolve().name
     parts = [
-        _front_matter(base["path"]),
-        f"# {name}\n\nA LoRA adapter for `{base['path']}`{revision}, trained with phinetune.",
-        "## Data\n\n" + "\n".join(f"- {line}" for line in _data_lines(results["data"])),
-        "## Training\n\n" + _training_lines(results["training"]),
-        "## Results on held-out chats\n\n" + _results_table(results.get("evaluation")),
-        "## Use\n\n" + _usage(config, base["path"]),
-        "## Settings\n\n```yaml\n" + _settings(config, lora) + "```",
+        front_matter("peft", ["lora", "phi3", "phinetune"], base),
+        f"# {name}\n\nA LoRA adapter for {described_base(base)}, trained with phinetune.",
+        *training_sections(results),
+        "## Use\n\n" + adapter_usage(hub_id(base), base["path"], repo, config.output_dir),
+        settings_section(config, lora),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(base: str) -> str:
-    matter: dict[str, Any] = {
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "phi3", "phinetune"],
-    }
-    if "/" in base and not base.startswith((".", "/", "~")):
-        matter["base_model"] = base
+def front_matter(library: str, tags: Sequence[str], base: Mapping[str, Any], relation: str | None = None) -> str:
+    """What the hub reads: the base is named where it is on the hub."""
+    matter: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(tags)}
+    if hub_id(base):
+        matter |= {"base_model": base["path"]} | ({"base_model_relation": relation} if relation else {})
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
+
+
+def hub_id(base: Mapping[str, Any]) -> str | None:
+    """The id of a base that is on the hub: one with a revision, or (another tool records none) a name of that form
+    where there is no folder.
+    """
+    path = str(base["path"])
+    is_id = base["revision"] or (re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not Path(path).exists())
+    return path if is_id else None
+
+
+def described_base(base: Mapping[str, Any]) -> str:
+    """The base and its revision, in Markdown."""
+    return f"`{base['path']}`" + (f" (revision `{base['revision']}`)" if base["revision"] else "")
+
+
+def training_sections(results: Mapping[str, Any]) -> list[str]:
+    """Data, training and results on held-out chats, as far as they are known."""
+    parts = []
+    if results.get("data"):
+        parts.append("## Data\n\n" + "\n".join(f"- {line}" for line in _data_lines(results["data"])))
+    if results.get("training"):
+        parts.append("## Training\n\n" + _training_lines(results["training"]))
+        parts.append("## Results on held-out chats\n\n" + _results_table(results.get("evaluation")))
+    return parts
 
 
 def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
@@ -71,21 +98,15 @@ def _results_table(evaluation: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _usage(config: RunConfig, base: str) -> str:
-    folder = config.output_dir
-    return (
-        f"```sh\nphinetune chat {folder}\n```\n\nor with transformers and PEFT"
-        f"{' (the base is in this machine’s cache)' if base == 'starter' else ''}:\n\n"
-        "```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n```'
-    )
-
-
-def _settings(config: RunConfig, lora: Mapping[str, Any]) -> str:
+def settings_section(config: RunConfig, lora: Mapping[str, Any]) -> str:
+    """The section `model` and both dictionaries, the adapter's target modules as they were found in the model."""
+    targets = lora["target_modules"]
     shown = {
         "model": config.model.model_dump(mode="json"),
-        "peft_config": {**config.peft_config, "target_modules": sorted(lora["target_modules"])},
-        "training_config": config.training_config,
+        "peft_config": {
+            **(config.peft_config or {"r": lora["r"], "lora_alpha": lora["lora_alpha"]}),
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        },
+        "training_config": {key: value for key, value in config.training_config.items() if key not in SECRETS},
     }
-    return str(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+    return "## Settings\n\n```yaml\n" + str(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)) + "```"

@@ -10,13 +10,13 @@ from phinetune.errors import ModelError
 from phinetune.export.gguf import Written, write_gguf
 from phinetune.export.go_template import Turns, read_turns
 from phinetune.export.source import Checkpoint
+from phinetune.export.written import LONGEST_CONTEXT
 from phinetune.files import staged_folder, write_text
 from phinetune.model.template import tokenize
 
 MODELFILE = "Modelfile"
 MARK = "# Written by phinetune."
 WEIGHTS = "model.gguf"
-LONGEST_CONTEXT = 4096  # tokens; a longer one takes memory that is seldom used, and `/set parameter num_ctx` gives it
 
 
 def write_ollama(source: Checkpoint, folder: Path, kind: str, name: str, overwrite: bool) -> Written:

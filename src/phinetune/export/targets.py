@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from phinetune.errors import ModelError
+from phinetune.export.card_usage import llama_cli, model_name
 from phinetune.export.gguf import FILE_TYPES, trained_context, write_gguf
 from phinetune.export.gguf_lora import write_gguf_lora
 from phinetune.export.merged import open_merged
-from phinetune.export.ollama import LONGEST_CONTEXT, MODELFILE, check_free, write_ollama
+from phinetune.export.ollama import MODELFILE, check_free, write_ollama
 from phinetune.export.source import is_adapter, open_checkpoint, short_name
-from phinetune.export.written import Export, quoted, staged_file
+from phinetune.export.written import LONGEST_CONTEXT, Export, quoted, staged_file
 
 BY_QUANTISER = ("q4_k_m",)  # llama.cpp makes these from another GGUF
 
@@ -98,8 +98,7 @@ def _gguf(request: Request) -> Export:
 
 def _llama_cli(file: Path, context: int, lora: Path | None = None) -> str:
     """A greedy chat, not longer than LongRoPE's short factors last: llama.cpp chooses them by the context's size."""
-    adapter = f" --lora {quoted(lora)}" if lora else ""
-    return f"llama-cli -m {quoted(file)}{adapter} -c {min(context, LONGEST_CONTEXT)} --temp 0"
+    return llama_cli(quoted(file), min(context, LONGEST_CONTEXT), quoted(lora) if lora else None)
 
 
 def _gguf_lora(request: Request) -> Export:
@@ -123,7 +122,7 @@ def _gguf_lora(request: Request) -> Export:
 def _ollama(request: Request) -> Export:
     check_free(request.out, request.overwrite)  # before the model is opened
     written = write_ollama(open_checkpoint(request.run), request.out, request.kind, request.name, request.overwrite)
-    called = re.sub(r"[^a-z0-9._-]+", "-", request.name.lower()).strip("-._") or "model"
+    called = model_name(request.name)
     return Export(
         request.out,
         f"a Modelfile and a GGUF of {written.tensors} tensors, {request.kind}",

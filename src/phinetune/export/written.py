@@ -13,6 +13,8 @@ from pathlib import Path
 from phinetune.errors import ModelError
 from phinetune.files import publish_files
 
+LONGEST_CONTEXT = 4096  # tokens; a longer one takes memory that is seldom used, and every client can be told another
+
 
 @dataclass(frozen=True)
 class Export:

@@ -58,7 +58,7 @@ def make_run(folder: Path, steps: int = 30, finished: bool = True, scale: float 
     run.write_start({**facts, "parameters": 138_570_048, "environment": environment, "steps": 30, "process": {}})
     lines = [entry(step, scale) for step in range(1, steps + 1)]
     lines += [
-        {"step": s, "eval_loss": scale / s, "eval_token_accuracy": scale * (0.5 + s / 100)}
+        {"step": s, "eval_loss": scale * 10 / s, "eval_token_accuracy": scale * (0.5 + s / 100)}
         for s in (10, 20)
         if s <= steps
     ]

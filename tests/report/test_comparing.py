@@ -31,6 +31,11 @@ def test_the_best_is_named_and_marked(tmp_path: Path) -> None:
     assert rows["chrF"].best == [False, False]  # equal
 
 
+def test_runs_that_are_level_are_not_ranked(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / name) for name in ("a", "b")])
+    assert comparing.headline(runs) == "2 runs side by side, level on the held-out chats: loss 0.0066."
+
+
 def test_settings_that_differ_are_listed_and_no_others(tmp_path: Path) -> None:
     assert [(row.heading, row.values) for row in comparing.differing_settings(two(tmp_path))] == [
         ("peft_config.r", ["4", "64"])

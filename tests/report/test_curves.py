@@ -22,7 +22,7 @@ def test_every_plot_has_its_points_and_units(tmp_path: Path) -> None:
 def test_the_held_out_loss_starts_at_the_base_and_ends_at_the_tuned_model(tmp_path: Path) -> None:
     chart = next(c for c in charts([read_run(make_run(tmp_path / "run"))]) if c["key"] == "eval_loss")
     assert chart["series"][0]["x"] == [0, 10, 20, 30]
-    assert chart["series"][0]["y"] == [2.5, 0.1, 0.05, 0.0066]
+    assert chart["series"][0]["y"] == [2.5, 1.0, 0.5, 0.0066]
 
 
 def test_a_number_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:

@@ -21,9 +21,7 @@ def test_a_gain_is_told_with_its_interval(tmp_path: Path) -> None:
     assert told(tmp_path / "a") == (
         "Better on 80 held-out chats: exact match rose from 0.0% to 96.2%, loss fell from 2.5 to 0.0066."
     )
-    assert "to 96.2% (95% interval of the change +91.2 to +100.0), loss" in told(
-        tmp_path / "b", differences=DIFFERENCES
-    )
+    assert "to 96.2% (95% interval +91.2 to +100.0), loss" in told(tmp_path / "b", differences=DIFFERENCES)
 
 
 def test_a_loss_is_told_as_one(tmp_path: Path) -> None:

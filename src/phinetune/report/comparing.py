@@ -29,6 +29,8 @@ def headline(runs: Sequence[RunFacts]) -> str:
         return f"{len(runs)} runs side by side; fewer than two were compared with their base on held-out chats."
     if not same_chats(runs):
         return f"{len(runs)} runs side by side, measured on different held-out chats: their losses do not compare."
+    if len({f"{loss:.4f}" for loss in losses.values()}) == 1:
+        return f"{len(losses)} runs side by side, level on the held-out chats: loss {next(iter(losses.values())):.4f}."
     best = min(losses, key=lambda name: losses[name])
     others = ", ".join(f"{loss:.4f} ({name})" for name, loss in losses.items() if name != best)
     return f"{best} is best on the held-out chats: loss {losses[best]:.4f}, against {others}."

@@ -44,7 +44,7 @@ def _compared(run: RunFacts, base: Mapping[str, Any], tuned: Mapping[str, Any]) 
         parts.append(
             (f"on {prompts:,} answered prompts " if some else "")
             + _change(measure, base[measure.key], tuned[measure.key])
-            + (f" (95% interval of the change {ends})" if ends and measure.key != "loss" else "")
+            + (f" (95% interval {ends})" if ends and measure.key != "loss" else "")
         )
     where = f"on {chats:,} held-out chats" if chats else "on the held-out chats"
     return f"{_verdict(run, told, base, tuned)} {where}: {', '.join(parts)}."

@@ -129,8 +129,8 @@ const report = (() => {
     const held = drawn.get(event.currentTarget.closest("figure").dataset.chart);
     if (!turn || !held) return;
     event.preventDefault();
-    const { plot } = held, steps = plot.data[0], from = plot.cursor.idx;
-    const place = from == null ? steps.length - 1 : Math.min(steps.length - 1, Math.max(0, from + turn));
+    const { plot } = held, steps = plot.data[0], last = steps.length - 1;
+    const place = Math.min(last, Math.max(0, (plot.cursor.idx ?? last) + turn));
     plot.setCursor({ left: plot.valToPos(steps[place], "x"), top: 10 });
   }
 

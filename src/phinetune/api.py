@@ -12,6 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
+from phinetune import processes
 from phinetune.config import EvaluationSection, RunConfig, make_config
 from phinetune.data.build import ChatSet, build_chats, build_set, check_sources, read_all
 from phinetune.errors import ConfigError, DataError, ModelError
@@ -97,20 +98,21 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
     }
     if trained.stopped:
         return Run(trained.folder.path, results, True)
-    if trained.chats.held_out and config.evaluation.enabled:
-        comparison = compare(
-            trained.model,
-            trained.loaded.tokenizer,
-            trained.encoder,
-            trained.chats.held_out,
-            config.evaluation,
-            console,
-        )
-        results["evaluation"] = comparison.to_dict()
-        results["examples"] = [asdict(example) for example in comparison.examples[:10]]
-        show_comparison(comparison, console)
-    _finish(trained.folder, config, results, trained.model)
-    return Run(trained.folder.path, results, False)
+    if processes.is_main():
+        results |= _compared(trained, config, console)
+        _finish(trained.folder, config, results, trained.model)
+    return Run(trained.folder.path, processes.from_main(results), False)
+
+
+def _compared(trained: job.Trained, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Base against tuned, shown and as results.json holds it; empty without held-out chats."""
+    if not (trained.chats.held_out and config.evaluation.enabled):
+        return {}
+    tokenizer, held_out = trained.loaded.tokenizer, trained.chats.held_out
+    comparison = compare(trained.model, tokenizer, trained.encoder, held_out, config.evaluation, console)
+    show_comparison(comparison, console)
+    examples = [asdict(example) for example in comparison.examples[:10]]
+    return {"evaluation": comparison.to_dict(), "examples": examples}
 
 
 def _log_level(config: RunConfig) -> str:

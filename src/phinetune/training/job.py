@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
+from phinetune import processes
 from phinetune.config import RunConfig
 from phinetune.data.build import Chats, build_chats, check_sources
 from phinetune.data.chat import Encoder, make_encoder
@@ -55,19 +57,21 @@ class Trained:
 
 
 def train(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Trained:
-    """Train `config` into its output_dir.
+    """Train `config` into its output_dir. Of several processes the main one prints and writes.
 
     Raises:
         PhinetuneError: anything a user can mend; found before the model is loaded where that is possible.
     """
     settings = read_settings(config.peft_config, config.training_config)
+    console = _join_others(config, settings, console)
     folder = RunFolder(config.output_dir)
     checkpoint = folder.checkpoint_to_resume(config) if resume else None
     if not resume:
         folder.check_free(overwrite)
     check_sources(config.data)
     plain = why_plain(config, settings, pick_dtype(config.model.dtype, pick_device(config.model.device)))
-    loaded = load_base(config.model, fast=plain is None)
+    with processes.main_first():  # also: every process has looked at the folder before the main one writes there
+        loaded = load_base(config.model, fast=plain is None)
     if checkpoint:
         check_base(loaded.base, checkpoint)
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
@@ -75,14 +79,24 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
     show_data(chats, loaded, console)
     engine = Engine.of(config, settings) if has_packed_form(loaded.model) else None
     trainer, callbacks = _make_trainer(settings, loaded, chats, engine, folder, console)
-    if checkpoint is None:
+    if checkpoint is None and processes.is_main():
         folder.start(config, loaded.base.revision)
     trained = Trained(folder, loaded, trainer.peft_model, encoder, chats, {}, False)
-    with log_file(folder.path / LOG):
+    with log_file(folder.path / LOG) if processes.is_main() else nullcontext():
         log_engine(engine, plain)
         log_parameters(config, settings, trainer.args, loaded, trainer.peft_model)
         show_targets(trainer.peft_model, console)
         return _run(trainer, callbacks, checkpoint, trained)
+
+
+def _join_others(config: RunConfig, settings: Settings, console: Console) -> Console:
+    """Meet the other processes of the run; the console to print to, which is a silent one in all but the main one."""
+    cpu = pick_device(config.model.device).type == "cpu" or bool(settings.training.get("use_cpu"))
+    processes.join(cpu=cpu, timeout_s=settings.step_timeout)
+    if processes.is_main():
+        return console
+    logging.getLogger("phinetune").setLevel(logging.ERROR)
+    return Console(quiet=True)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ help:
 	@echo 'make test    set up, then run the tests'
 	@echo 'make test-examples   set up, then run everything in examples/; minutes'
 	@echo 'make lint    set up, then check style, types and imports'
-	@echo 'make bench   set up, then measure layers and training beside loralib, PEFT and TRL; hours'
+	@echo 'make bench   set up, then measure layers, training and answering beside loralib, PEFT, TRL and transformers; hours'
 	@echo 'make clean   delete .venv and the caches; runs/ stays'
 	@echo
 	@echo 'PYTHON=python3.12                  use this Python (3.10 to 3.13) instead of python3'
@@ -45,6 +45,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.lora_layers
 	@.venv/bin/python -m benchmarks.train
+	@.venv/bin/python -m benchmarks.qlora
+	@.venv/bin/python -m benchmarks.generate
 
 clean:
 	rm -rf .venv .venv-setup.log build dist src/*.egg-info

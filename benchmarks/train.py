@@ -29,13 +29,18 @@ RESULTS = HERE / "results"
 SHARED = HERE.parents[1] / "shared"
 SHAPE = "random:{layers: 4}"  # Phi-3 mini's, four layers of it
 
+PATIENCE = 1800  # seconds a measurement: torch_compile may compile for longer than it trains
+
 Row = dict[str, Any]
 
 
 def measure(kind: str, **options: Any) -> Row:
-    """One measurement in a fresh process; a peer that fails gives its last line in place of numbers."""
+    """One measurement in a fresh process; a peer that fails or takes too long gives a line in place of numbers."""
     command = [sys.executable, "-m", "benchmarks.worker", kind, json.dumps(options)]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in {PATIENCE // 60} minutes"}
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     row: Row = json.loads(done.stdout.strip().splitlines()[-1])
@@ -216,6 +221,8 @@ def cells(row: Row) -> list[str]:
         f"{k.replace('_', ' ')} {v:.2f}" for k, v in row.items() if k.startswith("times") and k != "times_default"
     ]
     besides += [f"{k.replace('_', ' ')} {v:.1%}" for k, v in row.items() if k in ("share_of_peak", "overhead")]
+    besides += [f"{k.removesuffix('_gb')} {v:.1f} GB" for k, v in row.items() if k in ("load_gb", "training_gb")]
+    besides += [f"{row['seconds']:.1f} s"] if "tokens" not in row and "seconds" in row else []
     besides += [row["failed"]] if "failed" in row else []
     return [
         row["what"],
@@ -227,24 +234,34 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def write(found: dict[str, list[Row]], about: dict[str, Any]) -> None:
-    """results/train.json, and train.md for people; parts that were not run now are kept from before."""
+def write(
+    found: dict[str, list[Row]],
+    about: dict[str, Any],
+    meanings: Mapping[str, str | None],
+    name: str = "train",
+    title: str = "Training beside TRL with PEFT",
+) -> None:
+    """results/NAME.json, and NAME.md for people; parts that were not run now are kept from before.
+
+    Args:
+        meanings: what each part is.
+    """
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / "train.json"
+    file = RESULTS / f"{name}.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    parts = {**before.get("parts", {}), **{name: {"machine": about, "rows": rows} for name, rows in found.items()}}
+    parts = {**before.get("parts", {}), **{part: {"machine": about, "rows": rows} for part, rows in found.items()}}
     file.write_text(json.dumps({"parts": parts}, indent=1) + "\n")
-    lines = ["# Training beside TRL with PEFT", "", "Written by `python -m benchmarks.train`, which says how."]
-    for name, part in parts.items():
+    lines = [f"# {title}", "", f"Written by `python -m benchmarks.{name}`, which says how."]
+    for key, part in parts.items():
         m = part["machine"]
-        lines += ["", f"## {name}", "", (PARTS[name].__doc__ or "").strip()]
+        lines += ["", f"## {key}", "", (meanings[key] or "").strip()]
         lines += [
             f"Measured {m['date']} on {m['processor']} ({m['instructions']}), {m['threads']} threads, {m['dtype']}.",
             "",
         ]
         lines += ["| | tokens/s | peak GB | first loss | × TRL's default | besides |", "|---|---:|---:|---:|---:|---|"]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in part["rows"]]
-    (RESULTS / "train.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -260,7 +277,8 @@ def main() -> None:
     for name in options.only.split(","):
         rows = PARTS[name](options.dtype, options.quick)
         console.print(as_table(name, rows))
-        write({name: rows}, machine("bfloat16" if name == "whole" else options.dtype))
+        about = machine("bfloat16" if name == "whole" else options.dtype)
+        write({name: rows}, about, {part: measured.__doc__ for part, measured in PARTS.items()})
     console.print(f"Wrote {RESULTS / 'train.md'} and train.json")
 
 

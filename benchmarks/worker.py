@@ -1,13 +1,16 @@
 """One measurement in a process of its own: `python -m benchmarks.worker KIND JSON` prints one JSON line.
 
 Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
-one step of made-up tokens, by either engine), `gemm` (the best rate of a matrix product).
+one step of made-up tokens, by either engine), `gemm` (the best rate of a matrix product), `generate` (greedy answers
+to prompts, by transformers or by this project), `merge` (an adapter into its base), `copy` (that base's folder).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -31,6 +34,27 @@ TRAINING: dict[str, Any] = {
 }
 
 
+PEAKS: dict[str, float] = {}  # resident memory of the phases that have ended, in GB
+
+
+def end_phase(name: str) -> None:
+    """Keep the largest resident memory of the phase that ends here, and count anew for the next."""
+    if name in PEAKS:
+        return
+    PEAKS[name] = _peak_gb()
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the next phase's peak is then at least this one's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_gb() -> float:
+    """The largest resident memory since the last phase, in GB."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else []:
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def trl(
     model: str,
     data: str,
@@ -40,6 +64,8 @@ def trl(
     checkpointing: bool = False,
     packing: bool = False,
     compile: bool = False,
+    accumulate: int = 1,
+    quantization: str = "none",
 ) -> dict[str, Any]:
     """TRL on the first rows of `data`, a JSON list of Alpaca rows."""
     from datasets import Dataset
@@ -47,20 +73,18 @@ def trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    read = json.loads(Path(data).read_text())[:rows]
-    asked = [row["instruction"] + ("\n" + row["input"] if row["input"] else "") for row in read]
-    chats = [
-        {
-            "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": row["output"]}],
-        }
-        for question, row in zip(asked, read, strict=True)
-    ]
+    from phinetune.model.quantize import quantization_config
+
+    made = getattr(torch, dtype)
+    held = {"quantization_config": quantization_config(quantization, made)} if quantization != "none" else {}
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=made, attn_implementation="sdpa", **held)
+    end_phase("load_gb")
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa"),
+        model=loaded,
         args=SFTConfig(
             tempfile.mkdtemp(),
             per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
             packing=packing,
             gradient_checkpointing=checkpointing,
             torch_compile=compile,
@@ -69,7 +93,7 @@ def trl(
             disable_tqdm=True,
             **TRAINING,
         ),
-        train_dataset=Dataset.from_list(chats),
+        train_dataset=Dataset.from_list(_chats(data, rows)),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(**LORA),
     )
@@ -81,7 +105,21 @@ def trl(
     return {"tokens": tokens, "seconds": seconds, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
-def phinetune(model: str, data: str, rows: int, batch: int, dtype: str, engine: dict[str, Any]) -> dict[str, Any]:
+def _chats(data: str, rows: int) -> list[dict[str, Any]]:
+    read = json.loads(Path(data).read_text())[:rows]
+    asked = [row["instruction"] + ("\n" + row["input"] if row["input"] else "") for row in read]
+    return [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": row["output"]}],
+        }
+        for question, row in zip(asked, read, strict=True)
+    ]
+
+
+def phinetune(
+    model: str, data: str, rows: int, batch: int, dtype: str, engine: dict[str, Any], quantization: str = "none"
+) -> dict[str, Any]:
     """A run of this project on the same rows. `overhead`: share of the time that is not forward to optimizer."""
     from peft import PeftModel
     from rich.console import Console
@@ -93,15 +131,19 @@ def phinetune(model: str, data: str, rows: int, batch: int, dtype: str, engine: 
 
     began: list[float] = []
     ended: list[float] = []
-    register_module_forward_pre_hook(
-        lambda module, _: began.append(time.perf_counter()) if isinstance(module, PeftModel) else None
-    )
+
+    def begin(module: torch.nn.Module, _: Any) -> None:
+        if isinstance(module, PeftModel):
+            end_phase("load_gb")
+            began.append(time.perf_counter())
+
+    register_module_forward_pre_hook(begin)
     register_optimizer_step_post_hook(lambda *_: ended.append(time.perf_counter()))
     folder = Path(tempfile.mkdtemp()) / "run"
     training = {**TRAINING, "output_dir": str(folder), "per_device_train_batch_size": batch}
     config = make_config(
         {
-            "model": {"path": model, "dtype": dtype, "device": "cpu"},
+            "model": {"path": model, "dtype": dtype, "device": "cpu", "quantization": quantization},
             "data": {"train": data, "limit": rows},
             "engine": engine,
             "peft_config": LORA,
@@ -212,6 +254,67 @@ def useful(config: Any, tokens: int, labels: int, pairs: int) -> float:
     return config.num_hidden_layers * (4.0 * layer * tokens + attention) + 4.0 * hidden * config.vocab_size * labels
 
 
+def generate(
+    model: str, prompts: str, limit: int, dtype: str, way: str, batch: int | None = None, adapter: bool = True
+) -> dict[str, Any]:
+    """Greedy answers to prompts, the model under a new LoRA unless told otherwise.
+
+    Args:
+        prompts: a JSON file, a list of lists of token ids.
+        way: `transformers` (its own classes, `batch` prompts a call in the order of the file, padded to the left) or
+            `phinetune` (`batch` prompts together; None: as memory allows).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from phinetune.config import ModelSection
+    from phinetune.model.fused import use_fused_layers
+    from phinetune.model.generate import stop_set
+    from phinetune.model.load import load_base
+
+    ours = way == "phinetune"
+    loaded = load_base(ModelSection(path=model, dtype=dtype), fast=ours)
+    answering: Any = loaded.model
+    if adapter:
+        lora = LoraConfig(**LORA)
+        answering = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model) if ours else lora).eval()
+    asked: list[list[int]] = json.loads(Path(prompts).read_text())
+    stops = stop_set(answering)
+    run = _by_phinetune if ours else _by_transformers
+    run(answering, asked[:2], 2, batch, stops)  # what is set up once
+    start = time.perf_counter()
+    answers = run(answering, asked, limit, batch, stops)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "tokens": sum(map(len, answers)), "answers": answers}
+
+
+def _by_phinetune(
+    model: Any, asked: list[list[int]], limit: int, batch: int | None, stops: set[int]
+) -> list[list[int]]:
+    from phinetune.model.decode import decode
+
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return decode(core, asked, stops=stops, limit=limit, rows=batch)
+
+
+def _by_transformers(
+    model: Any, asked: list[list[int]], limit: int, batch: int | None, stops: set[int]
+) -> list[list[int]]:
+    answers: list[list[int]] = []
+    pad = model.generation_config.pad_token_id
+    for first in range(0, len(asked), batch or len(asked)):
+        part = asked[first : first + (batch or len(asked))]
+        width = max(map(len, part))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in part])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part])
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=pad
+        )
+        for row in out[:, width:].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+            answers.append(row[:end])
+    return answers
+
+
 def gemm(dtype: str) -> dict[str, Any]:
     """The best rate of a matrix product seen, in operations a second."""
     best = 0.0
@@ -225,14 +328,47 @@ def gemm(dtype: str) -> dict[str, Any]:
     return {"flop_per_s": best}
 
 
-KINDS = {"trl": trl, "phinetune": phinetune, "step": step, "gemm": gemm}
+def merge(adapter: str, base: str, out: str) -> dict[str, Any]:
+    """The adapter merged into the base, in the dtype of the base's files, synced to disk."""
+    from phinetune.export.merge import merge_run
+
+    del base
+    start = time.perf_counter()
+    made = merge_run(adapter, out)
+    return {"seconds": time.perf_counter() - start, "bytes": made.size}
+
+
+def copy(adapter: str, base: str, out: str) -> dict[str, Any]:
+    """The base's folder copied, synced to disk as a merge is."""
+    from phinetune.files import sync_tree
+
+    del adapter
+    start = time.perf_counter()
+    shutil.copytree(base, out)
+    sync_tree(Path(out))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "bytes": sum(file.stat().st_size for file in Path(out).iterdir())}
+
+
+KINDS = {
+    "trl": trl,
+    "phinetune": phinetune,
+    "step": step,
+    "gemm": gemm,
+    "merge": merge,
+    "copy": copy,
+    "generate": generate,
+}
 
 
 def main() -> None:
     """Run the kind named on the command line and print what it gave, with this process's peak memory."""
     torch.set_num_threads(2)
     result = KINDS[sys.argv[1]](**json.loads(sys.argv[2]))
-    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    last = _peak_gb()
+    if PEAKS:
+        result |= {**PEAKS, "training_gb": last}
+    result["peak_gb"] = max(last, *PEAKS.values()) if PEAKS else last
     print(json.dumps(result))
 
 

@@ -117,8 +117,11 @@ def test_the_first_process_alone_prints_and_writes(two: Launched) -> None:
         "config.yaml",
         "generation_config.json",
         "metrics.jsonl",
+        "report.html",
         "results.json",
         "run.log",
+        "samples.jsonl",
+        "start.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

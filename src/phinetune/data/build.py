@@ -18,6 +18,8 @@ from phinetune.data.read import Row, check_source, read_rows
 from phinetune.errors import DataError, at_most
 from phinetune.model.template import Message
 
+REASONS_SHOWN = 4
+
 
 @dataclass
 class Report:
@@ -55,21 +57,30 @@ class Report:
         forms = ", ".join(f"{count} {form}" for form, count in self.forms.most_common())
         dropped = f", {sum(self.dropped.values())} dropped" if self.dropped else ""
         cut = f", {self.cut} cut to fit" if self.cut else ""
+        rest = sum(count for _, count in self.dropped.most_common()[REASONS_SHOWN:])
         share = self.trainable_tokens / max(1, self.tokens)
         return [
             f"{self.source}: {self.rows} rows ({forms}): {self.kept} kept{cut}{dropped}; {self.tokens:,} tokens, "
             f"{self.trainable_tokens:,} of them trained on ({share:.0%}); longest chat {self.longest} tokens",
-            *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()),
+            *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common(REASONS_SHOWN)),
+            *([f"  dropped {rest} for other reasons"] if rest else []),
         ]
 
 
 @dataclass
 class ChatSet:
-    """Chats of one set, as messages and as tokens. Rows that are text or ids have tokens only."""
+    """Chats of one set, as messages and as tokens. Rows that are text or ids have tokens only.
+
+    Attributes:
+        places: where in `encoded` each chat stands.
+        tags: of each in `encoded`, what its row has in the column `data.tag`; empty without one.
+    """
 
     chats: list[list[Message]]
     encoded: list[Encoded]
     report: Report
+    places: list[int] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -90,6 +101,11 @@ class Chats:
 
     train: ChatSet
     held_out: ChatSet | None
+
+    def facts(self) -> dict[str, Any]:
+        """The reports of both sets, as JSON holds them; `held_out` is None without held-out chats."""
+        sets = {"train": self.train, "held_out": self.held_out}
+        return {name: made.report.to_dict() if made else None for name, made in sets.items()}
 
 
 def check_sources(section: DataSection) -> None:
@@ -145,8 +161,11 @@ def build_set(
             problems.append(f"{outcome.row.where}: {outcome.error}")
         if outcome.encoded:
             made.encoded.append(outcome.encoded)
+            if section.tag:
+                made.tags.append(str(outcome.row.fields.get(section.tag, "")))
             if outcome.chat:
                 made.chats.append(outcome.chat)
+                made.places.append(len(made.encoded) - 1)
     if problems and section.invalid_rows == "fail":
         raise DataError([*at_most(problems), "(data.invalid_rows: drop leaves such rows out and counts them)"])
     if not made.encoded:

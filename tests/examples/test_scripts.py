@@ -32,7 +32,7 @@ def run(examples: Path, *arguments: str, threads: int = 2) -> subprocess.Complet
 
 
 def test_the_short_script(examples: Path) -> None:
-    done = run(examples, str(examples / "finetune_script.py"), "--rows", "7")
+    done = run(examples, str(examples / "finetune_script.py"), "--rows", "28", "--model", TINY)
     assert done.stdout.splitlines()[-1].startswith("All as said: ")
     folder = examples.parent / "runs" / "finetune_script"
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}

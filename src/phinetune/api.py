@@ -13,6 +13,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
+from phinetune import processes
 from phinetune.config import CustomMetric, EvaluationSection, RunConfig, make_config
 from phinetune.data.build import Chats, ChatSet, build_chats, check_sources, read_sets
 from phinetune.data.chat import Encoder
@@ -112,21 +113,23 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
         "training": trained.summary,
     }
     if trained.stopped:
-        write_page(trained.folder)
+        if processes.is_main():
+            write_page(trained.folder)
         return Run(trained.folder.path, results, True)
-    if trained.chats.held_out and config.evaluation.enabled:
-        comparison = compare(
-            trained.model,
-            trained.loaded.tokenizer,
-            trained.encoder,
-            trained.chats.held_out,
-            config.evaluation,
-            console,
-        )
-        results |= comparison.to_tree(examples=EXAMPLES)
-        show_comparison(comparison, console)
-    _finish(trained.folder, config, results, trained.model)
-    return Run(trained.folder.path, results, False)
+    if processes.is_main():
+        results |= _compared(trained, config, console)
+        _finish(trained.folder, config, results, trained.model)
+    return Run(trained.folder.path, processes.from_main(results), False)
+
+
+def _compared(trained: job.Trained, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Base against tuned, shown and as results.json holds it; empty without held-out chats."""
+    if not (trained.chats.held_out and config.evaluation.enabled):
+        return {}
+    tokenizer, held_out = trained.loaded.tokenizer, trained.chats.held_out
+    comparison = compare(trained.model, tokenizer, trained.encoder, held_out, config.evaluation, console)
+    show_comparison(comparison, console)
+    return comparison.to_tree(examples=EXAMPLES)
 
 
 def _log_level(config: RunConfig) -> str:

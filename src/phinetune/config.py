@@ -45,7 +45,7 @@ class ModelSection(Section):
         "sdpa", description="attention of transformers' Phi-3"
     )
     use_cache: bool = Field(True, description="key-value cache when generating (training never uses it)")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto for several processes")
     seed: int = Field(0, description="seed of the weights of a `random:` model")
 
     @model_validator(mode="before")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from phinetune import processes
 from phinetune.errors import RunError
 from phinetune.model.memory import used_bytes
 from phinetune.program import this_process
@@ -173,6 +174,7 @@ class StopRequest(TrainerCallback):
         self.requested = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.requested = processes.any_of(self.requested)  # all stop after the same step
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

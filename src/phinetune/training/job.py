@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
+from phinetune import processes
 from phinetune.config import RunConfig
 from phinetune.data.build import Chats, build_chats, check_sources
 from phinetune.data.chat import Encoder, make_encoder
@@ -69,12 +71,13 @@ def train(
     overwrite: bool = False,
     looking: Looking | None = None,
 ) -> Trained:
-    """Train `config` into its output_dir.
+    """Train `config` into its output_dir. Of several processes the main one prints and writes.
 
     Raises:
         PhinetuneError: anything a user can mend; found before the model is loaded where that is possible.
     """
     settings = settle_best(read_settings(config.peft_config, config.training_config), config)
+    console = _join_others(config, settings, console)
     folder = RunFolder(config.output_dir)
     checkpoint = folder.checkpoint_to_resume(config) if resume else None
     if not resume:
@@ -83,7 +86,8 @@ def train(
     if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
         raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
     plain = why_plain(config, settings, pick_dtype(config.model.dtype, pick_device(config.model.device)))
-    loaded = load_base(config.model, fast=plain is None)
+    with processes.main_first():  # also: every process has looked at the folder before the main one writes there
+        loaded = load_base(config.model, fast=plain is None)
     if checkpoint:
         check_base(loaded.base, checkpoint)
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
@@ -92,14 +96,24 @@ def train(
     engine = Engine.of(config, settings) if has_packed_form(loaded.model) else None
     look = looking(loaded, encoder, chats, needs_answers(settings, config.evaluation)) if looking else None
     trainer, callbacks = _make_trainer(settings, config, loaded, chats, engine, look, folder, console)
-    if checkpoint is None:
+    if checkpoint is None and processes.is_main():
         folder.start(config, loaded.base.revision)
     trained = Trained(folder, loaded, trainer.peft_model, encoder, chats, {}, False)
-    with log_file(folder.path / LOG):
+    with log_file(folder.path / LOG) if processes.is_main() else nullcontext():
         log_engine(engine, plain)
         log_parameters(config, settings, trainer.args, loaded, trainer.peft_model)
         show_targets(trainer.peft_model, console)
         return _run(trainer, callbacks, checkpoint, trained)
+
+
+def _join_others(config: RunConfig, settings: Settings, console: Console) -> Console:
+    """Meet the other processes of the run; the console to print to, which is a silent one in all but the main one."""
+    cpu = pick_device(config.model.device).type == "cpu" or bool(settings.training.get("use_cpu"))
+    processes.join(cpu=cpu, timeout_s=settings.step_timeout)
+    if processes.is_main():
+        return console
+    logging.getLogger("phinetune").setLevel(logging.ERROR)
+    return Console(quiet=True)
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,12 @@ class ChatTrainer(SFTTrainer):
 
     def save_final(self) -> None:
         """The adapter as it is now, into the run folder itself: staged, then each file renamed into place."""
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.partial-") as stage:
-            self.save_model(stage, _internal_call=True)
-            if self.args.should_save:
+        if self.args.should_save:
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.partial-") as stage:
+                self.save_model(stage, _internal_call=True)
                 publish_files(Path(stage), self.folder)
+        else:
+            self.save_model(str(self.folder), _internal_call=True)  # writes nothing, and gives a sharded model's part
         self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -190,6 +192,14 @@ class ChatTrainer(SFTTrainer):
             f"are kept. Try a lower learning_rate, or bf16 in place of fp16. The batch began: "
             + " | ".join(repr(start) for start in starts[:4])
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the parent's, but several processes get each row once: an uneven rest is not filled up with repeats."""
+        before, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = before
 
     def evaluation_loop(
         self,

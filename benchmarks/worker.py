@@ -351,8 +351,13 @@ def copy(adapter: str, base: str, out: str) -> dict[str, Any]:
 
 
 KINDS = {
-    **{"trl": trl, "phinetune": phinetune, "step": step, "gemm": gemm},
-    **{"generate": generate, "merge": merge, "copy": copy},
+    "trl": trl,
+    "phinetune": phinetune,
+    "step": step,
+    "gemm": gemm,
+    "merge": merge,
+    "copy": copy,
+    "generate": generate,
 }
 
 

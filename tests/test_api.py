@@ -24,6 +24,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         _ = phinetune.nothing_like_it
 
 
+def test_the_package_and_its_metadata_name_one_version() -> None:
+    pyproject = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{phinetune.__version__}"\n' in pyproject
+
+
 def test_two_dictionaries_train_evaluate_and_load(chats: Path, tmp_path: Path) -> None:
     run = train(
         model=TINY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,10 +33,13 @@ from phinetune.model.device import pick_device
 from phinetune.model.load import Loaded, load_base
 from phinetune.model.memory import free_bytes
 from phinetune.model.scoring import Score
-from phinetune.run_folder import CARD, RunFolder
+from phinetune.report.page import write_report
+from phinetune.run_folder import CARD, REPORT, RunFolder
 from phinetune.training import job
 from phinetune.training.settings import read_settings
 from phinetune.tuned import Tuned, open_model, recorded_config
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = 20  # answered prompts that results.json keeps
 SCORING_ROOM = 1.2  # memory that a model takes while it scores, as a multiple of its weights
@@ -102,13 +106,13 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
         return while_training(loaded.tokenizer, encoder, chats.held_out, section, counted)
 
     trained = job.train(config, console, resume=resume, overwrite=overwrite, looking=looking)
-    reports = {"train": trained.chats.train, "held_out": trained.chats.held_out}
     results: dict[str, Any] = {
         "base": asdict(trained.loaded.base),
-        "data": {name: made.report.to_dict() if made else None for name, made in reports.items()},
+        "data": trained.chats.facts(),
         "training": trained.summary,
     }
     if trained.stopped:
+        write_page(trained.folder)
         return Run(trained.folder.path, results, True)
     if trained.chats.held_out and config.evaluation.enabled:
         comparison = compare(
@@ -137,7 +141,34 @@ def _log_level(config: RunConfig) -> str:
 def _finish(folder: RunFolder, config: RunConfig, results: dict[str, Any], model: PeftModel) -> None:
     lora = model.peft_config["default"].to_dict()
     write_text(folder.path / CARD, write_card(config, results, lora))
-    folder.write_results(results)  # last: its presence says that the run has ended
+    folder.write_results(results)  # after all else: its presence says that the run has ended
+    write_page(folder)
+
+
+def write_page(folder: RunFolder) -> Path | None:
+    """Write report.html; whatever goes wrong there is said in a line, since a run must not be lost over its page."""
+    try:
+        return write_report(folder.path)
+    except Exception as error:
+        logger.warning("%s was not written: %s; `phinetune report %s` tries again", REPORT, error, folder.path)
+        return None
+
+
+def record_evaluation(path: str | Path, comparison: Comparison) -> Path | None:
+    """Keep a comparison made after the run in its folder, and renew its report.
+
+    Returns:
+        The report; None where `path` is no run, or nothing could be written there.
+    """
+    folder = RunFolder(Path(path).expanduser())
+    if not folder.is_run:
+        return None
+    try:
+        folder.write_evaluation({"data": {"held_out": comparison.data}, **comparison.to_tree(examples=EXAMPLES)})
+    except OSError as error:
+        logger.warning("%s: the evaluation was not kept there: %s", folder.path, error)
+        return None
+    return write_page(folder)
 
 
 def load(path: str | Path, **model_options: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from phinetune.cli_data import app as data_app
+from phinetune.cli_report import app as report_app
 from phinetune.errors import PhinetuneError
 from phinetune.program import console as _console
 from phinetune.program import program as _program
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(report_app)
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="a run, an adapter folder or a model (hub id or folder)")]
 SetOption = Annotated[
@@ -95,7 +97,8 @@ def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
     if made.stopped:
         steps = made.results["training"]["steps"]
         console.print(
-            f"Stopped after step {steps}; a checkpoint is in {made.path}. Go on with:\n  {command} --resume",
+            f"Stopped after step {steps}; a checkpoint is in {made.path}, a report in {made.path / 'report.html'}. "
+            f"Go on with:\n  {command} --resume",
             highlight=False,
             soft_wrap=True,
         )
@@ -104,8 +107,10 @@ def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
 
 
 def _say_next(path: Path) -> None:
+    page = path / "report.html"
     lines = [
         f"\nWrote {path}: the adapter, its tokenizer, checkpoints, results.json and a model card (README.md)",
+        *([f"See how it went: {page}"] if page.is_file() else []),
         "Next:",
         f"  {_program()} chat {path}",
         f'  {_program()} generate {path} --prompt "…"',
@@ -149,6 +154,7 @@ def evaluate(
     import yaml
 
     from phinetune.api import evaluate as evaluate_run
+    from phinetune.api import record_evaluation
     from phinetune.files import write_text
 
     given: dict[str, Any] = {"max_prompts": max_prompts, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -163,6 +169,9 @@ def evaluate(
     if out:
         write_text(out, json.dumps(comparison.to_tree(), indent=2, ensure_ascii=False) + "\n")
         console.print(f"Wrote {out}", highlight=False)
+    page = record_evaluation(run, comparison)
+    if page:
+        console.print(f"Wrote {page.with_name('evaluation.json')} and {page}", highlight=False, soft_wrap=True)
     console.print(f"Next: {_program()} chat {run}", highlight=False)
 
 

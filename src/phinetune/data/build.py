@@ -18,6 +18,8 @@ from phinetune.data.read import Row, check_source, read_rows
 from phinetune.errors import DataError, at_most
 from phinetune.model.template import Message
 
+REASONS_SHOWN = 4
+
 
 @dataclass
 class Report:
@@ -55,11 +57,13 @@ class Report:
         forms = ", ".join(f"{count} {form}" for form, count in self.forms.most_common())
         dropped = f", {sum(self.dropped.values())} dropped" if self.dropped else ""
         cut = f", {self.cut} cut to fit" if self.cut else ""
+        rest = sum(count for _, count in self.dropped.most_common()[REASONS_SHOWN:])
         share = self.trainable_tokens / max(1, self.tokens)
         return [
             f"{self.source}: {self.rows} rows ({forms}): {self.kept} kept{cut}{dropped}; {self.tokens:,} tokens, "
             f"{self.trainable_tokens:,} of them trained on ({share:.0%}); longest chat {self.longest} tokens",
-            *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()),
+            *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common(REASONS_SHOWN)),
+            *([f"  dropped {rest} for other reasons"] if rest else []),
         ]
 
 
@@ -97,6 +101,11 @@ class Chats:
 
     train: ChatSet
     held_out: ChatSet | None
+
+    def facts(self) -> dict[str, Any]:
+        """The reports of both sets, as JSON holds them; `held_out` is None without held-out chats."""
+        sets = {"train": self.train, "held_out": self.held_out}
+        return {name: made.report.to_dict() if made else None for name, made in sets.items()}
 
 
 def check_sources(section: DataSection) -> None:

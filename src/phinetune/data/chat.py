@@ -11,6 +11,7 @@ end. For a single-turn chat this is TRL's prompt/completion mask. A turn with `t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -152,11 +153,12 @@ class Encoder:
 
     def fit_chat(self, messages: Sequence[Message], max_length: int) -> tuple[list[Message], Encoded] | None:
         """`fit`, with the messages that are left."""
-        chat = list(messages)
+        shorter = [list(messages)]
+        while (without := _without_oldest_exchange(shorter[-1])) is not None:
+            shorter.append(without)
+        fits = bisect_left(range(len(shorter) - 1), True, key=lambda i: self._length(shorter[i]) <= max_length)
+        chat = shorter[fits]
         encoded = self.encode([chat])[0]
-        while len(encoded.input_ids) > max_length and (shorter := _without_oldest_exchange(chat)):
-            chat = shorter
-            encoded = self.encode([chat])[0]
         for _ in range(4):  # tokens can merge anew at a cut, so the first try may miss by a few
             excess = len(encoded.input_ids) - max_length
             if excess <= 0:
@@ -167,6 +169,9 @@ class Encoder:
             chat = shortened
             encoded = self.encode([chat])[0]
         return (chat, encoded) if len(encoded.input_ids) <= max_length else None
+
+    def _length(self, chat: Sequence[Message]) -> int:
+        return len(tokenize(self.tokenizer, [render(self.tokenizer, chat)])[0])
 
     def _shorten_prompt(self, chat: Sequence[Message], excess: int) -> list[Message] | None:
         prompts = [i for i, m in enumerate(chat) if m["role"] in ("user", "tool")]

@@ -6,12 +6,15 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from phinetune.data.encodings import NotText, bad_place, decode_line, is_wide, lines_of, refuse_other_kinds
+from phinetune.data.json_text import TOO_DEEP, is_deep, load_json
 from phinetune.errors import DataError, at_most
+
+PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".tar", ".tgz")
 
 
 class Row(NamedTuple):
@@ -37,12 +40,20 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
         DataError: not there, not readable, or broken; broken JSON Lines are listed with their lines.
     """
     if not Path(source).expanduser().is_file():
-        return (row for row in scan_rows(source, split) if isinstance(row, Row))
+        return _sound(scan_rows(source, split))
     found = list(scan_rows(source, split))
     problems = [f"{row.where}: {row.problem}" for row in found if isinstance(row, Broken)]
     if problems:
         raise DataError(at_most(problems))
     return (row for row in found if isinstance(row, Row))
+
+
+def _sound(found: Iterator[Row | Broken]) -> Iterator[Row]:
+    for row in found:
+        if isinstance(row, Broken):
+            others = [one for one in found if isinstance(one, Broken)]
+            raise DataError(at_most([f"{one.where}: {one.problem}" for one in (row, *others)]))
+        yield row
 
 
 def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
@@ -65,32 +76,41 @@ def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
 def _file(path: Path) -> Iterator[Row | Broken]:
     try:
         kind = path.suffix.lower()
-        if kind != ".parquet":
-            refuse_other_kinds(path)
+        refuse_other_kinds(path)
         if kind in (".json", ".csv") and is_wide(path):
             line, problem = bad_place(path)
             yield Broken(f"{path}:{line}", problem, "encoding")
             return
         yield from READERS[kind](path)
     except NotText as error:
-        yield Broken(f"{path}:{error.line}", str(error), "encoding")
+        yield Broken(f"{path}:{error.line}", str(error))
     except UnicodeDecodeError:
         line, problem = bad_place(path)
         yield Broken(f"{path}:{line}", problem, "encoding")
+    except OSError as error:
+        yield Broken(str(path), f"can't be read: {error.strerror or error}")
 
 
 def check_source(source: str) -> str | None:
     """What is wrong with a source as far as a glance can tell, or None. A hub id is not looked up."""
     path = Path(source).expanduser()
     if path.is_file():
-        known = path.suffix.lower() in READERS
-        return None if known else f"{path}: unknown kind of file; known: {', '.join(READERS)}"
+        kind = path.suffix.lower()
+        hint = "; unpack it first" if kind in PACKED else ""
+        return None if kind in READERS else f"{path}: unknown kind of file{hint}; known: {', '.join(READERS)}"
     if path.is_dir() or (path.suffix.lower() not in READERS and re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
         return None
     return f"{source}: no such file"
 
 
 def _json_lines(path: Path) -> Iterator[Row | Broken]:
+    with path.open("rb") as file:
+        listed = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    # A list under the name of JSON Lines is read as what it is.
+    yield from _json(path) if listed and not is_wide(path) else _lines(path)
+
+
+def _lines(path: Path) -> Iterator[Row | Broken]:
     for number, raw in lines_of(path):
         line, problem = decode_line(raw)
         where = f"{path}:{number}"
@@ -113,12 +133,8 @@ def _json_lines(path: Path) -> Iterator[Row | Broken]:
 def _load(text: str) -> tuple[Any, str | None]:
     """The value, or what is wrong with the JSON."""
     try:
-        return json.loads(text), None
-    except json.JSONDecodeError as error:
-        return None, f"broken JSON: {error.msg} (column {error.colno})"
-    except RecursionError:
-        return None, "broken JSON: nested too deeply"
-    except ValueError as error:  # a number of thousands of digits
+        return load_json(text), None
+    except ValueError as error:
         return None, f"broken JSON: {error}"
 
 
@@ -127,8 +143,9 @@ def _json(path: Path) -> Iterator[Row | Broken]:
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.pos and text[: error.pos].rstrip().endswith("}"):
-            yield from _json_lines(path)  # JSON Lines under the wrong name
+        by_line = path.suffix.lower() != ".json" or text[: error.pos].rstrip().endswith("}")
+        if error.msg == "Extra data" and by_line:
+            yield from _lines(path)  # JSON Lines under the wrong name
         else:
             yield Broken(f"{path}:{error.lineno}", f"broken JSON: {error.msg} (column {error.colno})")
         return
@@ -148,8 +165,10 @@ def _json(path: Path) -> Iterator[Row | Broken]:
     lines = _lines_of_items(text, start, len(tree))
     for number, (line, fields) in enumerate(zip(lines, tree, strict=True), 1):
         where = f"{path}:{line}: row {number}" if line else f"{path}: row {number}"
-        known = isinstance(fields, dict)
-        yield Row(where, fields) if known else Broken(where, f"expected an object, found {_kind(fields)}")
+        if not isinstance(fields, dict):
+            yield Broken(where, f"expected an object, found {_kind(fields)}")
+        else:
+            yield Broken(where, TOO_DEEP) if is_deep(fields) else Row(where, fields)
 
 
 def _lines_of_items(text: str, start: int, count: int) -> list[int]:
@@ -174,8 +193,13 @@ def _csv(path: Path) -> Iterator[Row | Broken]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        line = 2
+        line = 1
         try:
+            problem = _other_separator(reader.fieldnames or [])
+            if problem:
+                yield Broken(f"{path}:1", problem)
+                return
+            line = reader.line_num + 1
             for fields in reader:
                 if fields.pop(None, None) is not None:
                     yield Broken(f"{path}:{line}", "more cells than the header has columns")
@@ -184,6 +208,12 @@ def _csv(path: Path) -> Iterator[Row | Broken]:
                 line = reader.line_num + 1
         except csv.Error as error:
             yield Broken(f"{path}:{line}", f"broken CSV: {error}")
+
+
+def _other_separator(header: Sequence[str]) -> str | None:
+    sign = next((sign for sign in ";\t|" if sign in "".join(header)), None) if len(header) == 1 else None
+    name = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(sign or "")
+    return f"the columns are set apart by {name}; save the file with commas" if name else None
 
 
 def _parquet(path: Path) -> Iterator[Row | Broken]:
@@ -207,15 +237,23 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
 }
 
 
-def _dataset_folder(path: Path, split: str) -> Iterator[Row]:
+def _dataset_folder(path: Path, split: str) -> Iterator[Row | Broken]:
     import datasets
 
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path), split=split)
     except (ValueError, OSError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path}: not a folder that `datasets` can load: {error}") from error
+        return _broken_folder(path, str(error.__cause__ or error))
     return _number(str(path), _pick_split(str(path), data, split))
+
+
+def _broken_folder(path: Path, problem: str) -> Iterator[Row | Broken]:
+    """What stands in the way of `datasets`, and what its files hold, each read by itself to find the place."""
+    yield Broken(str(path), f"not a folder that `datasets` can load: {' '.join(problem.split())}")
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.suffix.lower() in READERS:
+            yield from _file(file)
 
 
 def _hub(source: str, split: str) -> Iterator[Row]:

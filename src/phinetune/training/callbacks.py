@@ -17,10 +17,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phinetune.errors import RunError
+from phinetune.model.memory import used_bytes
+from phinetune.program import this_process
+from phinetune.run_folder import RunFolder
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends one JSON object a log step or evaluation to `metrics.jsonl`, and counts tokens/s.
+    """Appends one JSON object a log step or evaluation to `metrics.jsonl`; counts tokens/s, looks up the memory taken.
 
     Time spent in evaluations and saving does not count. On resume, lines after the checkpoint are dropped: those
     steps are done again.
@@ -49,8 +52,10 @@ class MetricsWriter(TrainerCallback):
             return  # the summary at the end of training
         if "loss" in logs:
             self._count(logs, state)
+            logs["memory"] = used_bytes(args.device)
         if state.is_world_process_zero:
-            self._append({"step": state.global_step, "epoch": state.epoch, **_kept(logs)})
+            place = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 1)}
+            self._append({**place, **_kept(logs)})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restart(state)
@@ -123,6 +128,17 @@ def _kept(logs: dict[str, Any]) -> dict[str, Any]:
         for key, value in logs.items()
         if key not in UNUSED
     }
+
+
+class StartRecord(TrainerCallback):
+    """Writes start.json once the number of steps is known: what a report of an unfinished run is made from."""
+
+    def __init__(self, folder: RunFolder, facts: dict[str, Any]) -> None:
+        self.folder, self.facts = folder, facts
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.write_start({**self.facts, "steps": state.max_steps, "process": this_process()})
 
 
 class GradientCheck(TrainerCallback):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from phinetune.model.fused import use_fused_layers
 from phinetune.model.load import Loaded, has_packed_form, load_base
 from phinetune.run_folder import LOG, RunFolder
 from phinetune.training.best import EarlyStop, needs_answers, settle_best
-from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StopRequest
+from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.engine import Engine, why_plain
+from phinetune.training.environment import describe_environment
 from phinetune.training.progress import ProgressLine
 from phinetune.training.settings import Settings, make_lora_config, make_training_args, read_settings
 from phinetune.training.trainer import ChatTrainer, Look
@@ -150,7 +151,19 @@ def _make_trainer(
         # Both libraries check much only now: a rank below 1, a tracker that is not installed, odd combinations.
         raise ConfigError(f"PEFT or TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dictionary
+    trainer.add_callback(StartRecord(folder, _start_facts(trainer, loaded, chats)))
     return trainer, callbacks
+
+
+def _start_facts(trainer: ChatTrainer, loaded: Loaded, chats: Chats) -> dict[str, Any]:
+    trains, total = trainable_parameters(trainer.peft_model)
+    return {
+        "base": asdict(loaded.base),
+        "data": chats.facts(),
+        "trainable_parameters": trains,
+        "parameters": total,
+        "environment": describe_environment(trainer.args),
+    }
 
 
 def _run(trainer: ChatTrainer, callbacks: Callbacks, checkpoint: Path | None, trained: Trained) -> Trained:

@@ -18,7 +18,7 @@ from phinetune.config import CustomMetric, EvaluationSection
 from phinetune.data.build import ChatSet
 from phinetune.data.chat import Encoder
 from phinetune.evaluation.answering import Answered, Question, answer_all, questions_of
-from phinetune.evaluation.bootstrap import Array, Difference, Pairs, differences
+from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.metrics import row_metrics
 from phinetune.evaluation.scoring import score_rows
@@ -185,14 +185,17 @@ def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict
     own_way = [one.name for one in section.metrics if isinstance(one, CustomMetric) and one.less_is_better]
 
     def ratio(top: str, times: float = 1.0, exponential: bool = False) -> Pairs:
-        first, second = (times * _column(side, top) for side in (base, tuned))
-        return Pairs(first, second, _column(base, "tokens"), _column(tuned, "tokens"), exponential)
+        def column(side: _Side, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+            return np.array([getattr(score, name) for score in side.scores], dtype=np.float64)
+
+        tops, tokens = ((column(base, name), column(tuned, name)) for name in (top, "tokens"))
+        return Pairs(times * tops[0], times * tops[1], tokens[0], tokens[1], exponential)
 
     def mean(name: str) -> Pairs:
-        first, second = base.answered.numbers[name], tuned.answered.numbers[name]
-        there = ~np.isnan(first + second)  # paired: only rows of which both have a number
-        ones = there.astype(np.float64)
-        return Pairs(np.where(there, first, 0.0), np.where(there, second, 0.0), ones, ones)
+        before, after = base.answered.numbers[name], tuned.answered.numbers[name]
+        there = ~np.isnan(before + after)  # paired: only rows of which both have a number
+        weights = there.astype(np.float64)
+        return Pairs(np.where(there, before, 0.0), np.where(there, after, 0.0), weights, weights)
 
     scored = {
         "loss": ratio("nll"),
@@ -205,11 +208,6 @@ def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict
         measures = measures_of(list(pairs), own_way)
         found |= differences({measure.key: (measure, pairs[measure.key]) for measure in measures}, rows)
     return found
-
-
-def _column(side: _Side, name: str) -> Array:
-    """One sum of each row's score."""
-    return np.array([getattr(score, name) for score in side.scores], dtype=np.float64)
 
 
 def _by_tag(sides: Mapping[str, _Side], questions: Sequence[Question], tags: Sequence[str]) -> dict[str, Numbers]:

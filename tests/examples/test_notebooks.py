@@ -17,8 +17,8 @@ from hub_helpers import Hub
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
 # What the tests set in the cell tagged `parameters`; a notebook that isn't named runs as it stands.
 SHORTER: dict[str, dict[str, Any]] = {
-    "inference_and_finetuning.ipynb": {"STEPS": 8, "PROMPTS": 6},
-    "lora_instructions.ipynb": {"STEPS": 8, "PROMPTS": 6, "REPO": "alice/shop-assistant"},
+    "inference_and_finetuning.ipynb": {"STEPS": 8, "PROMPTS": 4},
+    "lora_instructions.ipynb": {"STEPS": 8, "PROMPTS": 4, "REPO": "alice/shop-assistant"},
     "qlora.ipynb": {"STEPS": 8},
 }
 

@@ -77,7 +77,7 @@ def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
     else:
         model, base = _load_checkpoint(section, dtype, fast, device)
     tokenizer = load_tokenizer(section, base, model.config)
-    _align_stop_ids(model, tokenizer)
+    model.generation_config = with_stop_ids(model.generation_config, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
     held = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
     logger.info("model %s: %s on %s, attention %s", base.path, held, device, section.attn_implementation)
@@ -286,17 +286,17 @@ def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None)
     return tokenizer
 
 
-def _align_stop_ids(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put every id that ends a turn into the generation config, whatever the checkpoint forgot."""
+def with_stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """A checkpoint's generation config with every id that ends a turn, whatever it forgot, and an id for padding."""
     from phinetune.model.template import stop_ids
 
-    generation = model.generation_config or GenerationConfig()
+    generation = generation or GenerationConfig()
     declared = generation.eos_token_id or []
     declared = [declared] if isinstance(declared, int) else list(declared)
     generation.eos_token_id = [*declared, *(i for i in stop_ids(tokenizer) if i not in declared)]
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = generation
+    return generation
 
 
 def _read_json(file: Path) -> dict[str, Any]:

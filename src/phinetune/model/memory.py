@@ -128,6 +128,17 @@ def free_bytes(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, _group_limit(Path("/sys/fs/cgroup")))
 
 
+def used_bytes(device: torch.device) -> int:
+    """Memory that this process takes on `device`: its peak so far on CUDA, what is resident now elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def _group_limit(group: Path) -> int:
     """What is left below the memory limit of this process's control group (version 2); huge where there is none."""
     try:

@@ -1,15 +1,19 @@
 """Running the notebooks of examples/ whole, and keeping their output as a reader should see it.
 
-    python tools/notebooks.py examples/qlora.ipynb …    # run each where it lies and keep its output
+    python tools/notebooks.py examples/qlora.ipynb …                   # run each where it lies and keep its output
+    python tools/notebooks.py --hub examples/lora_instructions.ipynb   # let it push, to the tests' stand-in for the hub
 
 The tests run them through `execute` as well, with fewer steps: values for the cell tagged `parameters`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ MACHINE_PATHS = {
     r"/\S*/(?=starter-smollm2)": "~/.cache/phinetune/",
     r"/tmp/[\w./-]*?/(?=[\w.-]+(\s|$|[:,'\"]))": "/tmp/…/",
     r"/\S+/site-packages/": "…/site-packages/",
+    r"(?<=http://127\.0\.0\.1):\d+": "",  # of the stand-in for the hub
 }
 
 
@@ -95,11 +100,28 @@ def _plain(text: str, folder: Path) -> str:
     return text
 
 
-def main(paths: list[str]) -> None:
-    """Run notebooks and write them back with their output."""
-    for path in map(Path, paths):
-        nbformat.write(tidy(execute(path), path.parent), path)
-        print(f"Wrote {path}: its output is that of the run just made")
+@contextmanager
+def stand_in_hub() -> Iterator[dict[str, Any]]:
+    """The tests' hub on loopback, set as this process's hub; parameters that make a notebook push there."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+    from hub_helpers import serve_hub
+
+    with serve_hub() as hub, tempfile.TemporaryDirectory() as home:
+        os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
+        yield {"REPO": "alice/shop-assistant"}
+
+
+def main(arguments: list[str]) -> None:
+    """Run notebooks and write them back with their output, their parameters as they stood."""
+    hub = "--hub" in arguments
+    with stand_in_hub() if hub else nullcontext() as parameters:
+        for path in [Path(argument) for argument in arguments if argument != "--hub"]:
+            sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+            notebook = tidy(execute(path, parameters), path.parent)
+            for cell, source in zip(notebook.cells, sources, strict=True):
+                cell.source = source
+            nbformat.write(notebook, path)
+            print(f"Wrote {path}: its output is that of the run just made")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,15 @@ from nbformat import NotebookNode
 from notebooks import execute
 
 from example_helpers import EXAMPLES
+from hub_helpers import Hub
 
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
 # What the tests set in the cell tagged `parameters`; a notebook that isn't named runs as it stands.
-SHORTER: dict[str, dict[str, Any]] = {}
+SHORTER: dict[str, dict[str, Any]] = {
+    "inference_and_finetuning.ipynb": {"STEPS": 8, "PROMPTS": 6},
+    "lora_instructions.ipynb": {"STEPS": 8, "PROMPTS": 6, "REPO": "alice/shop-assistant"},
+    "qlora.ipynb": {"STEPS": 8},
+}
 
 
 def printed(notebook: NotebookNode) -> list[str]:
@@ -24,9 +29,11 @@ def printed(notebook: NotebookNode) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_runs_whole_and_its_last_cell_finds_what_it_said(name: str, examples: Path) -> None:
+def test_a_notebook_runs_whole_and_its_last_cell_finds_what_it_said(name: str, examples: Path, hub: Hub) -> None:
     notebook = execute(examples / name, SHORTER.get(name))
     assert re.match("All as said: ", printed(notebook)[-1])
+    if "REPO" in SHORTER.get(name, {}):
+        assert hub.repos["alice/shop-assistant"].files["README.md"].startswith(b"---")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

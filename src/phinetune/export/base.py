@@ -14,8 +14,7 @@ from phinetune.export.weights import FolderWeights, MemoryWeights, QuantizedWeig
 from phinetune.model import synthetic
 from phinetune.model.adapt import linear_layers
 from phinetune.model.device import pick_device, pick_dtype
-from phinetune.model.load import Base, find_folder, fingerprint, load_base, load_tokenizer, read_config
-from phinetune.model.template import stop_ids
+from phinetune.model.load import Base, find_folder, fingerprint, load_base, load_tokenizer, read_config, with_stop_ids
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def open_base(section: ModelSection) -> BaseFiles:
     config = read_config(folder)
     base = Base(section.path, revision, fingerprint(folder))
     tokenizer = load_tokenizer(section, base, config)
-    generation = _generation(folder, config, tokenizer)
+    generation = with_stop_ids(_generation(folder, config), tokenizer)
     return BaseFiles(base, folder, FolderWeights(folder), config, tokenizer, generation)
 
 
@@ -71,18 +70,11 @@ def trained_dtype(section: ModelSection) -> torch.dtype:
     return pick_dtype(section.dtype, device)
 
 
-def _generation(folder: Path, config: Phi3Config, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The base's, with every id that ends a turn, as `load_base` makes it."""
+def _generation(folder: Path, config: Phi3Config) -> GenerationConfig:
+    """The base's own, as transformers finds it when it loads the model."""
     if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    else:
-        generation = GenerationConfig.from_model_config(config)
-    declared = generation.eos_token_id or []
-    declared = [declared] if isinstance(declared, int) else list(declared)
-    generation.eos_token_id = [*declared, *(i for i in stop_ids(tokenizer) if i not in declared)]
-    if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
-    return generation
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
 
 
 def quantized(files: BaseFiles, kind: str, dtype: torch.dtype) -> BaseFiles:

@@ -22,6 +22,7 @@ from transformers import Phi3Config
 
 from phinetune.errors import ModelError
 from phinetune.export.gguf_vocab import Vocabulary, read_vocabulary
+from phinetune.export.longrope import attention_factor, is_longrope, original_context, rope, trained_context
 from phinetune.export.source import Checkpoint
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
@@ -108,27 +109,8 @@ def general_name(name: str, vocabulary: Vocabulary) -> str:
     return NAMED_PHI3.sub("Phi 3", name)
 
 
-def trained_context(config: Phi3Config) -> int:
-    """Tokens up to which LongRoPE takes its short factors; without LongRoPE, all that the model has positions for."""
-    longest = int(config.max_position_embeddings)
-    return min(longest, _original_context(config)) if _is_longrope(config) else longest
-
-
-def _rope(config: Phi3Config) -> dict[str, Any]:
-    return dict(config.rope_parameters or {})
-
-
-def _is_longrope(config: Phi3Config) -> bool:
-    return bool(_rope(config).get("rope_type") == "longrope")
-
-
-def _original_context(config: Phi3Config) -> int:
-    rope = _rope(config)
-    return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-
-
 def _rotary_dimensions(config: Phi3Config) -> int:
-    part = _rope(config).get("partial_rotary_factor", 1.0)
+    part = rope(config).get("partial_rotary_factor", 1.0)
     return int(part * config.hidden_size) // int(config.num_attention_heads)
 
 
@@ -141,7 +123,7 @@ def _add_keys(writer: gguf.GGUFWriter, config: Phi3Config, kind: str, name: str)
     total, shared, expert, count = writer.get_total_parameter_count()
     writer.add_size_label(gguf.size_label(total, shared, expert, count))
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_rope_scaling_orig_ctx_len(_original_context(config))
+    writer.add_rope_scaling_orig_ctx_len(original_context(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -149,22 +131,12 @@ def _add_keys(writer: gguf.GGUFWriter, config: Phi3Config, kind: str, name: str)
     writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(_rotary_dimensions(config))
-    writer.add_rope_freq_base(_rope(config)["rope_theta"])
-    if _is_longrope(config):
-        writer.add_rope_scaling_attn_factors(_attention_factor(config))
+    writer.add_rope_freq_base(rope(config)["rope_theta"])
+    if is_longrope(config):
+        writer.add_rope_scaling_attn_factors(attention_factor(config))
     writer.add_file_type(FILE_TYPES[kind][0])
     writer.add_sliding_window(config.sliding_window or 0)  # 0 is how llama.cpp tells Phi-4 from the others
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _attention_factor(config: Phi3Config) -> float:
-    """What LongRoPE multiplies cosines and sines with: the configuration's own, or its authors' formula."""
-    rope = _rope(config)
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    original = _original_context(config)
-    scale = rope.get("factor") or config.max_position_embeddings / original
-    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------
@@ -204,14 +176,13 @@ def stored_type(name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizatio
 def _plan(source: Checkpoint, kind: str) -> list[Tensor]:
     """All tensors of the file in their order."""
     names = tensor_names(source.config)
-    rope = _rope(source.config)
     plan = []
-    if _is_longrope(source.config):
+    if is_longrope(source.config):
         for key, tensor in (
             ("long_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_LONG),
             ("short_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT),
         ):
-            factors = np.array(rope[key], dtype=np.float32)
+            factors = np.array(rope(source.config)[key], dtype=np.float32)
             name = f"{gguf.TENSOR_NAMES[tensor]}.weight"
             plan.append(Tensor(name, factors, factors.shape, GGMLQuantizationType.F32))
     for theirs in source.names():

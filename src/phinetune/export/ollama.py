@@ -19,7 +19,7 @@ MARK = "# Written by phinetune."
 WEIGHTS = "model.gguf"
 
 
-def write_ollama(source: Checkpoint, folder: Path, kind: str, name: str, overwrite: bool) -> Written:
+def write_ollama(source: Checkpoint, folder: Path, kind: str, name: str) -> Written:
     """Write `source` as a folder for Ollama, which appears whole or not at all.
 
     Args:
@@ -27,9 +27,8 @@ def write_ollama(source: Checkpoint, folder: Path, kind: str, name: str, overwri
         name: what the GGUF calls the model.
 
     Raises:
-        ModelError: `folder` is taken, or the model or its chat template can't be written.
+        ModelError: the model or its chat template can't be written.
     """
-    check_free(folder, overwrite)
     turns = read_turns(source.tokenizer)
     with staged_folder(folder) as stage:
         written = write_gguf(source, stage / WEIGHTS, kind, name)
@@ -38,24 +37,10 @@ def write_ollama(source: Checkpoint, folder: Path, kind: str, name: str, overwri
     return written
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Make sure that `folder` is not there, is empty, or holds such an export and nothing else, to be overwritten.
-
-    Raises:
-        ModelError: it is taken.
-    """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ModelError(f"{folder}: is there already and is no folder; name another place with --out")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not names:
-        return
-    if not names <= {MODELFILE, WEIGHTS} or not _is_own(folder):
-        raise ModelError(f"{folder}: holds files that no export wrote; name another place with --out")
-    if not overwrite:
-        raise ModelError(f"{folder}: is there already; name another place with --out, or replace it with --overwrite")
-
-
-def _is_own(folder: Path) -> bool:
+def is_own(folder: Path) -> bool:
+    """Whether a folder holds such an export and nothing else."""
+    if not {path.name for path in folder.iterdir()} <= {MODELFILE, WEIGHTS}:
+        return False
     try:
         return (folder / MODELFILE).read_text(encoding="utf-8").startswith(MARK)
     except (OSError, UnicodeDecodeError):

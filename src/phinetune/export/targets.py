@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phinetune.errors import ModelError
+from phinetune.export import ollama, onnx
 from phinetune.export.card_usage import llama_cli, model_name
-from phinetune.export.gguf import FILE_TYPES, trained_context, write_gguf
+from phinetune.export.gguf import FILE_TYPES, write_gguf
 from phinetune.export.gguf_lora import write_gguf_lora
+from phinetune.export.longrope import trained_context
 from phinetune.export.merged import open_merged
-from phinetune.export.ollama import MODELFILE, check_free, write_ollama
 from phinetune.export.source import is_adapter, open_checkpoint, short_name
-from phinetune.export.written import LONGEST_CONTEXT, Export, quoted, staged_file
+from phinetune.export.written import LONGEST_CONTEXT, Export, check_free, folder_size, quoted, staged_file
 
 BY_QUANTISER = ("q4_k_m",)  # llama.cpp makes these from another GGUF
 
@@ -73,7 +74,7 @@ def export(
 
 
 def _wrong_type(to: str, kind: str, run: str) -> str:
-    if kind not in BY_QUANTISER or to == "gguf-lora":
+    if kind not in BY_QUANTISER or to not in ("gguf", "ollama"):
         return f"--type must be one of {', '.join(TARGETS[to].types)} for --to {to}, not {kind}"
     file = Path(f"{short_name(run)}-f16.gguf")
     made = file.with_name(f"{short_name(run)}-{kind}.gguf")
@@ -120,15 +121,26 @@ def _gguf_lora(request: Request) -> Export:
 
 
 def _ollama(request: Request) -> Export:
-    check_free(request.out, request.overwrite)  # before the model is opened
-    written = write_ollama(open_checkpoint(request.run), request.out, request.kind, request.name, request.overwrite)
+    check_free(request.out, request.overwrite, ollama.is_own)  # before the model is opened
+    written = ollama.write_ollama(open_checkpoint(request.run), request.out, request.kind, request.name)
     called = model_name(request.name)
     return Export(
         request.out,
         f"a Modelfile and a GGUF of {written.tensors} tensors, {request.kind}",
-        sum(file.stat().st_size for file in request.out.iterdir()),
-        [f"ollama create {called} -f {quoted(request.out / MODELFILE)}", f"ollama run {called}"],
+        folder_size(request.out),
+        [f"ollama create {called} -f {quoted(request.out / ollama.MODELFILE)}", f"ollama run {called}"],
         written.vocabulary.notes,
+    )
+
+
+def _onnx(request: Request) -> Export:
+    check_free(request.out, request.overwrite, onnx.is_own)
+    onnx.write_onnx(request.run, request.out, request.kind)
+    return Export(
+        request.out,
+        f"a folder for onnxruntime-genai, {request.kind}",
+        folder_size(request.out),
+        [f"python {quoted(request.out / onnx.CHAT)}"],
     )
 
 
@@ -137,4 +149,5 @@ TARGETS = {
     "gguf": Target(("f16", "f32", "bf16", "q8_0"), "{name}-{type}.gguf", _gguf),
     "gguf-lora": Target(_GGUF_TYPES, "{name}-lora-{type}.gguf", _gguf_lora),
     "ollama": Target(("q8_0", "f16", "f32", "bf16"), "{name}-ollama", _ollama),
+    "onnx": Target(tuple(onnx.PRECISIONS), "{name}-onnx-{type}", _onnx),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +59,33 @@ def readable_size(size: int) -> str:
     return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
 def quoted(path: Path | str) -> str:
     """A path as a shell takes it."""
     return shlex.quote(str(path))
+
+
+def check_free(folder: Path, overwrite: bool, is_own: Callable[[Path], bool]) -> None:
+    """Make sure that `folder` is not there, is empty, or holds an earlier export and nothing else, to be overwritten.
+
+    Args:
+        is_own: whether a folder holds an export of this kind and nothing else.
+
+    Raises:
+        ModelError: it is taken.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ModelError(f"{folder}: is there already and is no folder; name another place with --out")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not is_own(folder):
+        raise ModelError(f"{folder}: holds files that no export wrote; name another place with --out")
+    if not overwrite:
+        raise ModelError(f"{folder}: is there already; name another place with --out, or replace it with --overwrite")
 
 
 @contextmanager

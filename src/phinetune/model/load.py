@@ -10,7 +10,7 @@ import struct
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from peft import PeftModel
@@ -77,7 +77,7 @@ def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
     else:
         model, base = _load_checkpoint(section, dtype, fast, device)
     tokenizer = load_tokenizer(section, base, model.config)
-    _align_stop_ids(model, tokenizer)
+    model.generation_config = with_stop_ids(model.generation_config, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
     held = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
     logger.info("model %s: %s on %s, attention %s", base.path, held, device, section.attn_implementation)
@@ -242,19 +242,33 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over name, dtype, shape and first 4 KiB of every tensor in the folder's safetensors files.
 
     Reads a few MB of any checkpoint; a model that was trained further differs in those bytes.
+
+    Raises:
+        ModelError: a file is damaged.
     """
     total = hashlib.sha256()
     for file in check_weights(folder):
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
+            header, length = _read_header(stream, file)
             for name, entry in sorted(header.items()):
                 start, end = entry["data_offsets"]
                 stream.seek(8 + length + start)
                 total.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
                 total.update(stream.read(min(4096, end - start)))
     return total.hexdigest()
+
+
+def _read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's tensors by name, and the bytes of JSON that say so."""
+    try:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:  # not to be read: it may ask for all memory
+            raise ValueError(f"its header should be {length:,} bytes long")
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+    except (ValueError, AttributeError, TypeError, struct.error) as error:
+        raise ModelError(f"{file}: damaged ({error}); fetch or write it again") from error
+    return header, length
 
 
 def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None) -> PreTrainedTokenizerBase:
@@ -286,17 +300,17 @@ def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None)
     return tokenizer
 
 
-def _align_stop_ids(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put every id that ends a turn into the generation config, whatever the checkpoint forgot."""
+def with_stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """A checkpoint's generation config with every id that ends a turn, whatever it forgot, and an id for padding."""
     from phinetune.model.template import stop_ids
 
-    generation = model.generation_config or GenerationConfig()
+    generation = generation or GenerationConfig()
     declared = generation.eos_token_id or []
     declared = [declared] if isinstance(declared, int) else list(declared)
     generation.eos_token_id = [*declared, *(i for i in stop_ids(tokenizer) if i not in declared)]
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = generation
+    return generation
 
 
 def _read_json(file: Path) -> dict[str, Any]:

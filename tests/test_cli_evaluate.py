@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ import yaml
 from helpers import chat, write_jsonl
 from phinetune.run_folder import MARK
 from test_cli import run
+
+
+@pytest.fixture
+def tiny_run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy: an evaluation leaves its results in the run."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,15 @@ LONGEST = 90
 
 
 @pytest.fixture(autouse=True)
-def _small_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _small_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Sets of more than ten rows are large, pieces have four rows, and entries are kept in a folder of the test's."""
     monkeypatch.setattr(build, "SMALL", 10)
     monkeypatch.setattr(sources, "PIECE", 4)
     monkeypatch.setattr(table, "cores", lambda: 1)
     monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    environ = os.environ
+    yield
+    os.environ = environ  # noqa: B003 datasets puts a copy in its place where it starts processes
 
 
 def a_row(i: int) -> dict[str, Any]:

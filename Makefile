@@ -7,14 +7,15 @@ STAMP := .venv/.setup-done
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-examples lint bench clean
 
 help:
 	@echo 'make setup   build .venv; a second call reuses it'
 	@echo 'make demo    set up, then run the demo: phinetune demo'
 	@echo 'make test    set up, then run the tests'
+	@echo 'make test-examples   set up, then run everything in examples/; minutes'
 	@echo 'make lint    set up, then check style, types and imports'
-	@echo 'make bench   set up, then measure layers and training beside loralib, PEFT and TRL; hours'
+	@echo 'make bench   set up, then measure layers, training and answering beside loralib, PEFT, TRL and transformers; hours'
 	@echo 'make clean   delete .venv and the caches; runs/ stays'
 	@echo
 	@echo 'PYTHON=python3.12                  use this Python (3.10 to 3.13) instead of python3'
@@ -32,6 +33,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	@.venv/bin/python -m pytest
 
+test-examples: $(STAMP)
+	@.venv/bin/python -m pytest tests/examples
+
 lint: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -41,7 +45,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.lora_layers
 	@.venv/bin/python -m benchmarks.train
+	@.venv/bin/python -m benchmarks.data
+	@.venv/bin/python -m benchmarks.plan
 	@.venv/bin/python -m benchmarks.qlora
+	@.venv/bin/python -m benchmarks.generate
 
 clean:
 	rm -rf .venv .venv-setup.log build dist src/*.egg-info

@@ -29,13 +29,18 @@ RESULTS = HERE / "results"
 SHARED = HERE.parents[1] / "shared"
 SHAPE = "random:{layers: 4}"  # Phi-3 mini's, four layers of it
 
+PATIENCE = 1800  # seconds a measurement: torch_compile may compile for longer than it trains
+
 Row = dict[str, Any]
 
 
 def measure(kind: str, **options: Any) -> Row:
-    """One measurement in a fresh process; a peer that fails gives its last line in place of numbers."""
+    """One measurement in a fresh process; a peer that fails or takes too long gives a line in place of numbers."""
     command = [sys.executable, "-m", "benchmarks.worker", kind, json.dumps(options)]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in {PATIENCE // 60} minutes"}
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     row: Row = json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,8 +1,8 @@
 """One measurement in a process of its own: `python -m benchmarks.worker KIND JSON` prints one JSON line.
 
 Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
-one step of made-up tokens, by either engine), `gemm` (the best rate of a matrix product), `merge` (an adapter
-into its base), `copy` (that base's folder).
+one step of made-up tokens, by either engine), `gemm` (the best rate of a matrix product), `generate` (greedy answers
+to prompts, by transformers or by this project), `merge` (an adapter into its base), `copy` (that base's folder).
 """
 
 from __future__ import annotations
@@ -254,6 +254,67 @@ def useful(config: Any, tokens: int, labels: int, pairs: int) -> float:
     return config.num_hidden_layers * (4.0 * layer * tokens + attention) + 4.0 * hidden * config.vocab_size * labels
 
 
+def generate(
+    model: str, prompts: str, limit: int, dtype: str, way: str, batch: int | None = None, adapter: bool = True
+) -> dict[str, Any]:
+    """Greedy answers to prompts, the model under a new LoRA unless told otherwise.
+
+    Args:
+        prompts: a JSON file, a list of lists of token ids.
+        way: `transformers` (its own classes, `batch` prompts a call in the order of the file, padded to the left) or
+            `phinetune` (`batch` prompts together; None: as memory allows).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from phinetune.config import ModelSection
+    from phinetune.model.fused import use_fused_layers
+    from phinetune.model.generate import stop_set
+    from phinetune.model.load import load_base
+
+    ours = way == "phinetune"
+    loaded = load_base(ModelSection(path=model, dtype=dtype), fast=ours)
+    answering: Any = loaded.model
+    if adapter:
+        lora = LoraConfig(**LORA)
+        answering = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model) if ours else lora).eval()
+    asked: list[list[int]] = json.loads(Path(prompts).read_text())
+    stops = stop_set(answering)
+    run = _by_phinetune if ours else _by_transformers
+    run(answering, asked[:2], 2, batch, stops)  # what is set up once
+    start = time.perf_counter()
+    answers = run(answering, asked, limit, batch, stops)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "tokens": sum(map(len, answers)), "answers": answers}
+
+
+def _by_phinetune(
+    model: Any, asked: list[list[int]], limit: int, batch: int | None, stops: set[int]
+) -> list[list[int]]:
+    from phinetune.model.decode import decode
+
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return decode(core, asked, stops=stops, limit=limit, rows=batch)
+
+
+def _by_transformers(
+    model: Any, asked: list[list[int]], limit: int, batch: int | None, stops: set[int]
+) -> list[list[int]]:
+    answers: list[list[int]] = []
+    pad = model.generation_config.pad_token_id
+    for first in range(0, len(asked), batch or len(asked)):
+        part = asked[first : first + (batch or len(asked))]
+        width = max(map(len, part))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in part])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part])
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=pad
+        )
+        for row in out[:, width:].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+            answers.append(row[:end])
+    return answers
+
+
 def gemm(dtype: str) -> dict[str, Any]:
     """The best rate of a matrix product seen, in operations a second."""
     best = 0.0
@@ -289,7 +350,15 @@ def copy(adapter: str, base: str, out: str) -> dict[str, Any]:
     return {"seconds": seconds, "bytes": sum(file.stat().st_size for file in Path(out).iterdir())}
 
 
-KINDS = {"trl": trl, "phinetune": phinetune, "step": step, "gemm": gemm, "merge": merge, "copy": copy}
+KINDS = {
+    "trl": trl,
+    "phinetune": phinetune,
+    "step": step,
+    "gemm": gemm,
+    "merge": merge,
+    "copy": copy,
+    "generate": generate,
+}
 
 
 def main() -> None:

@@ -24,6 +24,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         _ = phinetune.nothing_like_it
 
 
+def test_the_package_and_its_metadata_name_one_version() -> None:
+    pyproject = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{phinetune.__version__}"\n' in pyproject
+
+
 def test_two_dictionaries_train_evaluate_and_load(chats: Path, tmp_path: Path) -> None:
     run = train(
         model=TINY,
@@ -36,7 +41,7 @@ def test_two_dictionaries_train_evaluate_and_load(chats: Path, tmp_path: Path) -
     assert not run.stopped
     assert json.loads((run.path / "results.json").read_text()) == json.loads(json.dumps(run.results))
     again = evaluate(run.path, evaluation={"generate": False}, console=Console(quiet=True))
-    assert again.results["tuned"].loss == pytest.approx(run.results["evaluation"]["tuned"]["loss"], rel=1e-6)
+    assert again.results["tuned"]["loss"] == pytest.approx(run.results["evaluation"]["tuned"]["loss"], rel=1e-6)
     model, tokenizer = load(run.path)
     ids = tokenizer("Hi", return_tensors="pt")["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
@@ -55,7 +60,7 @@ def test_checkpoints_and_plain_models_are_evaluated_too(tiny_run: Path, chats: P
     whole = evaluate(tiny_run, str(chats), options, console=quiet).results
     assert last == whole
     alone = evaluate(TINY, str(chats), options, console=quiet).results
-    assert alone["base"].loss == pytest.approx(whole["base"].loss, rel=1e-6)  # other batches, other rounding
+    assert alone["base"]["loss"] == pytest.approx(whole["base"]["loss"], rel=1e-6)  # other batches, other rounding
 
 
 def test_an_adapter_of_plain_peft_is_loaded_on_the_base_it_names(tiny_run: Path, tmp_path: Path) -> None:

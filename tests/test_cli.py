@@ -41,7 +41,8 @@ def test_help_needs_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "evaluate", "generate", "chat", "demo", "convert", "push", "config"):
+    verbs = ("train", "evaluate", "generate", "chat", "demo", "convert", "push", "report", "watch", "config")
+    for verb in verbs:
         assert verb in done.stdout
 
 
@@ -52,6 +53,7 @@ def test_train_then_everything_else(
     assert run(monkeypatch, "train", config_file) == 0
     out = capsys.readouterr().out
     assert "exact match %" in out
+    assert f"See how it went: {folder / 'report.html'}" in out
     assert out.rstrip().splitlines()[-3:] == [
         f"  phinetune chat {folder}",
         f'  phinetune generate {folder} --prompt "…"',
@@ -64,6 +66,8 @@ def test_train_then_everything_else(
     assert run(monkeypatch, "evaluate", folder, "--data", rows, "--out", result, "--max-new-tokens", 3) == 0
     tree = json.loads(result.read_text())
     assert set(tree["evaluation"]) == {"base", "tuned"}
+    assert json.loads((folder / "evaluation.json").read_text())["data"]["held_out"]["kept"] == 2
+    assert f"Evaluated since, on {rows}" in (folder / "report.html").read_text()
     assert len(tree["examples"]) == 2
 
     capsys.readouterr()

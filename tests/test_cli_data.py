@@ -55,7 +55,7 @@ def test_a_spoiled_file_has_status_1_and_can_be_fixed(
     file = write_jsonl(tmp_path / "a.jsonl", [*SOUND, chat("What?", "")])
     assert run("check", file) == 1
     out = capsys.readouterr().out
-    assert "✗ 1 answers without words" in out
+    assert "✗ answers without words (1); the model would learn to say nothing" in out
     assert f"{file}:6: turn 2" in out
     assert out.splitlines()[-1] == f"  phinetune data check {file} --fix a-clean.jsonl"
     clean = tmp_path / "clean.jsonl"
@@ -87,6 +87,41 @@ def test_json_is_the_whole_report_and_nothing_else(
     assert (tree["fixed"]["rows"], len(tree["longest_rows"])) == (6, 3)
 
 
+def test_the_report_is_there_even_where_nothing_can_be_fixed(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"nothing": 1}])
+    for more in ([], ["--json"]):
+        assert run("check", file, "--fix", tmp_path / "b.jsonl", *more) == 2
+        out, err = capsys.readouterr()
+        assert "rows of no known form" in out
+        assert "no row would be left, so nothing was written" in err
+    assert json.loads(out)["fixed"] is None
+
+
+def test_what_only_the_user_can_mend_is_said_with_the_fixed_set(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    rows = [*SOUND, {"messages": [{"role": "user", "content": "Now?"}, call]}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert run("check", file, "--fix", tmp_path / "b.jsonl") == 1
+    assert capsys.readouterr().out.splitlines()[-2] == (
+        "Left to you: chats that this checkpoint's template can't render: take another checkpoint or form"
+    )
+
+
+def test_a_row_that_is_no_chat_is_not_previewed_token_by_token(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "word " * 1_000_000}])
+    assert run("preview", file) == 0
+    assert (
+        "a.jsonl:1 · broken: far too long to be a chat: 5,000,000 characters of text, 0 turns"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_configuration_gives_files_lengths_and_held_out_chats(
     run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +138,11 @@ def test_a_configuration_gives_files_lengths_and_held_out_chats(
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"Next: phinetune data preview {train} --config {config}; phinetune train {config}"
     )
+    assert run("check", held, "--config", config) == 0  # the held-out chats alone are not compared with themselves
+    capsys.readouterr()
+    same = config_for(train, tmp_path, eval=str(train))
+    assert run("check", "--config", same) == 1
+    assert "rows that stand in training and held-out chats (6)" in capsys.readouterr().out
     weighted = config_for(train, tmp_path, train=[{"path": str(train), "weight": 2}], eval=None)
     assert run("check", "--config", weighted) == 0
 

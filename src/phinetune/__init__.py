@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phinetune.version import VERSION
+
 if TYPE_CHECKING:
     from phinetune.api import evaluate, load, merge, push, train
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["evaluate", "load", "merge", "push", "train"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +13,17 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
-from phinetune.config import EvaluationSection, RunConfig, make_config
-from phinetune.data.build import ChatSet, build_chats, build_set, check_sources, read_all
+from phinetune import processes
+from phinetune.config import CustomMetric, EvaluationSection, RunConfig, make_config
+from phinetune.data.build import Chats, ChatSet, build_chats, check_sources, read_sets
+from phinetune.data.chat import Encoder
 from phinetune.errors import ConfigError, DataError, ModelError
-from phinetune.evaluation.compare import Comparison, compare, score_rows, show_comparison
+from phinetune.evaluation.compare import Comparison, compare
+from phinetune.evaluation.harness import TaskResult, run_tasks, show_tasks
+from phinetune.evaluation.metrics import row_metrics
+from phinetune.evaluation.scoring import score_rows
+from phinetune.evaluation.screen import show_comparison
+from phinetune.evaluation.while_training import WhileTraining, while_training
 from phinetune.export.base import trained_dtype
 from phinetune.export.card import write_card
 from phinetune.export.merge import Merge, merge_run, record_losses
@@ -23,14 +31,18 @@ from phinetune.export.push import Push, push_run
 from phinetune.files import write_text
 from phinetune.logs import LEVELS, quiet_libraries, set_up_logging
 from phinetune.model.device import pick_device
-from phinetune.model.load import load_base
+from phinetune.model.load import Loaded, load_base
 from phinetune.model.memory import free_bytes
 from phinetune.model.scoring import Score
-from phinetune.run_folder import CARD, RunFolder
+from phinetune.report.page import write_report
+from phinetune.run_folder import CARD, REPORT, RunFolder
 from phinetune.training import job
 from phinetune.training.settings import read_settings
 from phinetune.tuned import Tuned, open_model, recorded_config
 
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 20  # answered prompts that results.json keeps
 SCORING_ROOM = 1.2  # memory that a model takes while it scores, as a multiple of its weights
 
 
@@ -88,29 +100,36 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
     """`train` for a validated configuration, shown on `console`."""
     set_up_logging(_log_level(config))
     quiet_libraries()
-    trained = job.train(config, console, resume=resume, overwrite=overwrite)
-    reports = {"train": trained.chats.train, "held_out": trained.chats.held_out}
+    row_metrics(config.evaluation)  # functions that can't be had are told before anything slow begins
+    section = config.evaluation
+
+    def looking(loaded: Loaded, encoder: Encoder, chats: Chats, counted: bool) -> WhileTraining:
+        return while_training(loaded.tokenizer, encoder, chats.held_out, section, counted)
+
+    trained = job.train(config, console, resume=resume, overwrite=overwrite, looking=looking)
     results: dict[str, Any] = {
         "base": asdict(trained.loaded.base),
-        "data": {name: made.report.to_dict() if made else None for name, made in reports.items()},
+        "data": trained.chats.facts(),
         "training": trained.summary,
     }
     if trained.stopped:
+        if processes.is_main():
+            write_page(trained.folder)
         return Run(trained.folder.path, results, True)
-    if trained.chats.held_out and config.evaluation.enabled:
-        comparison = compare(
-            trained.model,
-            trained.loaded.tokenizer,
-            trained.encoder,
-            trained.chats.held_out,
-            config.evaluation,
-            console,
-        )
-        results["evaluation"] = comparison.to_dict()
-        results["examples"] = [asdict(example) for example in comparison.examples[:10]]
-        show_comparison(comparison, console)
-    _finish(trained.folder, config, results, trained.model)
-    return Run(trained.folder.path, results, False)
+    if processes.is_main():
+        results |= _compared(trained, config, console)
+        _finish(trained.folder, config, results, trained.model)
+    return Run(trained.folder.path, processes.from_main(results), False)
+
+
+def _compared(trained: job.Trained, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Base against tuned, shown and as results.json holds it; empty without held-out chats."""
+    if not (trained.chats.held_out and config.evaluation.enabled):
+        return {}
+    tokenizer, held_out = trained.loaded.tokenizer, trained.chats.held_out
+    comparison = compare(trained.model, tokenizer, trained.encoder, held_out, config.evaluation, console)
+    show_comparison(comparison, console)
+    return comparison.to_tree(examples=EXAMPLES)
 
 
 def _log_level(config: RunConfig) -> str:
@@ -125,7 +144,34 @@ def _log_level(config: RunConfig) -> str:
 def _finish(folder: RunFolder, config: RunConfig, results: dict[str, Any], model: PeftModel) -> None:
     lora = model.peft_config["default"].to_dict()
     write_text(folder.path / CARD, write_card(config, results, lora))
-    folder.write_results(results)  # last: its presence says that the run has ended
+    folder.write_results(results)  # after all else: its presence says that the run has ended
+    write_page(folder)
+
+
+def write_page(folder: RunFolder) -> Path | None:
+    """Write report.html; whatever goes wrong there is said in a line, since a run must not be lost over its page."""
+    try:
+        return write_report(folder.path)
+    except Exception as error:
+        logger.warning("%s was not written: %s; `phinetune report %s` tries again", REPORT, error, folder.path)
+        return None
+
+
+def record_evaluation(path: str | Path, comparison: Comparison) -> Path | None:
+    """Keep a comparison made after the run in its folder, and renew its report.
+
+    Returns:
+        The report; None where `path` is no run, or nothing could be written there.
+    """
+    folder = RunFolder(Path(path).expanduser())
+    if not folder.is_run:
+        return None
+    try:
+        folder.write_evaluation({"data": {"held_out": comparison.data}, **comparison.to_tree(examples=EXAMPLES)})
+    except OSError as error:
+        logger.warning("%s: the evaluation was not kept there: %s", folder.path, error)
+        return None
+    return write_page(folder)
 
 
 def load(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
@@ -143,6 +189,7 @@ def evaluate(
     data: str | Sequence[str] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     *,
+    tag: str | None = None,
     console: Console | None = None,
     **model_options: Any,
 ) -> Comparison:
@@ -152,20 +199,81 @@ def evaluate(
         path: a run, an adapter folder or a model.
         data: file of chats; None takes the run's own held-out file.
         evaluation: the section `evaluation`.
+        tag: column of the data by whose values the results are split as well; None takes the run's `data.tag`.
 
     Raises:
         PhinetuneError: the model or the data can't be used.
     """
     console = console or Console(stderr=True)
     tuned = open_model(path, **model_options)
+    options = _evaluation_options(tuned.config.evaluation, evaluation or {}, console)
     source = data or tuned.config.data.eval
     if source is None or isinstance(source, float):
         raise ModelError(f"{path}: no held-out file is recorded there; name one with --data FILE")
+    if tag:
+        tuned.config.data.tag = tag
     held_out = _chats_of(tuned, source)
-    options = EvaluationSection.model_validate({**tuned.config.evaluation.model_dump(), **(evaluation or {})})
+    if tag and not any(held_out.tags):
+        raise DataError(f"--tag {tag}: no row of {held_out.report.source} has a column of that name")
     comparison = compare(tuned.model, tuned.loaded.tokenizer, tuned.encoder, held_out, options, console)
     show_comparison(comparison, console)
     return comparison
+
+
+def evaluate_tasks(
+    path: str | Path,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    chat_template: bool = False,
+    console: Console | None = None,
+    **model_options: Any,
+) -> list[TaskResult]:
+    """Run tasks of lm-evaluation-harness on a run and on its base; a plain model is measured alone.
+
+    Args:
+        path: a run, an adapter folder or a model.
+        tasks, include_path, limit, batch_size, chat_template: see `phinetune.evaluation.harness.run_tasks`.
+
+    Raises:
+        PhinetuneError: the model, the harness or a task can't be had.
+    """
+    console = console or Console(stderr=True)
+    tuned = open_model(path, **model_options)
+    results = run_tasks(
+        tuned.model,
+        tuned.loaded.tokenizer,
+        tasks,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        console=console,
+    )
+    show_tasks(results, console)
+    return results
+
+
+def _evaluation_options(recorded: EvaluationSection, given: Mapping[str, Any], console: Console) -> EvaluationSection:
+    """The run's own section with what is given now on top. Functions that only the run names are not called: a run
+    may be anyone's.
+    """
+    kept = [one for one in recorded.metrics if not isinstance(one, CustomMetric) or one.function is None]
+    if len(kept) < len(recorded.metrics) and "metrics" not in given:
+        names = ", ".join(one.name for one in recorded.metrics if one not in kept and isinstance(one, CustomMetric))
+        console.print(
+            f"Left out: {names}. A function that a run's config.yaml names is called only if you name it yourself, "
+            "with --metrics",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    tree = {**recorded.model_dump(), "metrics": kept, **given}
+    options = make_config({"evaluation": tree}, where="evaluate").evaluation
+    row_metrics(options)  # functions that can't be had are told before anything slow begins
+    return options
 
 
 def _chats_of(tuned: Tuned, source: str | Sequence[str]) -> ChatSet:
@@ -174,7 +282,7 @@ def _chats_of(tuned: Tuned, source: str | Sequence[str]) -> ChatSet:
     section = tuned.config.data.model_copy(update={"train": listed, "eval": None, "limit": None})
     check_sources(section)
     name = source if isinstance(source, str) else ", ".join(source)
-    return build_set(name, read_all(source, section.split), section, tuned.encoder, _max_length(tuned.config))
+    return read_sets(name, listed, section, tuned.encoder, _max_length(tuned.config))[0]
 
 
 def _max_length(config: RunConfig) -> int | None:
@@ -229,17 +337,21 @@ def _score_merge(path: Path, made: Merge, console: Console, device: str) -> dict
         console.print(f"Held-out loss not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
         return {}
     tuned = open_model(path, device=device)
-    tokenizer, rows, batch = tuned.loaded.tokenizer, _held_out(tuned).encoded, config.evaluation.batch_size
+    rows, batch = _held_out(tuned).encoded, config.evaluation.batch_size
+
+    def scored(model: Any) -> Score:
+        return sum(score_rows(model, rows, None if batch == "auto" else batch), Score())
+
     console.print(f"Scoring {len(rows)} held-out chats with base, adapter and merged model …", highlight=False)
     with tuned.model.disable_adapter():
-        scores = {"base": score_rows(tuned.model, tokenizer, rows, batch)}
-    scores["adapter"] = score_rows(tuned.model, tokenizer, rows, batch)
+        scores = {"base": scored(tuned.model)}
+    scores["adapter"] = scored(tuned.model)
     del tuned
     gc.collect()  # a PEFT model is held by cycles
     written = {"path": str(made.path), "dtype": made.record["dtype"], "device": device}
     plain = {"revision": None, "tokenizer": None, "quantization": "none"}
     merged = load_base(config.model.model_copy(update=written | plain), fast=config.engine.kind == "fast")
-    scores["merged"] = score_rows(merged.model, tokenizer, rows, batch)
+    scores["merged"] = scored(merged.model)
     return scores
 
 

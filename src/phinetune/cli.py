@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from phinetune.cli_data import app as data_app
+from phinetune.cli_report import app as report_app
 from phinetune.errors import PhinetuneError
 from phinetune.program import console as _console
 from phinetune.program import program as _program
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(report_app)
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="a run, an adapter folder or a model (hub id or folder)")]
 SetOption = Annotated[
@@ -72,6 +74,31 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
+    probe: Annotated[bool, typer.Option(help="measure a layer of the model on this machine, for the time")] = True,
+    overrides: SetOption = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Say what a run will take of memory, time and disk. Status 1: it does not fit; what would is listed."""
+    from phinetune.config import load_config
+    from phinetune.logs import quiet_libraries
+    from phinetune.planning.plan import make_plan
+    from phinetune.planning.screen import show_plan
+
+    quiet_libraries()
+    made = make_plan(load_config(config, overrides), probe=probe)
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        show_plan(made, _console())
+        if made.fits:
+            _console().print(f"Next: {_program()} train {config}", highlight=False, soft_wrap=True)
+    if not made.fits:
+        sys.exit(1)
+
+
+@app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="where the run goes")] = Path("runs/demo"),
     overwrite: Overwrite = False,
@@ -95,7 +122,8 @@ def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
     if made.stopped:
         steps = made.results["training"]["steps"]
         console.print(
-            f"Stopped after step {steps}; a checkpoint is in {made.path}. Go on with:\n  {command} --resume",
+            f"Stopped after step {steps}; a checkpoint is in {made.path}, a report in {made.path / 'report.html'}. "
+            f"Go on with:\n  {command} --resume",
             highlight=False,
             soft_wrap=True,
         )
@@ -104,8 +132,10 @@ def _train(config: Any, command: str, resume: bool, overwrite: bool) -> Any:
 
 
 def _say_next(path: Path) -> None:
+    page = path / "report.html"
     lines = [
         f"\nWrote {path}: the adapter, its tokenizer, checkpoints, results.json and a model card (README.md)",
+        *([f"See how it went: {page}"] if page.is_file() else []),
         "Next:",
         f"  {_program()} chat {path}",
         f'  {_program()} generate {path} --prompt "…"',
@@ -124,24 +154,81 @@ def evaluate(
     max_prompts: Annotated[Optional[int], typer.Option(min=1, help="answer the first N prompts only")] = None,  # noqa: UP045
     max_new_tokens: Annotated[Optional[int], typer.Option(min=1, help="tokens an answer may have")] = None,  # noqa: UP045
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="prompts answered together")] = None,  # noqa: UP045
+    metrics: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='as evaluation.metrics, e.g. "[exact_match, {name: polite, function: polite.py:score}]"'),
+    ] = None,
+    tag: Annotated[Optional[str], typer.Option(help="column of the data by whose values to split as well")] = None,  # noqa: UP045
     generate: Annotated[bool, typer.Option(help="let the models answer, or score the chats only")] = True,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,…", help="run these tasks of lm-evaluation-harness in place of held-out chats"),
+    ] = None,
+    include_path: Annotated[Optional[Path], typer.Option(help="a folder of task files of your own")] = None,  # noqa: UP045
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="with --tasks: prompts go into the checkpoint's chat template")
+    ] = False,
     device: Device = "auto",
 ) -> None:
-    """Compare a run with its base on held-out chats; a plain model is measured alone."""
-    from dataclasses import asdict
+    """Compare a run with its base on held-out chats, or on tasks; a plain model is measured alone."""
+    if tasks:
+        if data:
+            raise PhinetuneError("--data and --tasks are two evaluations; give one of them")
+        _evaluate_tasks(run, tasks, include_path, max_prompts, batch_size, chat_template, device, out)
+        return
+    import yaml
 
     from phinetune.api import evaluate as evaluate_run
+    from phinetune.api import record_evaluation
     from phinetune.files import write_text
 
-    given = {"max_prompts": max_prompts, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    given: dict[str, Any] = {"max_prompts": max_prompts, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    try:
+        given["metrics"] = yaml.safe_load(metrics) if metrics else None
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "broken"
+        raise PhinetuneError(f"--metrics {metrics}: write it as YAML, e.g. [exact_match, bleu] ({problem})") from None
     section = {"generate": generate, **{key: value for key, value in given.items() if value is not None}}
     console = _console()
-    comparison = evaluate_run(run, data or None, section, console=console, device=device)
+    comparison = evaluate_run(run, data or None, section, tag=tag, console=console, device=device)
     if out:
-        tree = {"evaluation": comparison.to_dict(), "examples": [asdict(e) for e in comparison.examples]}
+        write_text(out, json.dumps(comparison.to_tree(), indent=2, ensure_ascii=False) + "\n")
+        console.print(f"Wrote {out}", highlight=False)
+    page = record_evaluation(run, comparison)
+    if page:
+        console.print(f"Wrote {page.with_name('evaluation.json')} and {page}", highlight=False, soft_wrap=True)
+    console.print(f"Next: {_program()} chat {run}", highlight=False)
+
+
+def _evaluate_tasks(
+    run: str,
+    tasks: str,
+    include_path: Path | None,
+    limit: int | None,
+    batch_size: int | None,
+    chat_template: bool,
+    device: str,
+    out: Path | None,
+) -> None:
+    from phinetune.api import evaluate_tasks
+    from phinetune.files import write_text
+
+    console = _console()
+    results = evaluate_tasks(
+        run,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        console=console,
+        device=device,
+    )
+    if out:
+        tree = {"tasks": [one.to_dict() for one in results]}
         write_text(out, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
         console.print(f"Wrote {out}", highlight=False)
-    console.print(f"Next: {_program()} chat {run}", highlight=False)
+    console.print(f"Next: {_program()} evaluate {run} --data FILE", highlight=False)
 
 
 @app.command()

@@ -43,7 +43,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
     fix: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--fix", metavar="OUT", help="write the cleaned set to a new .jsonl file"),
+        typer.Option("--fix", metavar="OUT", help="write the cleaned rows of all FILEs to a new .jsonl file"),
     ] = None,
     overrides: SetOption = [],  # noqa: B006
 ) -> None:
@@ -54,21 +54,27 @@ def check(
 
     run = _config(config, overrides)
     chosen = _chosen(files, run)
-    others = [file for file in held_out or _held_out(run) if file not in chosen]
+    others = held_out or [file for file in _held_out(run) if file not in (files or [])]
     _check_sources([*chosen, *others])
     if fix:
         check_target(fix)
     encoder, max_length = _encoder(run)
     with _progress() as on_row:
         report = check_files(chosen, others, run.data, encoder, max_length, on_row)
-    fixed = write_fixed(report, fix) if fix else None
+    fixed, failure = None, None
+    try:
+        fixed = write_fixed(report, fix) if fix else None
+    except DataError as error:  # the report is worth its while all the same
+        failure = error
     if as_json:
         tree = {"files": chosen, **report.to_dict(), "fixed": fixed.to_dict() if fixed else None}
-        print(json.dumps(tree, indent=2, ensure_ascii=False))
+        print(json.dumps(tree, indent=2))
     else:
         screen = console()
         show_check(report, screen)
-        _say(screen, [*([fixed.line()] if fixed else []), *_next(chosen, config, report.spoiled, fixed)])
+        _say(screen, _next(chosen, config, report.spoiled, fixed) if not failure else [])
+    if failure:
+        raise failure
     if report.spoiled:
         sys.exit(1)
 
@@ -84,7 +90,7 @@ def preview(
     """Show rows as the model will see them: by role, what is trained on, special tokens, where a row is cut."""
     from itertools import islice
 
-    from phinetune.data.outcome import outcomes
+    from phinetune.data.outcome import describe_size, is_huge, outcomes
     from phinetune.data.read import Broken, scan_rows
     from phinetune.data.row_view import show_row
 
@@ -96,6 +102,8 @@ def preview(
     key = "⟦ ⟧ trained on, « » special" if plain else "underlined: trained on, reversed: special"
     screen.print(f"({key})\n", highlight=False, markup=False)
     for row in islice(scan_rows(file, run.data.split), rows):
+        if not isinstance(row, Broken) and is_huge(row, max_length):
+            row = Broken(row.where, f"far too long to be a chat: {describe_size(row)}")
         found = row if isinstance(row, Broken) else next(outcomes([row], run.data, encoder, max_length))
         show_row(found, encoder, screen, boundaries=tokens)
     _say(screen, [f"Next: {program()} data check {file}{_with(config)}"])
@@ -157,7 +165,8 @@ def _encoder(run: RunConfig) -> tuple[Any, int | None]:
 
 def _next(files: list[str], config: Path | None, spoiled: bool, fixed: Any) -> list[str]:
     if fixed:
-        return [f"Next: {program()} data check {fixed.path}{_with(config)}"]
+        remaining = [f"Left to you: {what}" for what in fixed.remaining]
+        return [fixed.line(), *remaining, f"Next: {program()} data check {fixed.path}{_with(config)}"]
     if spoiled:
         name = Path(files[0]).with_suffix("").name
         return [

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -44,7 +45,7 @@ class ModelSection(Section):
         "sdpa", description="attention of transformers' Phi-3"
     )
     use_cache: bool = Field(True, description="key-value cache when generating (training never uses it)")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto for several processes")
     seed: int = Field(0, description="seed of the weights of a `random:` model")
 
     @model_validator(mode="before")
@@ -109,10 +110,18 @@ class DataSection(Section):
         "fail", description="rows that can't be used: stop and list them, or drop and count them"
     )
     limit: int | None = Field(None, ge=1, description="use the first N rows only")
+    streaming: bool = Field(
+        False,
+        description="read and encode rows while training, for sets that the disk has no room for; needs "
+        "training_config.max_steps, and held-out chats from a file",
+    )
     packing: Literal["conversations", "tokens"] = Field(
         "conversations",
         description="what per_device_train_batch_size counts: conversations, or rows filled up to "
         "training_config.max_length tokens with as many conversations as fit",
+    )
+    tag: str | None = Field(
+        None, description="column of the rows by whose values (a task, a language, …) evaluations are split as well"
     )
     seed: int = Field(0, description="seed of the split by fraction and of the rows drawn by weight")
 
@@ -123,7 +132,7 @@ class DataSection(Section):
         if not isinstance(value, (list, tuple)):
             return value
         return [
-            _weighted_file(entry, f"entry {i}") if isinstance(entry, Mapping) else entry
+            _checked_entry(WeightedFile, entry, f"entry {i}") if isinstance(entry, Mapping) else entry
             for i, entry in enumerate(value, 1)
         ]
 
@@ -135,18 +144,25 @@ class DataSection(Section):
         return value
 
 
-def _weighted_file(entry: Mapping[str, Any], where: str) -> WeightedFile:
+Entry = TypeVar("Entry", bound=Section)
+
+
+def _checked_entry(kind: type[Entry], entry: Mapping[str, Any], where: str) -> Entry:
+    """An entry of a list; a mistake in it becomes one sentence."""
     try:
-        return WeightedFile.model_validate(dict(entry))
+        return kind.model_validate(dict(entry))
     except ValidationError as error:
-        raise ValueError(
-            "; ".join(
-                unknown_key(where, str(problem["loc"][0]), WeightedFile.model_fields)
-                if problem["type"] == "extra_forbidden"
-                else f"{where}: {problem['loc'][0]}: {problem['msg']}"
-                for problem in error.errors()
-            )
-        ) from None
+        raise ValueError("; ".join(_entry_sentence(kind, where, problem) for problem in error.errors())) from None
+
+
+def _entry_sentence(kind: type[Section], where: str, problem: Any) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return f"{where}: {message}"
+    key = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        return unknown_key(where, key, kind.model_fields)
+    return f"{where}: {key}: {message}"
 
 
 class EngineSection(Section):
@@ -164,14 +180,110 @@ class EngineSection(Section):
     compile: bool = Field(False, description="compile the element-wise operators with torch.compile")
 
 
+MetricName = Literal["exact_match", "rouge1", "rouge2", "rouge_l", "bleu", "chrf", "json_valid", "json_fields"]
+
+
+class CustomMetric(Section):
+    """A metric of the user's own: a pattern, or a Python function."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="its key in results.json")
+    regex: str | None = Field(None, description="counts answers in which this is found")
+    function: str | None = Field(
+        None,
+        description="`module:function` or `file.py:function`, called with an answer, its reference and, if it takes "
+        "three arguments, the messages before it; gives a number, true, false, or None to leave the row out",
+    )
+    less_is_better: bool = Field(False, description="whether a smaller number is the better one")
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
+    @field_validator("function")
+    @classmethod
+    def _two_parts(cls, value: str | None) -> str | None:
+        source, colon, name = (value or "a:b").rpartition(":")
+        if not (source and colon and name.isidentifier()):
+            raise ValueError(f"write it as module:function or file.py:function, not {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> CustomMetric:
+        if (self.regex is None) == (self.function is None):
+            raise ValueError("give either regex or function")
+        if self.name in RESERVED_METRICS:
+            raise ValueError(f"`{self.name}` is the name of another number; choose another")
+        return self
+
+
+# What an evaluation counts besides, under the same roof in results.json.
+RESERVED_METRICS = {
+    *get_args(MetricName),
+    *("loss", "perplexity", "token_accuracy", "labelled_tokens", "prompts", "stopped", "repeating", "runtime"),
+    *("samples_per_second", "steps_per_second"),
+}
+
+
 class EvaluationSection(Section):
-    """What is compared, base against tuned, once training has ended."""
+    """What is compared, base against tuned, once training has ended, and what is looked at on the way."""
 
     enabled: bool = Field(True, description="compare base and tuned model on the held-out chats after training")
-    generate: bool = Field(True, description="let both answer the held-out prompts (ROUGE-L, chrF, exact match)")
+    generate: bool = Field(True, description="let both answer the held-out prompts, by which `metrics` are counted")
+    metrics: list[MetricName | CustomMetric] = Field(
+        ["exact_match", "rouge1", "rouge2", "rouge_l", "bleu", "chrf", "json_valid", "json_fields"],
+        description="of answers: " + ", ".join(get_args(MetricName)) + " (json ones where references hold JSON), "
+        "{name: …, regex: …}, {name: …, function: file.py:function}",
+    )
     max_prompts: int | None = Field(200, ge=1, description="answer the first N held-out prompts at most")
     max_new_tokens: int = Field(256, ge=1, description="tokens an answer may have before it is cut")
-    batch_size: int = Field(16, ge=1, description="prompts answered together; rows scored together")
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="rows scored, and prompts answered, together; auto: as memory allows"
+    )
+    fixed_prompts: Annotated[int, Field(ge=0)] | list[str] = Field(
+        3,
+        description="messages answered at every evaluation during training, into samples.jsonl; a number takes the "
+        "first held-out prompts",
+    )
+    metrics_while_training: bool = Field(
+        False,
+        description="count `metrics` at every evaluation during training; true in any case where "
+        "training_config.metric_for_best_model is one of them",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many evaluations without a better training_config.metric_for_best_model (loss)",
+    )
+    early_stopping_threshold: float = Field(0.0, ge=0, description="how much better counts as better")
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Each entry checked here, so that its mistakes are named as what they are and not as a union's."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        known = get_args(MetricName)
+        made = [_metric(entry, known) for entry in value]
+        names = [one if isinstance(one, str) else one.name for one in made]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"named twice: {', '.join(twice)}")
+        return made
+
+
+def _metric(entry: Any, known: Sequence[str]) -> str | CustomMetric:
+    if isinstance(entry, CustomMetric):
+        return entry
+    if isinstance(entry, Mapping):
+        return _checked_entry(CustomMetric, entry, f"metric `{entry.get('name', '?')}`")
+    if entry not in known:
+        raise ValueError(unknown_key("metrics", str(entry), known).replace("there is no key", "there is no metric"))
+    return str(entry)
 
 
 SHORTHANDS = {"model": "path", "data": "train", "engine": "kind"}

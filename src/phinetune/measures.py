@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 
 class Measure(NamedTuple):
@@ -12,20 +13,48 @@ class Measure(NamedTuple):
     heading: str
     form: str
     more_is_better: bool
+    percent: bool = True
 
     def change(self, before: float, after: float) -> tuple[str, bool]:
         """The signed difference in this measure's format, and whether it is one for the better."""
         difference = after - before
         better = difference > 0 if self.more_is_better else difference < 0
-        return self.form.replace("{:", "{:+").format(difference), better
+        return self.amount(difference, sign=True), better
+
+    def amount(self, value: float, *, sign: bool = False) -> str:
+        """A number in this measure's format, with its sign if asked."""
+        return (self.form.replace("{:", "{:+") if sign else self.form).format(value)
 
 
 MEASURES = (
-    Measure("loss", "loss (nats a token)", "{:.4f}", False),
-    Measure("perplexity", "perplexity", "{:.2f}", False),
+    Measure("loss", "loss (nats a token)", "{:.4f}", False, False),
+    Measure("perplexity", "perplexity", "{:.2f}", False, False),
     Measure("token_accuracy", "token accuracy %", "{:.1f}", True),
-    Measure("rouge_l", "ROUGE-L", "{:.1f}", True),
-    Measure("chrf", "chrF", "{:.1f}", True),
     Measure("exact_match", "exact match %", "{:.1f}", True),
+    Measure("rouge1", "ROUGE-1", "{:.1f}", True),
+    Measure("rouge2", "ROUGE-2", "{:.1f}", True),
+    Measure("rouge_l", "ROUGE-L", "{:.1f}", True),
+    Measure("bleu", "BLEU", "{:.1f}", True),
+    Measure("chrf", "chrF", "{:.1f}", True),
+    Measure("json_valid", "valid JSON %", "{:.1f}", True),
+    Measure("json_fields", "JSON fields right %", "{:.1f}", True),
     Measure("stopped", "stopped by itself %", "{:.1f}", True),
+    Measure("repeating", "going in circles %", "{:.1f}", False),
 )
+COUNTS = ("labelled_tokens", "prompts")  # of what was measured; they stand beside the measures in results.json
+
+
+def measures_of(keys: Collection[str], less_is_better: Collection[str] = ()) -> list[Measure]:
+    """The measures among `keys`: those known here, then a user's own."""
+    known = {measure.key: measure for measure in MEASURES}
+    own = [key for key in keys if key not in known and key not in COUNTS]
+    return [
+        *(measure for measure in MEASURES if measure.key in keys),
+        *(Measure(key, key.replace("_", " "), "{:.1f}", key not in less_is_better, False) for key in own),
+    ]
+
+
+def measured(sides: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
+    """The measures of which every side has a number."""
+    keys = list(next(iter(sides.values()), {}))
+    return measures_of([key for key in keys if all(side.get(key) is not None for side in sides.values())])

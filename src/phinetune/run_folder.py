@@ -15,18 +15,26 @@ from phinetune.files import write_text
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 LOG = "run.log"
+START = "start.json"
 RESULTS = "results.json"
+EVALUATION = "evaluation.json"
 CARD = "README.md"
+REPORT = "report.html"
 MARK = "# A run of phinetune, its configuration with every value in force.\n"
 # What a checkpoint must hold to go on from. It appears under its name in one rename, whole.
 RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 OWN_FILES = (
     CONFIG,
     METRICS,
+    SAMPLES,
     LOG,
+    START,
     RESULTS,
+    EVALUATION,
     CARD,
+    REPORT,
     "adapter_config.json",
     "adapter_model.safetensors",
     "base.json",
@@ -50,6 +58,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / METRICS
+
+    @property
+    def samples(self) -> Path:
+        return self.path / SAMPLES
 
     @property
     def is_run(self) -> bool:
@@ -139,8 +151,19 @@ class RunFolder:
         resolved.training_config["output_dir"] = str(self.path)
         write_text(self.path / CONFIG, MARK + dump_config(resolved))
 
+    def write_start(self, facts: Mapping[str, Any]) -> None:
+        """What is known when training begins: base, data, steps, machine and versions, the process."""
+        self._write(START, facts)
+
     def write_results(self, results: Mapping[str, Any]) -> None:
-        write_text(self.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        self._write(RESULTS, results)
+
+    def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """A comparison made after the run; it replaces the one before."""
+        self._write(EVALUATION, evaluation)
+
+    def _write(self, name: str, tree: Mapping[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
 
     def _clear(self) -> None:
         for name in OWN_FILES:

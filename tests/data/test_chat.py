@@ -163,6 +163,23 @@ def test_cutting_shortens_the_longest_prompt_before_it_gives_up(tokenizer: Any) 
     assert encoder.fit([USER, {"role": "assistant", "content": "long answer " * 60}], 60) is None
 
 
+def test_no_more_is_cut_than_needed(tokenizer: Any) -> None:
+    encoder = make_encoder(tokenizer)
+    chat = [SYSTEM, *[turn for i in range(12) for turn in ({**USER, "content": f"{i} " * (i + 3)}, FINE)]]
+    whole = len(encoder.encode([chat])[0].input_ids)
+    for max_length in range(60, whole + 5, 7):
+        made = encoder.fit_chat(chat, max_length)
+        assert made is not None
+        left, row = made
+        assert len(row.input_ids) <= max_length
+        assert row == encoder.encode([left])[0]
+        gone = len(chat) - len(left)
+        if len(left) > 3:  # of the last exchange the question may be cut
+            assert left == [SYSTEM, *chat[1 + gone :]]
+        if gone:
+            assert len(encoder.encode([[SYSTEM, *chat[1 + gone - 2 :]]])[0].input_ids) > max_length
+
+
 def test_end_of_turn_is_noticed_in_labels() -> None:
     encoder = make_encoder(byte_tokenizer(300))
     row = encoder.encode([[USER, FINE]])[0]

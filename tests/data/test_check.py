@@ -12,11 +12,13 @@ from rich.console import Console
 from check_helpers import ENCODER, check, kinds, places
 from helpers import chat, write_jsonl
 from phinetune.config import DataSection
+from phinetune.data import findings
 from phinetune.data.build import build_chats
 from phinetune.data.chat import make_encoder
 from phinetune.data.check import check_files, describe_template
 from phinetune.data.check_screen import show_check
-from phinetune.data.findings import KEPT, KINDS
+from phinetune.data.findings import KINDS
+from phinetune.data.places import held_out_places
 from phinetune.model.synthetic import byte_tokenizer
 from template_helpers import template_tokenizer
 
@@ -69,11 +71,15 @@ def test_broken_lines_spoil_a_run_whatever_it_may_drop(tmp_path: Path) -> None:
     assert (report.counts.rows, report.counts.kept) == (2, 1)
 
 
-def test_places_are_kept_up_to_a_number_and_counted(tmp_path: Path, console: Any) -> None:
+def test_places_are_kept_up_to_a_number_and_counted(
+    tmp_path: Path, console: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"nothing": i} for i in range(50)] + [chat("a", "b")])
+    monkeypatch.setattr(findings, "KEPT", 20)
     report = check(file)
-    assert len(places(report, "form")) == KEPT
+    assert len(places(report, "form")) == 20
     assert report.findings.by_kind["form"].count == 50
+    assert len(report.counts.lines()) == 2
     show_check(report, console)
     shown = console.file.getvalue()
     assert f"{file}:3" in shown
@@ -141,6 +147,27 @@ def test_copies_that_a_split_by_fraction_would_part_are_found(tmp_path: Path) ->
     assert "shared" not in kinds(check(file))
 
 
+def test_near_copies_that_a_split_by_fraction_would_part_are_found(tmp_path: Path) -> None:
+    words = [" ".join(f"{chr(97 + i)}{j}" for j in range(40)) for i in range(8)]
+    rows = [chat(f"{text}{more}", "Yes.") for text in words for more in ("", " more")]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    held = held_out_places(16, 0.25, DataSection().seed)
+    parted = [i for i in range(0, 16, 2) if (i in held) != (i + 1 in held)]
+    found = check(file, eval=0.25).findings.by_kind["near_shared"]
+    wanted = [i + 1 if i in held else i for i in parted]
+    assert sorted(place.where for place in found.places) == sorted(f"{file}:{i + 1}" for i in wanted)
+    assert not found.spoils
+
+
+def test_a_split_by_fraction_is_that_of_the_rows_a_run_takes(tmp_path: Path) -> None:
+    rows = [chat(f"question {i}", "answer") for i in range(10)]
+    file = write_jsonl(tmp_path / "a.jsonl", [*rows, *rows])
+    made = build_chats(DataSection(train=str(file), eval=0.3, limit=15), ENCODER, None)
+    assert made.held_out
+    parted = {str(c) for c in made.train.chats} & {str(c) for c in made.held_out.chats}
+    assert check(file, eval=0.3, limit=15).findings.by_kind["shared"].count == len(parted) > 0
+
+
 def test_personal_data_and_secrets_are_counted_and_never_shown(tmp_path: Path, console: Any) -> None:
     secrets = ["hf_" + "aB3" * 12, "ada.lovelace@analytical.engine.co.uk", "+44 20 7946 0958", "4111 1111 1111 1111"]
     rows = [chat(f"Write to {secrets[1]} or call {secrets[2]}.", "Done."), chat("Pay", f"{secrets[3]} {secrets[0]}")]
@@ -172,6 +199,8 @@ def test_what_the_template_drops_is_said(tmp_path: Path, console: Any) -> None:
     assert describe_template(make_encoder(template_tokenizer("phi-3-april-2024"))) == dict.fromkeys(
         ("system messages", "tool turns", "tools", "tool calls"), "dropped"
     )
+    folded = make_encoder(template_tokenizer("phi-3-april-2024"), system="fold")
+    assert describe_template(folded)["system messages"] == "folded into the first question (data.system)"
     file = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", system="Be kind."), chat("c", "d")])
     encoder = make_encoder(template_tokenizer("phi-3-april-2024"))
     report = check_files([str(file)], [], DataSection(), encoder, None)
@@ -201,15 +230,14 @@ def test_languages_are_counted_and_odd_answers_found(tmp_path: Path) -> None:
 def test_the_screen_shows_the_whole_at_a_glance(tmp_path: Path, console: Any) -> None:
     show_check(check(mixed(tmp_path), max_length=100), console)
     shown = console.file.getvalue()
-    assert "6 rows (3 messages, 1 alpaca, 1 text): 4 kept, 1 cut to fit, 2 dropped" in shown.replace(
-        "4 messages", "3 messages"
-    )
+    assert "6 rows (3 messages, 1 alpaca, 1 text): 4 kept, 1 cut to fit, 2 dropped" in shown
     for words in (
         "tokens a row",
         "rows by trainable tokens",
         "longest rows: ",
         "template: system messages kept",
-        "✗ 1 ",
+        "turns: 4 user, 4 assistant\n",
+        "✗ chats with unknown roles, no answer, or a turn out of place (1); mend the turns\n",
     ):
         assert words in shown
     assert len(shown.splitlines()) < 40

@@ -55,6 +55,7 @@ def test_rows_are_mended_or_left_out_and_counted(tmp_path: Path) -> None:
     assert made.left_out == {
         KINDS[kind].title: 1 for kind in ("duplicate", "empty_answer", "secret", "shared", "form", "broken")
     }
+    assert made.remaining == []
     assert made.line().startswith(f"Wrote {tmp_path / 'clean.jsonl'}: 4 rows; mended 1 with ")
 
 

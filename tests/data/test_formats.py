@@ -65,7 +65,7 @@ def test_tool_turns_of_both_kinds_are_tool_messages() -> None:
         ({"messages": [*WANTED, {"role": "user", "content": "\ud83d"}]}, "half a character"),
         ({"messages": [*WANTED[:2], {**WANTED[2], "train": "no"}]}, "turn 3: `train` must be true or false"),
         ({"messages": [*WANTED[:2], {**WANTED[2], "weight": 0.5}]}, "turn 3: `weight` must be 0 or 1"),
-        ({"messages": "[" * 100_000}, "JSON that can't be read"),
+        ({"messages": "[" * 100_000}, "broken JSON: nested too deeply"),
         (
             {"messages": [WANTED[1], {"role": "assistant", "content": None}]},
             "turn 2: `content` must be text, not miss",

@@ -27,6 +27,15 @@ def test_every_row_is_in_one_bin() -> None:
         assert one.rows_by_trainable_tokens == sum(one.first <= t <= one.last for _, t in lengths)
 
 
+def test_a_few_far_longer_rows_share_the_last_bin() -> None:
+    lengths = [(n, 1) for n in range(1, 81)] + [(5000, 4000)]
+    bins = histogram(lengths)
+    assert len(bins) == BINS + 1
+    assert bins[-1] == Bin(81, 5000, 1, 1)
+    assert [one.rows for one in bins[:-1]] == [10] * BINS
+    assert bins[0] == Bin(1, 10, 10, 80)
+
+
 def test_none_for_no_rows() -> None:
     assert histogram([]) == []
     assert histogram([(3, 1)]) == [Bin(1, 1, 0, 1), Bin(2, 2, 0, 0), Bin(3, 3, 1, 0)]

@@ -28,3 +28,10 @@ def test_a_long_row_is_shortened_in_the_middle() -> None:
     text = preview(encoder.tokenizer, encoder.encode([chat])[0])
     assert len(text) < SHOWN + 20
     assert text.plain.endswith("end<|end|><|endoftext|>")
+
+
+def test_control_characters_cannot_act_on_the_terminal() -> None:
+    encoder = make_encoder(byte_tokenizer(300))
+    chat = [{"role": "user", "content": "a\x1b[2J\nb\x85\u3000"}, {"role": "assistant", "content": "c\x07"}]
+    text = preview(encoder.tokenizer, encoder.encode([chat])[0]).plain
+    assert text == "<|user|>a␛[2J\nb�\u3000<|end|><|assistant|>c␇<|end|><|endoftext|>"

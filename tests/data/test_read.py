@@ -141,6 +141,19 @@ def test_a_file_in_a_wide_encoding_is_named_and_can_be_salvaged(tmp_path: Path, 
         read_rows(str(file))
 
 
+def test_a_folder_with_broken_files_names_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    (tmp_path / "b.jsonl").write_text('{"a": 1}\n{"a": \n[1]\n')
+    with pytest.raises(DataError) as caught:
+        list(read_rows(str(tmp_path)))
+    first, *others = caught.value.problems
+    assert "not a folder that `datasets` can load" in first
+    assert [p.split(": ")[0] for p in others] == [f"{tmp_path}/b.jsonl:2", f"{tmp_path}/b.jsonl:3"]
+    assert [row.where for row in scan_rows(str(tmp_path)) if isinstance(row, Row)] == [
+        f"{tmp_path}/{place}" for place in ("a.jsonl:1", "a.jsonl:2", "b.jsonl:1")
+    ]
+
+
 @pytest.mark.parametrize("source", ["missing.jsonl", "deep/missing.parquet", "no file at all"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(source: str) -> None:
     with pytest.raises(DataError, match="no such file"):

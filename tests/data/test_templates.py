@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 
 from helpers import SHARED
 from phinetune.data.chat import Encoder, make_encoder
+from phinetune.model.control import control_tokens
 from phinetune.model.template import render
 from template_helpers import ENDS, NAMES, SNAPSHOTS, read_template, template_tokenizer
 
 WORDS = [
     "Fine.", " leading", "trailing ", "\n\nlines", "x\n", "ünï¢ode 🙂", "12", "<b>", "日本", "{{ a }}", "a\r\nb",
+    "\t", "\u00a0", "\u3000", "\u200b", "e\u0301",
     "<|", "|>", "<|end|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|endoftext|>",
     "<|tool_call|>", "<s>",
 ]  # fmt: skip
@@ -57,20 +60,55 @@ def random_chat(draw: random.Random, name: str) -> list[dict[str, Any]]:
 
     # The first template of Phi-3 has no system messages.
     chat = [{"role": "system", "content": text()}] if draw.random() < 0.4 and name != "phi-3-april-2024" else []
-    for _ in range(draw.randint(1, 4)):
+    if name == "phi-4-mini" and draw.random() < 0.3:
+        chat = [{"role": "system", "content": text(), "tools": [call(text(), text())]}]
+    for _ in range(draw.randint(1, 6)):
         chat += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
+        if draw.random() < 0.1:
+            chat[-1]["train"] = False
+        if name == "phi-4-mini" and draw.random() < 0.3:
+            chat[-1]["tool_calls"] = [call(text(), text()) for _ in range(draw.randint(1, 2))]
+            chat += [{"role": "tool", "content": text()}, {"role": "assistant", "content": text()}]
     return chat[:-1] if draw.random() < 0.2 and len(chat) > 3 else chat
+
+
+def call(name: str, value: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": f"f{name}", "arguments": {"key": value}}}
 
 
 def rendered_answers(name: str, chat: list[dict[str, Any]]) -> list[str]:
     """What the template writes for each answer after its header, less the white space that control tokens swallow."""
     wanted = []
     for i, message in enumerate(chat):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message.get("train") is not False:
             left = message["content"].strip() if name == "phi-4" else message["content"].lstrip()
+            if "tool_calls" in message:
+                functions = [one["function"] for one in message["tool_calls"]]
+                left += f"<|tool_call|>{json.dumps(functions, ensure_ascii=False)}<|/tool_call|>"
             closes = i == len(chat) - 1 and name not in ("phi-4", "phi-3-april-2024")
             wanted.append(left + ENDS[name] + ("<|endoftext|>" if closes else ""))
     return wanted
+
+
+def control_tokens_of(name: str, chat: list[dict[str, Any]]) -> list[str]:
+    """The tokens that the template itself puts where the model is trained, in order."""
+    wanted = []
+    for i, message in enumerate(chat):
+        if message["role"] == "assistant" and message.get("train") is not False:
+            wanted += ["<|tool_call|>", "<|/tool_call|>"] if "tool_calls" in message else []
+            closes = i == len(chat) - 1 and name not in ("phi-4", "phi-3-april-2024")
+            wanted += [ENDS[name], *(["<|endoftext|>"] if closes else [])]
+    return wanted
+
+
+def check_masks(encoder: Encoder, name: str, seed: int) -> None:
+    draw = random.Random(seed)
+    names = {i: token for token, i in control_tokens(encoder.tokenizer).ids.items()}
+    for _ in range(200):
+        chat = random_chat(draw, name)
+        assert trained_spans(encoder, chat) == rendered_answers(name, chat), chat
+        labels = encoder.encode([chat])[0].labels
+        assert [names[i] for i in labels if i in names] == control_tokens_of(name, chat), chat
 
 
 def trained_spans(encoder: Encoder, chat: list[dict[str, Any]]) -> list[str]:
@@ -88,22 +126,10 @@ def trained_spans(encoder: Encoder, chat: list[dict[str, Any]]) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trained_tokens_are_what_the_template_renders_for_the_answers(name: str) -> None:
-    encoder = make_encoder(template_tokenizer(name))
-    draw = random.Random(7)
-    for _ in range(200):
-        chat = random_chat(draw, name)
-        assert trained_spans(encoder, chat) == rendered_answers(name, chat), chat
+    check_masks(make_encoder(template_tokenizer(name)), name, 7)
 
 
 @pytest.mark.parametrize("name", ["phi-3", "phi-3-april-2024", "phi-3.5"])
 def test_trained_tokens_of_the_real_tokenizer_too(phi3_tokenizer: Any, name: str) -> None:
-    template = phi3_tokenizer.chat_template
     phi3_tokenizer.chat_template = read_template(name)
-    try:
-        encoder = make_encoder(phi3_tokenizer)
-        draw = random.Random(8)
-        for _ in range(200):
-            chat = random_chat(draw, name)
-            assert trained_spans(encoder, chat) == rendered_answers(name, chat), chat
-    finally:
-        phi3_tokenizer.chat_template = template
+    check_masks(make_encoder(phi3_tokenizer), name, 8)

@@ -8,7 +8,14 @@ import pytest
 
 from check_helpers import ENCODER
 from helpers import chat
-from phinetune.data.text_checks import letter_troubles, markup_troubles, mend, turn_troubles
+from phinetune.data.text_checks import (
+    call_troubles,
+    letter_troubles,
+    markup_troubles,
+    mend,
+    text_troubles,
+    turn_troubles,
+)
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 
@@ -89,3 +96,27 @@ def test_letters(text: str, wanted: list[str], mended: str | None) -> None:
 
 def test_hidden_letters_are_named() -> None:
     assert list(letter_troubles("a\x00b\x00c\x07\x1b\x0b")) == [("control", "5 (U+0000, U+0007, U+001B, …)")]
+
+
+def test_calls_tools_and_answers_belong_together() -> None:
+    def called(name: str, **more: Any) -> dict[str, Any]:
+        return {"tool_calls": [{"type": "function", "function": {"name": name, "arguments": {}}, **more}]}
+
+    head = ("system", "", {"tools": [{"type": "function", "function": {"name": "f"}}]})
+    sound = turns(head, USER, ("assistant", "", called("f", id="1")), ("tool", "5", {"tool_call_id": "1"}), ANSWER)
+    assert list(call_troubles(sound)) == []
+    assert list(call_troubles(turns(USER, ("assistant", "", called("f"))))) == []  # the call is what is learnt
+    assert list(call_troubles([])) == []
+    other = turns(head, USER, ("assistant", "", called("g", id="1")), USER, ("tool", "5", {"tool_call_id": "2"}))
+    assert [detail for _, detail in call_troubles(other)] == [
+        "turn 3 calls `g`, which the row's tools do not have",
+        "turn 3 calls a tool, and no answer follows",
+        "turn 5 answers a call that no turn makes",
+    ]
+
+
+def test_a_ready_made_text_may_hold_its_own_templates_tokens_only() -> None:
+    assert list(text_troubles("<|user|>Hi<|end|><|assistant|>Ho<|end|>", ENCODER)) == []
+    assert list(text_troubles("[INST] Hi [/INST]<|im_end|>", ENCODER)) == [
+        ("foreign_markup", "[INST] [/INST] <|im_end|>")
+    ]

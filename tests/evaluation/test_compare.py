@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import torch
 from rich.console import Console
 
 from phinetune.config import DataSection, EvaluationSection
-from phinetune.data.build import ChatSet, build_set, read_all
-from phinetune.evaluation.compare import Comparison, compare, show_comparison
-from phinetune.measures import MEASURES
+from phinetune.data.build import ChatSet, build_set
+from phinetune.data.read import Row, read_rows
+from phinetune.evaluation.compare import Comparison, compare
+from phinetune.evaluation.scoring import score_rows
+from phinetune.evaluation.screen import show_comparison
+from phinetune.measures import measured
+from phinetune.model.adapt import attach_adapter
+from phinetune.model.load import load_base
 from phinetune.tuned import Tuned, open_model
 
 
@@ -24,7 +30,7 @@ def tuned(tiny_run: Path) -> Tuned:
 
 @pytest.fixture
 def held_out(tuned: Tuned, chats: Path) -> ChatSet:
-    return build_set("chats", read_all(str(chats), "train"), DataSection(), tuned.encoder, None)
+    return build_set("chats", read_rows(str(chats)), DataSection(), tuned.encoder, None)
 
 
 def compared(model: Any, tuned: Tuned, held_out: ChatSet, console: Console, **options: Any) -> Comparison:
@@ -47,13 +53,13 @@ def test_both_sides_score_as_by_hand(tuned: Tuned, held_out: ChatSet, console: C
     results = compared(tuned.model, tuned, held_out, console).results
     for name, side in (("base", tuned.model.disable_adapter()), ("tuned", contextlib.nullcontext())):
         with side:
-            assert results[name].loss == pytest.approx(mean_loss(tuned.model, held_out), rel=1e-4)
-    assert results["tuned"].loss < results["base"].loss
+            assert results[name]["loss"] == pytest.approx(mean_loss(tuned.model, held_out), rel=1e-4)
+    assert results["tuned"]["loss"] < results["base"]["loss"]
 
 
 def test_every_prompt_is_answered_by_both(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
     made = compared(tuned.model, tuned, held_out, console)
-    assert made.results["base"].prompts == len(made.examples) == 4
+    assert made.results["base"]["prompts"] == len(made.examples) == 4
     first = made.examples[0]
     assert first.prompt == "And one more?"  # the last user turn of a chat in two exchanges
     assert first.reference == "1!"
@@ -62,8 +68,9 @@ def test_every_prompt_is_answered_by_both(tuned: Tuned, held_out: ChatSet, conso
 
 def test_scoring_alone_answers_nothing(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
     held = compared(tuned.model, tuned, held_out, console, generate=False).results["tuned"]
-    assert (held.prompts, held.exact_match, held.rouge_l) == (0, None, None)
-    assert held.labelled_tokens == held_out.report.trainable_tokens
+    assert set(held) == {"loss", "perplexity", "token_accuracy", "labelled_tokens", "prompts"}
+    assert held["prompts"] == 0
+    assert held["labelled_tokens"] == held_out.report.trainable_tokens
 
 
 def test_a_plain_model_is_measured_alone(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
@@ -79,14 +86,93 @@ def test_answers_equal_to_their_references_match(tuned: Tuned, held_out: ChatSet
     for chat, example in zip(held_out.chats, made.examples, strict=False):
         chat[-1]["content"] = example.answers["tuned"]
     again = compared(tuned.model, tuned, held_out, console).results
-    assert again["tuned"].exact_match == 100
-    assert again["base"].exact_match < 100
+    assert again["tuned"]["exact_match"] == 100
+    assert again["base"]["exact_match"] < 100
 
 
 def test_the_table_shows_both_and_what_changed(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
     made = compared(tuned.model, tuned, held_out, console)
     show_comparison(made, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(measure.heading in shown for measure in MEASURES)
-    base, after = made.results["base"], made.results["tuned"]
-    assert f"{base.loss:.4f} │ {after.loss:.4f} │ {after.loss - base.loss:+.4f}" in shown
+    assert all(measure.heading in shown for measure in measured(made.results))
+    base, after = made.results["base"]["loss"], made.results["tuned"]["loss"]
+    assert f"{base:.4f} │ {after:.4f} │ {after - base:+.4f}" in shown
+
+
+def test_the_difference_in_every_measure_has_an_interval_and_a_verdict(
+    tuned: Tuned, held_out: ChatSet, console: Console
+) -> None:
+    made = compared(tuned.model, tuned, held_out, console, metrics=["exact_match", "chrf"])
+    scored = {"loss", "perplexity", "token_accuracy"}
+    assert set(made.differences) == scored | {"exact_match", "chrf", "stopped", "repeating"}
+    loss = made.differences["loss"]
+    assert loss.change == pytest.approx(made.results["tuned"]["loss"] - made.results["base"]["loss"])
+    assert loss.low < loss.change < loss.high
+    assert (loss.rows, loss.verdict) == (len(held_out), "better")
+    assert made.differences["repeating"].rows == 4
+    show_comparison(made, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"│ {loss.low:+.4f} to {loss.high:+.4f} │ better" in shown
+
+
+def test_everything_found_is_plain_json(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
+    tree = compared(tuned.model, tuned, held_out, console).to_tree()
+    assert json.loads(json.dumps(tree, allow_nan=False)) == tree
+    assert set(tree) == {"evaluation", "differences", "by_tag", "json_fields", "flags", "examples"}
+    assert tree["examples"][0]["scores"]["tuned"]["exact_match"] in (0, 100)
+
+
+def test_results_are_split_by_the_tag_column(tuned: Tuned, rows: list[dict[str, Any]], console: Console) -> None:
+    tagged = [Row(f"r:{i}", {**row, "task": "even" if i % 2 == 0 else "odd"}) for i, row in enumerate(rows)]
+    held_out = build_set("rows", tagged, DataSection(tag="task"), tuned.encoder, None)
+    made = compared(tuned.model, tuned, held_out, console, max_prompts=5)
+    assert {tag: found["rows"] for tag, found in made.by_tag.items()} == {"even": 6, "odd": 6}
+    assert {tag: found["tuned"]["prompts"] for tag, found in made.by_tag.items()} == {"even": 3, "odd": 2}
+    even = build_set("even", tagged[::2], DataSection(), tuned.encoder, None)
+    alone = compared(tuned.model, tuned, even, console, max_prompts=3).results["tuned"]
+    for key, value in alone.items():
+        assert made.by_tag["even"]["tuned"][key] == pytest.approx(value, rel=1e-5), key
+    tokens = sum(found["base"]["labelled_tokens"] for found in made.by_tag.values())
+    assert tokens == made.results["base"]["labelled_tokens"]
+    show_comparison(made, console)
+    assert "│ odd" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_perplexity_is_that_of_transformers_own_loss(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
+    """One padded batch through transformers' forward with labels."""
+    width = max(len(row.input_ids) for row in held_out.encoded)
+    ids, mask, labels = (
+        torch.tensor([(row + [fill] * width)[:width] for row in rows])
+        for fill, rows in (
+            (0, [row.input_ids for row in held_out.encoded]),
+            (0, [[1] * len(row.input_ids) for row in held_out.encoded]),
+            (-100, [row.labels for row in held_out.encoded]),
+        )
+    )
+    found = compared(tuned.model, tuned, held_out, console, generate=False).results
+    for name, side in (("base", tuned.model.disable_adapter()), ("tuned", contextlib.nullcontext())):
+        with side, torch.no_grad():
+            loss = tuned.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        assert found[name]["perplexity"] == pytest.approx(float(loss.double().exp()), rel=1e-5)
+
+
+def test_a_model_without_a_packed_form_scores_alike(
+    tiny_run: Path, tuned: Tuned, held_out: ChatSet, console: Console
+) -> None:
+    fast = score_rows(tuned.model, held_out.encoded, 3)
+    plain = load_base(tuned.config.model, fast=False)
+    model = attach_adapter(plain, tiny_run)
+    for one, other in zip(score_rows(model, held_out.encoded, 5), fast, strict=True):
+        assert (one.tokens, one.correct) == (other.tokens, other.correct)
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+
+
+def test_a_model_that_never_stops_is_flagged(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
+    tuned.model.get_base_model().generation_config.eos_token_id = []
+    made = compared(tuned.model, tuned, held_out, console, max_new_tokens=30)
+    assert made.results["tuned"]["stopped"] == 0
+    assert made.flags[0] == (
+        "100% of the answers of tuned never stopped: they were cut at 30 tokens (evaluation.max_new_tokens)"
+    )
+    show_comparison(made, console)
+    assert "Look: 100% of the answers of tuned never stopped" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -151,6 +151,14 @@ def test_a_broken_config_is_named(folder: Path) -> None:
     assert "no config.json there" in refusal(folder)
 
 
+@pytest.mark.parametrize("start", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{x"])
+def test_a_damaged_file_of_weights_is_named(folder: Path, start: bytes) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(start)
+    with pytest.raises(ModelError, match=r"model\.safetensors: damaged .*; fetch or write it again"):
+        fingerprint(folder)
+
+
 def test_the_fingerprint_changes_with_any_tensor(folder: Path) -> None:
     before = fingerprint(folder)
     assert fingerprint(folder) == before

@@ -31,7 +31,8 @@ def test_lines_past_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path
 def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
     state = TrainerState(global_step=2, epoch=0.5, is_world_process_zero=True)
-    writer.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})  # type: ignore[arg-type]
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    writer.on_log(args, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})  # type: ignore[arg-type]
     entry = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (entry["step"], entry["epoch"], entry["loss"], entry["grad_norm"]) == (2, 0.5, 1.0, None)
 

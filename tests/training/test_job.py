@@ -53,8 +53,11 @@ def test_a_run_leaves_exactly_these_files(tiny_run: Path) -> None:
         "config.yaml",
         "generation_config.json",
         "metrics.jsonl",
+        "report.html",
         "results.json",
         "run.log",
+        "samples.jsonl",
+        "start.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -98,7 +101,7 @@ def test_metrics_hold_each_step_and_evaluation(tiny_run: Path) -> None:
     entries = metrics(tiny_run)
     steps = [e for e in entries if "loss" in e]
     assert [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6]
-    wanted = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s"}
+    wanted = {"step", "epoch", "time", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s", "memory"}
     assert all(wanted <= e.keys() for e in steps)
     assert all(a["tokens"] < b["tokens"] for a, b in itertools.pairwise(steps))
     evaluations = [e for e in entries if "eval_loss" in e]

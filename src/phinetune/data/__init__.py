@@ -1,1 +1,1 @@
-"""From a file of chats to token ids and labels: `read`, `formats`, `chat`, `build`, in that order."""
+"""From files of chats to token ids and labels (`read`, `formats`, `chat`, `outcome`, `build`), and looks at them."""

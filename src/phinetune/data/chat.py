@@ -11,20 +11,22 @@ end. For a single-turn chat this is TRL's prompt/completion mask. A turn with `t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from phinetune.data.bounds import shared_tokens
 from phinetune.data.row_error import RowError
 from phinetune.model.control import control_tokens
 from phinetune.model.scoring import IGNORED
 from phinetune.model.template import (
     Message,
-    common_prefix,
     end_of_turn_ids,
     render,
+    render_all,
     renders_role,
     style_of,
     tokenize,
@@ -40,7 +42,7 @@ class Encoded(NamedTuple):
 
     @property
     def trainable(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,12 @@ class Encoder:
         return [{**first, "content": ""}, *rest] if "tools" in first else rest
 
     def encode(self, chats: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """Encode prepared chats, all texts through the tokenizer in one call."""
-        plans = [self._plan(chat) for chat in chats]
-        ids = iter(tokenize(self.tokenizer, [text for plan in plans for text in plan]))
-        return [self._label(chat, [next(ids) for _ in plan]) for chat, plan in zip(chats, plans, strict=True)]
+        """Encode prepared chats, all texts through the template and the tokenizer together."""
+        wholes = render_all(self.tokenizer, chats)
+        bounds = self._bounds(chats, wholes)
+        ids = tokenize(self.tokenizer, wholes)
+        places = shared_tokens(self.tokenizer, wholes, ids, bounds)
+        return [self._label(*one) for one in zip(chats, ids, map(iter, places), strict=True)]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode ready-made texts, their control tokens as tokens; every token is trained on.
@@ -115,31 +119,35 @@ class Encoder:
             return sorted(left_out)
         return [i for i in (turns[-1:] if self.loss_on == "last" else turns) if i not in left_out]
 
-    def _plan(self, chat: Sequence[Message]) -> list[str]:
-        """The whole chat's text, then the texts whose shared tokens bound each turn that matters."""
-        texts = [render(self.tokenizer, chat)]
-        for i in self._turns(chat):
-            prefix = render(self.tokenizer, chat[:i], reply=True)
-            if not texts[0].startswith(prefix):
+    def _bounds(self, chats: Sequence[Sequence[Message]], wholes: Sequence[str]) -> list[list[str]]:
+        """For each chat the texts whose shared tokens bound its turns that matter: start, end, start, end, …
+
+        The last turn's end is the chat's, so it has no text.
+        """
+        turns = [(n, i) for n, chat in enumerate(chats) for i in self._turns(chat)]
+        inner = [(n, i) for n, i in turns if i + 1 < len(chats[n])]
+        starts = render_all(self.tokenizer, [chats[n][:i] for n, i in turns], reply=True)
+        ends = iter(render_all(self.tokenizer, [chats[n][: i + 1] for n, i in inner]))
+        bounds: list[list[str]] = [[] for _ in chats]
+        for (n, i), start in zip(turns, starts, strict=True):
+            if not wholes[n].startswith(start):
                 raise RowError(
                     "this checkpoint's chat template renders the turns before an answer in another way once the "
                     "answer is there, so training would not match use",
                     "template",
                 )
-            texts.append(prefix)
-            if i + 1 < len(chat):
-                texts.append(render(self.tokenizer, chat[: i + 1]))
-        return texts
+            bounds[n] += [start, next(ends)] if i + 1 < len(chats[n]) else [start]
+        return bounds
 
-    def _label(self, chat: Sequence[Message], ids: Sequence[list[int]]) -> Encoded:
-        whole, bounds = ids[0], iter(ids[1:])
+    def _label(self, chat: Sequence[Message], ids: list[int], places: Iterator[int]) -> Encoded:
+        """Labels from the places of the tokens at which the turns that matter begin and end."""
         everything = self.loss_on == "all"
-        labels = list(whole) if everything else [IGNORED] * len(whole)
+        labels = list(ids) if everything else [IGNORED] * len(ids)
         for i in self._turns(chat):
-            start = common_prefix(next(bounds), whole)
-            end = common_prefix(next(bounds), whole) if i + 1 < len(chat) else len(whole)
-            labels[start:end] = [IGNORED] * (end - start) if everything else whole[start:end]
-        return Encoded(whole, labels)
+            start = next(places)
+            end = next(places) if i + 1 < len(chat) else len(ids)
+            labels[start:end] = [IGNORED] * (end - start) if everything else ids[start:end]
+        return Encoded(ids, labels)
 
     def fit(self, messages: Sequence[Message], max_length: int) -> Encoded | None:
         """Cut a chat's prompt until it fits `max_length` tokens; None if its answers alone don't.
@@ -152,11 +160,12 @@ class Encoder:
 
     def fit_chat(self, messages: Sequence[Message], max_length: int) -> tuple[list[Message], Encoded] | None:
         """`fit`, with the messages that are left."""
-        chat = list(messages)
+        shorter = [list(messages)]
+        while (without := _without_oldest_exchange(shorter[-1])) is not None:
+            shorter.append(without)
+        fits = bisect_left(range(len(shorter) - 1), True, key=lambda i: self._length(shorter[i]) <= max_length)
+        chat = shorter[fits]
         encoded = self.encode([chat])[0]
-        while len(encoded.input_ids) > max_length and (shorter := _without_oldest_exchange(chat)):
-            chat = shorter
-            encoded = self.encode([chat])[0]
         for _ in range(4):  # tokens can merge anew at a cut, so the first try may miss by a few
             excess = len(encoded.input_ids) - max_length
             if excess <= 0:
@@ -167,6 +176,9 @@ class Encoder:
             chat = shortened
             encoded = self.encode([chat])[0]
         return (chat, encoded) if len(encoded.input_ids) <= max_length else None
+
+    def _length(self, chat: Sequence[Message]) -> int:
+        return len(tokenize(self.tokenizer, [render(self.tokenizer, chat)])[0])
 
     def _shorten_prompt(self, chat: Sequence[Message], excess: int) -> list[Message] | None:
         prompts = [i for i, m in enumerate(chat) if m["role"] in ("user", "tool")]

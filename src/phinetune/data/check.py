@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phinetune.config import DataSection
-from phinetune.data.build import Report, held_out_places
+from phinetune.data.build import Report
 from phinetune.data.chat import Encoder
 from phinetune.data.comparing import Comparison
 from phinetune.data.findings import KINDS, Findings
 from phinetune.data.formats import strings
 from phinetune.data.histogram import histogram
 from phinetune.data.languages import Languages
-from phinetune.data.outcome import Fate, Outcome, outcomes
+from phinetune.data.outcome import Fate, Outcome, describe_size, is_huge, outcomes
+from phinetune.data.places import held_out_places
 from phinetune.data.read import Broken, Row, scan_rows
 from phinetune.data.sensitive import SECRETS, count_sensitive
-from phinetune.data.text_checks import letter_troubles, markup_troubles, turn_troubles
+from phinetune.data.text_checks import call_troubles, letter_troubles, markup_troubles, text_troubles, turn_troubles
 from phinetune.errors import DataError
 
 LONGEST_SHOWN = 3
-HUGE = 200_000  # characters: beyond it (and beyond 40 a token of max_length) no row is a chat
 
 
 @dataclass
@@ -33,6 +33,7 @@ class CheckReport:
     Attributes:
         counts: rows of the training files; `held_out` those of the held-out ones.
         lengths: (tokens, trainable tokens) of each kept row.
+        turns: turns by role, and tool calls.
         longest: the longest rows' (tokens, trainable tokens, place).
         sensitive: how often each kind of personal data or secret stands in the rows.
         checkpoint: what its template does with system messages, tool turns, tools and calls.
@@ -45,6 +46,7 @@ class CheckReport:
     findings: Findings = field(default_factory=Findings)
     lengths: list[tuple[int, int]] = field(default_factory=list)
     longest: list[tuple[int, int, str]] = field(default_factory=list)
+    turns: Counter[str] = field(default_factory=Counter)
     languages: Languages = field(default_factory=Languages)
     sensitive: Counter[str] = field(default_factory=Counter)
     fates: list[Fate] = field(default_factory=list)
@@ -62,6 +64,7 @@ class CheckReport:
             "held_out": self.held_out.to_dict() if self.held_out else None,
             "max_length": self.max_length,
             "checkpoint": self.checkpoint,
+            "turns": dict(self.turns),
             "rows_by_tokens": [one._asdict() for one in histogram(self.lengths)],
             "longest_rows": longest,
             "languages": dict(self.languages.counts),
@@ -97,7 +100,8 @@ def check_files(
         if not outcome.error:
             compared.take_in(number, fate)
     if isinstance(section.eval, float) and not held_out:
-        compared.split(_held_out(len(rows), section.eval, section.seed), section.eval)
+        count = min(len(rows), section.limit or len(rows))
+        compared.split(_held_out(count, section.eval, section.seed), section.eval, count)
     if held_out:
         report.held_out = Report(", ".join(held_out))
         others = look.readable(held_out, report.held_out, [])
@@ -117,7 +121,9 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
 
 
 def _measure(outcome: Outcome, encoder: Encoder, report: CheckReport) -> None:
-    """Lengths and languages of a row that is kept."""
+    """Turns of a row, and lengths where it is kept."""
+    report.turns.update(m["role"] for m in outcome.messages if m["content"] or "tools" not in m)
+    report.turns["tool call"] += sum(len(m.get("tool_calls", [])) for m in outcome.messages)
     if not outcome.encoded:
         return
     size = (len(outcome.encoded.input_ids), outcome.encoded.trainable)
@@ -131,10 +137,11 @@ def _measure(outcome: Outcome, encoder: Encoder, report: CheckReport) -> None:
 def describe_template(encoder: Encoder) -> dict[str, str]:
     """What the checkpoint's template does with what not every template knows."""
     kept = {role: "dropped" if role in encoder.dropped_roles else "kept" for role in ("system", "tool")}
+    treated = {"fold": "folded into the first question (data.system)", "drop": "left out (data.system)"}
     tools = {"argument": "kept", "message": "kept, in the system message", None: "dropped"}[encoder.tools.tools]
     calls = {"template": "kept", "content": "kept, between <|tool_call|> and <|/tool_call|>", None: "dropped"}
     return {
-        "system messages": kept["system"],
+        "system messages": treated.get(encoder.system, kept["system"]),
         "tool turns": kept["tool"],
         "tools": tools,
         "tool calls": calls[encoder.tools.calls],
@@ -158,7 +165,7 @@ class _Look:
             before = counts.rows + len(rows)
             for found in _scan(file, self.section.split):
                 row = found if isinstance(found, Row) else self._salvage(found)
-                if row is None or self._is_huge(row):
+                if row is None or is_huge(row, self.max_length):
                     fates.append(self._unreadable(found, counts))
                 else:
                     rows.append(row)
@@ -174,13 +181,10 @@ class _Look:
         self.salvaged.add(broken.where)
         return Row(broken.where, broken.salvaged)
 
-    def _is_huge(self, row: Row) -> bool:
-        return sum(map(len, strings(row.fields))) > max(HUGE, 40 * (self.max_length or 0))
-
     def _unreadable(self, found: Row | Broken, counts: Report) -> Fate:
         fields = found.fields if isinstance(found, Row) else found.salvaged
         kind = "huge" if isinstance(found, Row) or fields is not None else found.kind
-        detail = found.problem if isinstance(found, Broken) else f"{sum(map(len, strings(fields))):,} characters"
+        detail = found.problem if isinstance(found, Broken) else describe_size(found)
         self.report.findings.add(kind, found.where, detail)
         counts.rows += 1
         counts.dropped[KINDS[kind].title] += 1
@@ -206,7 +210,9 @@ class _Look:
         elif outcome.cut:
             yield "cut", ""
         yield from turn_troubles(outcome.messages)
+        yield from call_troubles(outcome.messages)
         yield from markup_troubles(outcome.messages, self.encoder)
+        yield from text_troubles(outcome.text or "", self.encoder)
         texts = list(strings(outcome.row.fields))
         # Each kind once a row.
         yield from {kind: detail for text in texts for kind, detail in letter_troubles(text)}.items()

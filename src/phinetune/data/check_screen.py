@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from phinetune.data.check import CheckReport
-from phinetune.data.findings import KINDS, Found, printable
+from phinetune.data.findings import KINDS, Found
 from phinetune.data.histogram import histogram
 from phinetune.data.languages import LOOKED_AT
+from phinetune.data.visible import printable
 
 WIDTH = 24
 PLACES = 3
@@ -28,6 +29,7 @@ def show_check(report: CheckReport, console: Console) -> None:
         console.print(_histogram(report.lengths))
         longest = ", ".join(f"{where} ({n:,})" for n, _, where in sorted(report.longest, reverse=True))
         _line(console, "longest rows", longest)
+    _line(console, "turns", ", ".join(f"{n:,} {what}" for what, n in report.turns.most_common() if n))
     _line(console, "languages", _shares(report))
     _line(console, "template", "; ".join(f"{what} {fate}" for what, fate in report.checkpoint.items()))
     _line(
@@ -81,7 +83,8 @@ def _show_findings(report: CheckReport, console: Console) -> None:
 def _describe(found: Found) -> Text:
     about = KINDS[found.kind]
     mark, colour = ("✗", "red") if found.spoils else ("·", "yellow")
-    text = Text.assemble((f"{mark} {found.count:,} ", f"bold {colour}"), (about.title, "bold"), f"; {about.advice}")
+    title, count = (about.title, "bold"), (f" ({found.count:,})", f"bold {colour}")
+    text = Text.assemble((f"{mark} ", f"bold {colour}"), title, count, f"; {about.advice}")
     for place in found.places[:PLACES]:
         text.append(f"\n    {place.where}{': ' if place.detail else ''}{place.detail}", style="dim")
     if found.count > PLACES:

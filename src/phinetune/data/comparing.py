@@ -41,6 +41,7 @@ class Comparison:
         self._fates: dict[int, Fate] = {}
         self._first: dict[bytes, int] = {}
         self._copies: dict[int, list[int]] = {}
+        self._like: dict[int, int] = {}
         self._near = NearDuplicates(lambda number: _text_of_row(self._fates[number].row, form))
 
     def take_in(self, number: int, fate: Fate) -> None:
@@ -55,6 +56,7 @@ class Comparison:
             return
         match = None if "input_ids" in fate.row.fields else self._near.add(number, text)
         if match is not None:
+            self._like[number] = match
             self._findings.add("near", fate.row.where, f"like {self._where(match)}")
 
     def hold_out(self, row: Row) -> None:
@@ -72,14 +74,20 @@ class Comparison:
             self._findings.add("shared", self._where(number), f"held out at {row.where}")
             self._fates[number].left_out = KINDS["shared"].title
 
-    def split(self, held_out: set[int], share: float) -> None:
-        """Compare the two sides of a split by fraction, given the numbers of the rows on the smaller."""
-        for numbers in self._copies.values():
+    def split(self, held_out: set[int], share: float, count: int) -> None:
+        """Compare the two sides of a split by fraction: of the first `count` rows, the numbers of those held out."""
+        for copies in self._copies.values():
+            numbers = [number for number in copies if number < count]
             sides = [number in held_out for number in numbers]
             if any(sides) and not all(sides):
                 here, there = numbers[sides.index(False)], numbers[sides.index(True)]
                 detail = f"its copy {self._where(there)} is held out by data.eval: {share:g}"
                 self._findings.add("shared", self._where(here), detail)
+        for pair in self._like.items():
+            here, there = sorted(pair, key=lambda number: number in held_out)
+            if here not in held_out and there in held_out and max(pair) < count:
+                detail = f"{self._where(there)} is held out by data.eval: {share:g}"
+                self._findings.add("near_shared", self._where(here), detail)
 
     def _where(self, number: int) -> str:
         where: str = self._fates[number].row.where

@@ -12,7 +12,13 @@ MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-BARE = {b"{\0": "utf-16-le", b"[\0": "utf-16-le", b"\0{": "utf-16-be", b"\0[": "utf-16-be"}
+# Without a mark: where the zero bytes of two (or one) plain letters stand.
+BARE: dict[tuple[bool, ...], str] = {
+    (False, True, True, True): "utf-32-le",
+    (True, True, True, False): "utf-32-be",
+    (False, True, False, True): "utf-16-le",
+    (True, False, True, False): "utf-16-be",
+}
 OTHER_KINDS = {
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"PK\x03\x04": "a zip archive (or an Office file); unpack or export it",
@@ -20,6 +26,9 @@ OTHER_KINDS = {
     b"(\xb5/\xfd": "a Zstandard archive; unpack it",
     b"%PDF": "a PDF",
     b"SQLite": "an SQLite database",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
+    b"<!DOCTYPE": "an HTML page; perhaps a download that went wrong",
+    b"<html": "an HTML page; perhaps a download that went wrong",
 }
 
 
@@ -30,16 +39,16 @@ class NotText(Exception):
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Make sure that a text file does not begin like an archive.
+    """Make sure that a file does not begin like one of another kind: an archive, a web page, …
 
     Raises:
         NotText: it does.
     """
     with path.open("rb") as file:
-        head = file.read(8)
+        head = file.read(32)
     for mark, kind in OTHER_KINDS.items():
-        if head.startswith(mark):
-            raise NotText(f"this is not text but {kind}")
+        if head.startswith(mark) and not (mark == b"PAR1" and path.suffix.lower() == ".parquet"):
+            raise NotText(f"this is not what its name says but {kind}")
 
 
 def is_wide(path: Path) -> bool:
@@ -52,19 +61,27 @@ def _wide(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(4)
     marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-    return marked or BARE.get(head[:2])
+    return marked or BARE.get(tuple(byte == 0 for byte in head))
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, bytes | str]]:
-    """Numbered lines: bytes, or text where the whole file is UTF-16 or UTF-32."""
+def lines_of(path: Path, start: int = 0, stop: int | None = None, first: int = 1) -> Iterator[tuple[int, bytes | str]]:
+    """Numbered lines: bytes, or text where the whole file is UTF-16 or UTF-32.
+
+    Args:
+        start, stop: bytes of a file in UTF-8 between which to read; `first` is the number of the line at `start`.
+    """
     name = _wide(path)
     if name:
         text = path.read_bytes().decode(name, errors="replace").removeprefix("\ufeff")
         yield from enumerate((_Wide(line, name) for line in text.split("\n")), 1)
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        place = file.seek(start)
+        for number, line in enumerate(file, first):
             yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            place += len(line)
+            if place == stop:
+                return
 
 
 class _Wide(str):

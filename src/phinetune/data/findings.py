@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-KEPT = 20  # places kept of each kind; more are counted
+from phinetune.data.visible import printable
+
+KEPT = 100_000  # places kept of each kind; more are counted
 
 
 class Kind(NamedTuple):
@@ -55,6 +57,7 @@ KINDS: dict[str, Kind] = {
     "empty_turn": Kind("questions or system messages without words", "fill or delete them"),
     "repeated_turn": Kind("turns that repeat one before", "look whether the chat was put together wrongly"),
     "order": Kind("turns in an unusual order", "users and assistants should take turns; tools answer calls"),
+    "calls": Kind("tool calls that don't fit their tools or answers", "look whether a turn or a tool is missing"),
     "control": Kind("control or invisible characters", "--fix takes them out"),
     "typed_token": Kind("template tokens typed in a message", "they train as plain letters, never as tokens"),
     "foreign_markup": Kind("another template's tokens", "perhaps the rows are rendered already for another model"),
@@ -115,8 +118,3 @@ class Findings:
         """Those that spoil a run first, then as declared."""
         order = list(KINDS)
         return sorted(self.by_kind.values(), key=lambda found: (not found.spoils, order.index(found.kind)))
-
-
-def printable(text: str) -> str:
-    """Text that a terminal can't be led astray by."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)

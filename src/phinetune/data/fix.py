@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.data.check import CheckReport
-from phinetune.data.findings import KINDS
+from phinetune.data.findings import KINDS, Found
 from phinetune.data.text_checks import mend
 from phinetune.errors import DataError
 from phinetune.files import write_text
 
+MENDED = ("encoding", "mojibake", "nothing")
+
 
 @dataclass
 class Fixed:
-    """What was written: rows, why others were left out, and rows mended by kind."""
+    """What was written: rows, why others were left out, rows mended by kind, and what is left to the user."""
 
     path: str
     rows: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     mended: Counter[str] = field(default_factory=Counter)
+    remaining: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "left_out": dict(self.left_out), "mended": dict(self.mended)}
@@ -67,12 +70,27 @@ def write_fixed(report: CheckReport, out: Path) -> Fixed:
         if fate.salvaged:
             kinds.add("encoding")
         made.mended.update(KINDS[kind].title for kind in kinds)
-        lines.append(json.dumps(fields, ensure_ascii=False, default=str) + "\n")
+        lines.append(_line(fields))
     if not lines:
         raise DataError(f"--fix {out}: no row would be left, so nothing was written")
     made.rows = len(lines)
+    made.remaining = [f"{KINDS[f.kind].title}: {KINDS[f.kind].advice}" for f in report.findings.in_order() if _stays(f)]
     write_text(out, "".join(lines))
     return made
+
+
+def _stays(found: Found) -> bool:
+    """Whether a finding spoils a run on the cleaned set too: what the checkpoint or the settings bring about."""
+    return found.spoils and not KINDS[found.kind].left_out and found.kind not in MENDED
+
+
+def _line(fields: Any) -> str:
+    line = json.dumps(fields, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a character in a field that no one reads stays escaped
+        line = json.dumps(fields, default=str)
+    return line + "\n"
 
 
 def _mended(value: Any) -> tuple[Any, set[str]]:

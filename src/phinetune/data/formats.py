@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from phinetune.data.json_text import load_json
 from phinetune.data.row_error import RowError
 from phinetune.data.tool_calls import FUNCTION_CALL, read_calls, read_tools
 from phinetune.model.template import Message
 
-__all__ = ["FORMS", "READY", "ROLES", "RowError", "detect_form", "strings", "to_messages"]
+__all__ = ["FORMS", "READY", "ROLES", "RowError", "detect_form", "size_of", "strings", "to_messages"]
 
 # What the roles of each tool that writes chat data mean.
 ROLES = {
@@ -29,6 +30,7 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+KEYS_SHOWN = 12
 READY = ("text", "tokens")  # forms that no template renders: text as it stands, and `input_ids` with `labels`
 
 
@@ -50,8 +52,9 @@ def detect_form(fields: Mapping[str, Any]) -> str:
         return "tokens"
     if "text" in fields:
         return "text"
+    keys = ", ".join([*map(_shown, list(fields)[:KEYS_SHOWN]), *(["…"] if len(fields) > KEYS_SHOWN else [])])
     raise RowError(
-        f"the keys ({', '.join(map(_shown, fields)) or 'none'}) are those of no known form; expected `messages`, "
+        f"the keys ({keys or 'none'}) are those of no known form; expected `messages`, "
         "`conversations`, `instruction` and `output`, `prompt` and `completion`, `text`, or `input_ids`"
     )
 
@@ -94,7 +97,7 @@ def check_letters(text: str) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text inside a row, keys left out."""
+    """Every text inside a row in order, keys left out."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -103,6 +106,25 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from strings(item)
+
+
+def size_of(value: Any) -> int:
+    """How much there is in a row: letters, keys included, and items of lists."""
+    total, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        total += 1
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, Mapping):
+            total += sum(map(len, map(str, item)))
+            waiting.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            if all(type(one) is int for one in item):
+                total += len(item)
+            else:
+                waiting.extend(item)
+    return total
 
 
 def _from_messages(fields: Mapping[str, Any]) -> list[Message]:
@@ -189,11 +211,9 @@ def _listed(fields: Mapping[str, Any], key: str) -> list[Any]:
     value = fields.get(key)
     if isinstance(value, str):  # a cell of a CSV file
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowError(f"`{key}` holds broken JSON: {error.msg} (column {error.colno})") from None
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"`{key}` holds JSON that can't be read: {error}") from None
+            value = load_json(value)
+        except ValueError as error:
+            raise RowError(f"`{key}` holds broken JSON: {error}") from None
     if value is None:
         raise RowError(f"`{key}` is missing", "content")
     if not isinstance(value, (list, tuple)):
@@ -211,12 +231,17 @@ def _text(fields: Mapping[str, Any], key: str) -> str:
 
 def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
     value = turn.get(key)
-    if isinstance(value, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
-        value = "".join(str(part.get("text", "")) for part in value)  # OpenAI's list of parts
+    if isinstance(value, list) and all(map(_is_text_part, value)):
+        value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         found = "missing" if value is None else type(value).__name__
         raise RowError(f"{where}: `{key}` must be text, not {found}", "content")
     return value
+
+
+def _is_text_part(part: Any) -> bool:
+    """One of the parts that OpenAI's content may be a list of."""
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rows by their lengths, in bins of equal width."""
+"""Rows by their lengths, in bins of equal width and one for the few that are far longer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 BINS = 8
+USUAL = 0.975  # of the rows: where the others are more than twice as long, they share the last bin
 
 
 class Bin(NamedTuple):
@@ -21,13 +22,17 @@ def histogram(lengths: Sequence[tuple[int, int]]) -> list[Bin]:
     """Bins of (tokens, trainable tokens) of rows; as many as the longest row needs."""
     if not lengths:
         return []
-    step = bin_width(max(n for n, _ in lengths))
-    counts = [[0, 0] for _ in range(BINS)]
+    tokens = sorted(n for n, _ in lengths)
+    longest, usual = tokens[-1], tokens[int(USUAL * (len(tokens) - 1))]
+    step = bin_width(usual if longest > 2 * usual else longest)
+    counts = [[0, 0] for _ in range(BINS + 1)]
     for sizes in lengths:
         for side, size in enumerate(sizes):
-            counts[(size - 1) // step][side] += 1
-    last = max(i for i, both in enumerate(counts) if any(both))
-    return [Bin(i * step + 1, (i + 1) * step, *both) for i, both in enumerate(counts[: last + 1])]
+            counts[min((size - 1) // step, BINS)][side] += 1
+    bins = [Bin(i * step + 1, (i + 1) * step, *both) for i, both in enumerate(counts[:BINS])]
+    if any(counts[BINS]):
+        return [*bins, Bin(BINS * step + 1, longest, *counts[BINS])]
+    return bins[: max(i for i, both in enumerate(counts) if any(both)) + 1]
 
 
 def bin_width(longest: int) -> int:

@@ -30,7 +30,7 @@ def language_of(text: str) -> str | None:
     if sum(letter.isalpha() for letter in words) < (SHORTEST if words.isascii() else SHORTEST // 2):
         return None
     code, _ = _identifier().classify(words)
-    return None if code == "und" else str(code)
+    return None if code in ("und", "zxx") else str(code)  # undetermined; no language at all
 
 
 class Languages:

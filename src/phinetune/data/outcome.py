@@ -11,13 +11,15 @@ from jinja2 import TemplateError
 
 from phinetune.config import DataSection
 from phinetune.data.chat import Encoded, Encoder
-from phinetune.data.formats import READY, check_letters, detect_form, to_messages
+from phinetune.data.formats import READY, check_letters, detect_form, size_of, strings, to_messages
 from phinetune.data.read import Row
 from phinetune.data.row_error import RowError
 from phinetune.model.scoring import IGNORED
 from phinetune.model.template import Message
 
 BATCH = 512  # chats tokenised in one call; the tokenizer spreads a call over the cores
+HUGE = 400_000  # letters and numbers: beyond it (and beyond 40 a token of max_length) no row is a chat
+TURNS = 1_000  # nor beyond so many turns
 NOTHING_TRAINED = "no token to train on"
 
 
@@ -57,6 +59,26 @@ class Fate:
     row: Row
     left_out: str | None = None
     salvaged: bool = False
+
+
+def tag_of(row: Row, column: str) -> str:
+    """What a row has in the column that results are split by; nothing where it has none."""
+    return str(row.fields.get(column, ""))
+
+
+def is_huge(row: Row, max_length: int | None) -> bool:
+    """Whether a row is far too long to be a chat, so that a look at its words would take minutes."""
+    return _turns(row) > TURNS or size_of(row.fields) > max(HUGE, 40 * (max_length or 0))
+
+
+def describe_size(row: Row) -> str:
+    """How long a row is, in words."""
+    return f"{sum(map(len, strings(row.fields))):,} characters of text, {_turns(row):,} turns"
+
+
+def _turns(row: Row) -> int:
+    lists = [value for value in row.fields.values() if isinstance(value, list)]
+    return max((len(value) for value in lists if value and isinstance(value[0], Mapping)), default=0)
 
 
 def outcomes(rows: Iterable[Row], section: DataSection, encoder: Encoder, max_length: int | None) -> Iterator[Outcome]:

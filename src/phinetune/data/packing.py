@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from phinetune.data.chat import Encoded
@@ -154,9 +154,11 @@ def _conversations(example: dict[str, Any]) -> Iterator[Encoded]:
         start += length
 
 
-def fill_rows(dataset: Dataset, length: int) -> Dataset:
+def fill_rows(dataset: Dataset | IterableDataset, length: int) -> Dataset | IterableDataset:
     """Conversations put together by best fit until a row has `length` tokens; none is cut (all are shorter)."""
     from trl import pack_dataset
 
-    filled: Dataset = pack_dataset(dataset, length, strategy="bfd")
+    filled: Dataset | IterableDataset = pack_dataset(
+        dataset.select_columns(["input_ids", "labels"]), length, strategy="bfd"
+    )
     return filled

@@ -6,6 +6,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.data.chat import Encoded
+from phinetune.data.visible import visible
 from phinetune.model.scoring import IGNORED
 
 SHOWN = 700  # characters of a preview
@@ -22,7 +23,7 @@ def preview(tokenizer: PreTrainedTokenizerBase, row: Encoded, marks: bool = Fals
     for end in range(1, len(row.input_ids) + 1):
         trained = row.labels[start] != IGNORED
         if end == len(row.input_ids) or (row.labels[end] != IGNORED) != trained:
-            span = str(tokenizer.decode(row.input_ids[start:end]))
+            span = visible(str(tokenizer.decode(row.input_ids[start:end])))
             text.append(f"⟦{span}⟧" if trained and marks else span, style="bold green" if trained else "dim")
             start = end
     if len(text) > SHOWN:

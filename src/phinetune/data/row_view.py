@@ -10,9 +10,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.data.chat import Encoded, Encoder
-from phinetune.data.findings import printable
 from phinetune.data.outcome import Outcome
 from phinetune.data.read import Broken
+from phinetune.data.visible import printable, visible
 from phinetune.model.scoring import IGNORED
 from phinetune.model.template import Message, common_prefix, render, tokenize
 
@@ -48,7 +48,9 @@ def show_row(found: Outcome | Broken, encoder: Encoder, console: Console, *, bou
         boundaries: set a ¦ between tokens.
     """
     if isinstance(found, Broken):
-        console.print(f"[bold]{_safe(found.where)}[/] · [red]broken[/]: {_safe(found.problem)}\n", highlight=False)
+        console.print(
+            f"[bold]{_safe(found.where)}[/] · [red]broken[/]: {_safe(found.problem)}\n", highlight=False, soft_wrap=True
+        )
         return
     console.print(_heading(found), soft_wrap=True)
     if found.encoded:
@@ -147,7 +149,7 @@ def _lines(turn: Turn, marks: bool, boundaries: bool) -> Text:
         shown = f"«{piece.text}»" if piece.special and marks else piece.text
         underline = " underline" if piece.trained else ""
         reverse = " reverse" if piece.special else ""
-        _append(text, _visible(shown), f"not dim {COLOURS.get(turn.role, 'white')}{underline}{reverse}")
+        _append(text, visible(shown), f"not dim {COLOURS.get(turn.role, 'white')}{underline}{reverse}")
     if open_mark:
         text.append("⟧", style="not dim")
     if turn.remark:
@@ -171,16 +173,3 @@ def _shortened(all_pieces: Sequence[Piece]) -> list[Piece]:
     middle = all_pieces[SHOWN // 2 : -SHOWN // 2]
     gap = Piece(f" … {len(middle):,} more … ", False, middle[0].trained)
     return [*all_pieces[: SHOWN // 2], gap, *all_pieces[-SHOWN // 2 :]]
-
-
-def _visible(text: str) -> str:
-    """Control characters but line breaks as signs, so that none acts on the terminal."""
-    shown = []
-    for letter in text:
-        if letter == "\n":
-            shown.append(letter)
-        elif letter < " " or letter == "\x7f":
-            shown.append("␡" if letter == "\x7f" else chr(0x2400 + ord(letter)))
-        else:
-            shown.append(letter if letter.isprintable() else "�")
-    return "".join(shown)

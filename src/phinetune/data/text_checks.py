@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 
 from phinetune.data.chat import Encoder
-from phinetune.model.control import THOUGHTS, control_tokens
-from phinetune.model.template import Message
+from phinetune.model.control import control_tokens
+from phinetune.model.template import Message, typed_tokens
 
 # Control characters but tab and line ends; marks that turn the reading direction; a byte order mark inside a text;
-# code points that are no characters.
+# code points that are no characters; tags (an invisible alphabet), but for those that make a flag.
 HIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufdd0-\ufdef\ufffe\uffff]"
+    "|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]+"
 )
 LOST = "\ufffd"
 # What renders a chat in the templates that data sets are usually made for.
@@ -71,13 +72,38 @@ def markup_troubles(messages: Sequence[Message], encoder: Encoder) -> Iterator[t
     control = control_tokens(encoder.tokenizer)
     for number, message in enumerate(messages, 1):
         answers = message["role"] == "assistant"
-        own = [token for token in control.find(message["content"]) if not (answers and token in THOUGHTS)]
+        own = typed_tokens(control, message)
         if own:
             yield ("answer_markup" if answers else "typed_token"), f"turn {number}: {_listed(own)}"
             continue
         foreign = MARKUP.findall(message["content"])
         if foreign:
             yield "foreign_markup", f"turn {number}: {_listed(foreign)}"
+
+
+def text_troubles(text: str, encoder: Encoder) -> Iterator[tuple[str, str]]:
+    """(kind, detail) of another template's tokens in a ready-made text, where this checkpoint's own are welcome."""
+    own = control_tokens(encoder.tokenizer).ids
+    foreign = [token for token in MARKUP.findall(text) if token not in own]
+    if foreign:
+        yield "foreign_markup", _listed(foreign)
+
+
+def call_troubles(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
+    """(kind, detail) of tool calls that call no tool of the row, and of calls and answers without each other."""
+    tools = {tool["function"]["name"] for tool in messages[0].get("tools", [])} if messages else set()
+    known: set[str] = set()
+    for number, message in enumerate(messages, 1):
+        calls = message.get("tool_calls", [])
+        for name in dict.fromkeys(call["function"]["name"] for call in calls):
+            if tools and name not in tools:
+                yield "calls", f"turn {number} calls `{name}`, which the row's tools do not have"
+        known |= {call["id"] for call in calls if "id" in call}
+        after = messages[number]["role"] if number < len(messages) else None
+        if calls and after not in ("tool", None):
+            yield "calls", f"turn {number} calls a tool, and no answer follows"
+        if known and "tool_call_id" in message and message["tool_call_id"] not in known:
+            yield "calls", f"turn {number} answers a call that no turn makes"
 
 
 def _listed(tokens: Sequence[str]) -> str:
@@ -90,8 +116,9 @@ def letter_troubles(text: str) -> Iterator[tuple[str, str]]:
     ungarbled = _ungarble(text)
     hidden = HIDDEN.findall(ungarbled)
     if hidden:
-        names = list(dict.fromkeys(f"U+{ord(letter):04X}" for letter in hidden))
-        yield "control", f"{len(hidden)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        letters = "".join(hidden)
+        names = list(dict.fromkeys(f"U+{ord(letter):04X}" for letter in letters))
+        yield "control", f"{len(letters)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
     if LOST in text:
         yield "replaced", f"{text.count(LOST)} lost"
     if ungarbled != text:

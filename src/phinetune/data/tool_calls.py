@@ -6,10 +6,10 @@ tool `{"type": "function", "function": {"name": …, "description": …, "parame
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from phinetune.data.json_text import load_json
 from phinetune.data.row_error import RowError
 
 FUNCTION_CALL = "function_call"  # ShareGPT's role, and the key of OpenAI's older form
@@ -78,7 +78,6 @@ def _from_json(value: Any, where: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return None if value == "" else value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise RowError(f"{where}: broken JSON: {reason}", "tools") from None
+        return load_json(value)
+    except ValueError as error:
+        raise RowError(f"{where}: broken JSON: {error}", "tools") from None

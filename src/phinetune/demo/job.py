@@ -40,7 +40,7 @@ def show_gain(results: Mapping[str, Any], console: Console) -> None:
             console.print(f"\n[bold]{name}>[/bold] ", end="")
             console.print(text, markup=False, highlight=False)
     gains = [f"loss {base['loss']:.2f} → {tuned['loss']:.2f}"]
-    if base["exact_match"] is not None:  # the prompts were answered
+    if "exact_match" in base:  # the prompts were answered
         gains.append(f"exact match {base['exact_match']:.0f}% → {tuned['exact_match']:.0f}%")
     chats = results["data"]["held_out"]["kept"]
     console.print(f"\nGained on {chats} held-out chats: {', '.join(gains)}.", highlight=False, soft_wrap=True)

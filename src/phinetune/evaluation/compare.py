@@ -3,61 +3,115 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.config import EvaluationSection
+from phinetune.config import CustomMetric, EvaluationSection
 from phinetune.data.build import ChatSet
-from phinetune.data.chat import Encoded, Encoder
-from phinetune.data.packing import pack
-from phinetune.evaluation import metrics
-from phinetune.measures import MEASURES, Measure
-from phinetune.model.generate import Answer, answer_prompts
-from phinetune.model.load import has_packed_form
-from phinetune.model.scoring import IGNORED, Score, score_batch
+from phinetune.data.chat import Encoder
+from phinetune.evaluation.answering import Answered, Question, answer_all, questions_of
+from phinetune.evaluation.bootstrap import Difference, Pairs, differences
+from phinetune.evaluation.json_answers import field_shares
+from phinetune.evaluation.metrics import row_metrics
+from phinetune.evaluation.scoring import score_rows
+from phinetune.measures import measures_of
+from phinetune.model.scoring import Score
 
+FLAGGED = 10.0  # percent of answers that don't stop, or go in circles, from which it is said in words
 
-@dataclass(frozen=True)
-class Held:
-    """What one model did on the held-out chats. Rates are in percent, the loss in nats a labelled token."""
-
-    loss: float
-    perplexity: float
-    token_accuracy: float
-    labelled_tokens: int
-    prompts: int = 0
-    rouge_l: float | None = None
-    chrf: float | None = None
-    exact_match: float | None = None
-    stopped: float | None = None
+Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out prompt (its last user turn), the reference, and what was answered by whom."""
+    """One held-out prompt (its last user turn), the reference, what was answered by whom, and how good that was."""
 
     prompt: str
     reference: str
     answers: dict[str, str]
+    scores: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results by model (`base`, `tuned`) and every answered prompt."""
+    """What was found, by model (`base`, `tuned`). All of it is plain JSON in `to_tree`.
 
-    results: dict[str, Held]
+    Attributes:
+        results: by model: loss (nats a labelled token), perplexity, token_accuracy and shares in percent, the mean
+            over rows of every metric, and the counts `labelled_tokens` and `prompts`.
+        differences: by measure: tuned minus base with its 95% interval; empty for a model alone.
+        by_tag: by the tag column's values: `rows`, and by model what `results` has.
+        json_fields: by model: percent of answers with a field right, by field; empty without JSON references.
+        flags: what should be looked at, in sentences.
+        examples: every answered prompt.
+        data: what became of the held-out rows, as results.json has it.
+    """
+
+    results: dict[str, Numbers]
     examples: list[Example]
+    differences: dict[str, Difference] = field(default_factory=dict)
+    by_tag: dict[str, Numbers] = field(default_factory=dict)
+    json_fields: dict[str, dict[str, float]] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: asdict(held) for name, held in self.results.items()}
+    def to_dict(self) -> dict[str, Numbers]:
+        """`results`: the part `evaluation` of results.json. JSON has no infinity: null stands for it."""
+        return {name: _finite(numbers) for name, numbers in self.results.items()}
+
+    def to_tree(self, examples: int | None = None) -> dict[str, Any]:
+        """Everything, under the keys that results.json and `phinetune evaluate --out` have; the first examples only."""
+        return {
+            "evaluation": self.to_dict(),
+            "differences": {
+                key: one.to_dict()
+                for key, one in self.differences.items()
+                if math.isfinite(one.change + one.low + one.high)
+            },
+            "by_tag": {tag: _finite(found) for tag, found in self.by_tag.items()},
+            "json_fields": self.json_fields,
+            "flags": self.flags,
+            "examples": [asdict(example) for example in self.examples[:examples]],
+        }
+
+
+def _finite(tree: Numbers) -> Numbers:
+    return {
+        key: _finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in tree.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What one model did, row by row and prompt by prompt."""
+
+    scores: list[Score]
+    answered: Answered
+
+    def numbers(self, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None) -> Numbers:
+        """Over all rows and prompts, or some."""
+        score = sum((self.scores[i] for i in rows) if rows is not None else self.scores, Score())
+        return {
+            "loss": score.loss,
+            "perplexity": score.perplexity,
+            "token_accuracy": 100 * score.token_accuracy,
+            "labelled_tokens": score.tokens,
+            "prompts": len(self.answered.answers if prompts is None else prompts),
+            **self.answered.means(prompts),
+        }
 
 
 def compare(
@@ -68,126 +122,120 @@ def compare(
     section: EvaluationSection,
     console: Console,
 ) -> Comparison:
-    """Score and question the model without and with its adapter; a model without one is `base` alone."""
+    """Score and question the model without and with its adapter; a model without one is `base` alone.
+
+    Raises:
+        ConfigError: a metric's function can't be had.
+        RunError: it failed on an answer.
+    """
+    metrics = row_metrics(section) if section.generate else {}
+    questions = questions_of(encoder, held_out, section.max_prompts) if section.generate else []
     tuned = hasattr(model, "disable_adapter")
-    sides: dict[str, Callable[[], Any]] = {"base": model.disable_adapter if tuned else contextlib.nullcontext}
+    ways: dict[str, Callable[[], Any]] = {"base": model.disable_adapter if tuned else contextlib.nullcontext}
     if tuned:
-        sides["tuned"] = contextlib.nullcontext
-    questions = _questions(encoder, held_out, section) if section.generate else []
+        ways["tuned"] = contextlib.nullcontext
     model.eval()
-    results: dict[str, Held] = {}
-    answers: dict[str, list[Answer]] = {}
-    asked = f" and letting {' and '.join(sides)} answer {len(questions)} prompts" if questions else ""
+    sides: dict[str, _Side] = {}
+    asked = f" and letting {' and '.join(ways)} answer {len(questions)} prompts" if questions else ""
     console.print(f"Scoring {len(held_out)} held-out chats{asked} …", highlight=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for name, side in sides.items():
+        for name, way in ways.items():
             task = progress.add_task(f"evaluating {name}", total=len(held_out) + len(questions))
             advance = partial(progress.advance, task)
-            with side():
-                score = score_rows(model, tokenizer, held_out.encoded, section.batch_size, advance)
-                answers[name] = answer_prompts(
-                    model,
-                    tokenizer,
-                    [ids for ids, _, _ in questions],
-                    max_new_tokens=section.max_new_tokens,
-                    batch_size=section.batch_size,
-                    on_done=advance,
-                )
-            results[name] = _held(score, answers[name], [reference for _, _, reference in questions])
+            size = None if section.batch_size == "auto" else section.batch_size
+            with way():
+                scores = score_rows(model, held_out.encoded, size, advance)
+                answered = Answered([], {})
+                if questions:
+                    answered = answer_all(model, tokenizer, questions, section, metrics, advance)
+            sides[name] = _Side(scores, answered)
+    return _compared(sides, questions, held_out, section)
+
+
+def _compared(
+    sides: dict[str, _Side], questions: Sequence[Question], held_out: ChatSet, section: EvaluationSection
+) -> Comparison:
+    results = {name: side.numbers() for name, side in sides.items()}
+    texts = {name: [answer.text for answer in side.answered.answers] for name, side in sides.items()}
+    references = [question.reference for question in questions]
+    fields = {name: field_shares(zip(answers, references, strict=True)) for name, answers in texts.items()}
     examples = [
-        Example(prompt, reference, {name: made[i].text for name, made in answers.items()})
-        for i, (_, prompt, reference) in enumerate(questions)
+        Example(
+            question.prompt,
+            question.reference,
+            {name: answers[i] for name, answers in texts.items()},
+            {name: side.answered.of(i) for name, side in sides.items()},
+        )
+        for i, question in enumerate(questions)
     ]
-    return Comparison(results, examples)
-
-
-def score_rows(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Encoded],
-    batch_size: int,
-    on_done: Callable[[int], None] = lambda count: None,
-) -> Score:
-    """The score over all labelled tokens, rows of like length together."""
-    order = sorted(rows, key=lambda row: len(row.input_ids))
-    total = Score()
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        total = total + score_batch(model, _batched(batch, tokenizer.pad_token_id, model))
-        on_done(len(batch))
-    return total
-
-
-def _batched(rows: Sequence[Encoded], pad: int, model: Any) -> dict[str, torch.Tensor]:
-    if not has_packed_form(model):
-        return _pad(rows, pad, model.device)
-    return {key: value.to(model.device) for key, value in pack(rows).items()}
-
-
-def _pad(rows: Sequence[Encoded], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    width = max(len(row.input_ids) for row in rows)
-
-    def padded(lists: Sequence[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([values + [filler] * (width - len(values)) for values in lists], device=device)
-
-    return {
-        "input_ids": padded([row.input_ids for row in rows], pad),
-        "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
-        "labels": padded([row.labels for row in rows], IGNORED),
-    }
-
-
-def _questions(encoder: Encoder, held_out: ChatSet, section: EvaluationSection) -> list[tuple[list[int], str, str]]:
-    """(prompt ids, last user turn, reference) for the last assistant turn of each chat."""
-    questions = []
-    for chat in held_out.chats[: section.max_prompts]:
-        last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
-        asked = next((m["content"] for m in reversed(chat[:last]) if m["role"] == "user"), "")
-        questions.append((encoder.prompt_ids(chat[:last]), asked, chat[last]["content"]))
-    return questions
-
-
-def _held(score: Score, answers: Sequence[Answer], references: Sequence[str]) -> Held:
-    plain = Held(score.loss, score.perplexity, 100 * score.token_accuracy, score.tokens)
-    if not answers:
-        return plain
-    texts = [answer.text for answer in answers]
-    return Held(
-        plain.loss,
-        plain.perplexity,
-        plain.token_accuracy,
-        plain.labelled_tokens,
-        prompts=len(answers),
-        rouge_l=metrics.rouge_l(texts, references),
-        chrf=metrics.chrf(texts, references),
-        exact_match=metrics.exact_match(texts, references),
-        stopped=100 * sum(answer.stopped for answer in answers) / len(answers),
+    return Comparison(
+        results,
+        examples,
+        _differences(sides, section) if len(sides) == 2 else {},
+        _by_tag(sides, questions, held_out.tags),
+        fields if any(fields.values()) else {},
+        _flags(results, section.max_new_tokens),
+        held_out.report.to_dict(),
     )
 
 
-def show_comparison(comparison: Comparison, console: Console) -> None:
-    """The results as a table, a column a model, and what changed."""
-    results = comparison.results
-    one = next(iter(results.values()))
-    prompts = f", {one.prompts} prompts answered" if one.prompts else ""
-    console.print(f"Held-out chats ({one.labelled_tokens:,} labelled tokens{prompts}):", highlight=False)
-    table = Table()
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
-    if len(results) == 2:
-        table.add_column("change", justify="right")
-    for measure in MEASURES:
-        values = [getattr(held, measure.key) for held in results.values()]
-        if None not in values:
-            table.add_row(measure.heading, *(measure.form.format(v) for v in values), *_change(measure, values))
-    console.print(table)
+def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict[str, Difference]:
+    """Tuned against base in every measure: of loss and tokens over rows, of answers over prompts."""
+    base, tuned = sides["base"], sides["tuned"]
+    own_way = [one.name for one in section.metrics if isinstance(one, CustomMetric) and one.less_is_better]
+
+    def ratio(top: str, times: float = 1.0, exponential: bool = False) -> Pairs:
+        def column(side: _Side, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+            return np.array([getattr(score, name) for score in side.scores], dtype=np.float64)
+
+        tops, tokens = ((column(base, name), column(tuned, name)) for name in (top, "tokens"))
+        return Pairs(times * tops[0], times * tops[1], tokens[0], tokens[1], exponential)
+
+    def mean(name: str) -> Pairs:
+        before, after = base.answered.numbers[name], tuned.answered.numbers[name]
+        there = ~np.isnan(before + after)  # paired: only rows of which both have a number
+        weights = there.astype(np.float64)
+        return Pairs(np.where(there, before, 0.0), np.where(there, after, 0.0), weights, weights)
+
+    scored = {
+        "loss": ratio("nll"),
+        "perplexity": ratio("nll", exponential=True),
+        "token_accuracy": ratio("correct", 100.0),
+    }
+    answered = {name: mean(name) for name in tuned.answered.means()}
+    found: dict[str, Difference] = {}
+    for pairs, rows in ((scored, len(base.scores)), (answered, len(base.answered.answers))):
+        measures = measures_of(list(pairs), own_way)
+        found |= differences({measure.key: (measure, pairs[measure.key]) for measure in measures}, rows)
+    return found
 
 
-def _change(measure: Measure, values: Sequence[float]) -> list[str]:
-    if len(values) != 2:
+def _by_tag(sides: Mapping[str, _Side], questions: Sequence[Question], tags: Sequence[str]) -> dict[str, Numbers]:
+    found: dict[str, Numbers] = {}
+    if not any(tags):  # the run's column is not in this file
+        return found
+    for tag in sorted(set(tags)):
+        rows = [i for i, one in enumerate(tags) if one == tag]
+        prompts = [i for i, question in enumerate(questions) if tags[question.row] == tag]
+        found[tag] = {"rows": len(rows), **{name: side.numbers(rows, prompts) for name, side in sides.items()}}
+    return found
+
+
+def _flags(results: Mapping[str, Numbers], limit: int) -> list[str]:
+    """Sentences on a model that doesn't stop or goes in circles; the last one's, which is the one in question."""
+    name, numbers = list(results.items())[-1]
+    if not numbers["prompts"]:
         return []
-    text, better = measure.change(*values)
-    if values[0] == values[1]:
-        return [text]
-    return [f"[{'green' if better else 'red'}]{text}[/]"]
+    flags = []
+    endless = 100 - numbers["stopped"]
+    if endless >= FLAGGED:
+        flags.append(
+            f"{endless:.0f}% of the answers of {name} never stopped: they were cut at {limit} tokens "
+            "(evaluation.max_new_tokens)"
+        )
+    if numbers["repeating"] >= FLAGGED:
+        flags.append(
+            f"{numbers['repeating']:.0f}% of the answers of {name} go in circles: some four words in a row come three "
+            "times or more"
+        )
+    return flags

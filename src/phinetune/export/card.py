@@ -11,7 +11,7 @@ import yaml
 
 from phinetune.config import RunConfig
 from phinetune.export.card_usage import adapter_usage
-from phinetune.measures import MEASURES
+from phinetune.measures import measured
 
 SECRETS = ("hub_token", "push_to_hub_token")  # keys of training_config that no card and no upload shows
 
@@ -92,10 +92,9 @@ def _results_table(evaluation: Mapping[str, Any] | None) -> str:
     if not evaluation:
         return "Not measured."
     lines = ["| | " + " | ".join(evaluation) + " |", "|---|" + "---:|" * len(evaluation)]
-    for measure in MEASURES:
-        values = [side[measure.key] for side in evaluation.values()]
-        if None not in values:
-            lines.append(f"| {measure.heading} | " + " | ".join(measure.form.format(v) for v in values) + " |")
+    for measure in measured(evaluation):
+        values = [measure.amount(side[measure.key]) for side in evaluation.values()]
+        lines.append(f"| {measure.heading} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 

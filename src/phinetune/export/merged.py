@@ -17,9 +17,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from phinetune.config import ModelSection
-from phinetune.errors import ModelError, at_most
+from phinetune.errors import ModelError
 from phinetune.export.base import BaseFiles, open_base, quantized, trained_dtype
 from phinetune.export.changes import EMBED, HEAD, Change, read_changes
+from phinetune.export.weights import check_fit
 from phinetune.logs import quiet_libraries
 from phinetune.model.adapt import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_base, read_adapter_config
 from phinetune.run_folder import RunFolder
@@ -84,16 +85,8 @@ class MergedCheckpoint:
         Raises:
             ModelError: some are missing there, or have another shape.
         """
-        there = self._weights.shapes
-        problems = [f"missing: {name}" for name in wanted if self._place(name) not in there]
-        problems += [
-            f"{name}: shape {self.shape_of(name)} does not match the configuration's {shape}"
-            for name, shape in wanted.items()
-            if self._place(name) in there and self.shape_of(name) != shape
-        ]
-        if problems:
-            raise ModelError([f"{self.base.path}: the weights don't fit its config.json:", *at_most(problems, 8)])
-        order = {name: i for i, name in enumerate(there)}
+        check_fit(self._weights, wanted, self._place, self.base.path)
+        order = {name: i for i, name in enumerate(self._weights.shapes)}
         return sorted(wanted, key=lambda name: order.get(name, len(order)))
 
     def _place(self, name: str) -> str:

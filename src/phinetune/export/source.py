@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from phinetune.config import make_config
-from phinetune.errors import ModelError, at_most
+from phinetune.errors import ModelError
 from phinetune.export.base import BaseFiles, open_base
 from phinetune.export.changes import EMBED, HEAD
 from phinetune.export.merged import open_merged
+from phinetune.export.weights import check_fit
 from phinetune.logs import quiet_libraries
 from phinetune.model import synthetic
 from phinetune.model.adapt import ADAPTER_CONFIG
@@ -106,15 +107,7 @@ class PlainModel:
             model = Phi3ForCausalLM(self.config)
         tied = self.config.tie_word_embeddings
         wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != HEAD or not tied}
-        there = self._weights.shapes
-        problems = [f"missing: {name}" for name in wanted if self._place(name) not in there]
-        problems += [
-            f"{name}: shape {self.shape_of(name)} does not match the configuration's {shape}"
-            for name, shape in wanted.items()
-            if self._place(name) in there and self.shape_of(name) != shape
-        ]
-        if problems:
-            raise ModelError([f"{self.base.path}: the weights don't fit its config.json:", *at_most(problems, 8)])
+        check_fit(self._weights, wanted, self._place, self.base.path)
         return list(wanted)
 
     def _place(self, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phinetune.errors import ModelError
+from phinetune.errors import ModelError, at_most
 from phinetune.model.load import check_weights
 
 # safetensors' names of the dtypes that a Phi-3's weights come in.
@@ -27,6 +27,27 @@ class Weights(Protocol):
 
     def get(self, name: str) -> Tensor:
         """The tensor, on the CPU. Not to be written into."""
+
+
+def check_fit(weights: Weights, wanted: Mapping[str, tuple[int, ...]], place: Callable[[str], str], base: str) -> None:
+    """Make sure that a base's weights are those of its configuration.
+
+    Args:
+        wanted: the configuration's shapes by name.
+        place: the name under which the weights hold a tensor.
+        base: what the error calls the base.
+
+    Raises:
+        ModelError: some are missing, or have another shape.
+    """
+    problems = [f"missing: {name}" for name in wanted if place(name) not in weights.shapes]
+    problems += [
+        f"{name}: shape {weights.shapes[place(name)]} does not match the configuration's {shape}"
+        for name, shape in wanted.items()
+        if weights.shapes.get(place(name), shape) != shape
+    ]
+    if problems:
+        raise ModelError([f"{base}: the weights don't fit its config.json:", *at_most(problems, 8)])
 
 
 class FolderWeights:

@@ -48,6 +48,10 @@ class ControlTokens:
         self.ids: dict[str, int] = {text: added[text] for text in sorted(added, key=len, reverse=True)}
         self._texts = list(self.ids)
         self._typed = re.compile("|".join(map(re.escape, self._texts)) or "(?!)")
+        # Where one of these stands, a text's tokens before it and from it on are those of the two parts alone.
+        anchors = [text for text, i in self.ids.items() if not tokenizer.added_tokens_decoder[i].normalized]
+        self._anchors = re.compile("|".join(map(re.escape, anchors)) or "(?!)")
+        self._anchor_ids = {self.ids[text] for text in anchors}
         self._masked = re.compile(f"\ue000{NONCE}:(\\d+)\ue001")
         self._backend: Tokenizer | None = None
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -56,6 +60,18 @@ class ControlTokens:
     def find(self, text: str) -> list[str]:
         """The control tokens written in `text`, in order."""
         return self._typed.findall(text)
+
+    def anchors(self, text: str, ids: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Where the template's own control tokens stand in a rendered text and among its token ids.
+
+        Returns:
+            (first letter, letter behind the last, place in `ids`) of each; nothing where the two do not agree.
+        """
+        found = list(self._anchors.finditer(text))
+        places = [place for place, i in enumerate(ids) if i in self._anchor_ids]
+        if [self.ids[match[0]] for match in found] != [ids[place] for place in places]:
+            return []
+        return [(*match.span(), place) for match, place in zip(found, places, strict=True)]
 
     def mask(self, value: Any, spared: frozenset[str] = frozenset()) -> Any:
         """`value` (text, or lists and dicts of it, keys too) with stand-ins for the control tokens in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from phinetune import processes
 from phinetune.errors import ModelError
 
 # Instruction sets in which a CPU multiplies bfloat16 matrices itself (names of torch.cpu.get_capabilities).
@@ -11,12 +12,15 @@ NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device asked for; `auto` is CUDA, else MPS, else the CPU.
+    """The device asked for; `auto` is the one a launcher gave this process, else CUDA, else MPS, else the CPU.
 
     Raises:
         ModelError: the device is not there.
     """
     if name == "auto":
+        own = processes.own_device()
+        if own is not None:
+            return own
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

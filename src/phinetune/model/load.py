@@ -10,7 +10,7 @@ import struct
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from peft import PeftModel
@@ -242,19 +242,33 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over name, dtype, shape and first 4 KiB of every tensor in the folder's safetensors files.
 
     Reads a few MB of any checkpoint; a model that was trained further differs in those bytes.
+
+    Raises:
+        ModelError: a file is damaged.
     """
     total = hashlib.sha256()
     for file in check_weights(folder):
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
+            header, length = _read_header(stream, file)
             for name, entry in sorted(header.items()):
                 start, end = entry["data_offsets"]
                 stream.seek(8 + length + start)
                 total.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
                 total.update(stream.read(min(4096, end - start)))
     return total.hexdigest()
+
+
+def _read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's tensors by name, and the bytes of JSON that say so."""
+    try:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:  # not to be read: it may ask for all memory
+            raise ValueError(f"its header should be {length:,} bytes long")
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+    except (ValueError, AttributeError, TypeError, struct.error) as error:
+        raise ModelError(f"{file}: damaged ({error}); fetch or write it again") from error
+    return header, length
 
 
 def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None) -> PreTrainedTokenizerBase:

@@ -13,7 +13,10 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-RESERVE = 0.15  # of the free memory: the allocator's slack, the optimizer's and the loss's temporaries
+RESERVE = 0.15  # of the free memory: the optimizer's and the loss's temporaries
+# What the allocator holds of kept activations over what is alive. glibc's keeps gaps between tensors of unlike
+# lengths: a third measured (benchmarks.plan), none where every tensor is mapped by itself.
+SLACK = 1.3
 
 
 class Level(enum.IntEnum):
@@ -46,7 +49,7 @@ class LayerSizes:
         return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout)
 
     def kept(self, level: Level) -> int:
-        """Elements a token at a level. torch's fused attention keeps its output besides, which the reserve covers."""
+        """Elements a token at a level. torch's fused attention keeps its output besides, which `SLACK` covers."""
         if level is Level.LAYER:
             return self.hidden
         lasting = 2 * self.hidden + self.qkv + self.attended + 2 * self.inner
@@ -95,7 +98,7 @@ class ActivationMemory:
     def needed(self, tokens: int, levels: Sequence[Level]) -> int:
         """Bytes that a step of `tokens` holds at its peak."""
         kept = sum(self.sizes.kept(level) for level in levels)
-        return tokens * self.width * (kept + self.sizes.working)
+        return int(tokens * self.width * (SLACK * kept + self.sizes.working))
 
     def _fitting(self, tokens: int) -> list[Level]:
         levels = [Level.KEEP] * self.layers
@@ -126,6 +129,17 @@ def free_bytes(device: torch.device) -> int:
     import psutil
 
     return min(psutil.virtual_memory().available, _group_limit(Path("/sys/fs/cgroup")))
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory that this process takes on `device`: its peak so far on CUDA, what is resident now elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _group_limit(group: Path) -> int:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Packed:
         cos, sin: shape (tokens, rotated features / 2), in the hidden states' dtype.
         predicts: positions whose output is used at all, shape (labels).
         levels: what each layer keeps for the backward.
+        keep: given each layer's number and its qkv with queries and keys rotated, as soon as it is there.
     """
 
     runs: list[Run]
@@ -62,6 +63,21 @@ class Packed:
     sin: Tensor
     predicts: Tensor
     levels: Sequence[Level]
+    keep: Callable[[int, Tensor], None] | None = None
+
+    def attend(self, layer: int, qkv: Tensor, heads: Heads) -> Tensor:
+        """Attention within the row's segments; `qkv` is rotated in place."""
+        out = attention(qkv, self.cos, self.sin, self.runs, heads)
+        if self.keep:
+            self.keep(layer, qkv)
+        return out
+
+
+class Row(Protocol):
+    """Tokens on their way through the layers without a batch dimension, and what they attend to."""
+
+    def attend(self, layer: int, qkv: Tensor, heads: Heads) -> Tensor:
+        """From (tokens, (heads + 2 · kv_heads) · size), which is rotated in place, to (tokens, heads · size)."""
 
 
 def missing_form(config: Any) -> str | None:
@@ -109,12 +125,12 @@ class Phi3Attention(plain.Phi3Attention):
     """qkv_proj, attention within segments, o_proj; `rows` limits the last to positions that are used."""
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, packed: Packed | None = None, rows: Tensor | None = None, **kwargs: Any
+        self, hidden_states: Tensor, *args: Any, packed: Row | None = None, rows: Tensor | None = None, **kwargs: Any
     ) -> Any:
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
         qkv = self.qkv_proj(hidden_states)
-        out = attention(qkv, packed.cos, packed.sin, packed.runs, self.heads)
+        out = packed.attend(self.layer_idx or 0, qkv, self.heads)
         return self.o_proj(out if rows is None else out.index_select(0, rows))
 
     @property
@@ -143,7 +159,7 @@ class Phi3DecoderLayer(plain.Phi3DecoderLayer):
         self,
         hidden_states: Tensor,
         *args: Any,
-        packed: Packed | None = None,
+        packed: Row | None = None,
         rows: Tensor | None = None,
         level: Level = Level.KEEP,
         **kwargs: Any,
@@ -154,7 +170,7 @@ class Phi3DecoderLayer(plain.Phi3DecoderLayer):
             return checkpoint(self._packed, hidden_states, packed, rows, False, use_reentrant=False)
         return self._packed(hidden_states, packed, rows, level is Level.CHEAP)
 
-    def _packed(self, hidden: Tensor, packed: Packed, rows: Tensor | None, rebuild: bool) -> Tensor:
+    def _packed(self, hidden: Tensor, packed: Row, rows: Tensor | None, rebuild: bool) -> Tensor:
         normed = self.input_layernorm(hidden)
         with _lighter(rebuild, normed, self.input_layernorm, hidden):
             attended = self.self_attn(normed, packed=packed, rows=rows)
@@ -195,18 +211,36 @@ class Phi3Model(plain.Phi3Model):
             if isinstance(module, (Phi3RMSNorm, Phi3MLP)):
                 module.compile_ops = True
 
-    def packed(self, input_ids: Tensor, positions: Tensor, segments: Tensor, predicts: Tensor) -> Tensor:
-        """Normed hidden states at the positions `predicts`: shape (labels, width). See `Phi3ForCausalLM.forward`."""
+    def packed(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        predicts: Tensor,
+        keep: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Normed hidden states at the positions `predicts`: shape (labels, width). See `Phi3ForCausalLM.packed_loss`.
+
+        Args:
+            keep: see `Packed`.
+        """
         hidden = self.embed_tokens(input_ids)
         parts = read_segments(segments)
         cos, sin = self._rotation(positions, parts)
         levels = self._levels(len(positions))
         first: Any = self.layers[0]
         runs = plan(parts, first.self_attn.heads, hidden.dtype, hidden.device)
-        row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels)
+        row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels, keep)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, packed=row, rows=predicts if i == last else None, level=levels[i])
+        return self.norm(hidden)  # type: ignore[no-any-return]
+
+    def step(self, input_ids: Tensor, row: Row) -> Tensor:
+        """Normed hidden states of one token a conversation, shape (conversations, width); `row` knows what was."""
+        hidden = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, packed=row)
         return self.norm(hidden)  # type: ignore[no-any-return]
 
     def _levels(self, tokens: int) -> Sequence[Level]:
@@ -216,16 +250,23 @@ class Phi3Model(plain.Phi3Model):
 
     def _rotation(self, positions: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
         """cos and sin; longrope takes its long factors for the conversations that are longer than its first limit."""
-        emb = self.rotary_emb
-        cos, sin = rotary.tables(emb.original_inv_freq, positions, emb.attention_scaling)
-        limit = rope_limit(emb.config)
+        cos, sin = self.rotation(positions, long=False)
+        limit = rope_limit(self.config)
         if limit is None:
             return cos, sin
         for start, stop in _trees(segments):
             if int(positions[start:stop].max()) >= limit:
-                long, _ = ROPE_INIT_FUNCTIONS["longrope"](emb.config, positions.device, seq_len=limit + 1)
-                cos[start:stop], sin[start:stop] = rotary.tables(long, positions[start:stop], emb.attention_scaling)
+                cos[start:stop], sin[start:stop] = self.rotation(positions[start:stop], long=True)
         return cos, sin
+
+    def rotation(self, positions: Tensor, *, long: bool) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (tokens, m) in float32; `long`: by longrope's long factors."""
+        emb = self.rotary_emb
+        frequencies: Tensor = emb.original_inv_freq
+        if long:
+            limit = rope_limit(emb.config) or 0
+            frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](emb.config, positions.device, seq_len=limit + 1)
+        return rotary.tables(frequencies, positions, emb.attention_scaling)
 
 
 def _trees(segments: Sequence[Segment]) -> list[tuple[int, int]]:

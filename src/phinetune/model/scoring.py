@@ -73,11 +73,19 @@ def score_packed(out: Any) -> Score:
 
 
 def _score_tokens(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> Score:
-    """`hidden` (tokens, width) through the head, `CHUNK` tokens at a time, against `labels` (tokens)."""
-    score = Score()
+    nll, correct = token_scores(head, hidden, labels)
+    return Score(float(nll.sum()), int(correct.sum()), labels.numel())
+
+
+@torch.no_grad()
+def token_scores(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each label its negative log-likelihood (float64) and whether it was the first choice; shape (tokens).
+
+    `hidden` (tokens, width) goes through the head `CHUNK` tokens at a time.
+    """
+    nll, correct = [labels.new_empty(0, dtype=torch.float64)], [labels.new_empty(0, dtype=torch.bool)]
     for states, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
         logits = head(states).float()
-        nll = F.cross_entropy(logits, wanted, reduction="sum")
-        correct = (logits.argmax(-1) == wanted).sum()
-        score = score + Score(float(nll), int(correct), wanted.numel())
-    return score
+        nll.append(F.cross_entropy(logits, wanted, reduction="none").double())
+        correct.append(logits.argmax(-1) == wanted)
+    return torch.cat(nll), torch.cat(correct)

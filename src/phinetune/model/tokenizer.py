@@ -1,10 +1,10 @@
-"""A checkpoint's tokenizer without its weights: all that rendering and counting tokens takes."""
+"""A checkpoint's tokenizer and configuration without its weights: all that rendering and counting takes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import Phi3Config, PreTrainedTokenizerBase
 
 from phinetune.config import ModelSection
 from phinetune.errors import ModelError
@@ -28,6 +28,17 @@ def open_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     plain = section.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
     config = read_config(folder) if (folder / "config.json").is_file() and not section.tokenizer else None
     return load_tokenizer(plain, Base(source, None, ""), config)
+
+
+def open_config(section: ModelSection) -> Phi3Config:
+    """The configuration of the model that `load_base` would load, of a hub id only its small files fetched.
+
+    Raises:
+        ModelError: none there, or of another family.
+    """
+    if section.path.startswith(synthetic.PREFIX):
+        return synthetic.parse_shape(section.path)
+    return read_config(_small_files(section.path, section.revision))
 
 
 def _small_files(source: str, revision: str | None) -> Path:

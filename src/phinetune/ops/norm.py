@@ -53,6 +53,6 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """With n = x · scale and g = grad · weight: dx = scale · (g − n · mean(g · n))."""
-    g = grad * weight
-    pull = (g.float() * x.float()).sum(-1, keepdim=True) * scale.square() / x.shape[-1]
-    return ((g - x * pull) * scale).to(x.dtype)
+    g = (grad * weight).float()
+    pull = (g * x).sum(-1, keepdim=True) * scale.square() / x.shape[-1]
+    return g.addcmul_(x.float(), pull, value=-1).mul_(scale).to(x.dtype)

@@ -38,7 +38,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def _forward(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def _formula(grad: Tensor, gate_up: Tensor) -> Tensor:
@@ -49,10 +49,11 @@ def _formula(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """The same by the operators that torch has fused already, each written to its place."""
+    """The same by the operators that torch has fused already, each in its place: fresh memory costs as much time."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = torch.empty_like(gate_up)
     d_gate, d_up = out.chunk(2, dim=-1)
-    torch.mul(grad, F.silu(gate), out=d_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+    torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)
+    torch.mul(grad, up, out=d_gate)
+    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
     return out

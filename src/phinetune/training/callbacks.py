@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from phinetune import processes
 from phinetune.errors import RunError
+from phinetune.model.memory import used_bytes
+from phinetune.program import this_process
+from phinetune.run_folder import RunFolder
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends one JSON object a log step or evaluation to `metrics.jsonl`, and counts tokens/s.
+    """Appends one JSON object a log step or evaluation to `metrics.jsonl`; counts tokens/s, looks up the memory taken.
 
     Time spent in evaluations and saving does not count. On resume, lines after the checkpoint are dropped: those
     steps are done again.
@@ -49,8 +53,10 @@ class MetricsWriter(TrainerCallback):
             return  # the summary at the end of training
         if "loss" in logs:
             self._count(logs, state)
+            logs["memory"] = used_bytes(args.device)
         if state.is_world_process_zero:
-            self._append({"step": state.global_step, "epoch": state.epoch, **_kept(logs)})
+            place = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 1)}
+            self._append({**place, **_kept(logs)})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restart(state)
@@ -89,6 +95,27 @@ def _keep_until(path: Path, step: int) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
+class SamplesWriter(TrainerCallback):
+    """Appends to `samples.jsonl` what the model answers to fixed prompts at each evaluation, one JSON object an answer.
+
+    On resume, lines after the checkpoint are dropped, as in `metrics.jsonl`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            _keep_until(self.path, state.global_step)
+
+    def write(self, state: TrainerState, samples: Sequence[dict[str, Any]]) -> None:
+        """Keep the answers of this step."""
+        if samples and state.is_world_process_zero:
+            lines = [json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) for sample in samples]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in lines))
+
+
 # What transformers and TRL log besides: the same numbers under other names, and times that include the set-up.
 UNUSED = {"epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"}
 
@@ -102,6 +129,17 @@ def _kept(logs: dict[str, Any]) -> dict[str, Any]:
         for key, value in logs.items()
         if key not in UNUSED
     }
+
+
+class StartRecord(TrainerCallback):
+    """Writes start.json once the number of steps is known: what a report of an unfinished run is made from."""
+
+    def __init__(self, folder: RunFolder, facts: dict[str, Any]) -> None:
+        self.folder, self.facts = folder, facts
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.write_start({**self.facts, "steps": state.max_steps, "process": this_process()})
 
 
 class GradientCheck(TrainerCallback):
@@ -136,6 +174,7 @@ class StopRequest(TrainerCallback):
         self.requested = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.requested = processes.any_of(self.requested)  # all stop after the same step
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

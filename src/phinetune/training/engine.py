@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
+from phinetune import processes
 from phinetune.config import RunConfig
 from phinetune.data.packing import PackedCollator, fill_rows
 from phinetune.model.memory import ActivationMemory, LayerSizes, free_bytes
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 BYTES_A_TRAINED_PARAMETER = 12
 
 # What needs a whole batch's logits, embeddings or activations in transformers' own form.
-PLAIN_TRAINING = {
+PLAIN_TRAINING: dict[str, tuple[Any, ...]] = {
     "loss_type": ("nll", "chunked_nll"),
     "label_smoothing_factor": (0.0,),
     "neftune_noise_alpha": (None,),
@@ -32,6 +33,7 @@ PLAIN_TRAINING = {
     "fp16": (False,),
     "packing_strategy": ("bfd",),
     "deepspeed": (None,),
+    "fsdp": (None, False, "", []),
 }
 # LoRA variants that read more than a layer's input, or replace more than linear layers.
 PLAIN_PEFT = (
@@ -90,7 +92,7 @@ class Engine:
         compile = config.engine.compile or bool(settings.training.get("torch_compile"))
         return cls(memory, share, settings.max_length if by_tokens else None, dropout, compile)
 
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """The rows that a step counts."""
         return fill_rows(dataset, self.fill) if self.fill else dataset
 
@@ -115,5 +117,10 @@ class Engine:
             LayerSizes.of(decoder.config, self.dropout),
             len(decoder.layers),
             decoder.embed_tokens.weight.element_size(),
-            free_bytes(device) - trained * BYTES_A_TRAINED_PARAMETER,
+            _free_share(device) - trained * BYTES_A_TRAINED_PARAMETER,
         )
+
+
+def _free_share(device: torch.device) -> int:
+    """What is free for this process; processes on a CPU share its memory, as if all were on one machine."""
+    return free_bytes(device) // (processes.count() if device.type == "cpu" else 1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
+from phinetune import processes
 from phinetune.config import RunConfig
 from phinetune.data.build import Chats, build_chats, check_sources
 from phinetune.data.chat import Encoder, make_encoder
@@ -26,11 +29,13 @@ from phinetune.model.device import has_native_bf16, pick_device, pick_dtype
 from phinetune.model.fused import use_fused_layers
 from phinetune.model.load import Loaded, has_packed_form, load_base
 from phinetune.run_folder import LOG, RunFolder
-from phinetune.training.callbacks import GradientCheck, MetricsWriter, StopRequest
+from phinetune.training.best import EarlyStop, needs_answers, settle_best
+from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.engine import Engine, why_plain
+from phinetune.training.environment import describe_environment
 from phinetune.training.progress import ProgressLine
 from phinetune.training.settings import Settings, make_lora_config, make_training_args, read_settings
-from phinetune.training.trainer import ChatTrainer
+from phinetune.training.trainer import ChatTrainer, Look
 
 logger = logging.getLogger(__name__)
 
@@ -54,35 +59,61 @@ class Trained:
     stopped: bool
 
 
-def train(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Trained:
-    """Train `config` into its output_dir.
+# Makes what looks at the model at every evaluation; told whether it has to count metrics of answers.
+Looking = Callable[[Loaded, Encoder, Chats, bool], Look]
+
+
+def train(
+    config: RunConfig,
+    console: Console,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    looking: Looking | None = None,
+) -> Trained:
+    """Train `config` into its output_dir. Of several processes the main one prints and writes.
 
     Raises:
         PhinetuneError: anything a user can mend; found before the model is loaded where that is possible.
     """
-    settings = read_settings(config.peft_config, config.training_config)
+    settings = settle_best(read_settings(config.peft_config, config.training_config), config)
+    console = _join_others(config, settings, console)
     folder = RunFolder(config.output_dir)
     checkpoint = folder.checkpoint_to_resume(config) if resume else None
     if not resume:
         folder.check_free(overwrite)
     check_sources(config.data)
+    if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
+        raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
     plain = why_plain(config, settings, pick_dtype(config.model.dtype, pick_device(config.model.device)))
-    loaded = load_base(config.model, fast=plain is None)
+    with processes.main_first():  # also: every process has looked at the folder before the main one writes there
+        loaded = load_base(config.model, fast=plain is None)
     if checkpoint:
         check_base(loaded.base, checkpoint)
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
     chats = build_chats(config.data, encoder, settings.max_length)
     show_data(chats, loaded, console)
     engine = Engine.of(config, settings) if has_packed_form(loaded.model) else None
-    trainer, callbacks = _make_trainer(settings, loaded, chats, engine, folder, console)
-    if checkpoint is None:
+    look = looking(loaded, encoder, chats, needs_answers(settings, config.evaluation)) if looking else None
+    trainer, callbacks = _make_trainer(settings, config, loaded, chats, engine, look, folder, console)
+    if checkpoint is None and processes.is_main():
         folder.start(config, loaded.base.revision)
     trained = Trained(folder, loaded, trainer.peft_model, encoder, chats, {}, False)
-    with log_file(folder.path / LOG):
+    with log_file(folder.path / LOG) if processes.is_main() else nullcontext():
         log_engine(engine, plain)
         log_parameters(config, settings, trainer.args, loaded, trainer.peft_model)
         show_targets(trainer.peft_model, console)
         return _run(trainer, callbacks, checkpoint, trained)
+
+
+def _join_others(config: RunConfig, settings: Settings, console: Console) -> Console:
+    """Meet the other processes of the run; the console to print to, which is a silent one in all but the main one."""
+    cpu = pick_device(config.model.device).type == "cpu" or bool(settings.training.get("use_cpu"))
+    processes.join(cpu=cpu, timeout_s=settings.step_timeout)
+    if processes.is_main():
+        return console
+    logging.getLogger("phinetune").setLevel(logging.ERROR)
+    return Console(quiet=True)
 
 
 @dataclass(frozen=True)
@@ -92,10 +123,18 @@ class Callbacks:
     metrics: MetricsWriter
     progress: ProgressLine
     stop: StopRequest
+    early: EarlyStop | None
 
 
 def _make_trainer(
-    settings: Settings, loaded: Loaded, chats: Chats, engine: Engine | None, folder: RunFolder, console: Console
+    settings: Settings,
+    config: RunConfig,
+    loaded: Loaded,
+    chats: Chats,
+    engine: Engine | None,
+    look: Look | None,
+    folder: RunFolder,
+    console: Console,
 ) -> tuple[ChatTrainer, Callbacks]:
     args = make_training_args(settings, folder.path, loaded.device, loaded.model.dtype, fast=engine is not None)
     lora = make_lora_config(settings, resolve_targets(loaded.model, settings.peft.get("target_modules")))
@@ -105,7 +144,10 @@ def _make_trainer(
         use_fused_layers(lora, loaded.model)
         rows = engine.prepare(rows)
     set_seed(args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
-    callbacks = Callbacks(MetricsWriter(folder.metrics), ProgressLine(console), StopRequest())
+    patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
+    early = EarlyStop(patience, threshold) if patience else None
+    callbacks = Callbacks(MetricsWriter(folder.metrics), ProgressLine(console), StopRequest(), early)
+    samples = SamplesWriter(folder.samples)
     try:
         trainer = ChatTrainer(
             loaded=loaded,
@@ -114,13 +156,30 @@ def _make_trainer(
             train_dataset=rows,
             eval_dataset=chats.held_out.dataset() if chats.held_out else None,
             peft_config=lora,
-            callbacks=[callbacks.metrics, callbacks.progress, GradientCheck(), callbacks.stop],
+            look=look,
+            samples=samples,
+            callbacks=[
+                *(callbacks.metrics, callbacks.progress, GradientCheck(), callbacks.stop, samples),
+                *([early] if early else []),
+            ],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         # Both libraries check much only now: a rank below 1, a tracker that is not installed, odd combinations.
         raise ConfigError(f"PEFT or TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dictionary
+    trainer.add_callback(StartRecord(folder, _start_facts(trainer, loaded, chats)))
     return trainer, callbacks
+
+
+def _start_facts(trainer: ChatTrainer, loaded: Loaded, chats: Chats) -> dict[str, Any]:
+    trains, total = trainable_parameters(trainer.peft_model)
+    return {
+        "base": asdict(loaded.base),
+        "data": chats.facts(),
+        "trainable_parameters": trains,
+        "parameters": total,
+        "environment": describe_environment(trainer.args),
+    }
 
 
 def _run(trainer: ChatTrainer, callbacks: Callbacks, checkpoint: Path | None, trained: Trained) -> Trained:
@@ -147,9 +206,25 @@ def _run(trainer: ChatTrainer, callbacks: Callbacks, checkpoint: Path | None, tr
         "seconds": round(time.perf_counter() - began, 2),
         "tokens_per_s": callbacks.metrics.tokens_per_s,
         "trainable_parameters": trainable_parameters(trained.model)[0],
+        "stopped_early": bool(callbacks.early and callbacks.early.stopped),
+        "best": _best(trainer),
     }
     trained.model.eval()
     return trained
+
+
+def _best(trainer: ChatTrainer) -> dict[str, Any] | None:
+    """The best evaluation: its metric, value and step; `loaded` where the run's adapter is that step's."""
+    state, metric = trainer.state, trainer.args.metric_for_best_model
+    if metric is None or state.best_metric is None:
+        return None
+    loaded = bool(trainer.args.load_best_model_at_end and state.best_model_checkpoint)
+    return {
+        "metric": metric.removeprefix("eval_"),
+        "value": state.best_metric,
+        "step": state.best_global_step,
+        "loaded": loaded,
+    }
 
 
 def _mean_loss(trainer: ChatTrainer) -> float | None:

@@ -18,6 +18,8 @@ from rich.progress import (
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from phinetune.spelling import spell_seconds
+
 
 class TimeLeft(ProgressColumn):
     """Time left from the mean step so far: steady, where rich's own estimate looks at the last seconds only."""
@@ -112,13 +114,3 @@ def spell_logs(logs: dict[str, Any]) -> str:
     if logs.get("tokens_per_s"):
         parts.append(f"{logs['tokens_per_s']:.0f} tokens/s")
     return "  ".join(parts)
-
-
-def spell_seconds(seconds: float) -> str:
-    """`45s`, `3m 20s`, `2h 05m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

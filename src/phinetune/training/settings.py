@@ -6,6 +6,7 @@ Keys of older scripts are taken along: each retired key is translated, or left o
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import typing
 import warnings
@@ -21,6 +22,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from trl import SFTConfig
 
 from phinetune.errors import ConfigError, unknown_key
+
+logger = logging.getLogger(__name__)
 
 # Where this project departs from SFTConfig's defaults, and why.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -109,6 +112,11 @@ class Settings:
         """Tokens a chat may have; None is no limit."""
         value = self.training.get("max_length", _field(SFTConfig, "max_length").default)
         return None if value is None else int(value)
+
+    @property
+    def step_timeout(self) -> float:
+        """Seconds that processes wait for one another in a step."""
+        return float(self.training.get("ddp_timeout", _field(SFTConfig, "ddp_timeout").default))
 
 
 def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, Any]) -> Settings:
@@ -230,9 +238,24 @@ def make_training_args(
         with warnings.catch_warnings():
             # `gradient_checkpointing` is the guide's name for what transformers is renaming.
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-            return SFTConfig(**given)
+            args = SFTConfig(**given)
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
         raise ConfigError(f"training_config: {error}") from error
+    return one_gpu(args)
+
+
+def one_gpu(args: SFTConfig) -> SFTConfig:
+    """The arguments for one GPU a process. Where a single process sees several, transformers would split each batch
+    among them (`DataParallel`), which packed rows can't be.
+    """
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are there, and one process trains on the first; `accelerate launch --num_processes %d` takes all",
+            args.n_gpu,
+            args.n_gpu,
+        )
+        args._n_gpu = 1  # as transformers itself does where the model's place is settled
+    return args
 
 
 def _field(schema: type, name: str) -> dataclasses.Field[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from phinetune.model.adapt import BASE_FILE
 from phinetune.model.load import Loaded
 from phinetune.model.quantize import is_quantized
 from phinetune.model.scoring import Score, score_batch
+from phinetune.training.callbacks import SamplesWriter
 from phinetune.training.engine import Engine
+
+# Of a model: what its answers give (by metric), and some of these answers as they go into samples.jsonl.
+Look = Callable[[PeftModel], tuple[dict[str, float], list[dict[str, Any]]]]
 
 
 class ChatTrainer(SFTTrainer):
@@ -30,12 +35,21 @@ class ChatTrainer(SFTTrainer):
     is reported to anyone who was not named in `report_to`. With an engine, a step's chats are one packed row.
     """
 
-    def __init__(self, *, loaded: Loaded, args: SFTConfig, engine: Engine | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        loaded: Loaded,
+        args: SFTConfig,
+        engine: Engine | None = None,
+        look: Look | None = None,
+        samples: SamplesWriter | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.base, self.tokenizer = loaded.base, loaded.tokenizer
         self.generation = loaded.model.generation_config
         self.folder = Path(str(args.output_dir))
         self._stage: Path | None = None
-        self.engine = engine
+        self.engine, self.look, self.samples = engine, look, samples
         if engine:
             kwargs["data_collator"] = engine.collator(loaded.model)
         super().__init__(model=loaded.model, args=args, processing_class=loaded.tokenizer, **kwargs)
@@ -96,10 +110,12 @@ class ChatTrainer(SFTTrainer):
 
     def save_final(self) -> None:
         """The adapter as it is now, into the run folder itself: staged, then each file renamed into place."""
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.partial-") as stage:
-            self.save_model(stage, _internal_call=True)
-            if self.args.should_save:
+        if self.args.should_save:
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.partial-") as stage:
+                self.save_model(stage, _internal_call=True)
                 publish_files(Path(stage), self.folder)
+        else:
+            self.save_model(str(self.folder), _internal_call=True)  # writes nothing, and gives a sharded model's part
         self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -122,6 +138,13 @@ class ChatTrainer(SFTTrainer):
         if self.engine:
             self.engine.set_up(self.peft_model, self.args.device)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the lengths of rows on disk: `group_by_length` would read all rows to count them."""
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
+        columns: list[str] = self._signature_columns or []
+        named = list(dict.fromkeys([*columns, self.args.length_column_name]))
+        self._signature_columns = named  # type: ignore[assignment]
 
     # -- training and evaluating ----------------------------------------------------------------------------
 
@@ -170,6 +193,14 @@ class ChatTrainer(SFTTrainer):
             + " | ".join(repr(start) for start in starts[:4])
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the parent's, but several processes get each row once: an uneven rest is not filled up with repeats."""
+        before, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = before
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -178,7 +209,7 @@ class ChatTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss, perplexity and token accuracy over all labelled tokens, batch by batch."""
+        """Loss, perplexity and token accuracy over all labelled tokens, batch by batch; then what `look` finds."""
         model = self.peft_model.eval()
         total = Score()
         for batch in dataloader:
@@ -186,6 +217,11 @@ class ChatTrainer(SFTTrainer):
                 total = total + score_batch(model, self._prepare_inputs(batch))
         total = self._reduced(total)
         metrics = {"loss": total.loss, "perplexity": total.perplexity, "token_accuracy": total.token_accuracy}
+        if self.look:
+            found, samples = self.look(model)
+            metrics |= found
+            if self.samples:
+                self.samples.write(self.state, samples)
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
             label_ids=None,

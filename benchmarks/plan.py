@@ -1,0 +1,151 @@
+"""What `phinetune plan` predicts beside what the run then takes, each in a fresh process.
+
+    python -m benchmarks.plan [--only starter,shape,nf4,recomputed] [--steps 10]
+
+Writes benchmarks/results/plan.json and plan.md. Memory is the peak while training (VmHWM, reset at the first step) less
+what the program held before the model was loaded, its data included; time is that of training alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.train import HERE, RESULTS, SHAPE, alpaca_rows, machine
+
+Row = dict[str, Any]
+HEADINGS = ("", "memory GB", "predicted", "off by", "seconds", "predicted", "off by")
+CASES: dict[str, Row] = {
+    "starter": {"model": {"path": "starter"}, "batch": 8},
+    "shape": {"model": {"path": SHAPE}, "batch": 4},
+    "nf4": {"model": {"path": SHAPE, "quantization": "nf4"}, "batch": 4},
+    "recomputed": {"model": {"path": SHAPE}, "batch": 8, "engine": {"activation_memory": "all"}},
+}
+
+
+def configuration(case: str, steps: int, folder: str) -> Row:
+    """The configuration of a case, as a run's YAML file has it."""
+    about = CASES[case]
+    return {
+        "model": about["model"],
+        "data": {"train": alpaca_rows(), "limit": 200},
+        "engine": about.get("engine", {}),
+        "peft_config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        "training_config": {
+            "output_dir": folder,
+            "max_steps": steps,
+            "per_device_train_batch_size": about["batch"],
+            "save_strategy": "no",
+            "max_length": 1024,
+        },
+    }
+
+
+def predicted(tree: Row) -> Row:
+    """The plan."""
+    from phinetune.config import make_config
+    from phinetune.logs import quiet_libraries
+    from phinetune.planning.plan import make_plan
+
+    quiet_libraries()
+    plan = make_plan(make_config(tree))
+    return {"bytes": plan.memory.total, "seconds": plan.seconds, "parts": plan.memory.to_dict()}
+
+
+def measured(tree: Row) -> Row:
+    """The run."""
+    from peft import PeftModel
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    from phinetune.config import make_config
+    from phinetune.data.build import build_chats
+    from phinetune.data.chat import make_encoder
+    from phinetune.logs import quiet_libraries
+    from phinetune.model.tokenizer import open_tokenizer
+    from phinetune.training import job
+
+    quiet_libraries()
+    config = make_config(tree)
+    chats = build_chats(config.data, make_encoder(open_tokenizer(config.model)), 1024)
+    before = _status("VmRSS")
+    begun: list[int] = []
+
+    def first_step(module: Any, _: Any) -> None:
+        if isinstance(module, PeftModel) and not begun:
+            begun.append(_status("VmRSS"))
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+
+    register_module_forward_pre_hook(first_step)
+    trained = job.train(config, Console(quiet=True))
+    assert len(chats.train)
+    return {"bytes": _status("VmHWM") - before, "seconds": trained.summary["seconds"], "loaded": begun[0] - before}
+
+
+def _status(key: str) -> int:
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def in_process(kind: str, tree: Row) -> Row:
+    """One of the two in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.plan", "--worker", kind, json.dumps(tree)]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
+
+
+def compare(case: str, steps: int) -> Row:
+    """Both, and how far they lie apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = configuration(case, steps, f"{folder}/run")
+        plan, run = in_process("predicted", tree), in_process("measured", tree)
+    apart = {key: plan[key] / run[key] - 1 for key in ("bytes", "seconds")}
+    return {"what": case, "plan": plan, "run": run, "off": apart}
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, in the order of `HEADINGS`."""
+    plan, run, off = row["plan"], row["run"], row["off"]
+    memory = [f"{one['bytes'] / 1e9:.2f}" for one in (run, plan)]
+    seconds = [f"{one['seconds']:.1f}" for one in (run, plan)]
+    return [row["what"], *memory, f"{off['bytes']:+.0%}", *seconds, f"{off['seconds']:+.0%}"]
+
+
+def main() -> None:
+    """Run the cases, print a table, write the results."""
+    if sys.argv[1:2] == ["--worker"]:
+        print(json.dumps({"predicted": predicted, "measured": measured}[sys.argv[2]](json.loads(sys.argv[3]))))
+        return
+    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cli.add_argument("--only", default=",".join(CASES))
+    cli.add_argument("--steps", type=int, default=10)
+    options = cli.parse_args()
+    rows = [compare(case, options.steps) for case in options.only.split(",")]
+    table = Table(*HEADINGS, title="plan and run")
+    for row in rows:
+        table.add_row(*cells(row))
+    console = Console()
+    console.print(table)
+    RESULTS.mkdir(exist_ok=True)
+    about = machine("auto")
+    (RESULTS / "plan.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    lines = ["# What a plan predicts and what the run takes", "", "Written by `python -m benchmarks.plan`.", ""]
+    lines += [f"Measured {about['date']} on {about['processor']} ({about['instructions']}).", ""]
+    lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    (RESULTS / "plan.md").write_text("\n".join(lines) + "\n")
+    console.print(f"Wrote {RESULTS / 'plan.md'} and plan.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A comparison on the terminal: a column a model, what changed, and whether that is more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from phinetune.evaluation.bootstrap import LEVEL
+from phinetune.evaluation.compare import Comparison
+from phinetune.measures import Measure, measured
+
+TAGS = 12  # values of the tag column that are shown
+
+
+def show_comparison(comparison: Comparison, console: Console) -> None:
+    """The results as a table, by tag as well where there are tags, and what should be looked at."""
+    one = next(iter(comparison.results.values()))
+    prompts = f", {one['prompts']} prompts answered" if one["prompts"] else ""
+    console.print(f"Held-out chats ({one['labelled_tokens']:,} labelled tokens{prompts}):", highlight=False)
+    console.print(_results(comparison))
+    if comparison.json_fields:
+        console.print(_fields(comparison.json_fields))
+    if comparison.by_tag:
+        console.print(_tags(comparison))
+    for flag in comparison.flags:
+        console.print(f"Look: {flag}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table()
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _results(comparison: Comparison) -> Table:
+    results = comparison.results
+    paired = len(results) == 2
+    table = _table("", *results, *(["change", f"{LEVEL}% interval"] if paired else []))
+    if paired:
+        table.add_column("")
+    for measure in measured(results):
+        values = [numbers[measure.key] for numbers in results.values()]
+        cells = [measure.amount(value) for value in values]
+        table.add_row(measure.heading, *cells, *(_changed(comparison, measure, values) if paired else []))
+    return table
+
+
+def _changed(comparison: Comparison, measure: Measure, values: list[float]) -> list[str]:
+    difference = comparison.differences.get(measure.key)
+    text = measure.change(*values)[0]
+    if difference is None:
+        return [text, "", ""]
+    interval = f"{measure.amount(difference.low, sign=True)} to {measure.amount(difference.high, sign=True)}"
+    colour = {"better": "green", "worse": "red"}.get(difference.verdict)
+    return [f"[{colour}]{text}[/]" if colour else text, interval, difference.verdict]
+
+
+def _fields(shares: Mapping[str, Mapping[str, float]]) -> Table:
+    table = _table("JSON field right %", *shares)
+    for key in dict.fromkeys(key for side in shares.values() for key in side):
+        table.add_row(key, *(f"{side[key]:.1f}" for side in shares.values()))
+    return table
+
+
+def _tags(comparison: Comparison) -> Table:
+    """By tag the loss, and the first metric of answers."""
+    measures = [m for m in measured(comparison.results) if m.key == "loss" or m.key not in SCORED][:2]
+    names = list(comparison.results)
+    table = _table("tag", "rows", *(f"{m.heading.split(' (')[0]}, {name}" for m in measures for name in names))
+    for tag, found in list(comparison.by_tag.items())[:TAGS]:
+        cells = [_cell(measure, found[name]) for measure in measures for name in names]
+        table.add_row(tag or "(none)", str(found["rows"]), *cells)
+    if len(comparison.by_tag) > TAGS:
+        table.caption = f"and {len(comparison.by_tag) - TAGS} more tags"
+    return table
+
+
+SCORED = ("perplexity", "token_accuracy")
+
+
+def _cell(measure: Measure, numbers: Mapping[str, Any]) -> str:
+    value = numbers.get(measure.key)
+    return "–" if value is None else measure.amount(value)

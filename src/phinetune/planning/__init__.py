@@ -1,0 +1,1 @@
+"""`phinetune plan`: what a run will take, before it begins."""

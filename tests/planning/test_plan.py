@@ -1,0 +1,128 @@
+"""A plan says yes or no, and what would fit does fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import chat, tiny_config, write_jsonl
+from phinetune import cli
+from phinetune.config import RunConfig, dump_config, load_config
+from phinetune.planning import plan as planning
+from phinetune.planning.nearest import nearest_fitting
+from phinetune.planning.plan import make_plan
+from phinetune.planning.screen import as_options
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(cli, "_program", lambda: "phinetune")
+    monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def written(config: RunConfig, folder: Path) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(dump_config(config))
+    return file
+
+
+def test_a_run_that_fits(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tiny_config(chats, tmp_path / "run"), tmp_path)
+    assert run(monkeypatch, "plan", file) == 0
+    out = capsys.readouterr().out
+    assert "Yes: it fits." in out
+    assert "tokens/s" in out
+    assert out.rstrip().splitlines()[-1] == f"Next: phinetune train {file}"
+    assert not (tmp_path / "run").exists()
+    assert run(monkeypatch, "plan", file, "--json", "--no-probe") == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["fits"] is True
+    assert tree["steps"]["count"] == 6
+    assert tree["seconds"] is None
+    assert tree["memory"]["total"] > tree["memory"]["weights"]
+
+
+def large(tmp_path: Path, **changes: Any) -> RunConfig:
+    """Chats so long that a micro-batch takes more than the weights."""
+    rows = [chat("why " * 300, "so " * 100) for _ in range(40)]
+    config = tiny_config(write_jsonl(tmp_path / "long.jsonl", rows), tmp_path / "run", per_device_train_batch_size=8)
+    config.training_config["max_length"] = 4096
+    config.engine.activation_memory = "none"
+    return config.model_copy(update=changes)
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = large(tmp_path)
+    need = make_plan(config, probe=False).memory.total
+    monkeypatch.setattr(planning, "free_bytes", lambda device: need * 2 // 3)
+    file = written(config, tmp_path)
+    assert run(monkeypatch, "plan", file, "--no-probe") == 1
+    out = capsys.readouterr().out
+    assert "No: there is not enough memory." in out
+    options = [line.split() for line in out.splitlines() if line.startswith("  --set ")]
+    assert len(options) >= 3
+    for option in options:
+        assert run(monkeypatch, "plan", file, "--no-probe", *option) == 0
+        again = make_plan(load_config(file, option[1::2]), probe=False)
+        assert again.memory.total <= need * 2 // 3
+        assert again.steps.tokens <= make_plan(config, probe=False).steps.tokens
+
+
+def test_kinds_of_change_are_put_together_where_none_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = planning._set_up(large(tmp_path))[0]
+    alone = [setup.changed(one).need().memory.total for one in nearest_fitting(setup)]
+    assert alone == [] or max(alone) <= setup.free
+    least = setup.changed({"training_config.per_device_train_batch_size": 1}).need().memory.total
+    monkeypatch.setattr(planning, "free_bytes", lambda device: least - 1000)
+    found = make_plan(large(tmp_path), probe=False).nearest
+    assert all("per_device_train_batch_size" not in as_options(one) or len(one) > 2 for one in found)
+    monkeypatch.setattr(planning, "free_bytes", lambda device: 1000)
+    made = make_plan(large(tmp_path), probe=False)
+    assert (made.fits, made.nearest) == (False, [])
+
+
+def test_a_full_disk_is_told(chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(chats, tmp_path / "run", save_strategy="steps", save_steps=2)
+    made = make_plan(config, probe=False)
+    assert made.disk == made.trainable * (4 + 3 * 12)
+    config.training_config["save_total_limit"] = 1
+    assert make_plan(config, probe=False).disk == made.trainable * (4 + 2 * 12)
+    monkeypatch.setattr(planning, "free_disk", lambda folder: made.trainable)
+    assert not make_plan(config, probe=False).fits
+
+
+def test_the_plain_engine_is_noted(chats: Path, tmp_path: Path) -> None:
+    config = tiny_config(chats, tmp_path / "run")
+    config.engine.kind = "plain"
+    made = make_plan(config)
+    assert made.seconds is None
+    assert "engine: plain" in made.notes[0]
+
+
+def test_the_optimizer_is_counted_by_its_name(chats: Path, tmp_path: Path) -> None:
+    held = {}
+    for name in ("adamw_torch", "sgd", "adafactor"):
+        made = make_plan(tiny_config(chats, tmp_path / "run", optim=name), probe=False)
+        held[name] = made.memory.optimizer / made.trainable
+        assert any("adafactor" in note for note in made.notes) is (name == "adafactor")
+    assert held == {"adamw_torch": 8, "sgd": 0, "adafactor": 8}
+
+
+def test_quantised_runs_are_measured_too(chats: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = tiny_config(chats, tmp_path / "run")
+    config.model.quantization = "nf4"
+    config.model.path = "random:{layers: 4, hidden_size: 64, intermediate_size: 128, heads: 4, kv_heads: 2, vocab: 320}"
+    made = make_plan(config)
+    assert made.seconds is not None
+    assert made.seconds > 0

@@ -1,0 +1,53 @@
+"""What the plots are given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from phinetune.report.curves import Point, charts, thin
+from phinetune.report.facts import read_run, read_runs
+from report_helpers import entry, make_run
+
+
+def test_every_plot_has_its_points_and_units(tmp_path: Path) -> None:
+    made = {chart["key"]: chart for chart in charts([read_run(make_run(tmp_path / "run", steps=30))])}
+    wanted = ["loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s", "memory", "eval_token_accuracy"]
+    assert list(made) == wanted
+    assert made["loss"]["series"][0]["x"] == list(range(1, 31))
+    assert made["memory"]["series"][0]["y"][0] == float(f"{(1_800_000_000 + 1_000_000) / 2**30:.6g}")
+    assert made["eval_token_accuracy"]["series"][0]["y"] == [60.0, 70.0]  # percent
+
+
+def test_the_held_out_loss_starts_at_the_base_and_ends_at_the_tuned_model(tmp_path: Path) -> None:
+    chart = next(c for c in charts([read_run(make_run(tmp_path / "run"))]) if c["key"] == "eval_loss")
+    assert chart["series"][0]["x"] == [0, 10, 20, 30]
+    assert chart["series"][0]["y"] == [2.5, 1.0, 0.5, 0.0066]
+
+
+def test_a_number_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(entry(3, loss=None, grad_norm=float("nan"), learning_rate="high")) + "\n")
+    made = {chart["key"]: chart["series"][0]["y"] for chart in charts([read_run(folder)])}
+    assert made["loss"][2] is None
+    assert made["grad_norm"][2] is None
+    assert made["learning_rate"][2] is None
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_spikes() -> None:
+    points: list[Point] = [(step, float(step % 17)) for step in range(100_000)]
+    points[54_321] = (54_321, 99.0)
+    points[7] = (7, None)
+    kept = thin(points, 1500)
+    assert 1000 < len(kept) <= 1500
+    assert (54_321, 99.0) in kept
+    assert kept[-1] == points[-1]
+    assert [step for step, _ in kept] == sorted(step for step, _ in kept)
+    assert thin(points[:1500], 1500) == points[:1500]
+
+
+def test_runs_share_a_plot_and_keep_their_own_steps(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / "long", steps=30), make_run(tmp_path / "short", steps=4)])
+    series = next(chart for chart in charts(runs) if chart["key"] == "loss")["series"]
+    assert [(one["name"], one["run"], len(one["x"])) for one in series] == [("long", 0, 30), ("short", 1, 4)]

@@ -1,0 +1,153 @@
+"""Two processes over gloo train what one does with twice the batch, and only the first prints and writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from trl import SFTConfig
+
+from helpers import tiny_config, write_jsonl
+from phinetune import processes
+from phinetune.training import job
+from phinetune.training.settings import one_gpu
+
+HERE = Path(__file__).resolve().parent
+STEPS = {"max_steps": 3, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What two processes left and printed."""
+
+    folder: Path
+    out: str
+    err: str
+    results: list[dict[str, Any]]
+
+
+def launch(chats: Path, folder: Path, **changes: Any) -> Launched:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "two_processes.py")]
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, *command, str(chats), str(folder), json.dumps(changes)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((folder.parent / f"results-{rank}.json").read_text()) for rank in (0, 1)]
+    return Launched(folder, done.stdout, done.stderr, results)
+
+
+def alone(chats: Path, folder: Path, engine: str = "fast", **training: Any) -> Path:
+    config = tiny_config(chats, folder, **{**STEPS, **training})
+    config.model.device, config.model.dtype, config.engine.kind = "cpu", "float32", engine  # type: ignore[assignment]
+    job.train(config, Console(quiet=True))
+    return folder
+
+
+def metrics(folder: Path, key: str) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry[key] for entry in entries if key in entry]
+
+
+@pytest.fixture(scope="module")
+def chats(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen chats: twelve to train on, three steps of four, and four held out, which two processes share unevenly."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", [*rows, *rows[:4]])
+
+
+@pytest.fixture(scope="module", params=["fast", "plain"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def two(engine: str, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """Two processes with a batch of 1 and two micro-batches a step each."""
+    training = {**STEPS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 3}
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return launch(chats, folder, training={**training, "save_strategy": "steps"}, engine=engine)
+
+
+@pytest.fixture(scope="module")
+def one(engine: str, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process with a batch of 2 and two micro-batches."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    return alone(chats, folder, engine, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+
+
+def test_two_processes_learn_what_one_learns_from_twice_the_batch(two: Launched, one: Path) -> None:
+    ours, wanted = (load_file(folder / "adapter_model.safetensors") for folder in (two.folder, one))
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_what_is_logged_is_of_all_processes(two: Launched, one: Path) -> None:
+    for key in ("loss", "grad_norm", "eval_loss", "eval_token_accuracy"):
+        assert metrics(two.folder, key) == pytest.approx(metrics(one, key), rel=1e-5), key
+    assert metrics(two.folder, "tokens") == metrics(one, "tokens")
+
+
+def test_the_first_process_alone_prints_and_writes(two: Launched) -> None:
+    assert two.out.count("step 3/3  loss") == 1
+    assert two.out.count("LoRA sits on:") == 1
+    assert two.out.count("Held-out chats (") == 1
+    assert "processes: 2" in two.err
+    assert two.err.count("trainable parameters:") == 1
+    assert {path.name for path in two.folder.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base.json",
+        "chat_template.jinja",
+        "checkpoint-3",
+        "config.yaml",
+        "generation_config.json",
+        "metrics.jsonl",
+        "report.html",
+        "results.json",
+        "run.log",
+        "samples.jsonl",
+        "start.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_every_process_gets_the_results_that_the_first_one_found(two: Launched) -> None:
+    first, second = two.results
+    assert first == second
+    assert first == json.loads((two.folder / "results.json").read_text())
+    assert first["evaluation"]["tuned"]["loss"] > 0
+
+
+def test_alone_a_process_is_the_main_one() -> None:
+    processes.join(cpu=True, timeout_s=1)
+    assert processes.is_main()
+    assert processes.count() == 1
+    assert processes.own_device() is None
+    assert not processes.any_of(False)
+    assert processes.any_of(True)
+    assert processes.from_main({"a": 1}) == {"a": 1}
+
+
+def test_one_process_that_sees_several_gpus_takes_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert one_gpu(args).n_gpu == 0
+    assert not caplog.messages
+    args._n_gpu = 4  # what transformers counts where four are visible
+    assert one_gpu(args).n_gpu == 1
+    assert "accelerate launch --num_processes 4" in caplog.text

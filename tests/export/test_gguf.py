@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Phi3ForCausalLM, PreTrainedTokenizerBase
 
-from gguf_helpers import SHAPES, chat_ids, greedy, hub_shape, keys_of, llama, random_adapter, random_model, tensors_of
+from export_helpers import TunedStarter
+from gguf_helpers import SHAPES, chat_ids, greedy, hub_shape, keys_of, llama, random_model, tensors_of
 from helpers import TINY
 from phinetune import cli
 from phinetune.api import load
@@ -181,41 +182,30 @@ def test_a_hub_shape_in_llama_cpp_answers_as_in_transformers(
 
 
 @pytest.mark.starter
-def test_a_tuned_starter_in_llama_cpp_answers_as_in_transformers(tuned_starter: Any, tmp_path: Path) -> None:
-    tuned, tokenizer, folder = tuned_starter
+def test_a_tuned_starter_in_llama_cpp_answers_as_in_transformers(tuned_starter: TunedStarter, tmp_path: Path) -> None:
+    tuned, tokenizer, folder, chats = tuned_starter
     export(str(folder), "gguf", kind="f32", out=tmp_path / "a.gguf")
-    chat = [{"role": "user", "content": "Write a poem about the sea."}]
-    ids = chat_ids(tokenizer, chat)
+    ids = chat_ids(tokenizer, chats[0])
     with llama(tmp_path / "a.gguf") as server:
-        assert server.tokenize(server.render(chat)) == ids
+        assert server.tokenize(server.render(chats[0])) == ids
         answer = server.greedy(ids, 40)
     assert len(answer) == 40
     assert answer == greedy(tuned, ids, 40)
+    with tuned.disable_adapter():
+        assert answer != greedy(tuned, ids, 40)
 
 
 @pytest.mark.starter
-def test_q8_0_keeps_the_top_tokens_log_probability(tuned_starter: Any, tmp_path: Path) -> None:
-    """On prompts that the model is as sure of as a tuned one is of its answers."""
-    tuned, tokenizer, folder = tuned_starter
+def test_q8_0_keeps_the_top_tokens_log_probability(tuned_starter: TunedStarter, tmp_path: Path) -> None:
+    tuned, tokenizer, folder, chats = tuned_starter
     export(str(folder), "gguf", kind="q8_0", out=tmp_path / "a.gguf")
-    words = "river stone lamp paper window garden bread street winter music doctor flower copper sugar engine"
-    more = "butter forest mirror silver basket"
     with llama(tmp_path / "a.gguf") as server:
-        for word in [*words.split(), *more.split()]:
-            line = f"The {word} stands beside the old {word} house, and the {word} is what we came for.\n"
-            ids = tokenizer(line * 3 + line[: line.index(" is what")])["input_ids"]
+        for chat in chats:
+            ids = chat_ids(tokenizer, chat)
             with torch.no_grad():
                 theirs = torch.log_softmax(tuned(input_ids=torch.tensor([ids])).logits[0, -1], -1)
             top = int(theirs.argmax())
-            assert server.log_probabilities(ids)[top] == pytest.approx(float(theirs[top]), abs=0.05), word
-
-
-@pytest.fixture(scope="module")
-def tuned_starter(starter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(the starter with a random adapter in float32, its tokenizer, the adapter's folder)."""
-    folder = tmp_path_factory.mktemp("tuned") / "adapter"
-    model, tokenizer = load("starter", dtype="float32", device="cpu")
-    return random_adapter(model, folder, "starter", r=8, lora_alpha=16), tokenizer, folder
+            assert server.log_probabilities(ids)[top] == pytest.approx(float(theirs[top]), abs=0.05), chat
 
 
 # -- refused, and staged ---------------------------------------------------------------------------------------

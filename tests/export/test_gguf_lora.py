@@ -10,6 +10,7 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from export_helpers import TunedStarter
 from gguf_helpers import chat_ids, greedy, keys_of, llama, random_adapter, tensors_of
 from helpers import TINY
 from phinetune.api import load
@@ -65,11 +66,10 @@ def test_a_run_in_llama_cpp_answers_as_in_peft(tiny_run: Path, tmp_path: Path) -
 
 
 @pytest.mark.starter
-def test_an_adapter_on_the_starter_in_llama_cpp_answers_as_in_peft(tmp_path: Path, starter_folder: Path) -> None:
-    model, tokenizer = load("starter", dtype="float32", device="cpu")
-    tuned = random_adapter(model, tmp_path / "adapter", "starter", size=0.1, r=8, lora_alpha=16)
-    ids = chat_ids(tokenizer, [{"role": "user", "content": "Write a poem about the sea."}])
-    base, with_adapter = answers(tmp_path, tmp_path / "adapter", ids, "starter")
+def test_an_adapter_on_the_starter_in_llama_cpp_answers_as_in_peft(tuned_starter: TunedStarter, tmp_path: Path) -> None:
+    tuned, tokenizer, folder, chats = tuned_starter
+    ids = chat_ids(tokenizer, chats[1])
+    base, with_adapter = answers(tmp_path, folder, ids, "starter")
     assert with_adapter == greedy(tuned, ids, 40)
     assert with_adapter != base
 

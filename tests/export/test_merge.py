@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 import phinetune
+from export_helpers import TunedStarter
+from gguf_helpers import chat_ids, greedy
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
 from merge_helpers import adapted, logits, open_plain, save_base
 from phinetune import api, cli
@@ -385,31 +386,15 @@ def test_the_command(
 
 
 @pytest.mark.starter
-def test_the_merged_starter_says_the_same_forty_tokens(starter_folder: Path, tmp_path: Path) -> None:
-    model = get_peft_model(
-        open_plain(starter_folder), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
-    ).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape) * 0.02)
-    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "starter"}))
-    made = merge_run(tmp_path / "adapter", tmp_path / "out")
-    merged, tokenizer = open_plain(made.path), AutoTokenizer.from_pretrained(made.path)
+def test_the_merged_starter_says_the_same_forty_tokens(tuned_starter: TunedStarter, tmp_path: Path) -> None:
+    tuned, tokenizer, folder, chats = tuned_starter
+    made = merge_run(folder, tmp_path / "out", dtype="float32")
+    merged = open_plain(made.path)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    chat_ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Tell me of rivers."}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    wanted, found = (
-        one.generate(**chat_ids, max_new_tokens=40, min_new_tokens=40, do_sample=False) for one in (model, merged)
-    )
-    assert torch.equal(found, wanted)
-    with model.disable_adapter():
-        alone = model.generate(**chat_ids, max_new_tokens=40, min_new_tokens=40, do_sample=False)
-    assert not torch.equal(alone, wanted)
+    ids = chat_ids(tokenizer, chats[2])
+    assert ids == chat_ids(AutoTokenizer.from_pretrained(made.path), chats[2])
+    wanted = greedy(tuned, ids, 40)
+    assert len(wanted) == 40
+    assert greedy(merged, ids, 40) == wanted
+    with tuned.disable_adapter():
+        assert greedy(tuned, ids, 40) != wanted

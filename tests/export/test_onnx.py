@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from export_helpers import TunedStarter
 from gguf_helpers import chat_ids, greedy, hub_shape, random_adapter, random_model
 from helpers import TINY
 from onnx_helpers import Genai
@@ -48,6 +49,18 @@ def test_an_adapter_in_onnxruntime_answers_as_in_peft(adapter: Any) -> None:
     genai = Genai(folder)
     assert genai.tokenize(genai.render(QUESTION)) == ids
     assert genai.greedy(ids, 40) == without_end(tuned, ids)
+
+
+@pytest.mark.starter
+def test_a_tuned_starter_in_onnxruntime_answers_as_in_transformers(tuned_starter: TunedStarter, tmp_path: Path) -> None:
+    tuned, tokenizer, folder, chats = tuned_starter
+    export(str(folder), "onnx", kind="f32", out=tmp_path / "out")
+    ids = chat_ids(tokenizer, chats[3])
+    genai = Genai(tmp_path / "out")
+    assert genai.tokenize(genai.render(chats[3])) == ids
+    answer = genai.greedy(ids, 40)
+    assert len(answer) == 40
+    assert answer == greedy(tuned, ids, 40)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ RESULTS = HERE / "results"
 SHARED = HERE.parents[1] / "shared"
 SHAPE = "random:{layers: 4}"  # Phi-3 mini's, four layers of it
 
-PATIENCE = 1800  # seconds a measurement: torch_compile may compile for longer than it trains
+PATIENCE = 900  # seconds a measurement: torch_compile may compile for longer than it trains
 
 Row = dict[str, Any]
 

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,46 +184,19 @@ def step(
     """
     from peft import LoraConfig, get_peft_model
 
-    from phinetune.config import EngineSection, ModelSection
-    from phinetune.data.chat import Encoded
-    from phinetune.data.packing import pack
+    from phinetune.config import ModelSection
     from phinetune.model.fused import use_fused_layers
     from phinetune.model.load import load_base
-    from phinetune.training.engine import Engine
 
     loaded = load_base(ModelSection(path=model, dtype=dtype, device="cpu"), fast=engine == "fast")
     lora = LoraConfig(**LORA)
     peft = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model) if engine == "fast" else lora).train()
-    torch.manual_seed(0)
-    top = loaded.model.config.vocab_size - 64
-    begin = torch.randint(3, top, (shared,)).tolist()
-    rows = []
-    for _ in range(chats):
-        ids = begin + torch.randint(3, top, (length - shared,)).tolist()
-        quiet = 0 if labelled is None else length - labelled
-        rows.append(Encoded(ids, [-100] * quiet + ids[quiet:]))
-    trained = [p for p in peft.parameters() if p.requires_grad]
+    rows = _made_up(chats, length, shared, labelled, loaded.model.config.vocab_size - 64)
     if engine == "fast":
-        Engine(EngineSection(activation_memory=memory).activation_memory, sharing, None, False).set_up(
-            peft, loaded.device
-        )
-        batch = pack(rows, share=sharing)
-
-        def loss() -> torch.Tensor:
-            out = peft(**batch)
-            return out.nll / out.count
-
+        loss = _fast_loss(peft, rows, sharing, memory)
     else:
-        run = torch.compile(peft) if engine == "compiled" else peft
-        padded = {
-            "input_ids": torch.tensor([r.input_ids for r in rows]),
-            "labels": torch.tensor([r.labels for r in rows]),
-        }
-
-        def loss() -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                return run(**padded, use_cache=False).loss  # type: ignore[no-any-return]
-
+        loss = _plain_loss(torch.compile(peft) if engine == "compiled" else peft, rows, dtype)
+    trained = [p for p in peft.parameters() if p.requires_grad]
     times = []
     for _ in range(rounds + 1):
         for p in trained:
@@ -236,6 +210,45 @@ def step(
         "seconds": statistics.median(times[1:] or times),
         "useful_flop": useful(loaded.model.config, chats * length, counted, chats * length * (length + 1) // 2),
     }
+
+
+def _made_up(chats: int, length: int, shared: int, labelled: int | None, top: int) -> list[Any]:
+    """Conversations of random tokens below `top`; see `step`."""
+    from phinetune.data.chat import Encoded
+
+    torch.manual_seed(0)
+    begin = torch.randint(3, top, (shared,)).tolist()
+    quiet = 0 if labelled is None else length - labelled
+    rows = [begin + torch.randint(3, top, (length - shared,)).tolist() for _ in range(chats)]
+    return [Encoded(ids, [-100] * quiet + ids[quiet:]) for ids in rows]
+
+
+def _fast_loss(peft: Any, rows: list[Any], sharing: bool, memory: str | int) -> Callable[[], torch.Tensor]:
+    """This project's loss of the rows, packed."""
+    from phinetune.config import EngineSection
+    from phinetune.data.packing import pack
+    from phinetune.training.engine import Engine
+
+    setting = EngineSection(activation_memory=memory).activation_memory
+    Engine(setting, sharing, None, False).set_up(peft, torch.device("cpu"))
+    batch = pack(rows, share=sharing)
+
+    def loss() -> torch.Tensor:
+        out = peft(**batch)
+        return out.nll / out.count  # type: ignore[no-any-return]
+
+    return loss
+
+
+def _plain_loss(run: Any, rows: list[Any], dtype: str) -> Callable[[], torch.Tensor]:
+    """transformers' loss of the rows, which are of one length."""
+    ids, labels = torch.tensor([r.input_ids for r in rows]), torch.tensor([r.labels for r in rows])
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            return run(input_ids=ids, labels=labels, use_cache=False).loss  # type: ignore[no-any-return]
+
+    return loss
 
 
 def useful(config: Any, tokens: int, labels: int, pairs: int) -> float:

@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
 from phinetune import cli
 from phinetune.config import dump_config
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The command line in this process; its exit status. The program counts as being on the path."""
-    monkeypatch.setattr(cli, "_program", lambda: "phinetune")
-    monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture

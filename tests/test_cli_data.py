@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import cli_helpers
 from helpers import TINY, chat, tiny_config, write_jsonl
-from phinetune import cli, cli_data
 from phinetune.config import dump_config
 
 SOUND = [chat(f"How far is town {i} from here?", f"It is {i} miles.") for i in range(5)]
@@ -19,14 +18,10 @@ SOUND = [chat(f"How far is town {i} from here?", f"It is {i} miles.") for i in r
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The command line in this process; its exit status. Without a configuration, the tiny model's tokenizer."""
-    monkeypatch.setattr(cli_data, "program", lambda: "phinetune")
 
     def call(verb: str, *arguments: object) -> int:
         model = [] if "--config" in arguments else ["--set", f"model.path={TINY}"]
-        monkeypatch.setattr(sys, "argv", ["phinetune", "data", verb, *map(str, arguments), *model])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return int(caught.value.code or 0)
+        return cli_helpers.run(monkeypatch, "data", verb, *arguments, *model)
 
     return call
 

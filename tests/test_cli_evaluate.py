@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cli_helpers import run
 from helpers import chat, write_jsonl
 from phinetune.run_folder import MARK
-from test_cli import run
 
 
 @pytest.fixture

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from phinetune import cli, cli_report
+from cli_helpers import run
 from report_helpers import make_run
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(cli_report, "program", lambda: "phinetune")
-    monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
 
 
 def test_one_run_gets_its_page_each_time_anew(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cli_helpers import run
 from helpers import TINY, chat
-from phinetune import cli
 from phinetune.data.findings import KINDS
 
 GOOD = [chat(f"How far is it from town {i} to the sea, please?", f"It is {i} miles.") for i in range(3)]
@@ -203,11 +202,8 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def call(*arguments: object) -> tuple[int, str, str]:
         settings = ("--set", f"model.path={TINY}", "--set", "training_config.max_length=512")
-        monkeypatch.setattr(sys, "argv", ["phinetune", "data", "check", *map(str, arguments), *settings])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
+        status = run(monkeypatch, "data", "check", *arguments, *settings)
+        return (status, *capsys.readouterr())
 
     return call
 

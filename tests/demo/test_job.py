@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from cli_helpers import run
 from helpers import TINY
-from phinetune import cli
 from phinetune.config import load_config
 from phinetune.demo.job import demo_config
 
@@ -28,11 +27,7 @@ def test_the_demo_ends_with_its_gain_and_three_commands(
     settings = [f"model.path={TINY!r}", "training_config.max_steps=2", f"evaluation.generate={answers}"]
     settings += ["evaluation.max_prompts=2", "evaluation.max_new_tokens=3", "training_config.save_strategy='no'"]
     overrides = [part for setting in settings for part in ("--set", setting)]
-    monkeypatch.setattr(sys, "argv", ["phinetune", "demo", "--output-dir", str(tmp_path / "run"), *overrides])
-    monkeypatch.setattr(cli, "_program", lambda: "phinetune")
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
+    assert run(monkeypatch, "demo", "--output-dir", tmp_path / "run", *overrides) == 0
     lines = capsys.readouterr().out.rstrip().splitlines()
     (gain,) = [line for line in lines if line.startswith("Gained on 80 held-out chats: loss ")]
     assert gain.endswith(gained)

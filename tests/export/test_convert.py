@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import phinetune.lora as lora
+from cli_helpers import run
 from convert_helpers import (
     IDS,
     PHI3_QKV,
@@ -30,7 +30,6 @@ from convert_helpers import (
     save,
 )
 from helpers import TINY
-from phinetune import cli
 from phinetune.config import ModelSection
 from phinetune.export.convert import convert
 from phinetune.model.load import load_base
@@ -203,13 +202,6 @@ def test_the_form_of_loralibs_own_examples(tmp_path: Path) -> None:
 
 
 # -- the command line ------------------------------------------------------------------------------------------
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
 
 
 def test_the_command_both_ways(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Phi3ForCausalLM, PreTrainedTokenizerBase
 
+from cli_helpers import run
 from export_helpers import TunedStarter
 from gguf_helpers import SHAPES, chat_ids, greedy, hub_shape, keys_of, llama, random_model, tensors_of
 from helpers import TINY
-from phinetune import cli
 from phinetune.api import load
 from phinetune.errors import ModelError
 from phinetune.export.gguf import write_gguf
@@ -317,22 +316,15 @@ def test_the_command_says_what_it_wrote_and_what_runs_it(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return int(caught.value.code or 0)
-
-    assert run("export", tiny_run, "--to", "gguf", "--type", "q8_0") == 0
+    assert run(monkeypatch, "export", tiny_run, "--to", "gguf", "--type", "q8_0") == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("Wrote tiny-q8_0.gguf: a GGUF of 15 tensors, q8_0, ")
     assert out[-2:] == ["Run it with:", "  llama-cli -m tiny-q8_0.gguf -c 4096 --temp 0"]
     assert (tmp_path / "tiny-q8_0.gguf").stat().st_mode & 0o777 == 0o666 & ~_umask(tmp_path)
-    assert run("export", tiny_run, "--to", "gguf", "--type", "q8_0") == 2
+    assert run(monkeypatch, "export", tiny_run, "--to", "gguf", "--type", "q8_0") == 2
     assert capsys.readouterr().err.startswith("error: tiny-q8_0.gguf: is there already")
-    assert run("export", tiny_run, "--to", "gguf", "--type", "q8_0", "--overwrite") == 0
-    assert run("export", tiny_run / "checkpoint-4", "--to", "gguf", "--out", "a/b.gguf") == 0
+    assert run(monkeypatch, "export", tiny_run, "--to", "gguf", "--type", "q8_0", "--overwrite") == 0
+    assert run(monkeypatch, "export", tiny_run / "checkpoint-4", "--to", "gguf", "--out", "a/b.gguf") == 0
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.gguf"]
 
 

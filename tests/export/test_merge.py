@@ -6,7 +6,6 @@ import io
 import json
 import os
 import stat
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 import phinetune
+from cli_helpers import run
 from export_helpers import TunedStarter
 from gguf_helpers import chat_ids, greedy
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
 from merge_helpers import adapted, logits, open_plain, save_base
-from phinetune import api, cli
+from phinetune import api
 from phinetune.errors import ModelError
 from phinetune.export import merge as module
 from phinetune.export.merge import merge_run
@@ -51,14 +51,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(base: Path, tmp_path: Path) -> Path:
     adapted(base, tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(cli, "_program", lambda: "phinetune")
-    monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
 
 
 def said(console: Console) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from cli_helpers import run
 from export_helpers import TunedStarter
 from gguf_helpers import chat_ids, greedy, hub_shape, random_adapter, random_model
 from helpers import TINY
 from onnx_helpers import Genai
-from phinetune import cli
 from phinetune.errors import ModelError
 from phinetune.export import onnx
 from phinetune.export.merge import merge_run
@@ -103,14 +103,7 @@ def test_the_command_says_what_it_wrote_and_what_it_names_runs(
     adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return int(caught.value.code or 0)
-
-    assert run("export", adapter[1], "--to", "onnx") == 0
+    assert run(monkeypatch, "export", adapter[1], "--to", "onnx") == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("Wrote adapter-onnx-int4: a folder for onnxruntime-genai, int4, ")
     assert out[1:] == ["Run it with:", "  python adapter-onnx-int4/chat.py"]
@@ -121,10 +114,10 @@ def test_the_command_says_what_it_wrote_and_what_it_names_runs(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("you> ") == 3
 
-    assert run("export", adapter[1], "--to", "onnx") == 2
+    assert run(monkeypatch, "export", adapter[1], "--to", "onnx") == 2
     assert "is there already; name another place" in capsys.readouterr().err
     (tmp_path / "adapter-onnx-int4" / "mine.txt").touch()
-    assert run("export", adapter[1], "--to", "onnx", "--overwrite") == 2
+    assert run(monkeypatch, "export", adapter[1], "--to", "onnx", "--overwrite") == 2
     assert "holds files that no export wrote" in capsys.readouterr().err
 
 

@@ -17,10 +17,10 @@ from peft import PeftModel
 from transformers import AutoTokenizer, Phi3ForCausalLM
 
 import phinetune
+from cli_helpers import run
 from helpers import TINY, tiny_config
 from hub_helpers import READ_TOKEN, Hub, Repo
 from merge_helpers import adapted, logits, save_base
-from phinetune import cli
 from phinetune.errors import ModelError
 from phinetune.model.adapt import BASE_FILE
 from phinetune.tuned import open_model
@@ -36,14 +36,6 @@ ADAPTER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(cli, "_program", lambda: "phinetune")
-    monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
 
 
 def blocks(card: bytes, kind: str) -> list[str]:

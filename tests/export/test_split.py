@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cli_helpers import run
 from convert_helpers import randomise
 from merge_helpers import adapted, logits, open_plain, save_base
-from phinetune import cli
 from phinetune.errors import ModelError
 from phinetune.export import convert as module
 from phinetune.export.convert import convert
@@ -359,13 +358,6 @@ def test_a_damaged_conversion_is_found_and_not_left(
 
 
 # -- the command line ------------------------------------------------------------------------------------------
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
 
 
 def test_the_command_both_ways(

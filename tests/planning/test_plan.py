@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
-from phinetune import cli
 from phinetune.config import RunConfig, dump_config, load_config
 from phinetune.planning import plan as planning
 from phinetune.planning.nearest import nearest_fitting
 from phinetune.planning.plan import make_plan
 from phinetune.planning.screen import as_options
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(cli, "_program", lambda: "phinetune")
-    monkeypatch.setattr(sys, "argv", ["phinetune", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
 
 
 def written(config: RunConfig, folder: Path) -> Path:

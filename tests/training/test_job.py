@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from helpers import GUIDE_PEFT, GUIDE_TRAINING, TINY, chat, tiny_config, write_jsonl
+from helpers import GUIDE_PEFT, GUIDE_TRAINING, RUN_FILES, TINY, chat, tiny_config, write_jsonl
 from phinetune.config import load_config
 from phinetune.errors import ConfigError, ModelError, PhinetuneError, RunError
 from phinetune.model.load import Loaded
@@ -41,26 +41,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_run_leaves_exactly_these_files(tiny_run: Path) -> None:
-    assert {p.name for p in tiny_run.iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "base.json",
-        "chat_template.jinja",
-        "checkpoint-2",
-        "checkpoint-4",
-        "checkpoint-6",
-        "config.yaml",
-        "generation_config.json",
-        "metrics.jsonl",
-        "report.html",
-        "results.json",
-        "run.log",
-        "samples.jsonl",
-        "start.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {p.name for p in tiny_run.iterdir()} == RUN_FILES | {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
     assert {p.name for p in (tiny_run / "checkpoint-4").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",

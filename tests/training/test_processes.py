@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from trl import SFTConfig
 
-from helpers import tiny_config, write_jsonl
+from helpers import RUN_FILES, tiny_config, write_jsonl
 from phinetune import processes
 from phinetune.training import job
 from phinetune.training.settings import one_gpu
@@ -107,24 +107,7 @@ def test_the_first_process_alone_prints_and_writes(two: Launched) -> None:
     assert two.out.count("Held-out chats (") == 1
     assert "processes: 2" in two.err
     assert two.err.count("trainable parameters:") == 1
-    assert {path.name for path in two.folder.iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "base.json",
-        "chat_template.jinja",
-        "checkpoint-3",
-        "config.yaml",
-        "generation_config.json",
-        "metrics.jsonl",
-        "report.html",
-        "results.json",
-        "run.log",
-        "samples.jsonl",
-        "start.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {path.name for path in two.folder.iterdir()} == RUN_FILES | {"checkpoint-3"}
 
 
 def test_every_process_gets_the_results_that_the_first_one_found(two: Launched) -> None:

@@ -27,6 +27,7 @@ from phinetune.export.merge import merge_run
 from phinetune.export.source import is_adapter
 from phinetune.files import staged_folder
 from phinetune.logs import quiet_libraries
+from phinetune.model.tokenizer import TOKENIZER_FILES
 
 PRECISIONS = {"int4": "int4", "f32": "fp32"}  # the builder's names
 HEAD_MULTIPLE = 16  # of its attention with rotary embeddings on a CPU
@@ -36,20 +37,7 @@ BUILDER = "onnxruntime_genai.models.builder"
 # A cache no longer than the window is refused by the runtime for answers shorter than the window.
 OPTIONS = ("hf_remote=false", "windowed_kv_cache=false")
 # What such an export holds, and nothing else.
-FILES = frozenset(
-    {
-        CHAT,
-        CONFIG,
-        "model.onnx",
-        "model.onnx.data",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "tokenizer.model",
-    }
-)
+FILES = frozenset({CHAT, CONFIG, "model.onnx", "model.onnx.data", *TOKENIZER_FILES})
 
 
 def is_own(folder: Path) -> bool:

@@ -21,20 +21,12 @@ from phinetune.export.merged_card import write_merged_card
 from phinetune.files import write_text
 from phinetune.model.adapt import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, read_adapter_config, read_base
 from phinetune.model.load import Base
+from phinetune.model.tokenizer import TOKENIZER_FILES
 from phinetune.run_folder import CARD, CONFIG, MARK, RunFolder
 from phinetune.tuned import recorded_config
 
 # As an adapter's folder has them; what is not there is left out.
-COPIED = (
-    ADAPTER_WEIGHTS,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-)
+COPIED = (ADAPTER_WEIGHTS, "generation_config.json", *TOKENIZER_FILES)
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 

@@ -11,6 +11,15 @@ from phinetune.errors import ModelError
 from phinetune.model import synthetic
 from phinetune.model.load import HUB_FILES, Base, find_folder, load_tokenizer, read_config
 
+# What a tokenizer's save_pretrained may leave in a folder.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
 SMALL_FILES = [pattern for pattern in HUB_FILES if "safetensors" not in pattern]
 
 

@@ -121,6 +121,22 @@ def cells(row: Row) -> list[str]:
     return [row["what"], *memory, f"{off['bytes']:+.0%}", *seconds, f"{off['seconds']:+.0%}"]
 
 
+def write(rows: list[Row]) -> None:
+    """results/plan.json, and plan.md for people; cases that were not run now are kept from before."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "plan.json"
+    cases = json.loads(file.read_text())["cases"] if file.is_file() else {}
+    cases |= {row["what"]: {"machine": machine("auto"), **row} for row in rows}
+    file.write_text(json.dumps({"cases": cases}, indent=1) + "\n")
+    dates = sorted({case["machine"]["date"] for case in cases.values()})
+    names = sorted({f"{m['processor']} ({m['instructions']})" for m in (case["machine"] for case in cases.values())})
+    lines = ["# What a plan predicts and what the run takes", "", "Written by `python -m benchmarks.plan`.", ""]
+    lines += [f"Measured {', '.join(dates)} on {', '.join(names)}.", ""]
+    lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(cells(case)) + " |" for case in cases.values()]
+    (RESULTS / "plan.md").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Run the cases, print a table, write the results."""
     if sys.argv[1:2] == ["--worker"]:
@@ -136,14 +152,7 @@ def main() -> None:
         table.add_row(*cells(row))
     console = Console()
     console.print(table)
-    RESULTS.mkdir(exist_ok=True)
-    about = machine("auto")
-    (RESULTS / "plan.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    lines = ["# What a plan predicts and what the run takes", "", "Written by `python -m benchmarks.plan`.", ""]
-    lines += [f"Measured {about['date']} on {about['processor']} ({about['instructions']}).", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    (RESULTS / "plan.md").write_text("\n".join(lines) + "\n")
+    write(rows)
     console.print(f"Wrote {RESULTS / 'plan.md'} and plan.json")
 
 

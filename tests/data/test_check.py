@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from phinetune.data.chat import make_encoder
 from phinetune.data.check import check_files, describe_template
 from phinetune.data.check_screen import show_check
 from phinetune.data.findings import KINDS
+from phinetune.data.outcome import BATCH
 from phinetune.data.places import held_out_places
+from phinetune.data.read import Row
 from phinetune.model.synthetic import byte_tokenizer
 from template_helpers import template_tokenizer
 
@@ -253,6 +257,25 @@ def test_a_row_cannot_steer_the_terminal(tmp_path: Path, console: Console) -> No
     show_check(check(write_jsonl(tmp_path / "a.jsonl", rows)), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
+def test_a_check_holds_a_batch_of_rows_at_a_time(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = [[str(draw.random()) for _ in range(10)] for _ in range(4 * BATCH)]
+    file = write_jsonl(tmp_path / "a.jsonl", [chat(" ".join(w), " ".join(w[::-1])) for w in words])
+    held: list[int] = []
+
+    def on_row() -> None:
+        if len(held) % BATCH == 0:
+            gc.collect()
+            held.append(sum(type(one) is Row for one in gc.get_objects()))
+        else:
+            held.append(0)
+
+    report = check_files([str(file)], [str(file)], DataSection(), ENCODER, None, on_row)
+    assert len(held) == 8 * BATCH
+    assert 0 < max(held) <= 2 * BATCH
+    assert report.findings.by_kind["shared"].count == 4 * BATCH
 
 
 def test_every_kind_has_words() -> None:

@@ -32,7 +32,7 @@ def test_near_duplicates_are_those_that_an_exact_comparison_finds() -> None:
                 copy[place] = "x" + str(draw.random())
             texts.append(" ".join(copy))
     draw.shuffle(texts)
-    near = NearDuplicates(lambda number: texts[number])
+    near = NearDuplicates()
     kept: list[int] = []
     missed = 0
     for number, text in enumerate(texts):
@@ -49,14 +49,14 @@ def test_near_duplicates_are_those_that_an_exact_comparison_finds() -> None:
 
 @pytest.mark.parametrize("text", ["", "Hi", "one two three four"])
 def test_short_rows_are_never_nearly_alike(text: str) -> None:
-    near = NearDuplicates(lambda number: text)
+    near = NearDuplicates()
     assert near.add(0, text) is None
     assert near.add(1, text + " x") is None
 
 
 def test_text_without_spaces_between_words_is_compared_by_letters() -> None:
     text = "今日は天気が良いので散歩に行きましょうそれから美味しいものを食べて家に帰りたいと思います" * 2
-    near = NearDuplicates(lambda number: text)
+    near = NearDuplicates()
     assert near.add(0, text) is None
     assert near.add(1, text.replace("散歩", "買物", 1)) == 0
     assert near.find("全く違う文章をここに書いておきますので似ているとは言えないはずですねたぶんそうでしょう") is None

@@ -36,6 +36,16 @@ def test_text_is_taken_as_it_stands_and_ended() -> None:
     assert made.encoded.labels == made.encoded.input_ids
 
 
+def test_ids_above_a_gap_in_the_vocabulary_are_taken() -> None:
+    sparse = byte_tokenizer(32064)
+    top = max(sparse.get_vocab().values())
+    assert top > len(sparse)
+    rows = [Row("a:1", {"input_ids": [5, top]}), Row("a:2", {"input_ids": [5, top + 1]})]
+    taken, refused = outcomes(rows, DataSection(), make_encoder(sparse), None)
+    assert taken.encoded == ([5, top], [5, top])
+    assert refused.error is not None
+
+
 @pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n", "<|endoftext|>"])
 def test_text_that_ends_a_turn_is_not_ended_again(end: str) -> None:
     made = outcome({"text": "Once upon a time." + end})

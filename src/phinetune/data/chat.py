@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,11 @@ class Encoder:
     dropped_roles: frozenset[str]
     end_of_turn: frozenset[int]
     tools: ToolStyle
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """The highest id and one; more than the count of tokens where a tokenizer leaves ids out, as Phi-4 mini's."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def prepare(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as they will be rendered, the system message treated as configured.

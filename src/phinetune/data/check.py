@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,10 @@ from phinetune.data.findings import KINDS, Findings
 from phinetune.data.formats import strings
 from phinetune.data.histogram import histogram
 from phinetune.data.languages import Languages
-from phinetune.data.outcome import Fate, Outcome, describe_size, is_huge, outcomes
+from phinetune.data.outcome import Outcome, outcomes
 from phinetune.data.places import held_out_places
-from phinetune.data.read import Broken, Row, scan_rows
+from phinetune.data.read import Broken, Row
+from phinetune.data.scan import as_row, scan_file, unreadable
 from phinetune.data.sensitive import SECRETS, count_sensitive
 from phinetune.data.text_checks import call_troubles, letter_troubles, markup_troubles, text_troubles, turn_troubles
 from phinetune.errors import DataError
@@ -37,9 +38,11 @@ class CheckReport:
         longest: the longest rows' (tokens, trainable tokens, place).
         sensitive: how often each kind of personal data or secret stands in the rows.
         checkpoint: what its template does with system messages, tool turns, tools and calls.
-        fates: every row in order, for `--fix`.
+        left_out: why `--fix` leaves a row out, by its number among the rows of `files` that could be looked at.
     """
 
+    files: Sequence[str]
+    split: str
     counts: Report
     max_length: int | None
     checkpoint: dict[str, str]
@@ -49,7 +52,7 @@ class CheckReport:
     turns: Counter[str] = field(default_factory=Counter)
     languages: Languages = field(default_factory=Languages)
     sensitive: Counter[str] = field(default_factory=Counter)
-    fates: list[Fate] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)
     ends_a_turn: bool = False
     held_out: Report | None = None
 
@@ -82,30 +85,30 @@ def check_files(
     max_length: int | None,
     on_row: Callable[[], None] = lambda: None,
 ) -> CheckReport:
-    """Look at every row of `files` and `held_out`, and whether one stands in both.
+    """Look at every row of `files` and `held_out`, and whether one stands in both; a few rows are held at a time.
 
     Args:
         section: how the rows become tokens; its `eval`, where it is a fraction, splits the rows as a run would.
         max_length: tokens that a row may have; None is no limit.
         on_row: called after each row.
     """
-    report = CheckReport(Report(", ".join(files)), max_length, describe_template(encoder))
-    look = _Look(section, encoder, max_length, report)
-    compared = Comparison(report.findings, section.format)
-    rows = look.readable(files, report.counts, report.fates)
-    for number, (outcome, fate) in enumerate(look.at(rows, report.counts)):
+    report = CheckReport(files, section.split, Report(", ".join(files)), max_length, describe_template(encoder))
+    look = _Look(section, encoder, report)
+    compared = Comparison(report.findings, section.format, report.left_out)
+    count = 0
+    for count, (outcome, why) in enumerate(look.at(files, report.counts), 1):
         on_row()
-        report.fates.append(fate)
+        if why:
+            report.left_out[count - 1] = why
         _measure(outcome, encoder, report)
         if not outcome.error:
-            compared.take_in(number, fate)
+            compared.take_in(count - 1, outcome.row)
     if isinstance(section.eval, float) and not held_out:
-        count = min(len(rows), section.limit or len(rows))
+        count = min(count, section.limit or count)
         compared.split(_held_out(count, section.eval, section.seed), section.eval, count)
     if held_out:
         report.held_out = Report(", ".join(held_out))
-        others = look.readable(held_out, report.held_out, [])
-        for outcome, _ in look.at(others, report.held_out):
+        for outcome, _ in look.at(held_out, report.held_out):
             on_row()
             compared.hold_out(outcome.row)
     if report.lengths and not report.ends_a_turn:
@@ -154,53 +157,41 @@ class _Look:
 
     section: DataSection
     encoder: Encoder
-    max_length: int | None
     report: CheckReport
-    salvaged: set[str] = field(default_factory=set)
 
-    def readable(self, files: Sequence[str], counts: Report, fates: list[Fate]) -> list[Row]:
-        """The rows that can be looked at; the rest becomes findings, and fates."""
-        rows: list[Row] = []
-        for file in files:
-            before = counts.rows + len(rows)
-            for found in _scan(file, self.section.split):
-                row = found if isinstance(found, Row) else self._salvage(found)
-                if row is None or is_huge(row, self.max_length):
-                    fates.append(self._unreadable(found, counts))
-                else:
-                    rows.append(row)
-            if counts.rows + len(rows) == before:
-                self.report.findings.add("nothing", file)
-        return rows
-
-    def _salvage(self, broken: Broken) -> Row | None:
-        """The row that a broken place looks like, to be looked at as if it were mended."""
-        if broken.salvaged is None:
-            return None
-        self.report.findings.add(broken.kind, broken.where, broken.problem)
-        self.salvaged.add(broken.where)
-        return Row(broken.where, broken.salvaged)
-
-    def _unreadable(self, found: Row | Broken, counts: Report) -> Fate:
-        fields = found.fields if isinstance(found, Row) else found.salvaged
-        kind = "huge" if isinstance(found, Row) or fields is not None else found.kind
-        detail = found.problem if isinstance(found, Broken) else describe_size(found)
-        self.report.findings.add(kind, found.where, detail)
-        counts.rows += 1
-        counts.dropped[KINDS[kind].title] += 1
-        return Fate(Row(found.where, {}), KINDS[kind].title)
-
-    def at(self, rows: Iterable[Row], counts: Report) -> Iterator[tuple[Outcome, Fate]]:
-        """What becomes of each row, with all that stands out about it noted."""
-        for outcome in outcomes(rows, self.section, self.encoder, self.max_length):
+    def at(self, files: Sequence[str], counts: Report) -> Iterator[tuple[Outcome, str | None]]:
+        """What becomes of each row, with all that stands out about it noted, and why it should not stay, if so."""
+        for outcome in outcomes(self._rows(files, counts), self.section, self.encoder, self.report.max_length):
             counts.count(outcome)
-            fate = Fate(outcome.row, salvaged=outcome.row.where in self.salvaged)
+            why = None
             for kind, detail in self._troubles(outcome):
                 forgiven = self.section.invalid_rows == "drop" and outcome.error and kind == outcome.error.kind
                 self.report.findings.add(kind, outcome.row.where, detail, spoils=False if forgiven else None)
                 if KINDS[kind].left_out:
-                    fate.left_out = fate.left_out or KINDS[kind].title
-            yield outcome, fate
+                    why = why or KINDS[kind].title
+            yield outcome, why
+
+    def _rows(self, files: Sequence[str], counts: Report) -> Iterator[Row]:
+        """The rows that can be looked at; the rest becomes findings."""
+        for file in files:
+            empty = True
+            for found in scan_file(file, self.section.split):
+                empty = False
+                row = as_row(found, self.report.max_length)
+                if row is None:
+                    self._pass_over(found, counts)
+                    continue
+                if isinstance(found, Broken):
+                    self.report.findings.add(found.kind, found.where, found.problem)
+                yield row
+            if empty:
+                self.report.findings.add("nothing", file)
+
+    def _pass_over(self, found: Row | Broken, counts: Report) -> None:
+        kind, detail = unreadable(found)
+        self.report.findings.add(kind, found.where, detail)
+        counts.rows += 1
+        counts.dropped[KINDS[kind].title] += 1
 
     def _troubles(self, outcome: Outcome) -> Iterator[tuple[str, str]]:
         if outcome.error:
@@ -223,10 +214,3 @@ class _Look:
         odd = self.report.languages.add(outcome.messages)
         if odd:
             yield "language", odd
-
-
-def _scan(file: str, split: str) -> Iterator[Row | Broken]:
-    try:
-        yield from scan_rows(file, split)
-    except DataError as error:
-        yield Broken(file, str(error))

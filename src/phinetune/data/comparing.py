@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from phinetune.data.duplicates import NearDuplicates, exact_key
 from phinetune.data.findings import KINDS, Findings
 from phinetune.data.formats import detect_form, to_messages
-from phinetune.data.outcome import Fate
 from phinetune.data.read import Row
 from phinetune.data.row_error import RowError
 from phinetune.model.template import Message
@@ -34,30 +33,31 @@ def _text_of_row(row: Row, form: str) -> str:
 
 
 class Comparison:
-    """Takes in training rows one by one, each under its number, then held-out ones."""
+    """Takes in training rows one by one, each under its number, then held-out ones. Keeps places and keys, no rows."""
 
-    def __init__(self, findings: Findings, form: str) -> None:
-        self._findings, self._form = findings, form
-        self._fates: dict[int, Fate] = {}
+    def __init__(self, findings: Findings, form: str, left_out: dict[int, str]) -> None:
+        """`left_out` gets the numbers of rows that should not stay, with the reason."""
+        self._findings, self._form, self._left_out = findings, form, left_out
+        self._where: dict[int, str] = {}
         self._first: dict[bytes, int] = {}
         self._copies: dict[int, list[int]] = {}
         self._like: dict[int, int] = {}
-        self._near = NearDuplicates(lambda number: _text_of_row(self._fates[number].row, form))
+        self._near = NearDuplicates()
 
-    def take_in(self, number: int, fate: Fate) -> None:
+    def take_in(self, number: int, row: Row) -> None:
         """Compare a row with those before it."""
-        self._fates[number] = fate
-        text = _text_of_row(fate.row, self._form)
+        self._where[number] = row.where
+        text = _text_of_row(row, self._form)
         first = self._first.setdefault(exact_key(text), number)
         if first != number:
             self._copies.setdefault(first, [first]).append(number)
-            self._findings.add("duplicate", fate.row.where, f"like {self._where(first)}")
-            fate.left_out = fate.left_out or KINDS["duplicate"].title
+            self._findings.add("duplicate", row.where, f"like {self._where[first]}")
+            self._left_out.setdefault(number, KINDS["duplicate"].title)
             return
-        match = None if "input_ids" in fate.row.fields else self._near.add(number, text)
+        match = None if "input_ids" in row.fields else self._near.add(number, text)
         if match is not None:
             self._like[number] = match
-            self._findings.add("near", fate.row.where, f"like {self._where(match)}")
+            self._findings.add("near", row.where, f"like {self._where[match]}")
 
     def hold_out(self, row: Row) -> None:
         """Compare a held-out row with all rows taken in."""
@@ -68,11 +68,11 @@ class Comparison:
         if first is None:
             near = self._near.find(text)
             if near is not None:
-                self._findings.add("near_shared", self._where(near), f"held out at {row.where}")
+                self._findings.add("near_shared", self._where[near], f"held out at {row.where}")
             return
         for number in self._copies.get(first, [first]):
-            self._findings.add("shared", self._where(number), f"held out at {row.where}")
-            self._fates[number].left_out = KINDS["shared"].title
+            self._findings.add("shared", self._where[number], f"held out at {row.where}")
+            self._left_out[number] = KINDS["shared"].title
 
     def split(self, held_out: set[int], share: float, count: int) -> None:
         """Compare the two sides of a split by fraction: of the first `count` rows, the numbers of those held out."""
@@ -81,14 +81,10 @@ class Comparison:
             sides = [number in held_out for number in numbers]
             if any(sides) and not all(sides):
                 here, there = numbers[sides.index(False)], numbers[sides.index(True)]
-                detail = f"its copy {self._where(there)} is held out by data.eval: {share:g}"
-                self._findings.add("shared", self._where(here), detail)
+                detail = f"its copy {self._where[there]} is held out by data.eval: {share:g}"
+                self._findings.add("shared", self._where[here], detail)
         for pair in self._like.items():
             here, there = sorted(pair, key=lambda number: number in held_out)
             if here not in held_out and there in held_out and max(pair) < count:
-                detail = f"{self._where(there)} is held out by data.eval: {share:g}"
-                self._findings.add("near_shared", self._where(here), detail)
-
-    def _where(self, number: int) -> str:
-        where: str = self._fates[number].row.where
-        return where
+                detail = f"{self._where[there]} is held out by data.eval: {share:g}"
+                self._findings.add("near_shared", self._where[here], detail)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+import zlib
 from typing import Any
+
+import numpy as np
 
 ALIKE = 0.8  # of the shingles of both rows together
 LOOKED_AT = 50_000  # rows that are compared with each other; more are compared with these only
+HELD = 50_000_000  # shingles held of them, 4 bytes each
 LONGEST = 20_000  # characters of a row that are compared
 _FEWEST = 8  # shingles: shorter rows are alike by chance
 _PERMUTATIONS = 128
@@ -31,16 +34,15 @@ def shingles(text: str) -> set[bytes]:
 
 
 class NearDuplicates:
-    """Finds, for a row, one that came before and is nearly like it."""
+    """Finds, for a row, one that came before and is nearly like it. Holds 4 bytes a shingle, not the texts."""
 
-    def __init__(self, text_of: Callable[[int], str]) -> None:
-        """`text_of` gives the text of a row by its number, to look again at a candidate."""
+    def __init__(self) -> None:
         from datasketch import MinHash, MinHashLSH
 
-        self._text_of = text_of
         self._index: Any = MinHashLSH(threshold=ALIKE, num_perm=_PERMUTATIONS, weights=_WEIGHTS)
         self._empty: Any = MinHash(num_perm=_PERMUTATIONS)
-        self.rows = 0
+        self._shingles: dict[int, np.ndarray[Any, Any]] = {}
+        self._held = 0
 
     def find(self, text: str) -> int | None:
         """The number of the first row taken in that is nearly like `text`."""
@@ -54,9 +56,10 @@ class NearDuplicates:
             return None
         sketch = self._sketch(mine)
         match = self._match(mine, sketch)
-        if match is None and self.rows < LOOKED_AT:  # one of each cluster stands for it
+        if match is None and len(self._shingles) < LOOKED_AT and self._held < HELD:  # one of each cluster stands for it
             self._index.insert(number, sketch)
-            self.rows += 1
+            self._shingles[number] = _hashes(mine)
+            self._held += len(mine)
         return match
 
     def _sketch(self, mine: set[bytes]) -> Any:
@@ -66,7 +69,13 @@ class NearDuplicates:
 
     def _match(self, mine: set[bytes], sketch: Any) -> int | None:
         for number in sorted(self._index.query(sketch)):
-            other = shingles(self._text_of(number))
-            if len(mine & other) / len(mine | other) >= ALIKE:
+            other = self._shingles[number]
+            both = len(np.intersect1d(_hashes(mine), other, assume_unique=True))
+            if both / (len(mine) + len(other) - both) >= ALIKE:
                 return int(number)
         return None
+
+
+def _hashes(mine: set[bytes]) -> np.ndarray[Any, Any]:
+    """The shingles as numbers, shape (shingles); two of a row are hardly ever one number."""
+    return np.fromiter(map(zlib.crc32, mine), np.uint32, len(mine))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phinetune.data.check import CheckReport
 from phinetune.data.findings import KINDS, Found
+from phinetune.data.read import Broken
+from phinetune.data.scan import as_row, scan_file, unreadable
 from phinetune.data.text_checks import mend
 from phinetune.errors import DataError
-from phinetune.files import write_text
+from phinetune.files import write_lines
 
 MENDED = ("encoding", "mojibake", "nothing")
 
@@ -56,27 +58,39 @@ def check_target(out: Path) -> None:
 def write_fixed(report: CheckReport, out: Path) -> Fixed:
     """Write the rows of a checked set that are sound or can be mended, each in its own form, as JSON Lines.
 
+    The files are read again, a row at a time.
+
     Raises:
         DataError: `out` exists, or no row would be left.
     """
     check_target(out)
     made = Fixed(str(out))
-    lines = []
-    for fate in report.fates:
-        if fate.left_out:
-            made.left_out[fate.left_out] += 1
+    made.remaining = [f"{KINDS[f.kind].title}: {KINDS[f.kind].advice}" for f in report.findings.in_order() if _stays(f)]
+    write_lines(out, _lines(report, made))
+    return made
+
+
+def _lines(report: CheckReport, made: Fixed) -> Iterator[str]:
+    """The rows that stay, counted as they go by."""
+    number = -1
+    for found in (one for file in report.files for one in scan_file(file, report.split)):
+        row = as_row(found, report.max_length)
+        if row is None:
+            made.left_out[KINDS[unreadable(found)[0]].title] += 1
             continue
-        fields, kinds = _mended(fate.row.fields)
-        if fate.salvaged:
+        number += 1
+        why = report.left_out.get(number)
+        if why:
+            made.left_out[why] += 1
+            continue
+        fields, kinds = _mended(row.fields)
+        if isinstance(found, Broken):
             kinds.add("encoding")
         made.mended.update(KINDS[kind].title for kind in kinds)
-        lines.append(_line(fields))
-    if not lines:
-        raise DataError(f"--fix {out}: no row would be left, so nothing was written")
-    made.rows = len(lines)
-    made.remaining = [f"{KINDS[f.kind].title}: {KINDS[f.kind].advice}" for f in report.findings.in_order() if _stays(f)]
-    write_text(out, "".join(lines))
-    return made
+        made.rows += 1
+        yield _line(fields)
+    if not made.rows:
+        raise DataError(f"--fix {made.path}: no row would be left, so nothing was written")
 
 
 def _stays(found: Found) -> bool:

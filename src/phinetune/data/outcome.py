@@ -52,15 +52,6 @@ class Outcome:
         self.encoded, self.error, self.reason = None, error, str(error)
 
 
-@dataclass
-class Fate:
-    """A row and why `phinetune data check --fix` leaves it out, if it does; `salvaged` was no UTF-8."""
-
-    row: Row
-    left_out: str | None = None
-    salvaged: bool = False
-
-
 def tag_of(row: Row, column: str) -> str:
     """What a row has in the column that results are split by; nothing where it has none."""
     return str(row.fields.get(column, ""))
@@ -96,7 +87,7 @@ def _read(row: Row, section: DataSection, encoder: Encoder) -> Outcome:
     try:
         form = detect_form(row.fields) if section.format == "auto" else section.format
         if form == "tokens":
-            made.encoded = read_ids(row.fields, len(encoder.tokenizer))
+            made.encoded = read_ids(row.fields, encoder.vocabulary)
         elif form == "text":
             made.text = read_text(row.fields)
         else:

@@ -11,7 +11,16 @@ import pytest
 import torch
 from transformers import Phi3Config
 
-from phinetune.model.memory import RESERVE, SLACK, ActivationMemory, LayerSizes, Level, _group_limit, free_bytes
+from phinetune.model.memory import (
+    MAPPED,
+    RESERVE,
+    SLACK,
+    ActivationMemory,
+    LayerSizes,
+    Level,
+    _group_limit,
+    free_bytes,
+)
 
 KEEP, CHEAP, LAYER = Level
 SIZES = LayerSizes(hidden=32, qkv=64, attended=32, inner=48, dropout=False)
@@ -63,9 +72,10 @@ def test_with_dropout_each_projection_keeps_its_input_and_a_mask() -> None:
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_a_layer_at_work_takes_more_than_it_keeps(dropout: bool) -> None:
+@pytest.mark.parametrize("level", list(Level))
+def test_a_layer_at_work_has_what_it_did_not_keep_and_gradients(dropout: bool, level: Level) -> None:
     sizes = LayerSizes.of(config(), dropout)
-    assert sizes.working == sizes.kept(KEEP) + 64 + 3 * 48 + 3 * 32
+    assert sizes.working(level) + sizes.kept(level) == sizes.kept(KEEP) + 64 + 3 * 48 + 3 * 32
 
 
 # -- how much a step needs ----------------------------------------------------------------------------------------
@@ -73,8 +83,15 @@ def test_a_layer_at_work_takes_more_than_it_keeps(dropout: bool) -> None:
 
 def test_need_is_what_all_layers_keep_and_one_works_with() -> None:
     levels = [LAYER, CHEAP, KEEP, KEEP]
-    elements = SLACK * (32 + SIZES.kept(CHEAP) + 2 * SIZES.kept(KEEP)) + SIZES.working
+    elements = SLACK * (32 + SIZES.kept(CHEAP) + 2 * SIZES.kept(KEEP)) + SIZES.working(LAYER)
     assert memory().needed(10, levels) == int(10 * elements * WIDTH)
+
+
+def test_the_allocator_leaves_no_gaps_between_tensors_that_are_mapped_by_themselves() -> None:
+    tokens = -(-MAPPED // (2 * 48 * WIDTH))  # gate and up are the first to be so large
+    small, large = (memory().kept(count, [CHEAP]) for count in (tokens - 1, tokens))
+    assert small == int((tokens - 1) * WIDTH * SLACK * SIZES.kept(CHEAP))
+    assert large == int(tokens * WIDTH * (SLACK * (SIZES.kept(CHEAP) - 96) + 96))
 
 
 @pytest.mark.parametrize("dropout", [False, True])

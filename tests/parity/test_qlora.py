@@ -14,6 +14,7 @@ from rich.console import Console
 from helpers import tiny_config
 from phinetune.config import ModelSection
 from phinetune.model.load import load_base
+from phinetune.model.synthetic import byte_tokenizer
 from phinetune.training import job
 
 pytest.importorskip("bitsandbytes")
@@ -60,6 +61,16 @@ def test_a_resumed_run_over_four_bits_ends_with_the_same_adapter(chats: Path, tm
     resumed = trained(chats, tmp_path / "part", "nf4", "fast", resume=True, save_strategy="steps", save_steps=3)
     for ours, theirs in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux alone lists its maps there")
+def test_a_quantised_model_leaves_its_files(tmp_path: Path) -> None:
+    """What is not quantised must not keep the whole checkpoint mapped, the pages that were read with it."""
+    load_base(ModelSection(path=SHAPE, dtype="float32")).model.save_pretrained(tmp_path / "base")
+    byte_tokenizer(320).save_pretrained(tmp_path / "base")
+    held = load_base(ModelSection(path=str(tmp_path / "base"), dtype="float32", quantization="nf4"))
+    assert held.model.model.embed_tokens.weight.dtype == torch.float32
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_no_expanded_weight_is_kept_for_the_backward() -> None:

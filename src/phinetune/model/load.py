@@ -148,7 +148,20 @@ def _read_model(
         local_files_only=True,
         **quantized,
     )
+    if quantized:
+        _leave_files(model)
     return model
+
+
+def _leave_files(model: Phi3ForCausalLM) -> None:
+    """Copy what was not quantised into memory of its own.
+
+    A tensor that has its file's dtype is a view of the mapped file, which then stays mapped as a whole: the pages that
+    were read to be quantised would count as this process's memory for as long as it runs.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def find_folder(path: str, revision: str | None) -> tuple[Path, str | None]:

@@ -15,8 +15,10 @@ logger = logging.getLogger(__name__)
 
 RESERVE = 0.15  # of the free memory: the optimizer's and the loss's temporaries
 # What the allocator holds of kept activations over what is alive. glibc's keeps gaps between tensors of unlike
-# lengths: a third measured (benchmarks.plan), none where every tensor is mapped by itself.
+# lengths: a third measured (benchmarks.plan), none where every tensor is mapped by itself, as glibc does with large
+# ones whatever it has seen before (mallopt(3), M_MMAP_THRESHOLD).
 SLACK = 1.3
+MAPPED = 32 * 2**20  # bytes
 
 
 class Level(enum.IntEnum):
@@ -48,20 +50,22 @@ class LayerSizes:
         qkv = attended + 2 * config.num_key_value_heads * size
         return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout)
 
-    def kept(self, level: Level) -> int:
-        """Elements a token at a level. torch's fused attention keeps its output besides, which `SLACK` covers."""
+    def tensors(self, level: Level) -> tuple[int, ...]:
+        """Elements a token of each tensor kept at a level. torch's fused attention keeps its output besides."""
         if level is Level.LAYER:
-            return self.hidden
-        lasting = 2 * self.hidden + self.qkv + self.attended + 2 * self.inner
-        dropped = 2 * self.hidden + self.inner
+            return (self.hidden,)
+        lasting = (self.hidden, self.qkv, self.attended, self.hidden, 2 * self.inner)
         if self.dropout:
-            return lasting + 2 * (2 * self.hidden + self.attended + self.inner)
-        return lasting if level is Level.CHEAP else lasting + dropped
+            return lasting + 2 * (self.hidden, self.attended, self.hidden, self.inner)
+        return lasting if level is Level.CHEAP else (*lasting, self.hidden, self.hidden, self.inner)
 
-    @property
-    def working(self) -> int:
-        """What one layer needs besides while its backward runs: it again in full, and the gradients of its parts."""
-        return self.kept(Level.KEEP) + self.qkv + 3 * self.inner + 3 * self.hidden
+    def kept(self, level: Level) -> int:
+        """Elements a token at a level."""
+        return sum(self.tensors(level))
+
+    def working(self, level: Level) -> int:
+        """Elements a token that a layer's backward needs besides: what it did not keep, and its parts' gradients."""
+        return self.kept(Level.KEEP) - self.kept(level) + self.qkv + 3 * self.inner + 3 * self.hidden
 
 
 class ActivationMemory:
@@ -97,8 +101,20 @@ class ActivationMemory:
 
     def needed(self, tokens: int, levels: Sequence[Level]) -> int:
         """Bytes that a step of `tokens` holds at its peak."""
-        kept = sum(self.sizes.kept(level) for level in levels)
-        return int(tokens * self.width * (SLACK * kept + self.sizes.working))
+        return self.kept(tokens, levels) + self.working(tokens, levels)
+
+    def kept(self, tokens: int, levels: Sequence[Level]) -> int:
+        """Bytes that a step of `tokens` keeps from forward to backward, the allocator's gaps included."""
+        token = tokens * self.width
+        held = 0.0
+        for level in set(levels):
+            sizes = [token * elements for elements in self.sizes.tensors(level)]
+            held += levels.count(level) * sum(size if size >= MAPPED else SLACK * size for size in sizes)
+        return int(held)
+
+    def working(self, tokens: int, levels: Sequence[Level]) -> int:
+        """Bytes that the backward of the hungriest layer needs besides."""
+        return tokens * self.width * max(self.sizes.working(level) for level in levels)
 
     def _fitting(self, tokens: int) -> list[Level]:
         levels = [Level.KEEP] * self.layers

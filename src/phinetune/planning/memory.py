@@ -92,14 +92,13 @@ def predict(
         free - sizes.weights - sizes.trainable * BYTES_A_TRAINED_PARAMETER,
     )
     levels = layers.choose(step.tokens)
-    working = step.tokens * width * layers.sizes.working
     chunk = min(step.labels, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary
     parts = Parts(
         weights=sizes.weights,
         adapter=sizes.trainable * (2 * FLOAT32 + (width if width < FLOAT32 else 0)),
         optimizer=sizes.trainable * optimizer_bytes(optimizer),
-        activations=layers.needed(step.tokens, levels) - working,
-        layer=working + sizes.expanded,
+        activations=layers.kept(step.tokens, levels),
+        layer=layers.working(step.tokens, levels) + sizes.expanded,
         logits=chunk * (width + FLOAT32) + 2 * step.labels * hidden * width,
     )
     return parts, levels

@@ -1,6 +1,6 @@
 """What `phinetune plan` predicts beside what the run then takes, each in a fresh process.
 
-    python -m benchmarks.plan [--only starter,shape,nf4,recomputed] [--steps 10]
+    python -m benchmarks.plan [--only starter,shape,nf4,recomputed] [--steps 8]
 
 Writes benchmarks/results/plan.json and plan.md. Memory is the peak while training (VmHWM, reset at the first step) less
 what the program held before the model was loaded, its data included; time is that of training alone.
@@ -36,7 +36,7 @@ def configuration(case: str, steps: int, folder: str) -> Row:
     about = CASES[case]
     return {
         "model": about["model"],
-        "data": {"train": alpaca_rows(), "limit": 200},
+        "data": {"train": alpaca_rows(), "limit": steps * about["batch"]},  # an epoch: plan and run have one's rows
         "engine": about.get("engine", {}),
         "peft_config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
         "training_config": {
@@ -144,7 +144,7 @@ def main() -> None:
         return
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--only", default=",".join(CASES))
-    cli.add_argument("--steps", type=int, default=10)
+    cli.add_argument("--steps", type=int, default=8)
     options = cli.parse_args()
     rows = [compare(case, options.steps) for case in options.only.split(",")]
     table = Table(*HEADINGS, title="plan and run")

@@ -21,6 +21,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+# tqdm says this, and shows its line, where Jupyter's widgets are missing, as in the environment that runs these.
+NO_WIDGETS = re.compile(r".*TqdmWarning: IProgress not found.*\n.*notebook_tqdm\n?")
 TIMEOUT = 1800  # seconds a cell may take
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # Folders whose names differ from machine to machine, and what stands for them.
@@ -55,7 +57,7 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> Notebook
 
 def tidy(notebook: NotebookNode, folder: Path) -> NotebookNode:
     """The notebook with what a cell printed as one text, without bars that were redrawn, colours, times of the
-    run and this machine's paths.
+    run, tqdm's word on widgets and this machine's paths.
     """
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
     notebook.metadata["language_info"] = {"name": "python"}
@@ -92,7 +94,7 @@ def _text_of(output: NotebookNode) -> str | None:
 
 
 def _plain(text: str, folder: Path) -> str:
-    text = ANSI.sub("", text)
+    text = NO_WIDGETS.sub("", ANSI.sub("", text))
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
     text = "\n".join(lines).replace(f"{folder.resolve()}/", "").replace(str(Path.home()), "~")
     for pattern, stands_for in MACHINE_PATHS.items():

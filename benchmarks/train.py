@@ -29,7 +29,8 @@ RESULTS = HERE / "results"
 SHARED = HERE.parents[1] / "shared"
 SHAPE = "random:{layers: 4}"  # Phi-3 mini's, four layers of it
 
-PATIENCE = 900  # seconds a measurement: torch_compile may compile for longer than it trains
+PATIENCE = 1800  # seconds a measurement
+COMPILING = 480  # where torch.compile is tried: it may compile for longer than the run is long
 
 Row = dict[str, Any]
 
@@ -37,10 +38,11 @@ Row = dict[str, Any]
 def measure(kind: str, **options: Any) -> Row:
     """One measurement in a fresh process; a peer that fails or takes too long gives a line in place of numbers."""
     command = [sys.executable, "-m", "benchmarks.worker", kind, json.dumps(options)]
+    patience = COMPILING if options.get("compile") or options.get("engine") == "compiled" else PATIENCE
     try:
-        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=patience)
     except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {PATIENCE // 60} minutes"}
+        return {"failed": f"not done in {patience // 60} minutes"}
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     row: Row = json.loads(done.stdout.strip().splitlines()[-1])

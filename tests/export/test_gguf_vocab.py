@@ -13,6 +13,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from export_helpers import CHATS, TEXTS
 from gguf_helpers import Llama, chat_ids, hub_shape, keys_of, random_model
 from helpers import SHARED, TINY
 from phinetune.errors import ModelError
@@ -21,30 +22,6 @@ from phinetune.export.gguf_vocab import CL100K, O200K, read_vocabulary
 from phinetune.export.source import open_checkpoint
 from phinetune.export.targets import export
 from phinetune.model.synthetic import CHAT_TEMPLATE, byte_tokenizer
-
-# Texts on which tokenizers differ: white space before digits and words, contractions, scripts, emoji, control tokens.
-TEXTS = [
-    "Hello  world",
-    "\n \n\n \t \t\t\n  \n   x",
-    "a  3\t\t44   555    6666",
-    "   7\n   seven",
-    "I've 'told he's there, 'RE you sure? We'Ve a'lL DON'T",
-    "3.3 3..3 3...3 ------======= ''''''```````\"\"\"\"......!!!!!!??????",
-    "МОСКВА Ελλάδα ñandú Ünïcödé ǅungla",
-    "កាន់តែពិសេសអាច 我想在apple工作1314151天～ 日本語テスト",
-    "🚀 (normal) 😶‍🌫️ (multiple emojis concatenated) ✅",
-    "e\u0301 \u200b\u00a0x",
-]
-CHATS: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": text}] for text in [*TEXTS, " leading", "trailing \n\n", "\n\nlines\n"]
-] + [
-    [
-        {"role": "system", "content": "Be good.\n"},
-        {"role": "user", "content": " 1  2"},
-        {"role": "assistant", "content": "\n 3"},
-        {"role": "user", "content": "  4?"},
-    ]
-]
 
 
 def has_marks(text: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from cli_helpers import run
-from export_helpers import TunedStarter
+from export_helpers import CHATS, TEXTS, TunedStarter
 from gguf_helpers import chat_ids, greedy, hub_shape, random_adapter, random_model
 from helpers import TINY
 from onnx_helpers import Genai
@@ -81,6 +81,22 @@ def test_a_hub_shape_in_onnxruntime_answers_as_in_transformers(
     ids = chat_ids(tokenizer, QUESTION)
     export(str(tmp_path / "m"), "onnx", kind="f32", out=tmp_path / "out")
     assert Genai(tmp_path / "out").greedy(ids, 40) == without_end(model, ids)
+
+
+def test_chats_in_phi3s_own_vocabulary_have_the_ids_of_transformers(
+    phi3_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    folder = hub_shape("phi-3-mini-4k-instruct", tmp_path / "m", vocab_size=32064)
+    random_model(folder, phi3_tokenizer)
+    export(str(folder), "onnx", kind="f32", out=tmp_path / "out")
+    genai = Genai(tmp_path / "out")
+    for text in TEXTS:
+        assert genai.tokenize(text) == phi3_tokenizer(text)["input_ids"], text
+    for chat in CHATS:
+        assert genai.render(chat) == phi3_tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
+        assert genai.tokenize(genai.render(chat)) == chat_ids(phi3_tokenizer, chat), chat
 
 
 def test_every_stop_id_is_in_the_configuration(adapter: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,20 @@ def test_a_run_takes_the_steps_of_its_plan(chats: Path, tmp_path: Path, training
     made = job.train(config, Console(quiet=True))
     assert plan.steps.count == made.summary["steps"]
     assert plan.trainable == made.summary["trainable_parameters"]
-    if training["max_steps"] < 0:
-        assert plan.steps.tokens == made.summary["tokens"]
-    else:
-        assert plan.steps.tokens == pytest.approx(made.summary["tokens"], rel=0.3)
+    assert plan.steps.tokens == made.summary["tokens"]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_largest_batch_is_that_of_the_run(chats: Path, tmp_path: Path, seed: int) -> None:
+    config = tiny_config(chats, tmp_path / "run", max_steps=9, logging_steps=1, seed=seed)
+    config.evaluation.enabled = False
+    plan = make_plan(config, probe=False)
+    job.train(config, Console(quiet=True))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    seen = [0, *(json.loads(line)["tokens"] for line in lines)]
+    batches = [after - before for before, after in pairwise(seen)]
+    assert len(batches) == 9
+    assert plan.steps.largest == max(batches)
 
 
 def args(**training: Any) -> SFTConfig:

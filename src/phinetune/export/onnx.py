@@ -7,6 +7,7 @@ whole model in memory: float32 for f32, the base's own dtype for int4.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from phinetune.export.base import open_base
 from phinetune.export.longrope import attention_factor, is_longrope, rope
 from phinetune.export.merge import merge_run
 from phinetune.export.source import is_adapter
-from phinetune.files import staged_folder
+from phinetune.files import staged_folder, write_text
 from phinetune.logs import quiet_libraries
 from phinetune.model.tokenizer import TOKENIZER_FILES
 
@@ -33,6 +34,7 @@ PRECISIONS = {"int4": "int4", "f32": "fp32"}  # the builder's names
 HEAD_MULTIPLE = 16  # of its attention with rotary embeddings on a CPU
 CHAT = "chat.py"
 CONFIG = "genai_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 BUILDER = "onnxruntime_genai.models.builder"
 # A cache no longer than the window is refused by the runtime for answers shorter than the window.
 OPTIONS = ("hf_remote=false", "windowed_kv_cache=false")
@@ -63,6 +65,7 @@ def write_onnx(run: str, folder: Path, kind: str) -> None:
         source, tokenizer = _lay_out(run, place, kind)
         _build(source, stage, place / "cache", kind)
         tokenizer.save_pretrained(str(stage))  # over the builder's own, which may be rebuilt as another class
+        _keep_spaces_together(stage / TOKENIZER_CONFIG, tokenizer)
         shutil.copyfile(str(onnx_chat.__file__), stage / CHAT)
         for file in set(stage.iterdir()):
             if file.name not in FILES:
@@ -91,6 +94,18 @@ def _lay_out(run: str, place: Path, kind: str) -> tuple[Path, PreTrainedTokenize
     files.generation_config.save_pretrained(str(source))
     files.tokenizer.save_pretrained(str(source))
     return source, files.tokenizer
+
+
+def _keep_spaces_together(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name the tokenizer class under which the runtime merges runs of spaces, as Phi-3's vocabulary does.
+
+    onnxruntime-genai 0.18 goes by `tokenizer_class`: under the other names that were tried it cuts a SentencePiece
+    vocabulary's text at every space, so that two spaces become other ids than in training. In transformers the name
+    would stand for another tokenizer; this folder is for the runtime alone.
+    """
+    if '"▁"' in str(tokenizer.backend_tokenizer.to_str()):
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        write_text(file, json.dumps({**tree, "tokenizer_class": "GemmaTokenizer"}, indent=2) + "\n")
 
 
 def _config_for_builder(config: Phi3Config, kind: str) -> Phi3Config:

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from trl import SFTConfig
 
 from phinetune.data.build import ChatSet
 from phinetune.training.engine import Engine
-
-EPOCHS_DRAWN = 8  # orders of the rows, over which the largest micro-batch is averaged
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Steps:
         rows: what a micro-batch is made of: chats, or rows filled with several.
         batches: micro-batches a step, on one process.
         tokens: of all steps.
-        largest: tokens of the largest micro-batch to expect.
+        largest: tokens of the largest micro-batch.
         mean: tokens of a micro-batch.
     """
 
@@ -51,32 +50,44 @@ def row_lengths(chats: ChatSet, engine: Engine | None) -> np.ndarray[Any, Any]:
 
 
 def count_steps(lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = False) -> Steps:
-    """The steps of a run over rows of these lengths.
+    """The steps of a run over rows of these lengths, drawn in the order that the run will draw them in.
 
     Args:
         endless: the rows are the beginning of a stream.
     """
     batch, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    per_step = batch * batches * max(1, args.world_size)
-    an_epoch = max(1, math.ceil(math.ceil(len(lengths) / (batch * max(1, args.world_size))) / batches))
+    processes = max(1, args.world_size)
+    an_epoch = max(1, math.ceil(math.ceil(len(lengths) / (batch * processes)) / batches))
     count = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
-    rows = count * per_step if endless else round(count / an_epoch * len(lengths))
-    mean = float(lengths.mean())
-    return Steps(
-        count, len(lengths), batches, round(rows * mean), _largest(lengths, batch, count * batches), mean * batch
+    mean = float(lengths.mean()) * batch
+    if endless:
+        tokens, own = round(count * batches * processes * mean), _sums(lengths, batch)
+    else:
+        drawn = _drawn(lengths, args, count, an_epoch)
+        tokens, own = int(drawn.sum()), drawn[::processes]
+    return Steps(count, len(lengths), batches, tokens, int(own.max()), mean)
+
+
+def _drawn(lengths: np.ndarray[Any, Any], args: SFTConfig, count: int, an_epoch: int) -> np.ndarray[Any, Any]:
+    """Tokens of each micro-batch of `count` steps, of which an epoch has `an_epoch`; the processes take turns.
+
+    transformers draws rows by this sampler of accelerate's, from the run's seed.
+    """
+    sampler = SeedableRandomSampler(
+        range(len(lengths)), data_seed=args.seed if args.data_seed is None else args.data_seed
     )
-
-
-def _largest(lengths: np.ndarray[Any, Any], batch: int, batches: int) -> int:
-    """Tokens of the largest of so many micro-batches, on average over orders of the rows."""
-    if len(lengths) <= batch:
-        return int(lengths.sum())
     found = []
-    for seed in range(EPOCHS_DRAWN):
-        order = np.random.default_rng(seed).permutation(lengths)
-        sums = np.add.reduceat(order, range(0, len(order), batch))
-        found.append(sums[:batches].max())
-    return round(float(np.mean(found)))
+    for done in range(0, count, an_epoch):
+        sums = _sums(lengths[list(sampler)], args.per_device_train_batch_size)
+        part = (count - done) * args.gradient_accumulation_steps * max(1, args.world_size)
+        found.append(sums if count - done >= an_epoch else sums[:part])
+    return np.concatenate(found)
+
+
+def _sums(lengths: np.ndarray[Any, Any], batch: int) -> np.ndarray[Any, Any]:
+    """Tokens of micro-batches of rows in this order."""
+    sums: np.ndarray[Any, Any] = np.add.reduceat(lengths, range(0, len(lengths), batch))
+    return sums
 
 
 def sample_batch(lengths: Sequence[int] | np.ndarray[Any, Any], batch: int) -> list[int]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.train import HERE, RESULTS, SHAPE, alpaca_rows, machine
 
 Row = dict[str, Any]
-HEADINGS = ("", "memory GB", "predicted", "off by", "seconds", "predicted", "off by")
+HEADINGS = ("", "steps", "memory GB", "predicted", "off by", "seconds", "predicted", "off by")
 CASES: dict[str, Row] = {
     "starter": {"model": {"path": "starter"}, "batch": 8},
     "shape": {"model": {"path": SHAPE}, "batch": 4},
@@ -110,7 +110,7 @@ def compare(case: str, steps: int) -> Row:
         tree = configuration(case, steps, f"{folder}/run")
         plan, run = in_process("predicted", tree), in_process("measured", tree)
     apart = {key: plan[key] / run[key] - 1 for key in ("bytes", "seconds")}
-    return {"what": case, "plan": plan, "run": run, "off": apart}
+    return {"what": case, "steps": steps, "plan": plan, "run": run, "off": apart}
 
 
 def cells(row: Row) -> list[str]:
@@ -118,7 +118,7 @@ def cells(row: Row) -> list[str]:
     plan, run, off = row["plan"], row["run"], row["off"]
     memory = [f"{one['bytes'] / 1e9:.2f}" for one in (run, plan)]
     seconds = [f"{one['seconds']:.1f}" for one in (run, plan)]
-    return [row["what"], *memory, f"{off['bytes']:+.0%}", *seconds, f"{off['seconds']:+.0%}"]
+    return [row["what"], str(row["steps"]), *memory, f"{off['bytes']:+.0%}", *seconds, f"{off['seconds']:+.0%}"]
 
 
 def write(rows: list[Row]) -> None:

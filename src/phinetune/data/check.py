@@ -32,6 +32,7 @@ class CheckReport:
     """What was found in the files.
 
     Attributes:
+        files: the training files, of data sets their `split`.
         counts: rows of the training files; `held_out` those of the held-out ones.
         lengths: (tokens, trainable tokens) of each kept row.
         turns: turns by role, and tool calls.

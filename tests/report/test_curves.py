@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from helpers import tiny_config
 from phinetune.report.curves import Point, charts, thin
 from phinetune.report.facts import read_run, read_runs
+from phinetune.run_folder import RunFolder
 from report_helpers import entry, make_run
 
 
@@ -23,6 +27,22 @@ def test_the_held_out_loss_starts_at_the_base_and_ends_at_the_tuned_model(tmp_pa
     chart = next(c for c in charts([read_run(make_run(tmp_path / "run"))]) if c["key"] == "eval_loss")
     assert chart["series"][0]["x"] == [0, 10, 20, 30]
     assert chart["series"][0]["y"] == [2.5, 1.0, 0.5, 0.0066]
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({}, "Not measured during training: set training_config.eval_strategy."),
+        ({"eval_strategy": "no"}, "Not measured during training: set training_config.eval_strategy."),
+        ({"eval_strategy": "steps"}, "Not measured yet."),
+    ],
+)
+def test_a_plot_without_points_says_why(tmp_path: Path, training: dict[str, str], said: str) -> None:
+    RunFolder(tmp_path / "run").start(tiny_config(Path("chats.jsonl"), tmp_path / "run", **training), None)
+    made = {chart["key"]: chart for chart in charts([read_run(tmp_path / "run")])}
+    assert made["eval_loss"]["series"] == []
+    assert made["eval_loss"]["empty"] == said
+    assert made["memory"]["empty"] == "Not recorded in this run."
 
 
 def test_a_number_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:

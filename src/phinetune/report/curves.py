@@ -61,7 +61,18 @@ def _chart(curve: Curve, runs: Sequence[RunFacts]) -> dict[str, Any]:
         "form": curve.form,
         "fromZero": curve.from_zero,
         "series": series,
+        "empty": _why_empty(curve, runs),
     }
+
+
+def _why_empty(curve: Curve, runs: Sequence[RunFacts]) -> str:
+    """What stands in place of a plot that has no points."""
+    if curve.key != "eval_loss":
+        return "Not recorded in this run."
+    strategies = [(run.config.get("training_config") or {}).get("eval_strategy", "no") for run in runs]
+    if any(str(strategy) not in ("no", "False") for strategy in strategies):
+        return "Not measured yet."
+    return "Not measured during training: set training_config.eval_strategy."
 
 
 def _points(curve: Curve, run: RunFacts) -> list[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,26 @@ def test_a_resumed_run_over_four_bits_ends_with_the_same_adapter(chats: Path, tm
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux alone lists its maps there")
-def test_a_quantised_model_leaves_its_files(tmp_path: Path) -> None:
-    """What is not quantised must not keep the whole checkpoint mapped, the pages that were read with it."""
-    load_base(ModelSection(path=SHAPE, dtype="float32")).model.save_pretrained(tmp_path / "base")
+def status(key: str) -> int:
+    """Bytes of VmRSS or VmHWM."""
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="Linux alone tells a peak anew")
+def test_a_checkpoint_is_quantised_a_tensor_at_a_time(tmp_path: Path) -> None:
+    """Neither while loading nor afterwards is the whole of it in memory unquantised, mapped pages included."""
+    shape = "random:{layers: 12, hidden_size: 512, intermediate_size: 2048, heads: 8, vocab: 320}"
+    load_base(ModelSection(path=shape, dtype="float32")).model.save_pretrained(tmp_path / "base")
     byte_tokenizer(320).save_pretrained(tmp_path / "base")
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    gc.collect()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
     held = load_base(ModelSection(path=str(tmp_path / "base"), dtype="float32", quantization="nf4"))
-    assert held.model.model.embed_tokens.weight.dtype == torch.float32
+    assert status("VmHWM") - before < size / 2
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert held.model.model.layers[0].mlp.down_proj.weight.dtype == torch.uint8
 
 
 def test_no_expanded_weight_is_kept_for_the_backward() -> None:

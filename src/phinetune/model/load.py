@@ -8,12 +8,14 @@ import logging
 import re
 import struct
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from phinetune.config import ModelSection
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 FAMILY = "Phi-3 mini, small-vocabulary medium, Phi-3.5 mini, Phi-4, Phi-4 mini: every checkpoint of model_type `phi3`"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -134,34 +137,36 @@ def _load_checkpoint(
 def _read_model(
     folder: Path, config: Phi3Config, section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
 ) -> Phi3ForCausalLM:
-    quantized: dict[str, Any] = {}
-    if section.quantization != "none":
-        quantized = {"quantization_config": quantization_config(section.quantization, dtype)}
-        if device.type != "cpu":
-            quantized["device_map"] = {"": device}
-    model: Phi3ForCausalLM = _class_for(config, fast).from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation=section.attn_implementation,
-        use_safetensors=True,
-        local_files_only=True,
-        **quantized,
-    )
-    if quantized:
-        _leave_files(model)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    with ExitStack() as files:
+        if section.quantization != "none":
+            source = {"pretrained_model_name_or_path": None, "state_dict": _read_as_asked(folder, files)}
+            source["quantization_config"] = quantization_config(section.quantization, dtype)
+            if device.type != "cpu":
+                source["device_map"] = {"": device}
+        model: Phi3ForCausalLM = _class_for(config, fast).from_pretrained(
+            config=config,
+            dtype=dtype,
+            attn_implementation=section.attn_implementation,
+            local_files_only=True,
+            **source,
+        )
+    if section.quantization != "none" and (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _leave_files(model: Phi3ForCausalLM) -> None:
-    """Copy what was not quantised into memory of its own.
+def _read_as_asked(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The checkpoint's tensors, each read when it is asked for into memory that goes with it.
 
-    A tensor that has its file's dtype is a view of the mapped file, which then stays mapped as a whole: the pages that
-    were read to be quantised would count as this process's memory for as long as it runs.
+    transformers maps the files instead, and the pages of what was quantised long ago stay resident until the last
+    tensor is loaded: the whole checkpoint in 16 bits.
     """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
+    tensors: dict[str, Any] = {}
+    for file in check_weights(folder):
+        opened = files.enter_context(safe_open(file, framework="pt", backend="pread"))
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    return tensors
 
 
 def find_folder(path: str, revision: str | None) -> tuple[Path, str | None]:

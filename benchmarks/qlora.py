@@ -45,6 +45,8 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     f"TRL + PEFT + bitsandbytes, {CHATS} rows at a time, checkpointing": {"batch": CHATS, "checkpointing": True},
     f"TRL + PEFT + bitsandbytes, 1 row at a time, {CHATS} a step": {"batch": 1, "accumulate": CHATS},
 }
+# As it is, keeping what fits the free memory; and with as little memory as it can.
+OURS: dict[str, dict[str, Any]] = {"auto": {}, "everything recomputed": {"activation_memory": "all"}}
 
 
 def whole(config: Phi3Config, dtype: str, quick: bool) -> list[Row]:
@@ -52,12 +54,16 @@ def whole(config: Phi3Config, dtype: str, quick: bool) -> list[Row]:
     folder = saved(config)
     common = {"model": str(folder), **made_rows(config, 1 if quick else 2), "dtype": dtype, "quantization": "nf4"}
     found = [{"what": name, **measure("trl", **common, **setting)} for name, setting in TRL_SETTINGS.items()]
-    ours = {"what": "phinetune, QLoRA", **measure("phinetune", **common, batch=CHATS, engine={})}
     default, best = found[0].get("tokens_per_s"), max(row.get("tokens_per_s", 0.0) for row in found)
-    for row in (*found, ours):
+    found += [
+        {"what": f"phinetune, QLoRA, {what}", **measure("phinetune", **common, batch=CHATS, engine=engine)}
+        for what, engine in OURS.items()
+    ]
+    for row in found:
         row["times_default"] = row.get("tokens_per_s", 0.0) / default if default else None
-    ours["times TRL at its best"] = ours.get("tokens_per_s", 0.0) / best if best else 0.0
-    return [*found, ours]
+    for row in found[len(TRL_SETTINGS) :]:
+        row["times TRL at its best"] = row.get("tokens_per_s", 0.0) / best if best else 0.0
+    return found
 
 
 def layers(config: Phi3Config, dtype: str, quick: bool) -> list[Row]:

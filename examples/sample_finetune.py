@@ -5,7 +5,7 @@ stand there: keys that the libraries have retired since (`overwrite_output_dir`,
 out, and a line says so.
 
 Shows the guide's second half: hyper-parameters, loading, chat template, training by several processes, evaluation,
-saving. Needs phinetune and nothing else; the data is in examples/data. Takes about two minutes on two CPU cores.
+saving. Needs phinetune and nothing else; the data is in examples/data. Takes about three minutes on two CPU cores.
 
     python examples/sample_finetune.py                                                # one process
     accelerate launch --multi_gpu --num_processes 2 examples/sample_finetune.py       # two; without a GPU on the CPU

@@ -3,8 +3,8 @@
 Shows ShareGPT rows (`conversations` with `from` and `value`), gradient accumulation and checkpointing, a linear
 schedule, `paged_adamw_32bit`, a checkpoint each epoch, and the comparison with the base model.
 
-Needs phinetune and nothing else; the data is in examples/data. Takes about three minutes on two CPU cores (the starter, 135
-million weights, is made once before that).
+Needs phinetune and nothing else; the data is in examples/data. Takes about three minutes on two CPU cores (the
+starter, 135 million weights, is made once before that).
 
     python examples/finetune_script.py
     python examples/finetune_script.py --model microsoft/Phi-3-mini-4k-instruct    # on a GPU

@@ -11,8 +11,8 @@ from phinetune.config import RunConfig, make_config
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
 
-# What a finished run holds besides its checkpoints.
-RUN_FILES = {
+# What of a run makes an adapter, and goes to the hub.
+ADAPTER_FILES = {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -20,14 +20,17 @@ RUN_FILES = {
     "chat_template.jinja",
     "config.yaml",
     "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+# What a finished run holds besides its checkpoints.
+RUN_FILES = ADAPTER_FILES | {
     "metrics.jsonl",
     "report.html",
     "results.json",
     "run.log",
     "samples.jsonl",
     "start.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
 }
 
 # The dictionaries of the guide's model-card sample, key by key.

@@ -18,24 +18,12 @@ from transformers import AutoTokenizer, Phi3ForCausalLM
 
 import phinetune
 from cli_helpers import run
-from helpers import TINY, tiny_config
+from helpers import ADAPTER_FILES, TINY, tiny_config
 from hub_helpers import READ_TOKEN, Hub, Repo
 from merge_helpers import adapted, logits, save_base
 from phinetune.errors import ModelError
 from phinetune.model.adapt import BASE_FILE
 from phinetune.tuned import open_model
-
-ADAPTER_FILES = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "base.json",
-    "chat_template.jinja",
-    "config.yaml",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 
 
 def blocks(card: bytes, kind: str) -> list[str]:

@@ -14,7 +14,16 @@ from phinetune.export.weights import FolderWeights, MemoryWeights, QuantizedWeig
 from phinetune.model import synthetic
 from phinetune.model.adapt import linear_layers
 from phinetune.model.device import pick_device, pick_dtype
-from phinetune.model.load import Base, find_folder, fingerprint, load_base, load_tokenizer, read_config, with_stop_ids
+from phinetune.model.load import (
+    Base,
+    find_folder,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    read_config,
+    read_generation,
+    with_stop_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ def open_base(section: ModelSection) -> BaseFiles:
     config = read_config(folder)
     base = Base(section.path, revision, fingerprint(folder))
     tokenizer = load_tokenizer(section, base, config)
-    generation = with_stop_ids(_generation(folder, config), tokenizer)
+    generation = with_stop_ids(read_generation(folder, config), tokenizer)
     return BaseFiles(base, folder, FolderWeights(folder), config, tokenizer, generation)
 
 
@@ -68,13 +77,6 @@ def trained_dtype(section: ModelSection) -> torch.dtype:
     except ModelError:  # trained on another machine
         device = pick_device()
     return pick_dtype(section.dtype, device)
-
-
-def _generation(folder: Path, config: Phi3Config) -> GenerationConfig:
-    """The base's own, as transformers finds it when it loads the model."""
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(config)
 
 
 def quantized(files: BaseFiles, kind: str, dtype: torch.dtype) -> BaseFiles:

@@ -151,9 +151,16 @@ def _read_model(
             local_files_only=True,
             **source,
         )
-    if section.quantization != "none" and (folder / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if section.quantization != "none":
+        model.generation_config = read_generation(folder, config)
     return model
+
+
+def read_generation(folder: Path, config: Phi3Config) -> GenerationConfig:
+    """The folder's own, as transformers finds it when it loads the model from there."""
+    if (folder / GENERATION).is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
 
 
 def _read_as_asked(folder: Path, files: ExitStack) -> dict[str, Any]:

@@ -29,6 +29,14 @@ def _threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(2 if request.node.get_closest_marker("starter") else 1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _same_dtype_everywhere() -> Iterator[None]:
+    """`dtype: auto` is float32 in every test, whatever this machine's processor multiplies fastest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("phinetune.model.device.has_native_bf16", lambda device: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_own_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phinetune.api.set_up_logging", lambda level="info": None)

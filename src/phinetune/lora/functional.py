@@ -12,12 +12,16 @@ or none: A holds the adapters' A stacked (g·r, in), B theirs stacked (rows of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from phinetune import products
+from phinetune.products import Blocks
 
 # A split with an adapter: the rows of the output it covers, and the rows of B that hold it.
 Span = tuple[int, int, int, int]
@@ -25,7 +29,7 @@ Span = tuple[int, int, int, int]
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | Callable[[], Tensor],
+    weight: Tensor | Blocks,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -37,8 +41,9 @@ def lora_linear(
 
     Args:
         x: shape (..., in).
-        weight: shape (out, in), any strides; trained as well if it requires a gradient. Or a function that gives it
-            (expands a quantised one, say), in x's dtype: called here and again in the backward, nothing kept.
+        weight: shape (out, in), any strides; trained as well if it requires a gradient. Or a function that gives its
+            rows block by block (expands a quantised one, say; see `phinetune.products`): called here and again in the
+            backward, nothing kept.
         bias: shape (out) or None.
         lora_A: shape (r, in), or (g·r, in) with `spans` for g adapters.
         lora_B: shape (out, r), or (rows of the adapted splits, r) with `spans`.
@@ -47,7 +52,8 @@ def lora_linear(
         spans: one (start, stop, B start, B stop) an adapted split; None is one adapter over all rows.
 
     Returns:
-        shape (..., out), in x's dtype. Adapters of another dtype (float32 beside a bfloat16 base) are cast once.
+        shape (..., out), in x's dtype. Adapters of another dtype (float32 beside a bfloat16 base) are cast once, or
+        not at all where the product goes through float32.
     """
     if torch.is_autocast_enabled(x.device.type):
         # In place, addmm is not among the operators that autocast casts for.
@@ -57,10 +63,24 @@ def lora_linear(
         adapter_input = None if adapter_input is None else adapter_input.to(kind)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     seen = None if adapter_input is None else adapter_input.reshape(rows.shape)
-    if lora_A.dtype != x.dtype or lora_B.dtype != x.dtype:
-        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
+    source = _by_blocks(rows, weight, spans)
+    kind = x.dtype if source is None else products.work_dtype(x)
+    if lora_A.dtype != kind or lora_B.dtype != kind:
+        lora_A, lora_B = lora_A.to(kind), lora_B.to(kind)
+    if source is None:
+        out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
+    else:
+        out = _BlockedLoraLinear.apply(rows, source, bias, lora_A, lora_B, scaling, seen)  # type: ignore[no-untyped-call]
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])  # type: ignore[no-any-return]
+
+
+def _by_blocks(x: Tensor, weight: Tensor | Blocks, spans: Sequence[Span] | None) -> Blocks | None:
+    """How to read a frozen weight block by block, where that is how its product is taken."""
+    if not isinstance(weight, Tensor):
+        return weight
+    if x.dtype not in products.HALF or spans is not None or weight.requires_grad or not products.is_wide(x):
+        return None
+    return functools.partial(products.blocks, weight)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -73,7 +93,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | Callable[[], Tensor],
+        weight: Tensor,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -84,12 +104,6 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scaling, ctx.apart, ctx.spans = scaling, seen is not None, spans
         if seen is None:
             seen = x
-        ctx.recipe = kept = None
-        if isinstance(weight, Tensor):
-            kept = weight
-        else:
-            ctx.recipe = weight
-            weight = weight()
         hidden = torch.mm(seen, a.t())
         out = F.linear(x, weight, bias)
         if spans is None:
@@ -97,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
         else:
             for (start, stop, first, last), part in _by_split(spans, hidden, b.shape[1]):
                 out[:, start:stop].addmm_(part, b[first:last].t(), alpha=scaling)
-        ctx.save_for_backward(seen, hidden, kept, a, b, x if ctx.apart and weight.requires_grad else None)
+        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.apart and weight.requires_grad else None)
         return out
 
     @staticmethod
@@ -105,8 +119,6 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # what once_differentiable says, without its time
             raise RuntimeError("lora_linear has no second derivative (create_graph=True)")
         seen, hidden, weight, a, b, x = ctx.saved_tensors
-        if ctx.recipe is not None:
-            weight = ctx.recipe()
         spans = ctx.spans
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen, _ = ctx.needs_input_grad
         d_hidden = _scaled_mm(grad, b, ctx.scaling) if spans is None else _grad_of_hidden(grad, b, ctx.scaling, spans)
@@ -130,6 +142,59 @@ class _LoraLinear(torch.autograd.Function):
             d_seen,
             None,
         )
+
+
+class _BlockedLoraLinear(torch.autograd.Function):
+    """The same over a frozen weight that is read block by block, in `products.work_dtype`; h and adapters are in it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Blocks,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        seen: Tensor | None,
+    ) -> Tensor:
+        ctx.weight, ctx.scaling, ctx.apart = weight, scaling, seen is not None
+        size = products.block_size(x)
+        out, hidden = x.new_empty(len(x), len(b)), a.new_empty(len(x), len(a))
+        for part in products.cut(len(x), x.shape[1], size):
+            wide = x[part].to(a.dtype)
+            low = torch.mm(wide if seen is None else seen[part].to(a.dtype), a.t(), out=hidden[part])
+            for rows, block in weight(size, a.dtype):
+                made = torch.mm(wide, block.t()).addmm_(low, b[rows].t(), alpha=scaling)
+                out[part, rows] = made if bias is None else made.add_(bias[rows])
+        ctx.save_for_backward(x if seen is None else seen, hidden, a, b)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("lora_linear has no second derivative (create_graph=True)")
+        seen, hidden, a, b = ctx.saved_tensors
+        needs_x, _, needs_bias, _, _, _, needs_seen = ctx.needs_input_grad
+        size = products.block_size(grad)
+        dx = torch.empty_like(seen) if needs_x else None
+        d_seen = torch.empty_like(seen) if needs_seen and ctx.apart else None
+        d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
+        for part in products.cut(len(grad), a.shape[1], size):
+            total = a.new_zeros(hidden[part].shape[0], a.shape[1]) if needs_x else None
+            d_low = torch.zeros_like(hidden[part])
+            for rows, block in ctx.weight(size, a.dtype):
+                d_out = grad[part, rows].to(a.dtype)
+                d_low.addmm_(d_out, b[rows], alpha=ctx.scaling)
+                d_b[rows].addmm_(d_out.t(), hidden[part], alpha=ctx.scaling)
+                if total is not None:
+                    total.addmm_(d_out, block)
+            d_a.addmm_(d_low.t(), seen[part].to(a.dtype))
+            if d_seen is not None:
+                products.multiply(d_low, a, d_seen[part])
+            if dx is not None and total is not None:
+                dx[part] = total if ctx.apart else total.addmm_(d_low, a)
+        return dx, None, grad.sum(0) if needs_bias else None, d_a, d_b, None, d_seen
 
 
 def _by_split(spans: Sequence[Span], hidden: Tensor, rank: int) -> Iterator[tuple[Span, Tensor]]:

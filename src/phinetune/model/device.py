@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from phinetune import processes
+from phinetune import processes, products
 from phinetune.errors import ModelError
 
 # Instruction sets in which a CPU multiplies bfloat16 matrices itself (names of torch.cpu.get_capabilities).
@@ -35,13 +35,13 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, not by way of float32."""
+    """Whether the device multiplies bfloat16 in hardware, and no more slowly than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "mps":
         return False
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in NATIVE_BF16)
+    return any(capabilities.get(name, False) for name in NATIVE_BF16) and not products.is_slow(torch.bfloat16)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

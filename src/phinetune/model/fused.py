@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from phinetune.lora.functional import lora_linear
+from phinetune.products import linear
 
 
 class FusedLinear(Linear):
@@ -19,10 +20,12 @@ class FusedLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self.base_layer
+        if not (args or kwargs) and base_alone(self, nn.Linear):
+            return linear(x, base.weight, base.bias)
         name = None if args or kwargs else only_adapter(self, nn.Linear)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        base: Any = self.base_layer
         a: Any = self.lora_A[name].weight
         b: Any = self.lora_B[name].weight
         return lora_linear(x, base.weight, base.bias, a, b, self.scaling[name], dropped(self, name, x))
@@ -35,6 +38,11 @@ def only_adapter(layer: LoraLayer, base: type[nn.Module]) -> str | None:
         return None
     name = names[0]
     return None if name in layer.lora_variant or layer.lora_bias[name] else str(name)
+
+
+def base_alone(layer: LoraLayer, base: type[nn.Module]) -> bool:
+    """Whether the adapters are switched off over exactly this kind of base."""
+    return layer.disable_adapters and not layer.merged and type(layer.base_layer) is base
 
 
 def dropped(layer: LoraLayer, name: str, x: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ from phinetune.config import ModelSection
 from phinetune.errors import ModelError
 from phinetune.model import phi3, starter, synthetic
 from phinetune.model.device import pick_device, pick_dtype
-from phinetune.model.quantize import is_quantized, quantization_config
+from phinetune.model.quantize import is_quantized, keep_packing, quantization_config
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,7 @@ def _read_model(
         )
     if section.quantization != "none":
         model.generation_config = read_generation(folder, config)
+        keep_packing(model)
     return model
 
 

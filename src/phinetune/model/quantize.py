@@ -35,3 +35,17 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
 def is_quantized(model: Any) -> bool:
     """Whether a model's linear layers hold 4 or 8 bits a weight."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def keep_packing(model: Any) -> None:
+    """Have 4-bit layers on a CPU stay as they were loaded.
+
+    With AVX512-BF16, bitsandbytes packs a weight in another order and rounds its scales to bfloat16, for good, the
+    first time the layer runs outside training: losses change, and the layer neither trains nor is expanded right
+    after that.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from phinetune.ops.layout import Group, Segment, group
 from phinetune.ops.rotary import rotate_
+from phinetune.products import work_dtype
 
-BLOCK = 64  # queries of a segment a product
-SCORES = 1 << 20  # elements alive at a time, where segments are short: 4 MB in float32
+BLOCK = 64
+SCORES = 1 << 20
 FLASH_FROM = 1024  # tokens, on a CPU in float32; benchmarks/attention.py measures both
 
 
@@ -248,10 +249,11 @@ class _Attention(torch.autograd.Function):
         for one in groups:
             q, k, v = _gather(qkv, one, heads)
             rows = torch.empty_like(q)
-            for block in _blocks(one, heads.window):
-                got = torch.bmm(_weights(q, k, block, heads), v[:, block.keys])
-                rows[:, block.queries] = got.view(one.batch, -1, heads.shared, heads.size)
-            out.view(-1, heads.size).index_copy_(0, one.to_out, rows.view(-1, heads.size))
+            for part in _parts(one, heads):
+                for block in _blocks(one, heads.window):
+                    got = torch.bmm(_weights(q[part], k[part], block, heads), v[part, block.keys])
+                    rows[part, block.queries] = got.view(len(got), -1, heads.shared, heads.size)
+            out.view(-1, heads.size).index_copy_(0, one.to_out, rows.view(-1, heads.size).to(out.dtype))
         ctx.groups, ctx.heads = groups, heads
         ctx.save_for_backward(qkv, cos, sin)
         return out[:-1]
@@ -265,11 +267,11 @@ class _Attention(torch.autograd.Function):
         shared: list[tuple[Tensor, Tensor]] = []
         for one in ctx.groups:
             d_q, d_k, d_v = _group_backward(qkv, grad, one, heads)
-            flat.index_copy_(0, one.to_q, d_q.view(-1, heads.size))
+            flat.index_copy_(0, one.to_q, d_q.view(-1, heads.size).to(flat.dtype))
             for to, above, part in ((one.to_k, one.above_k, d_k), (one.to_v, one.above_v, d_v)):
-                flat.index_copy_(0, to, part[:, one.before :].reshape(-1, heads.size))
+                flat.index_copy_(0, to, part[:, one.before :].reshape(-1, heads.size).to(flat.dtype))
                 summed = part[:, : one.before].unflatten(0, (-1, heads.kv_heads)).sum(0)
-                shared.append((above, summed.view(-1, heads.size)))
+                shared.append((above, summed.view(-1, heads.size).to(flat.dtype)))
         for above, part in shared:  # only now has every token got its own
             flat.index_add_(0, above, part)
         d_qkv = d_qkv[:-1]
@@ -297,10 +299,21 @@ def _blocks(one: Placed, window: int | None) -> Iterator[_Block]:
         yield _Block(slice(start, stop), slice(low, one.before + stop), first + 1 - low)
 
 
+def _parts(one: Placed, heads: Heads) -> Iterator[slice]:
+    """Heads whose scores of a block fit the processor's cache together."""
+    scores = heads.shared * min(BLOCK, one.length) * (one.before + one.length)
+    most = max(1, SCORES // scores)
+    for start in range(0, one.batch, most):
+        yield slice(start, start + most)
+
+
 def _gather(qkv: Tensor, one: Placed, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """A group's queries (batch, tokens, heads sharing a key, size), keys and values (batch, context, size)."""
-    flat = qkv.view(-1, heads.size)
-    q, k, v = (flat.index_select(0, at) for at in (one.q, one.k, one.v))
+    """A group's queries (batch, tokens, heads sharing a key, size), keys and values (batch, context, size).
+
+    In the dtype in which products are fastest.
+    """
+    flat, work = qkv.view(-1, heads.size), work_dtype(qkv)
+    q, k, v = (flat.index_select(0, at).to(work) for at in (one.q, one.k, one.v))
     shape = (one.batch, -1, heads.size)
     return q.view(one.batch, one.length, heads.shared, heads.size), k.view(shape), v.view(shape)
 
@@ -332,16 +345,24 @@ def _corner(queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _group_backward(qkv: Tensor, grad: Tensor, one: Placed, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what `_gather` gave; those of the padding are zero or of no account."""
     q, k, v = _gather(qkv, one, heads)
-    d_out = grad.reshape(-1, heads.size).index_select(0, one.out).view_as(q)
+    d_out = grad.reshape(-1, heads.size).index_select(0, one.out).view_as(q).to(q.dtype)
     if one.padded is not None:
         d_out.unflatten(0, (-1, heads.kv_heads)).masked_fill_(one.padded, 0)
     d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for block in _blocks(one, heads.window):
-        weights, d_rows = _weights(q, k, block, heads), d_out[:, block.queries].flatten(1, 2)
-        d_v[:, block.keys] += torch.bmm(weights.mT, d_rows)
-        d_weights = torch.bmm(d_rows, v[:, block.keys].mT)
-        # dS = P ∘ (dP − rowsum(dP ∘ P))
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(heads.scaling)
-        d_k[:, block.keys] += torch.bmm(d_scores.mT, q[:, block.queries].flatten(1, 2))
-        d_q[:, block.queries] = torch.bmm(d_scores, k[:, block.keys]).view(one.batch, -1, heads.shared, heads.size)
+    for part in _parts(one, heads):
+        given = (q[part], k[part], v[part], d_out[part])
+        for block in _blocks(one, heads.window):
+            _block_backward(given, (d_q[part], d_k[part], d_v[part]), block, heads)
     return d_q, d_k, d_v
+
+
+def _block_backward(given: tuple[Tensor, ...], grads: tuple[Tensor, ...], block: _Block, heads: Heads) -> None:
+    """A block's part of the gradients, added to keys' and values', written to queries'."""
+    (q, k, v, d_out), (d_q, d_k, d_v) = given, grads
+    weights, d_rows = _weights(q, k, block, heads), d_out[:, block.queries].flatten(1, 2)
+    d_v[:, block.keys] += torch.bmm(weights.mT, d_rows)
+    d_weights = torch.bmm(d_rows, v[:, block.keys].mT)
+    # dS = P ∘ (dP − rowsum(dP ∘ P))
+    d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(heads.scaling)
+    d_k[:, block.keys] += torch.bmm(d_scores.mT, q[:, block.queries].flatten(1, 2))
+    d_q[:, block.queries] = torch.bmm(d_scores, k[:, block.keys]).view_as(d_q[:, block.queries])

@@ -6,10 +6,14 @@ The gradient with respect to the hidden state is computed in the forward, while 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from phinetune.products import BLOCK, blocks, work_dtype
 
 CHUNK_ELEMENTS = 1 << 24  # logits alive at a time: 64 MB in float32
 
@@ -44,13 +48,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros_like(nll)
+        work = work_dtype(hidden)
         rows = min(len(labels), max(1, CHUNK_ELEMENTS // weight.shape[0]))
-        logits = hidden.new_empty(rows, weight.shape[0])  # once: fresh pages for every chunk take longer than softmax
+        # Once: fresh pages for every chunk take longer than softmax.
+        logits = hidden.new_empty(rows, weight.shape[0], dtype=work)
         log_p = torch.empty_like(logits, dtype=torch.float32)
         for start in range(0, len(labels), max(1, rows)):
             part = slice(start, start + rows)
             count = len(labels[part])
-            torch.mm(hidden[part], weight.t(), out=logits[:count])
+            seen = hidden[part].to(work)
+            for columns, block in _blocks(weight, work):
+                torch.mm(seen, block.t(), out=logits[:count, columns])
             torch.log_softmax(logits[:count], dim=-1, dtype=torch.float32, out=log_p[:count])
             picked = log_p[:count].gather(1, labels[part, None]).squeeze(1)
             nll -= torch.dot(picked, weights[part])
@@ -59,9 +67,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             d_logits = _gradient(log_p[:count], labels[part], weights[part], logits[:count])
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[part])
+                d_hidden[part] = _times(d_logits, weight, work)
             if d_weight is not None:
-                d_weight += d_logits.t() @ hidden[part]
+                d_weight += d_logits.t() @ seen
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(correct)
@@ -77,6 +85,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _blocks(weight: Tensor, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head's rows in the dtype of the products: at once if it is in it, else block by block."""
+    return blocks(weight, None if weight.dtype == work else BLOCK, work)
+
+
+def _times(d_logits: Tensor, weight: Tensor, work: torch.dtype) -> Tensor:
+    """d_logits · weight."""
+    parts = (torch.mm(d_logits[:, rows], block) for rows, block in _blocks(weight, work))
+    return functools.reduce(Tensor.add_, parts)
 
 
 def _gradient(log_p: Tensor, labels: Tensor, weights: Tensor, logits: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""Matrix products on a CPU, half precision taken through float32 where that is faster.
+
+Few processors multiply bfloat16 faster than float32 (with AMX, say); the others take up to many times as long, some
+that have instructions for it included. There the factors are converted a block at a time, added up in float32, as
+every product of bfloat16 is, and the sum is rounded once. Weights stay as small as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+BLOCK = 7 << 20  # elements converted at a time: memory below glibc's 32 MB is handed out again, above it mapped anew
+ROWS = 2048  # of a block at most
+FEW = 64  # rows of a product below which converting the weight costs more than it saves
+GAIN = 1.2  # times as long as float32 that a half-precision product takes at least to be worth converting
+
+# A matrix's rows, in blocks of at most so many elements (None: in one), in a dtype: each with where it lies.
+Blocks = Callable[[int | None, torch.dtype], Iterator[tuple[slice, Tensor]]]
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of `x` are taken: its own, or float32 where that is faster."""
+    half = x.dtype in HALF and x.device.type == "cpu" and is_slow(x.dtype)
+    return torch.float32 if half else x.dtype
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether the product of `x`, shape (rows, in), with a weight goes through float32."""
+    return len(x) >= FEW and work_dtype(x) is not x.dtype
+
+
+@functools.lru_cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies `dtype` more slowly than float32; timed once a process, some 50 ms."""
+    return _seconds(dtype) > GAIN * _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """The least time of a product of 512 × 1024 by 1024 × 1024."""
+    left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    taken = []
+    for _ in range(4):  # the first one sets up
+        start = time.perf_counter()
+        torch.mm(left, right)
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+def blocks(weight: Tensor, most: int | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """`Blocks` of a tensor (rows, width)."""
+    for rows in cut(weight.shape[0], weight.shape[1], most):
+        yield rows, weight[rows].to(dtype)
+
+
+def cut(rows: int, width: int, most: int | None = BLOCK) -> Iterator[slice]:
+    """Runs of rows with at most `most` elements each and no more than `ROWS` rows; None: all rows."""
+    step = rows if most is None else max(1, min(ROWS, most // width))
+    for start in range(0, rows, step or 1):
+        yield slice(start, min(start + step, rows))
+
+
+def block_size(x: Tensor) -> int | None:
+    """Elements of a weight that are expanded at a time for a product with `x`; a GPU takes all at once."""
+    return BLOCK if x.device.type == "cpu" else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + b` of x (…, in) and a frozen weight (out, in), differentiable in x."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if weight.requires_grad or weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type) or not is_wide(rows):
+        return torch.nn.functional.linear(x, weight, bias)
+    return expanded(x, functools.partial(blocks, weight), weight.shape[0], bias)
+
+
+def expanded(x: Tensor, weight: Blocks, out: int, bias: Tensor | None = None) -> Tensor:
+    """`linear` for a weight of `out` rows given by its blocks."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    made: Tensor = _Expanded.apply(rows, weight, out, bias)  # type: ignore[no-untyped-call]
+    return made if x.dim() == 2 else made.view(*x.shape[:-1], out)
+
+
+class _Expanded(torch.autograd.Function):
+    """Keeps nothing but where the weight comes from."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, weight: Blocks, out: int, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.width = weight, x.shape[1]  # type: ignore[attr-defined]
+        made = x.new_empty(len(x), out)
+        work = work_dtype(x)
+        for part in cut(len(x), x.shape[1], block_size(x)):
+            wide = x[part].to(work)
+            for rows, block in weight(block_size(x), work):
+                multiply(wide, block.t(), made[part, rows])
+        return made if bias is None else made.add_(bias)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, width = ctx.weight, ctx.width  # type: ignore[attr-defined]
+        dx, work = grad.new_empty(len(grad), width), work_dtype(grad)
+        for part in cut(len(grad), width, block_size(grad)):
+            total = torch.zeros(len(dx[part]), width, dtype=work, device=grad.device)
+            for rows, block in weight(block_size(grad), work):
+                total.addmm_(grad[part, rows].to(work), block)
+            dx[part] = total
+        return dx, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """`left right` into `out`, rounded to its dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(torch.mm(left, right))

@@ -8,19 +8,22 @@ every product of bfloat16 is, and the sum is rounded once. Weights stay as small
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-BLOCK = 7 << 20  # elements converted at a time: memory below glibc's 32 MB is handed out again, above it mapped anew
-ROWS = 2048  # of a block at most
+BLOCK = 1 << 22  # elements of a weight converted at a time: 16 MB in float32
+ROWS = 2048  # of the other factor, and of a block at most
 FEW = 64  # rows of a product below which converting the weight costs more than it saves
 GAIN = 1.2  # times as long as float32 that a half-precision product takes at least to be worth converting
 
-# A matrix's rows, in blocks of at most so many elements (None: in one), in a dtype: each with where it lies.
+# A matrix's rows in blocks of at most so many elements (None: in one), in a dtype: each with where it lies, and good
+# until the next one.
 Blocks = Callable[[int | None, torch.dtype], Iterator[tuple[slice, Tensor]]]
 
 
@@ -52,21 +55,43 @@ def _seconds(dtype: torch.dtype) -> float:
     return min(taken[1:])
 
 
+class _Scratch(threading.local):
+    """Memory for what is converted, kept for the next time: fresh pages would take longer than the conversion."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, use: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised, shape (rows, width); overwritten by the next call for the same use."""
+        key, size = (use, dtype, device), rows * width
+        if key not in self.held or len(self.held[key]) < size:
+            self.held[key] = torch.empty(size, dtype=dtype, device=device)
+        return self.held[key][:size].view(rows, width)
+
+
+_scratch = _Scratch()
+
+
 def blocks(weight: Tensor, most: int | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """`Blocks` of a tensor (rows, width)."""
     for rows in cut(weight.shape[0], weight.shape[1], most):
-        yield rows, weight[rows].to(dtype)
+        yield rows, widened(weight[rows], dtype, "weight")
 
 
-def cut(rows: int, width: int, most: int | None = BLOCK) -> Iterator[slice]:
+def cut(rows: int, width: int, most: int | None) -> Iterator[slice]:
     """Runs of rows with at most `most` elements each and no more than `ROWS` rows; None: all rows."""
     step = rows if most is None else max(1, min(ROWS, most // width))
     for start in range(0, rows, step or 1):
         yield slice(start, min(start + step, rows))
 
 
+def parts(x: Tensor) -> Iterator[slice]:
+    """The rows of `x` that are multiplied at a time; a GPU takes all at once."""
+    return cut(len(x), 1, ROWS if x.device.type == "cpu" else None)
+
+
 def block_size(x: Tensor) -> int | None:
-    """Elements of a weight that are expanded at a time for a product with `x`; a GPU takes all at once."""
+    """Elements of a weight that are expanded at a time for a product with `x`."""
     return BLOCK if x.device.type == "cpu" else None
 
 
@@ -89,31 +114,40 @@ class _Expanded(torch.autograd.Function):
     """Keeps nothing but where the weight comes from."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, weight: Blocks, out: int, bias: Tensor | None) -> Tensor:
-        ctx.weight, ctx.width = weight, x.shape[1]  # type: ignore[attr-defined]
-        made = x.new_empty(len(x), out)
-        work = work_dtype(x)
-        for part in cut(len(x), x.shape[1], block_size(x)):
-            wide = x[part].to(work)
+    def forward(ctx: Any, x: Tensor, weight: Blocks, out: int, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.width = weight, x.shape[1]
+        made, work = x.new_empty(len(x), out), work_dtype(x)
+        for part in parts(x):
+            wide = widened(x[part], work, "left")
             for rows, block in weight(block_size(x), work):
-                multiply(wide, block.t(), made[part, rows])
+                made[part, rows] = product(wide, block.t())
         return made if bias is None else made.add_(bias)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, width = ctx.weight, ctx.width  # type: ignore[attr-defined]
-        dx, work = grad.new_empty(len(grad), width), work_dtype(grad)
-        for part in cut(len(grad), width, block_size(grad)):
-            total = torch.zeros(len(dx[part]), width, dtype=work, device=grad.device)
-            for rows, block in weight(block_size(grad), work):
-                total.addmm_(grad[part, rows].to(work), block)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, work = grad.new_empty(len(grad), ctx.width), work_dtype(grad)
+        for part in parts(grad):
+            total = zeros(dx[part], work)
+            for rows, block in ctx.weight(block_size(grad), work):
+                total.addmm_(widened(grad[part, rows], work, "gradient"), block)
             dx[part] = total
-        return dx, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
+        return dx, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None
 
 
-def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """`left right` into `out`, rounded to its dtype."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(torch.mm(left, right))
+def widened(x: Tensor, dtype: torch.dtype, use: str) -> Tensor:
+    """`x` in another dtype, in the scratch memory of that use."""
+    if x.dtype == dtype:
+        return x
+    # torch converts rows that lie apart seven times as slowly as rows that were copied first.
+    return _scratch(use, len(x), x.shape[1], dtype, x.device).copy_(x.contiguous())
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left right`, good until the next call."""
+    out = _scratch("product", left.shape[0], right.shape[1], left.dtype, left.device)
+    return torch.mm(left, right, out=out)
+
+
+def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a sum of products shaped like `like` (rows, width) is added up; good until the next call."""
+    return _scratch("sum", len(like), like.shape[1], dtype, like.device).zero_()

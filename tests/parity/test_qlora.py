@@ -123,3 +123,30 @@ def test_no_expanded_weight_is_kept_for_the_backward() -> None:
         layer(torch.randn(3, 128, requires_grad=True))
     assert torch.Size([64, 128]) not in kept
     assert kept
+
+
+@pytest.mark.parametrize(("rows", "width"), [(96, 64), (40, 128), (33, 48)])
+def test_a_weight_read_by_its_blocks_is_bitsandbytes_own(rows: int, width: int) -> None:
+    """To the bit, where a row begins inside a scale's block, too."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from phinetune.model.fused_4bit import _expand
+
+    torch.manual_seed(0)
+    data, state = quantize_4bit(torch.randn(rows, width), quant_type="nf4", compress_statistics=True)
+    whole = dequantize_4bit(data, state)
+    for most in (None, 7 * width):
+        read = list(_expand(data, state, torch.float32, most, torch.float32))
+        assert torch.equal(torch.cat([block for _, block in read]), whole)
+        assert [part.start for part, _ in read][1:] == [part.stop for part, _ in read][:-1]
+
+
+def test_four_bits_stay_as_loaded_when_the_base_answers() -> None:
+    """With AVX512-BF16 bitsandbytes would pack the weights in another order at the first forward without gradients."""
+    model = load_base(ModelSection(path=SHAPE, quantization="nf4")).model
+    layer: Any = model.model.layers[0].mlp.down_proj
+    before, ids = layer.weight.data.clone(), torch.arange(40)[None]
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert torch.equal(layer.weight.data, before)
+    assert layer.weight.quant_state.nested

@@ -161,11 +161,12 @@ class _BlockedLoraLinear(torch.autograd.Function):
         ctx.weight, ctx.scaling, ctx.apart = weight, scaling, seen is not None
         size = products.block_size(x)
         out, hidden = x.new_empty(len(x), len(b)), a.new_empty(len(x), len(a))
-        for part in products.cut(len(x), x.shape[1], size):
-            wide = x[part].to(a.dtype)
-            low = torch.mm(wide if seen is None else seen[part].to(a.dtype), a.t(), out=hidden[part])
+        for part in products.parts(x):
+            wide = products.widened(x[part], a.dtype, "left")
+            apart = wide if seen is None else products.widened(seen[part], a.dtype, "seen")
+            low = torch.mm(apart, a.t(), out=hidden[part])
             for rows, block in weight(size, a.dtype):
-                made = torch.mm(wide, block.t()).addmm_(low, b[rows].t(), alpha=scaling)
+                made = products.product(wide, block.t()).addmm_(low, b[rows].t(), alpha=scaling)
                 out[part, rows] = made if bias is None else made.add_(bias[rows])
         ctx.save_for_backward(x if seen is None else seen, hidden, a, b)
         return out
@@ -180,18 +181,18 @@ class _BlockedLoraLinear(torch.autograd.Function):
         dx = torch.empty_like(seen) if needs_x else None
         d_seen = torch.empty_like(seen) if needs_seen and ctx.apart else None
         d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
-        for part in products.cut(len(grad), a.shape[1], size):
-            total = a.new_zeros(hidden[part].shape[0], a.shape[1]) if needs_x else None
+        for part in products.parts(grad):
+            total = products.zeros(seen[part], a.dtype) if needs_x else None
             d_low = torch.zeros_like(hidden[part])
             for rows, block in ctx.weight(size, a.dtype):
-                d_out = grad[part, rows].to(a.dtype)
+                d_out = products.widened(grad[part, rows], a.dtype, "gradient")
                 d_low.addmm_(d_out, b[rows], alpha=ctx.scaling)
                 d_b[rows].addmm_(d_out.t(), hidden[part], alpha=ctx.scaling)
                 if total is not None:
                     total.addmm_(d_out, block)
-            d_a.addmm_(d_low.t(), seen[part].to(a.dtype))
+            d_a.addmm_(d_low.t(), products.widened(seen[part], a.dtype, "seen"))
             if d_seen is not None:
-                products.multiply(d_low, a, d_seen[part])
+                d_seen[part] = products.product(d_low, a)
             if dx is not None and total is not None:
                 dx[part] = total if ctx.apart else total.addmm_(d_low, a)
         return dx, None, grad.sum(0) if needs_bias else None, d_a, d_b, None, d_seen

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phinetune.lora.functional import lora_linear
 from phinetune.model.fused import base_alone, dropped, only_adapter
-from phinetune.products import cut, expanded
+from phinetune.products import cut, expanded, widened
 
 
 class FusedLinear4bit(Linear4bit):
@@ -57,4 +57,4 @@ def _expand(
             quant_type=state.quant_type,
             dtype=state.dtype,
         )
-        yield part, dequantize_4bit(packed[first // 2 : -(-last // 2), None], held).to(kind).to(dtype)
+        yield part, widened(dequantize_4bit(packed[first // 2 : -(-last // 2), None], held).to(kind), dtype, "weight")

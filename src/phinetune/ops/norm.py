@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from phinetune.ops.compiled import compiled
+
+PART = 1 << 19  # elements: 2 MB in float32
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, compile: bool = False) -> Tensor:
@@ -30,7 +33,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compile: bool) -> Tensor:
         ctx.compile = compile
-        out, scale = (compiled(_forward) if compile else _forward)(x, weight, eps)
+        if compile:
+            out, scale = compiled(_forward)(x, weight, eps)
+        else:
+            out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+            for part in _parts(x):
+                out[part], scale[part] = _forward(x[part], weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -40,9 +48,20 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = dx = None
         if ctx.needs_input_grad[1]:
             d_weight = (grad * (x * scale)).reshape(-1, len(weight)).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            dx = (compiled(_backward) if ctx.compile else _backward)(grad, x, weight, scale)
+        if ctx.needs_input_grad[0] and ctx.compile:
+            dx = compiled(_backward)(grad, x, weight, scale)
+        elif ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            for part in _parts(x):
+                dx[part] = _backward(grad[part], x[part], weight, scale[part])
         return dx, d_weight, None, None
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Rows whose intermediate values stay in the processor's cache; a GPU takes all at once."""
+    step = len(x) if x.device.type != "cpu" else max(1, PART * len(x) // max(1, x.numel()))
+    for start in range(0, len(x), step or 1):
+        yield slice(start, start + step)
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

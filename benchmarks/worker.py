@@ -1,7 +1,7 @@
 """One measurement in a process of its own: `python -m benchmarks.worker KIND JSON` prints one JSON line.
 
 Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
-one step of made-up tokens, by either engine), `gemm` (the best rate of a matrix product), `generate` (greedy answers
+one step of made-up tokens, by either engine), `gemm` (the best rates of matrix products), `generate` (greedy answers
 to prompts, by transformers or by this project), `merge` (an adapter into its base), `copy` (that base's folder).
 """
 
@@ -329,16 +329,19 @@ def _by_transformers(
 
 
 def gemm(dtype: str) -> dict[str, Any]:
-    """The best rate of a matrix product seen, in operations a second."""
+    """The best rate of a matrix product seen in this dtype and in float32, in operations a second."""
+    return {"flop_per_s": {name: _product_rate(getattr(torch, name)) for name in dict.fromkeys((dtype, "float32"))}}
+
+
+def _product_rate(dtype: torch.dtype) -> float:
     best = 0.0
     for rows, inner, columns in ((2048, 3072, 9216), (2048, 2048, 2048), (1024, 8192, 3072)):
-        a = torch.randn(rows, inner, dtype=getattr(torch, dtype))
-        b = torch.randn(columns, inner, dtype=getattr(torch, dtype))
+        a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
         for _ in range(5):
             start = time.perf_counter()
             torch.mm(a, b.t())
             best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - start))
-    return {"flop_per_s": best}
+    return best
 
 
 def merge(adapter: str, base: str, out: str) -> dict[str, Any]:

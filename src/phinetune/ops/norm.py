@@ -33,6 +33,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compile: bool) -> Tensor:
         ctx.compile = compile
+        out: Tensor
         if compile:
             out, scale = compiled(_forward)(x, weight, eps)
         else:

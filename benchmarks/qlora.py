@@ -48,7 +48,7 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 # As it is, keeping what fits the free memory; and in less memory, down to the least it can.
 OURS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "half of the layers recomputed": {"activation_memory": 16},
+    "26 of 32 layers recomputed": {"activation_memory": 26},
     "everything recomputed": {"activation_memory": "all"},
 }
 

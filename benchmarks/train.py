@@ -140,6 +140,7 @@ def peak(dtype: str, quick: bool) -> list[Row]:
         )
         if "seconds" in row:
             row["share_of_peak"] = row["useful_flop"] / row["seconds"] / max(rates.values())
+            row[f"times the rate of {dtype} products"] = row["useful_flop"] / row["seconds"] / rates[dtype]
         rows.append({"what": f"{chats} × {length} tokens", **row})
     seen = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
     return [{"what": f"matrix products, GFLOP/s: {seen}"}, *rows]

@@ -208,8 +208,16 @@ def step(
     return {
         "tokens": chats * length,
         "seconds": statistics.median(times[1:] or times),
-        "useful_flop": useful(loaded.model.config, chats * length, counted, chats * length * (length + 1) // 2),
+        "useful_flop": useful(
+            loaded.model.config, chats * length, counted, chats * pairs_seen(loaded.model.config, length)
+        ),
     }
+
+
+def pairs_seen(config: Any, length: int) -> int:
+    """(query, key) pairs of a conversation that see each other, its sliding window counted."""
+    window = min(length, getattr(config, "sliding_window", None) or length)
+    return window * (window + 1) // 2 + (length - window) * window
 
 
 def _made_up(chats: int, length: int, shared: int, labelled: int | None, top: int) -> list[Any]:

@@ -43,6 +43,15 @@ def test_bad_values_name_their_key_and_what_was_given() -> None:
     assert any("evaluation.batch_size" in p and "0" in p for p in problems)
 
 
+@pytest.mark.parametrize(
+    ("given", "bf16", "dtype"),
+    [(None, True, "bfloat16"), ("auto", True, "bfloat16"), ("float32", True, "float32"), (None, False, "auto")],
+)
+def test_bf16_without_a_dtype_asks_for_bfloat16_weights(given: str | None, bf16: bool, dtype: str) -> None:
+    model = {"path": "starter", **({"dtype": given} if given else {})}
+    assert make_config({"model": model, "training_config": {"bf16": bf16}}).model.dtype == dtype
+
+
 @pytest.mark.parametrize("given", ["bfloat16", "bf16", torch.bfloat16, "torch.bfloat16"])
 def test_torch_dtype_is_the_older_name_of_dtype(given: object) -> None:
     assert make_config({"model": {"torch_dtype": given}}).model.dtype == "bfloat16"

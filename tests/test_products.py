@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from phinetune import products
 from phinetune.lora.functional import lora_linear
@@ -130,6 +131,14 @@ def test_the_base_alone(small: None, shape: tuple[int, ...]) -> None:
     assert far(x.grad, twin.grad) < ULP / 2
 
 
+def test_autocast_casts_the_base_alone_as_it_does_any_product(slow: bool) -> None:
+    x, weight, bias = torch.randn(70, 24), torch.randn(40, 24), torch.randn(40)
+    with torch.autocast("cpu", BF16):
+        found, wanted = products.linear(x, weight, bias), F.linear(x, weight, bias)
+    assert found.dtype == wanted.dtype == BF16
+    assert far(found, wanted) < 2 * ULP
+
+
 def test_a_weight_that_trains_gets_its_gradient(small: None) -> None:
     x, weight = torch.randn(70, 12).to(BF16), torch.randn(9, 12).to(BF16).requires_grad_()
     products.linear(x, weight).sum().backward()
@@ -175,6 +184,43 @@ def test_a_weight_given_by_its_blocks(small: None, rows: int) -> None:
         for name, value in found.items():
             assert far(value, wanted[name]) < (1e-5 if dtype == torch.float32 else ULP), name
         assert asked == {products.BLOCK}
+
+
+def test_computing_again_leaves_the_last_product_out(small: None) -> None:
+    """Nothing in the layer's own backward needs it; the gradients are the same to the bit."""
+    given = layer(70, 24, 24, 2, bias=True, apart=False)
+    passes: dict[str, int] = {}
+
+    def read(name: str) -> products.Blocks:
+        def blocks(most: int | None, kind: torch.dtype) -> Any:
+            passes[name] = passes.get(name, 0) + 1
+            return products.blocks(given["weight"], most, kind)
+
+        return blocks
+
+    def two(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        first = lora_linear(x, read("first"), given["bias"], a, b, 0.5)
+        return lora_linear(first, read("last"), None, a, b, 0.5)
+
+    found = []
+    for again in (False, True):
+        leaves = [given[key].clone().requires_grad_() for key in ("x", "lora_A", "lora_B")]
+        out = checkpoint(two, *leaves, use_reentrant=False) if again else two(*leaves)
+        out.sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))
+    rounds = len(list(products.parts(given["x"])))
+    # Forward and backward without, then forward, backward and what is computed again.
+    assert passes == {"first": (2 + 3) * rounds, "last": (2 + 2) * rounds}
+
+
+def test_an_input_without_gradient_keeps_what_the_adapters_need(small: None) -> None:
+    given = layer(70, 24, 40, 2, bias=False, apart=False)
+    a, b = given["lora_A"].requires_grad_(), given["lora_B"].requires_grad_()
+    lora_linear(given["x"], given["weight"], None, a, b, 1.0).sum().backward()
+    assert a.grad is not None
+    wanted = (torch.ones(40, 70) @ (given["x"].float() @ a.detach().T)).to(torch.float32)
+    torch.testing.assert_close(b.grad, wanted)
 
 
 FOREST = [Segment(0, 70), Segment(70, 90), Segment(90, 101, ((70, 90),)), Segment(101, 140, ((70, 90),))]

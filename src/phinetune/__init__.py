@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from phinetune.version import VERSION
 
 if TYPE_CHECKING:
     from phinetune.api import evaluate, load, merge, push, train
+
+# bitsandbytes, which PEFT imports, warns on processors with AVX512-BF16 of a missing kernel that nothing here calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = VERSION
 __all__ = ["evaluate", "load", "merge", "push", "train"]

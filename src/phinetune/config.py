@@ -34,7 +34,8 @@ class ModelSection(Section):
     tokenizer: str | None = Field(None, description="another folder or hub id to take the tokenizer from")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="weights' dtype; auto: bfloat16 where the device multiplies it natively, else float32",
+        description="weights' dtype; auto: bfloat16 where training_config.bf16 is set or the device multiplies it no "
+        "more slowly than float32, else float32",
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none",
@@ -313,6 +314,13 @@ class RunConfig(Section):
                 short = value[section]
                 value[section] = {key: short if isinstance(short, list) else str(short)}
         return value
+
+    @model_validator(mode="after")
+    def _bf16_means_the_weights(self) -> RunConfig:
+        """As in the guide's scripts, whose model is loaded in bfloat16 for it."""
+        if self.model.dtype == "auto" and self.training_config.get("bf16"):
+            self.model.dtype = "bfloat16"
+        return self
 
     @property
     def output_dir(self) -> Path:

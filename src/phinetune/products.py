@@ -97,8 +97,11 @@ def block_size(x: Tensor) -> int | None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + b` of x (…, in) and a frozen weight (out, in), differentiable in x."""
+    if torch.is_autocast_enabled(x.device.type):
+        kind = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if weight.requires_grad or weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type) or not is_wide(rows):
+    if weight.requires_grad or weight.dtype != x.dtype or not is_wide(rows):
         return torch.nn.functional.linear(x, weight, bias)
     return expanded(x, functools.partial(blocks, weight), weight.shape[0], bias)
 
@@ -120,7 +123,7 @@ class _Expanded(torch.autograd.Function):
         for part in parts(x):
             wide = widened(x[part], work, "left")
             for rows, block in weight(block_size(x), work):
-                made[part, rows] = product(wide, block.t())
+                settle(product(wide, block.t(), made[part, rows]), made[part, rows])
         return made if bias is None else made.add_(bias)
 
     @staticmethod
@@ -130,7 +133,7 @@ class _Expanded(torch.autograd.Function):
             total = zeros(dx[part], work)
             for rows, block in ctx.weight(block_size(grad), work):
                 total.addmm_(widened(grad[part, rows], work, "gradient"), block)
-            dx[part] = total
+            settle(total, dx[part])
         return dx, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None
 
 
@@ -142,12 +145,21 @@ def widened(x: Tensor, dtype: torch.dtype, use: str) -> Tensor:
     return _scratch(use, len(x), x.shape[1], dtype, x.device).copy_(x.contiguous())
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """`left right`, good until the next call."""
-    out = _scratch("product", left.shape[0], right.shape[1], left.dtype, left.device)
-    return torch.mm(left, right, out=out)
+def product(left: Tensor, right: Tensor, into: Tensor) -> Tensor:
+    """`left right`: in `into` where that has their dtype, else in scratch memory; `settle` brings it there."""
+    if into.dtype != left.dtype:
+        into = _scratch("product", left.shape[0], right.shape[1], left.dtype, left.device)
+    return torch.mm(left, right, out=into)
 
 
-def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a sum of products shaped like `like` (rows, width) is added up; good until the next call."""
-    return _scratch("sum", len(like), like.shape[1], dtype, like.device).zero_()
+def zeros(into: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a sum for `into`, shape (rows, width), is added up in `dtype`: there, or in scratch memory."""
+    if into.dtype != dtype:
+        into = _scratch("sum", len(into), into.shape[1], dtype, into.device)
+    return into.zero_()
+
+
+def settle(made: Tensor, into: Tensor) -> None:
+    """Round what was made in scratch memory into its place."""
+    if made.data_ptr() != into.data_ptr():
+        into.copy_(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None
     settings = {"max_steps": 400, "save_strategy": "steps", "save_steps": 1000, "logging_steps": 1}
     file.write_text(dump_config(tiny_config(chats, run, **settings)))
     command = [sys.executable, "-m", "phinetune.cli", "train", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    bare = {**os.environ, "PATH": os.defpath}  # without a `phinetune` that could be called by its name
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=bare)
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:

@@ -314,12 +314,20 @@ def test_a_run_without_a_fast_form_trains_plainly_and_says_why(
     chats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, training: dict[str, Any]
 ) -> None:
     with caplog.at_level(logging.INFO):
-        made = job.train(tiny_config(chats, tmp_path / "run", max_steps=1, **training), Console(quiet=True))
+        config = tiny_config(chats, tmp_path / "run", max_steps=1, **training)
+        config.model.dtype = "float32"
+        made = job.train(config, Console(quiet=True))
     assert not has_packed_form(made.model)
     (key,) = training
     said = f"engine: plain (transformers and PEFT as they are): training_config.{key}"
     assert said in caplog.text
     assert said in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_bf16_alone_means_bfloat16_weights_and_is_fast(chats: Path, tmp_path: Path) -> None:
+    made = job.train(tiny_config(chats, tmp_path / "run", max_steps=1, bf16=True), Console(quiet=True))
+    assert made.model.dtype == torch.bfloat16
+    assert has_packed_form(made.model)
 
 
 def test_dropout_turns_sharing_off() -> None:

@@ -70,7 +70,7 @@ def lora_linear(
     if source is None:
         out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
     else:
-        out = _BlockedLoraLinear.apply(rows, source, bias, lora_A, lora_B, scaling, seen)  # type: ignore[no-untyped-call]
+        out = _blocked(rows, source, bias, lora_A, lora_B, scaling, seen)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])  # type: ignore[no-any-return]
 
 
@@ -144,8 +144,39 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
+def _blocked(
+    x: Tensor, weight: Blocks, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, seen: Tensor | None
+) -> Tensor:
+    kept = None
+    if x.requires_grad and torch.is_grad_enabled():
+        x = _Kept.apply(x, seen, a.detach(), b.detach())  # type: ignore[no-untyped-call]
+        kept = x.grad_fn
+    out: Tensor = _BlockedLoraLinear.apply(x, weight, bias, a, b, scaling, seen, kept)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Kept(torch.autograd.Function):
+    """x as it is. Keeps what the backward of the product after it needs, before that product is taken.
+
+    `torch.utils.checkpoint` stops to compute again at the last tensor that is kept, so a layer's last product, which
+    nothing in the layer's backward needs, is not taken a second time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x if seen is None else seen, a, b)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None
+
+
 class _BlockedLoraLinear(torch.autograd.Function):
-    """The same over a frozen weight that is read block by block, in `products.work_dtype`; h and adapters are in it."""
+    """The same over a frozen weight that is read block by block, in `products.work_dtype`; the adapters are in it.
+
+    h is computed again in the backward, where what the adapter saw is converted anyway.
+    """
 
     @staticmethod
     def forward(
@@ -157,45 +188,61 @@ class _BlockedLoraLinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         seen: Tensor | None,
+        kept: Any,
     ) -> Tensor:
-        ctx.weight, ctx.scaling, ctx.apart = weight, scaling, seen is not None
-        size = products.block_size(x)
-        out, hidden = x.new_empty(len(x), len(b)), a.new_empty(len(x), len(a))
+        ctx.weight, ctx.scaling, ctx.apart, ctx.kept = weight, scaling, seen is not None, kept
+        size, out = products.block_size(x), x.new_empty(len(x), len(b))
         for part in products.parts(x):
             wide = products.widened(x[part], a.dtype, "left")
-            apart = wide if seen is None else products.widened(seen[part], a.dtype, "seen")
-            low = torch.mm(apart, a.t(), out=hidden[part])
+            hidden = torch.mm(wide if seen is None else products.widened(seen[part], a.dtype, "seen"), a.t())
             for rows, block in weight(size, a.dtype):
-                made = products.product(wide, block.t()).addmm_(low, b[rows].t(), alpha=scaling)
-                out[part, rows] = made if bias is None else made.add_(bias[rows])
-        ctx.save_for_backward(x if seen is None else seen, hidden, a, b)
+                place = out[part, rows]
+                made = products.product(wide, block.t(), place).addmm_(hidden, b[rows].t(), alpha=scaling)
+                products.settle(made if bias is None else made.add_(bias[rows]), place)
+        if kept is None:
+            ctx.save_for_backward(x if seen is None else seen, a, b)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("lora_linear has no second derivative (create_graph=True)")
-        seen, hidden, a, b = ctx.saved_tensors
-        needs_x, _, needs_bias, _, _, _, needs_seen = ctx.needs_input_grad
-        size = products.block_size(grad)
+        seen, a, b = (ctx if ctx.kept is None else ctx.kept).saved_tensors
+        needs_x, _, needs_bias, _, _, _, needs_seen, _ = ctx.needs_input_grad
         dx = torch.empty_like(seen) if needs_x else None
-        d_seen = torch.empty_like(seen) if needs_seen and ctx.apart else None
+        d_seen = torch.empty_like(seen) if needs_seen else None
         d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
         for part in products.parts(grad):
-            total = products.zeros(seen[part], a.dtype) if needs_x else None
-            d_low = torch.zeros_like(hidden[part])
-            for rows, block in ctx.weight(size, a.dtype):
-                d_out = products.widened(grad[part, rows], a.dtype, "gradient")
-                d_low.addmm_(d_out, b[rows], alpha=ctx.scaling)
-                d_b[rows].addmm_(d_out.t(), hidden[part], alpha=ctx.scaling)
-                if total is not None:
-                    total.addmm_(d_out, block)
-            d_a.addmm_(d_low.t(), products.widened(seen[part], a.dtype, "seen"))
+            total = None if dx is None else products.zeros(dx[part], a.dtype)
+            d_hidden = _through_blocks(ctx, grad[part], seen[part], (a, b), (d_a, d_b), total)
             if d_seen is not None:
-                d_seen[part] = products.product(d_low, a)
+                products.settle(products.product(d_hidden, a, d_seen[part]), d_seen[part])
             if dx is not None and total is not None:
-                dx[part] = total if ctx.apart else total.addmm_(d_low, a)
-        return dx, None, grad.sum(0) if needs_bias else None, d_a, d_b, None, d_seen
+                products.settle(total if ctx.apart else total.addmm_(d_hidden, a), dx[part])
+        return dx, None, grad.sum(0) if needs_bias else None, d_a, d_b, None, d_seen, None
+
+
+def _through_blocks(
+    ctx: Any,
+    grad: Tensor,
+    seen: Tensor,
+    adapters: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    dx: Tensor | None,
+) -> Tensor:
+    """Add what these rows give to A's, B's and x's gradients, x's without the adapter's part; the gradient of h."""
+    (a, b), (d_a, d_b) = adapters, grads
+    wide = products.widened(seen, a.dtype, "seen")
+    hidden = torch.mm(wide, a.t())
+    d_hidden = torch.zeros_like(hidden)
+    for rows, block in ctx.weight(products.block_size(grad), a.dtype):
+        d_out = products.widened(grad[:, rows], a.dtype, "gradient")
+        d_hidden.addmm_(d_out, b[rows], alpha=ctx.scaling)
+        d_b[rows].addmm_(d_out.t(), hidden, alpha=ctx.scaling)
+        if dx is not None:
+            dx.addmm_(d_out, block)
+    d_a.addmm_(d_hidden.t(), wide)
+    return d_hidden
 
 
 def _by_split(spans: Sequence[Span], hidden: Tensor, rank: int) -> Iterator[tuple[Span, Tensor]]:

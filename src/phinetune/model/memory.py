@@ -14,6 +14,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 RESERVE = 0.15  # of the free memory: the optimizer's and the loss's temporaries
+# Of that, what activations may take before norms and SwiGLU are computed again: at Phi-3 mini's shape that drops 29% of
+# them for less than a hundredth of a step's time; where there is little to drop, time is worth more.
+PLENTY = 0.125
 # What the allocator holds of kept activations over what is alive. glibc's keeps gaps between tensors of unlike
 # lengths: a third measured (benchmarks.plan), none where every tensor is mapped by itself, as glibc does with large
 # ones whatever it has seen before (mallopt(3), M_MMAP_THRESHOLD).
@@ -118,12 +121,17 @@ class ActivationMemory:
 
     def _fitting(self, tokens: int) -> list[Level]:
         levels = [Level.KEEP] * self.layers
-        for level in (Level.LAYER,) if self.sizes.dropout else (Level.CHEAP, Level.LAYER):
-            for i in range(self.layers):
-                if self.needed(tokens, levels) <= self.free:
-                    return levels
-                levels[i] = level
+        if not self.sizes.dropout:
+            self._lower(levels, Level.CHEAP, tokens, int(self.free * PLENTY))
+        self._lower(levels, Level.LAYER, tokens, self.free)
         return levels
+
+    def _lower(self, levels: list[Level], level: Level, tokens: int, limit: int) -> None:
+        """Put layer after layer down to `level` until what the step needs is within `limit`, or all are."""
+        for i in range(self.layers):
+            if self.needed(tokens, levels) <= limit:
+                return
+            levels[i] = level
 
     def describe(self, tokens: int, levels: Sequence[Level]) -> str:
         """The choice in words."""

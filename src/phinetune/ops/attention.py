@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -301,7 +302,8 @@ def _blocks(one: Placed, window: int | None) -> Iterator[_Block]:
 
 def _parts(one: Placed, heads: Heads) -> Iterator[slice]:
     """Heads whose scores of a block fit the processor's cache together."""
-    scores = heads.shared * min(BLOCK, one.length) * (one.before + one.length)
+    keys = min(one.before + one.length, (heads.window or sys.maxsize) + BLOCK)
+    scores = heads.shared * min(BLOCK, one.length) * keys
     most = max(1, SCORES // scores)
     for start in range(0, one.batch, most):
         yield slice(start, start + most)

@@ -249,7 +249,8 @@ def log_parameters(
     """The guide's log lines: device and precision, all parameters, the share that trains."""
     for note in settings.notes:
         logger.info(note)
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    # The engine computes in the weights' dtype, without autocast.
+    precision = "bf16" if args.bf16 or loaded.model.dtype == torch.bfloat16 else "fp16" if args.fp16 else "float32"
     logger.info(
         "device: %s, processes: %d, weights: %s, training precision: %s",
         args.device,
@@ -257,8 +258,8 @@ def log_parameters(
         loaded.model.dtype,
         precision,
     )
-    if args.bf16 and not has_native_bf16(loaded.device):
-        logger.warning("bf16 was asked for, and this processor has no bf16 products: expect slow steps")
+    if args.bf16 and not has_packed_form(loaded.model) and not has_native_bf16(loaded.device):
+        logger.warning("bf16 without the fast engine, on a processor that multiplies it slowly: expect slow steps")
     logger.info("model: %s", config.model.model_dump())
     logger.info("data: %s", config.data.model_dump())
     logger.info("training_config: %s", settings.training)

@@ -6,14 +6,13 @@ The gradient with respect to the hidden state is computed in the forward, while 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phinetune.products import BLOCK, blocks, work_dtype
+from phinetune.products import BLOCK, blocks, settle, work_dtype, zeros
 
 CHUNK_ELEMENTS = 1 << 24  # logits alive at a time: 64 MB in float32
 
@@ -52,7 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = min(len(labels), max(1, CHUNK_ELEMENTS // weight.shape[0]))
         # Once: fresh pages for every chunk take longer than softmax.
         logits = hidden.new_empty(rows, weight.shape[0], dtype=work)
-        log_p = torch.empty_like(logits, dtype=torch.float32)
+        # float32 logits are turned into their log-softmax where they lie.
+        log_p = logits if work == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         for start in range(0, len(labels), max(1, rows)):
             part = slice(start, start + rows)
             count = len(labels[part])
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             d_logits = _gradient(log_p[:count], labels[part], weights[part], logits[:count])
             if d_hidden is not None:
-                d_hidden[part] = _times(d_logits, weight, work)
+                _times(d_logits, weight, d_hidden[part])
             if d_weight is not None:
                 d_weight += d_logits.t() @ seen
         ctx.save_for_backward(d_hidden, d_weight)
@@ -92,10 +92,12 @@ def _blocks(weight: Tensor, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]
     return blocks(weight, None if weight.dtype == work else BLOCK, work)
 
 
-def _times(d_logits: Tensor, weight: Tensor, work: torch.dtype) -> Tensor:
-    """d_logits · weight."""
-    parts = (torch.mm(d_logits[:, rows], block) for rows, block in _blocks(weight, work))
-    return functools.reduce(Tensor.add_, parts)
+def _times(d_logits: Tensor, weight: Tensor, into: Tensor) -> None:
+    """d_logits · weight, rounded into its place."""
+    total = zeros(into, d_logits.dtype)
+    for rows, block in _blocks(weight, d_logits.dtype):
+        total.addmm_(d_logits[:, rows], block)
+    settle(total, into)
 
 
 def _gradient(log_p: Tensor, labels: Tensor, weights: Tensor, logits: Tensor) -> Tensor:

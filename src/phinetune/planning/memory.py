@@ -99,6 +99,7 @@ def predict(
         optimizer=sizes.trainable * optimizer_bytes(optimizer),
         activations=layers.kept(step.tokens, levels),
         layer=layers.working(step.tokens, levels) + sizes.expanded,
-        logits=chunk * (width + FLOAT32) + 2 * step.labels * hidden * width,
+        # Half-precision logits have their log-softmax beside them, float32 ones become it.
+        logits=chunk * (FLOAT32 if width == FLOAT32 else width + FLOAT32) + 2 * step.labels * hidden * width,
     )
     return parts, levels

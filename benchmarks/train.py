@@ -168,10 +168,7 @@ def prefix(dtype: str, quick: bool) -> list[Row]:
 
 
 def whole(dtype: str, quick: bool) -> list[Row]:
-    """The whole of Phi-3 mini, 32 layers, in bfloat16, 1,024 tokens a step, activation memory auto; its first step.
-
-    Memory is the matter here.
-    """
+    """The whole of Phi-3 mini, 32 layers, in bfloat16, 1,024 tokens a step, activation memory auto; its first step."""
     row = measure(
         "step", model="random:phi-3-mini", engine="fast", chats=4, length=256, dtype="bfloat16", memory="auto", rounds=0
     )

@@ -268,8 +268,3 @@ def test_auto_is_bfloat16_only_where_it_is_no_slower(slow: bool, monkeypatch: py
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(device, "has_native_bf16", has_native_bf16)
     assert device.pick_dtype("auto", torch.device("cpu")) == (torch.float32 if slow else BF16)
-
-
-def test_is_slow_is_measured_here() -> None:
-    assert products.is_slow(BF16) in (True, False)
-    assert products.is_slow(torch.float32) is False

@@ -128,8 +128,7 @@ def _run(segments: Sequence[Segment], heads: Heads, device: torch.device, alone:
 
 def _portions(one: Group, heads: Heads) -> Iterator[Group]:
     """A group cut so that a block's scores stay in the processor's cache."""
-    scores = heads.heads * min(BLOCK, one.own.shape[1]) * (one.before + one.own.shape[1])
-    most = max(1, SCORES // scores)
+    most = max(1, SCORES // (heads.kv_heads * _scores(one.before, one.own.shape[1], heads)))
     for start in range(0, len(one.own), most):
         part = slice(start, start + most)
         yield Group(one.above, one.own[part], None if one.there is None else one.there[part])
@@ -302,11 +301,15 @@ def _blocks(one: Placed, window: int | None) -> Iterator[_Block]:
 
 def _parts(one: Placed, heads: Heads) -> Iterator[slice]:
     """Heads whose scores of a block fit the processor's cache together."""
-    keys = min(one.before + one.length, (heads.window or sys.maxsize) + BLOCK)
-    scores = heads.shared * min(BLOCK, one.length) * keys
-    most = max(1, SCORES // scores)
+    most = max(1, SCORES // _scores(one.before, one.length, heads))
     for start in range(0, one.batch, most):
         yield slice(start, start + most)
+
+
+def _scores(before: int, length: int, heads: Heads) -> int:
+    """Elements of a block's scores, of one key head in one segment: those before its window are not computed."""
+    keys = min(before + length, (heads.window or sys.maxsize) + BLOCK)
+    return heads.shared * min(BLOCK, length) * keys
 
 
 def _gather(qkv: Tensor, one: Placed, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:

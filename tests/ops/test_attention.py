@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
-from phinetune.ops.attention import Heads, attention, plan
+from phinetune.ops.attention import Heads, _parts, attention, plan
 from phinetune.ops.layout import read_segments
 
 Table = tuple[tuple[int, int, int], ...]
@@ -156,6 +156,20 @@ def test_small_blocks_and_portions_change_nothing(
     monkeypatch.setattr("phinetune.ops.attention.BLOCK", 16)
     monkeypatch.setattr("phinetune.ops.attention.SCORES", 1)  # each segment on its own
     assert_equal_to_the_reference(forest, Heads(4, 2, SIZE, 0.4, window))
+
+
+@pytest.mark.parametrize(("window", "keys"), [(None, 150), (9, 9 + 16)])
+def test_heads_are_computed_together_as_far_as_the_scores_allow(
+    window: int | None, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two key heads of three, then the last one."""
+    heads = Heads(9, 3, SIZE, 0.4, window)
+    monkeypatch.setattr("phinetune.ops.attention.BLOCK", 16)
+    monkeypatch.setattr("phinetune.ops.attention.SCORES", 2 * heads.shared * 16 * keys)
+    (run,) = plan(read_segments(torch.tensor(table(FORESTS["one root"]))), heads, torch.float32, CPU)
+    assert run.groups is not None
+    assert [list(_parts(one, heads)) for one in run.groups] == [[slice(0, 2), slice(2, 4)]]
+    assert_equal_to_the_reference(FORESTS["one root"], heads)
 
 
 def test_segments_are_computed_together_as_far_as_the_scores_allow(monkeypatch: pytest.MonkeyPatch) -> None:

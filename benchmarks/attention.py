@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention [--dtype float32] [--lengths 64,128,256,512,1024,2048,4096] [--rounds 5]
 
-What `FLASH_FROM` in `phinetune.ops.attention` rests on. 4,096 tokens of Phi-3 mini's heads are cut into segments of
+What `FLASH_FROM` in `phinetune.ops.runs` rests on. 4,096 tokens of Phi-3 mini's heads are cut into segments of
 one length. The two ways take turns; the ratio is a median over the rounds.
 """
 
@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from phinetune.ops import attention as ops
+from phinetune.ops.attention import attention
 from phinetune.ops.layout import Segment
+from phinetune.ops.runs import Heads, fused_run, grouped_run
 
-HEADS = ops.Heads(heads=32, kv_heads=32, size=96, scaling=96**-0.5)
+HEADS = Heads(heads=32, kv_heads=32, size=96, scaling=96**-0.5)
 TOKENS = 4096
 
 
@@ -31,12 +32,11 @@ def step_of(length: int, dtype: torch.dtype, *, fused: bool) -> Callable[[], Non
     grad = torch.randn(len(qkv), HEADS.heads * HEADS.size, dtype=dtype)
     angles = torch.rand(len(qkv), HEADS.size // 2)
     segments = [Segment(i * length, (i + 1) * length) for i in range(count)]
-    parts = [[s] for s in segments] if fused else [segments]
-    runs = [ops._run(part, HEADS, qkv.device, fused) for part in parts]
+    runs = [fused_run([s]) for s in segments] if fused else [grouped_run(segments, HEADS, qkv.device)]
 
     def step() -> None:
         # Attention writes into what it is given, which must not be a leaf.
-        ops.attention(qkv * 1, angles.cos(), angles.sin(), runs, HEADS).backward(grad)
+        attention(qkv * 1, angles.cos(), angles.sin(), runs, HEADS).backward(grad)
         qkv.grad = None
 
     return step

@@ -135,10 +135,11 @@ def peak(dtype: str, quick: bool) -> list[Row]:
     rows = []
     for chats, length in ((4, 256), (4, 1024), (1, 4096)) + (() if quick else ((4, 4096), (1, 16384))):
         rounds = 3 if chats * length <= 4096 else 1
-        row = measure(
-            "step", model=SHAPE, engine="fast", chats=chats, length=length, dtype=dtype, memory="auto", rounds=rounds
-        )
+        common = {"model": SHAPE, "engine": "fast", "chats": chats, "length": length, "dtype": dtype, "memory": "auto"}
+        row = measure("step", **common, rounds=rounds, attention_apart=True)
         if "seconds" in row:
+            rest = row["seconds"] * (1 - row["attention_share"])
+            row["ms_a_token_without_attention"] = 1e3 * rest / row["tokens"]
             row["share_of_peak"] = row["useful_flop"] / row["seconds"] / max(rates.values())
             row[f"times the rate of {dtype} products"] = row["useful_flop"] / row["seconds"] / rates[dtype]
         rows.append({"what": f"{chats} × {length} tokens", **row})
@@ -222,7 +223,9 @@ def cells(row: Row) -> list[str]:
     besides = [
         f"{k.replace('_', ' ')} {v:.2f}" for k, v in row.items() if k.startswith("times") and k != "times_default"
     ]
-    besides += [f"{k.replace('_', ' ')} {v:.1%}" for k, v in row.items() if k in ("share_of_peak", "overhead")]
+    shares = ("share_of_peak", "attention_share", "overhead")
+    besides += [f"{k.replace('_', ' ')} {v:.1%}" for k, v in row.items() if k in shares]
+    besides += [f"{k.replace('_', ' ')} {v:.2f}" for k, v in row.items() if k.startswith("ms_")]
     besides += [f"{k.removesuffix('_gb')} {v:.1f} GB" for k, v in row.items() if k in ("load_gb", "training_gb")]
     besides += [f"{row['seconds']:.1f} s"] if "tokens" not in row and "seconds" in row else []
     besides += [row["failed"]] if "failed" in row else []

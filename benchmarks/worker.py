@@ -174,6 +174,7 @@ def step(
     labelled: int | None = None,
     rounds: int = 3,
     memory: str | int = "none",
+    attention_apart: bool = False,
 ) -> dict[str, Any]:
     """Forward and backward over `chats` conversations of `length` tokens, the first `shared` of them the same.
 
@@ -181,6 +182,7 @@ def step(
         engine: fast, plain (transformers and PEFT), or compiled (plain under torch.compile).
         labelled: tokens at each end that are trained on; None is all.
         rounds: steps that count, after a first one that does not; with 0 the first counts.
+        attention_apart: one more step, under the profiler, says what share of its time attention takes.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -206,12 +208,23 @@ def step(
         times.append(time.perf_counter() - start)
     counted = chats * (length if labelled is None else labelled)
     return {
+        **({"attention_share": _attention_share(loss)} if attention_apart else {}),
         "tokens": chats * length,
         "seconds": statistics.median(times[1:] or times),
         "useful_flop": useful(
             loaded.model.config, chats * length, counted, chats * pairs_seen(loaded.model.config, length)
         ),
     }
+
+
+def _attention_share(loss: Callable[[], torch.Tensor]) -> float:
+    """Of a step's time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        start = time.perf_counter()
+        loss().backward()
+        seconds = time.perf_counter() - start
+    own = ("_Attention", "_AttentionBackward")
+    return sum(event.cpu_time_total for event in seen.key_averages() if event.key in own) / 1e6 / seconds
 
 
 def pairs_seen(config: Any, length: int) -> int:

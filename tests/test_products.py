@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from phinetune import products
 from phinetune.lora.functional import lora_linear
 from phinetune.model.device import has_native_bf16
-from phinetune.ops.attention import Heads, attention, plan
+from phinetune.ops.attention import attention
 from phinetune.ops.cross_entropy import linear_cross_entropy
 from phinetune.ops.layout import Segment
+from phinetune.ops.runs import Heads, plan
 
 BF16 = torch.bfloat16
 ULP = 2.0**-8  # bfloat16's rounding, relative

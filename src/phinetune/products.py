@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-BLOCK = 1 << 22  # elements of a weight converted at a time: 16 MB in float32
-ROWS = 2048  # of the other factor, and of a block at most
+BLOCK = 3 << 21  # elements of a weight converted at a time: 24 MB in float32
+ROWS = 4096  # of the other factor, and of a block at most
 FEW = 64  # rows of a product below which converting the weight costs more than it saves
 GAIN = 1.2  # times as long as float32 that a half-precision product takes at least to be worth converting
 
@@ -62,14 +62,17 @@ class _Scratch(threading.local):
         self.held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, use: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised, shape (rows, width); overwritten by the next call for the same use."""
+        """Uninitialised, shape (rows, width); on a CPU overwritten by the next call for the same use."""
+        if device.type != "cpu":  # whose allocator keeps memory for the next time itself
+            return torch.empty(rows, width, dtype=dtype, device=device)
         key, size = (use, dtype, device), rows * width
         if key not in self.held or len(self.held[key]) < size:
-            self.held[key] = torch.empty(size, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a tensor made in that mode could not be written outside of it
+                self.held[key] = torch.empty(size, dtype=dtype, device=device)
         return self.held[key][:size].view(rows, width)
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
 def blocks(weight: Tensor, most: int | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -141,21 +144,20 @@ def widened(x: Tensor, dtype: torch.dtype, use: str) -> Tensor:
     """`x` in another dtype, in the scratch memory of that use."""
     if x.dtype == dtype:
         return x
-    # torch converts rows that lie apart seven times as slowly as rows that were copied first.
-    return _scratch(use, len(x), x.shape[1], dtype, x.device).copy_(x.contiguous())
+    return scratch(use, len(x), x.shape[1], dtype, x.device).copy_(x)
 
 
 def product(left: Tensor, right: Tensor, into: Tensor) -> Tensor:
     """`left right`: in `into` where that has their dtype, else in scratch memory; `settle` brings it there."""
     if into.dtype != left.dtype:
-        into = _scratch("product", left.shape[0], right.shape[1], left.dtype, left.device)
+        into = scratch("product", left.shape[0], right.shape[1], left.dtype, left.device)
     return torch.mm(left, right, out=into)
 
 
 def zeros(into: Tensor, dtype: torch.dtype) -> Tensor:
     """Where a sum for `into`, shape (rows, width), is added up in `dtype`: there, or in scratch memory."""
     if into.dtype != dtype:
-        into = _scratch("sum", len(into), into.shape[1], dtype, into.device)
+        into = scratch("sum", len(into), into.shape[1], dtype, into.device)
     return into.zero_()
 
 

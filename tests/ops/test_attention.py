@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
-from phinetune.ops.attention import Heads, _parts, attention, plan
+from phinetune.ops.attention import _parts, attention
 from phinetune.ops.layout import read_segments
+from phinetune.ops.runs import Heads, plan
 
 Table = tuple[tuple[int, int, int], ...]
 
@@ -150,11 +151,11 @@ def test_a_part_of_each_head_is_rotated(name: str, rotated: int) -> None:
 
 @each_forest
 @pytest.mark.parametrize("window", [None, 9])
-def test_small_blocks_and_portions_change_nothing(
+def test_small_blocks_and_parts_change_nothing(
     forest: list[tuple[int, int]], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("phinetune.ops.attention.BLOCK", 16)
-    monkeypatch.setattr("phinetune.ops.attention.SCORES", 1)  # each segment on its own
+    monkeypatch.setattr("phinetune.ops.attention.SCORES", 1)  # each key head on its own
     assert_equal_to_the_reference(forest, Heads(4, 2, SIZE, 0.4, window))
 
 
@@ -168,21 +169,19 @@ def test_heads_are_computed_together_as_far_as_the_scores_allow(
     monkeypatch.setattr("phinetune.ops.attention.SCORES", 2 * heads.shared * 16 * keys)
     (run,) = plan(read_segments(torch.tensor(table(FORESTS["one root"]))), heads, torch.float32, CPU)
     assert run.groups is not None
-    assert [list(_parts(one, heads)) for one in run.groups] == [[slice(0, 2), slice(2, 4)]]
+    assert [list(_parts(one, heads)) for one in run.groups.placed] == [[slice(0, 2), slice(2, 3)]]
     assert_equal_to_the_reference(FORESTS["one root"], heads)
 
 
 def test_segments_are_computed_together_as_far_as_the_scores_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     segments = read_segments(torch.tensor(table([(10, -1)] * 5)))
 
-    def batches() -> list[int]:
-        (run,) = plan(segments, GROUPED, torch.float32, CPU)
-        assert run.groups is not None
-        return [one.batch // GROUPED.kv_heads for one in run.groups]
-
-    assert batches() == [5]
+    (run,) = plan(segments, GROUPED, torch.float32, CPU)
+    assert run.groups is not None
+    (group,) = run.groups.placed
+    assert list(_parts(group, GROUPED)) == [slice(0, 10)]  # five segments of two key heads
     monkeypatch.setattr("phinetune.ops.attention.SCORES", 2 * GROUPED.heads * 10 * 10)
-    assert batches() == [2, 2, 1]
+    assert list(_parts(group, GROUPED)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
 
 
 # -- torch's fused attention, for long roots ----------------------------------------------------------------------
@@ -209,14 +208,14 @@ def fused(forest: Sequence[tuple[int, int]], heads: Heads, dtype: torch.dtype) -
 def test_the_fused_attention_gives_the_same(
     forest: list[tuple[int, int]], heads: Heads, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.ops.attention.FLASH_FROM", 32)
+    monkeypatch.setattr("phinetune.ops.runs.FLASH_FROM", 32)
     limited = Heads(heads.heads, heads.kv_heads, SIZE, 0.4, window)
     assert_equal_to_the_reference(forest, limited, torch.float32)
     assert_equal_to_the_reference(forest, limited, torch.float32, rotated=4)
 
 
 def test_long_roots_alone_go_to_the_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.ops.attention.FLASH_FROM", 32)
+    monkeypatch.setattr("phinetune.ops.runs.FLASH_FROM", 32)
     assert fused(MIXED, GROUPED, torch.float32) == [40, 33, 50, 60]  # neither 34, which branches, nor 32
     assert fused(MIXED, Heads(4, 2, SIZE, 0.4, window=45), torch.float32) == [40, 33]
     assert fused(MIXED, GROUPED, torch.bfloat16) == []
@@ -224,7 +223,7 @@ def test_long_roots_alone_go_to_the_fused_attention(monkeypatch: pytest.MonkeyPa
 
 
 def test_fused_and_grouped_bfloat16_are_both_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.ops.attention._fused_from", lambda dtype, device: 32)
+    monkeypatch.setattr("phinetune.ops.runs._fused_from", lambda dtype, device: 32)
     for found, wanted in both(MIXED, GROUPED, torch.bfloat16):
         assert (found.double() - wanted.double()).norm() < 0.02 * wanted.double().norm()
 
@@ -246,7 +245,7 @@ def below(segments: Table, i: int) -> set[int]:
 def test_other_segments_tokens_change_no_bit(
     forest: list[tuple[int, int]], flash_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.ops.attention.FLASH_FROM", flash_from)
+    monkeypatch.setattr("phinetune.ops.runs.FLASH_FROM", flash_from)
     segments = table(forest)
     qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
     before = attend(qkv, cos, sin, segments, GROUPED)
@@ -273,7 +272,7 @@ def test_a_segment_gives_no_gradient_beside_and_below_itself(forest: list[tuple[
 
 @pytest.mark.parametrize("flash_from", [1000, 32])
 def test_without_gradients_the_output_is_the_same(flash_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.ops.attention.FLASH_FROM", flash_from)
+    monkeypatch.setattr("phinetune.ops.runs.FLASH_FROM", flash_from)
     segments = table(MIXED)
     qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
     trained = attend(qkv.clone().requires_grad_(), cos, sin, segments, GROUPED)

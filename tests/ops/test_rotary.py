@@ -104,3 +104,11 @@ def test_tables_are_scaled() -> None:
     cos, sin = tables(torch.tensor([0.5, 0.25]), torch.tensor([0, 4]), 3.0)
     torch.testing.assert_close(cos, 3 * torch.tensor([[0.0, 0.0], [2.0, 1.0]]).cos())
     torch.testing.assert_close(sin, 3 * torch.tensor([[0.0, 0.0], [2.0, 1.0]]).sin())
+
+
+@each_width
+def test_tokens_are_rotated_a_part_at_a_time(rotated: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, cos, sin = draw(rotated)
+    wanted = rotate_(states.clone(), cos, sin)
+    monkeypatch.setattr("phinetune.ops.parts.PART", 2 * HEADS * SIZE)
+    assert torch.equal(rotate_(states.clone(), cos, sin), wanted)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune.ops.swiglu import _backward, _formula, swiglu
+from phinetune.ops.swiglu import _formula, swiglu
 
 SHAPES = [(5, 12), (1, 2), (2, 3, 8), (6,)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -42,9 +42,14 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 
 @each_shape
 def test_the_compilers_formula_is_the_same_gradient(shape: tuple[int, ...]) -> None:
-    x = draw(shape, torch.float64).detach()
+    x = draw(shape, torch.float64)
     grad = torch.randn(*shape[:-1], shape[-1] // 2, dtype=torch.float64)
-    torch.testing.assert_close(_formula(grad, x), _backward(grad, x))
+    torch.testing.assert_close(_formula(grad, x), *torch.autograd.grad(plain(x), x, grad))
+
+
+def test_rows_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.ops.parts.PART", 2 * 12)  # two rows, two, one
+    test_outputs_and_gradients_are_the_plain_ones((5, 12), torch.float32)
 
 
 def test_strided_inputs_and_gradients_pass() -> None:

@@ -39,7 +39,7 @@ from phinetune.data.chat import Encoded
 from phinetune.data.packing import pack
 from phinetune.model.memory import LayerSizes, Level
 from phinetune.model.phi3 import rope_limit
-from phinetune.ops.attention import FLASH_FROM
+from phinetune.ops.runs import FLASH_FROM
 
 Shape = Callable[..., Phi3Config]
 

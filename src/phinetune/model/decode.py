@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from phinetune.model.memory import free_bytes
 from phinetune.model.phi3 import Phi3ForCausalLM, rope_limit
 from phinetune.model.template import common_prefix
-from phinetune.ops.attention import Heads
 from phinetune.ops.rotary import rotate_
+from phinetune.ops.runs import Heads
 
 PROMPT_TOKENS = 8192  # computed at a time while prompts are read: bounds what the layers hold besides the cache
 SHORTEST = 16  # tokens that prompts must begin with in common to be worth a segment of their own

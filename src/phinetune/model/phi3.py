@@ -22,11 +22,12 @@ from transformers.utils import ModelOutput
 
 from phinetune.model.memory import Level
 from phinetune.ops import rotary
-from phinetune.ops.attention import Heads, Run, attention, plan
+from phinetune.ops.attention import attention
 from phinetune.ops.cross_entropy import linear_cross_entropy
 from phinetune.ops.layout import Segment, read_segments
 from phinetune.ops.norm import rms_norm
 from phinetune.ops.rebuild import rebuilt
+from phinetune.ops.runs import Heads, Run, plan
 from phinetune.ops.swiglu import swiglu
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")

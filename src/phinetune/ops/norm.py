@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from phinetune.ops.compiled import compiled
-
-PART = 1 << 19  # elements: 2 MB in float32
+from phinetune.ops.parts import parts
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, compile: bool = False) -> Tensor:
@@ -38,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
             out, scale = compiled(_forward)(x, weight, eps)
         else:
             out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-            for part in _parts(x):
+            for part in parts(x):
                 out[part], scale[part] = _forward(x[part], weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out
@@ -53,16 +51,9 @@ class _RMSNorm(torch.autograd.Function):
             dx = compiled(_backward)(grad, x, weight, scale)
         elif ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
-            for part in _parts(x):
+            for part in parts(x):
                 dx[part] = _backward(grad[part], x[part], weight, scale[part])
         return dx, d_weight, None, None
-
-
-def _parts(x: Tensor) -> Iterator[slice]:
-    """Rows whose intermediate values stay in the processor's cache; a GPU takes all at once."""
-    step = len(x) if x.device.type != "cpu" else max(1, PART * len(x) // max(1, x.numel()))
-    for start in range(0, len(x), step or 1):
-        yield slice(start, start + step)
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

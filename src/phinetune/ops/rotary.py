@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phinetune.ops.parts import parts
+
 
 def rotate_(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """Rotate the first 2·m features of every head in place, as transformers' `apply_rotary_pos_emb` does.
@@ -14,14 +16,18 @@ def rotate_(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> 
         cos, sin: shape (tokens, m); scaled by longrope's attention factor where there is one.
         back: apply the transposed rotation, which the backward needs.
     """
+    cos, sin = cos[:, None].to(states.dtype), sin[:, None].to(states.dtype)
+    for part in parts(states):
+        _rotate_(states[part], cos[part], sin[part], -1.0 if back else 1.0)
+    return states
+
+
+def _rotate_(states: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
     half = cos.shape[-1]
     first, second = states[..., :half], states[..., half : 2 * half]
-    cos, sin = cos[:, None].to(states.dtype), sin[:, None].to(states.dtype)
-    sign = -1.0 if back else 1.0
     kept = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-sign)
     second.mul_(cos).add_(kept, alpha=sign)
-    return states
 
 
 def tables(inv_freq: Tensor, positions: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

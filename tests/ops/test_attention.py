@@ -195,13 +195,6 @@ MIXTURES = {
 }
 
 
-def fused(forest: Sequence[tuple[int, int]], heads: Heads, dtype: torch.dtype) -> list[int]:
-    """Lengths of the runs that go to torch's attention."""
-    runs = plan(read_segments(torch.tensor(table(forest))), heads, dtype, CPU)
-    assert sum(run.length for run in runs) == table(forest)[-1][1]
-    return [run.length for run in runs if run.groups is None]
-
-
 @pytest.mark.parametrize("forest", MIXTURES.values(), ids=MIXTURES.keys())
 @each_heads
 @pytest.mark.parametrize("window", [None, 45])
@@ -212,14 +205,6 @@ def test_the_fused_attention_gives_the_same(
     limited = Heads(heads.heads, heads.kv_heads, SIZE, 0.4, window)
     assert_equal_to_the_reference(forest, limited, torch.float32)
     assert_equal_to_the_reference(forest, limited, torch.float32, rotated=4)
-
-
-def test_long_roots_alone_go_to_the_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.ops.runs.FLASH_FROM", 32)
-    assert fused(MIXED, GROUPED, torch.float32) == [40, 33, 50, 60]  # neither 34, which branches, nor 32
-    assert fused(MIXED, Heads(4, 2, SIZE, 0.4, window=45), torch.float32) == [40, 33]
-    assert fused(MIXED, GROUPED, torch.bfloat16) == []
-    assert fused([(40, -1), (1, 0)], GROUPED, torch.float32) == []
 
 
 def test_fused_and_grouped_bfloat16_are_both_near(monkeypatch: pytest.MonkeyPatch) -> None:

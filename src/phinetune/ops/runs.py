@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phinetune.ops.layout import Group, Segment, group
 
-FLASH_FROM = 1024  # tokens, on a CPU in float32; benchmarks/attention.py measures both
+FLASH_FROM = 2048  # tokens, on a CPU in float32; benchmarks/attention.py measures both
 
 
 @dataclass(frozen=True)

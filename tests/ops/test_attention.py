@@ -14,6 +14,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 from phinetune.ops.attention import _parts, attention
 from phinetune.ops.layout import read_segments
 from phinetune.ops.runs import Heads, plan
+from phinetune.products import scratch
 
 Table = tuple[tuple[int, int, int], ...]
 
@@ -271,6 +272,7 @@ def test_without_gradients_the_output_is_the_same(flash_from: int, monkeypatch: 
 
 def test_training_goes_on_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phinetune.ops.attention.BLOCK", 23)  # of a size that nothing has cached a mask for
+    monkeypatch.setattr(scratch, "held", {})
     segments = table([(23, -1)])
     with torch.inference_mode():
         attend(*inputs(23, GROUPED, torch.float64)[:3], segments, GROUPED)

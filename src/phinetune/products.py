@@ -72,7 +72,7 @@ class _Scratch(threading.local):
         return self.held[key][:size].view(rows, width)
 
 
-scratch = _Scratch()
+scratch = _Scratch()  # a use's memory: scratch("sum", rows, width, dtype, device)
 
 
 def blocks(weight: Tensor, most: int | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.attention [--dtype float32] [--lengths 64,128,256,512,1024,2048,4096] [--rounds 5]
 
-What `FLASH_FROM` in `phinetune.ops.runs` rests on. 4,096 tokens of Phi-3 mini's heads are cut into segments of
-one length. The two ways take turns; the ratio is a median over the rounds.
+What `FLASH_FROM` in `phinetune.engine.attention_plan` rests on. 4,096 tokens of Phi-3 mini's heads are cut into
+segments of one length. The two ways take turns; the ratio is a median over the rounds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from phinetune.ops.attention import attention
-from phinetune.ops.layout import Segment
-from phinetune.ops.runs import Heads, fused_run, grouped_run
+from phinetune.engine.attention_plan import Heads, fused_run, grouped_run
+from phinetune.engine.kernels.attention import attention
+from phinetune.engine.rows import Segment
 
 HEADS = Heads(heads=32, kv_heads=32, size=96, scaling=96**-0.5)
 TOKENS = 4096

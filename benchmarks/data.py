@@ -47,11 +47,11 @@ def write_rows(file: Path, count: int) -> None:
 
 def ours(tokenizer: str, file: str, processes: int) -> Row:
     """This project's preparation: the file to ids and labels on disk."""
-    from phinetune.config import DataSection, ModelSection
-    from phinetune.data.build import build_chats
-    from phinetune.data.chat import make_encoder
+    from phinetune.chat.encoder import make_encoder
+    from phinetune.checkpoints.tokenizer import open_tokenizer
+    from phinetune.config.run import DataSection, ModelSection
+    from phinetune.data.prepare.build import build_chats
     from phinetune.logs import quiet_libraries
-    from phinetune.model.tokenizer import open_tokenizer
 
     quiet_libraries()
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:processes]))
@@ -178,7 +178,7 @@ def beside_trl(tokenizer: str, rows: int, processes: int) -> list[Row]:
 
 def starter(options: argparse.Namespace) -> list[Row]:
     """The starter's tokenizer (byte-level BPE)."""
-    from phinetune.model.starter import ensure_starter
+    from phinetune.checkpoints.starter import ensure_starter
 
     return beside_trl(str(ensure_starter()), options.rows, options.processes)
 
@@ -191,7 +191,7 @@ def phi3(options: argparse.Namespace) -> list[Row]:
 
 def million(options: argparse.Namespace) -> list[Row]:
     """A million rows: memory stays flat."""
-    from phinetune.model.starter import ensure_starter
+    from phinetune.checkpoints.starter import ensure_starter
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"

@@ -33,9 +33,9 @@ PARTS = {"adapter": True, "base": False}  # under a LoRA, PEFT's own layers besi
 
 def write_prompts(count: int) -> str:
     """The first prompts of the demo's chats, held-out ones first, as token ids in a JSON file."""
-    from phinetune.config import ModelSection
-    from phinetune.data.chat import make_encoder
-    from phinetune.model.load import load_base
+    from phinetune.chat.encoder import make_encoder
+    from phinetune.checkpoints.load import load_base
+    from phinetune.config.run import ModelSection
 
     encoder = make_encoder(load_base(ModelSection(path="starter")).tokenizer, "assistant", "keep")
     demo = HERE.parent / "src" / "phinetune" / "demo"
@@ -112,7 +112,7 @@ def write(found: dict[str, Any], about: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the parts, print a table after each, write the results."""
-    from phinetune.model.device import has_native_bf16
+    from phinetune.checkpoints.device import has_native_bf16
 
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--prompts", type=int, default=200)

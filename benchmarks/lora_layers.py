@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from phinetune import lora
-from phinetune.model.device import has_native_bf16
+from phinetune.checkpoints.device import has_native_bf16
 
 RANK = 16
 # (rows, in, out): qkv, output, gate and up, down of Phi-3 mini

@@ -51,7 +51,7 @@ def configuration(case: str, steps: int, folder: str) -> Row:
 
 def predicted(tree: Row) -> Row:
     """The plan."""
-    from phinetune.config import make_config
+    from phinetune.config.run import make_config
     from phinetune.logs import quiet_libraries
     from phinetune.planning.plan import make_plan
 
@@ -65,12 +65,12 @@ def measured(tree: Row) -> Row:
     from peft import PeftModel
     from torch.nn.modules.module import register_module_forward_pre_hook
 
-    from phinetune.config import make_config
-    from phinetune.data.build import build_chats
-    from phinetune.data.chat import make_encoder
+    from phinetune.chat.encoder import make_encoder
+    from phinetune.checkpoints.tokenizer import open_tokenizer
+    from phinetune.config.run import make_config
+    from phinetune.data.prepare.build import build_chats
     from phinetune.logs import quiet_libraries
-    from phinetune.model.tokenizer import open_tokenizer
-    from phinetune.training import job
+    from phinetune.training import run as job
 
     quiet_libraries()
     config = make_config(tree)

@@ -31,10 +31,11 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from benchmarks.train import RESULTS, Row, as_table, machine, measure, write
 from benchmarks.worker import LORA
+from phinetune.checkpoints import random_shapes as synthetic
+from phinetune.checkpoints import starter
+from phinetune.checkpoints.adapters import ADAPTER_WEIGHTS, BASE_FILE, linear_layers
+from phinetune.checkpoints.load import INDEX, Base, fingerprint
 from phinetune.files import staged_folder
-from phinetune.model import starter, synthetic
-from phinetune.model.adapt import ADAPTER_WEIGHTS, BASE_FILE, linear_layers
-from phinetune.model.load import INDEX, Base, fingerprint
 
 STORED = torch.float16  # the dtype of the files: a processor without bfloat16 reads it, too
 SHARD_BYTES = 2_000_000_000
@@ -176,7 +177,7 @@ def write_adapter(config: Phi3Config, base: Path, folder: Path) -> Path:
 
 def main() -> None:
     """Run the parts, print a table after each, write the results."""
-    from phinetune.model.device import has_native_bf16
+    from phinetune.checkpoints.device import has_native_bf16
 
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--only", default=",".join(PARTS))

@@ -66,8 +66,8 @@ def alpaca_rows() -> str:
 
 def saved_shape(dtype: str) -> str:
     """Phi-3 mini's shape with four layers as a folder that TRL can load, with the real tokenizer where it is."""
-    from phinetune.config import ModelSection
-    from phinetune.model.load import load_base
+    from phinetune.checkpoints.load import load_base
+    from phinetune.config.run import ModelSection
 
     tokenizer = SHARED / "phi3-tokenizer"
     section = ModelSection(path=SHAPE, dtype=dtype, tokenizer=str(tokenizer) if tokenizer.is_dir() else None)
@@ -105,7 +105,7 @@ def against_trl(model: str, rows: int, dtype: str, settings: Mapping[str, dict[s
 
 def starter(dtype: str, quick: bool) -> list[Row]:
     """The starter model, 64 rows."""
-    from phinetune.model.starter import ensure_starter
+    from phinetune.checkpoints.starter import ensure_starter
 
     chosen = dict(list(TRL_SETTINGS.items())[:QUICK]) if quick else TRL_SETTINGS
     return against_trl(str(ensure_starter()), 16 if quick else 64, dtype, chosen)
@@ -149,7 +149,7 @@ def peak(dtype: str, quick: bool) -> list[Row]:
 
 def prefix(dtype: str, quick: bool) -> list[Row]:
     """A 600-token shared system prompt over 100-token replies, 16 a step, on the starter's shape."""
-    from phinetune.model.starter import ensure_starter
+    from phinetune.checkpoints.starter import ensure_starter
 
     common = {
         "model": str(ensure_starter()),
@@ -271,7 +271,7 @@ def write(
 
 def main() -> None:
     """Run the parts, print a table after each, write the results."""
-    from phinetune.model.device import has_native_bf16
+    from phinetune.checkpoints.device import has_native_bf16
 
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--only", default=",".join(PARTS))

@@ -74,7 +74,7 @@ def trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from phinetune.model.quantize import quantization_config
+    from phinetune.checkpoints.quantize import quantization_config
 
     made = getattr(torch, dtype)
     held = {"quantization_config": quantization_config(quantization, made)} if quantization != "none" else {}
@@ -127,8 +127,8 @@ def phinetune(
     from torch.nn.modules.module import register_module_forward_pre_hook
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from phinetune.config import make_config
-    from phinetune.training import job
+    from phinetune.config.run import make_config
+    from phinetune.training import run as job
 
     began: list[float] = []
     ended: list[float] = []
@@ -186,9 +186,9 @@ def step(
     """
     from peft import LoraConfig, get_peft_model
 
-    from phinetune.config import ModelSection
-    from phinetune.model.fused import use_fused_layers
-    from phinetune.model.load import load_base
+    from phinetune.checkpoints.load import load_base
+    from phinetune.config.run import ModelSection
+    from phinetune.engine.lora_layers import use_fused_layers
 
     loaded = load_base(ModelSection(path=model, dtype=dtype, device="cpu"), fast=engine == "fast")
     lora = LoraConfig(**LORA)
@@ -235,7 +235,7 @@ def pairs_seen(config: Any, length: int) -> int:
 
 def _made_up(chats: int, length: int, shared: int, labelled: int | None, top: int) -> list[Any]:
     """Conversations of random tokens below `top`; see `step`."""
-    from phinetune.data.chat import Encoded
+    from phinetune.chat.encoder import Encoded
 
     torch.manual_seed(0)
     begin = torch.randint(3, top, (shared,)).tolist()
@@ -246,9 +246,9 @@ def _made_up(chats: int, length: int, shared: int, labelled: int | None, top: in
 
 def _fast_loss(peft: Any, rows: list[Any], sharing: bool, memory: str | int) -> Callable[[], torch.Tensor]:
     """This project's loss of the rows, packed."""
-    from phinetune.config import EngineSection
-    from phinetune.data.packing import pack
-    from phinetune.training.engine import Engine
+    from phinetune.config.run import EngineSection
+    from phinetune.engine.choice import Engine
+    from phinetune.engine.packing import pack
 
     setting = EngineSection(activation_memory=memory).activation_memory
     Engine(setting, sharing, None, False).set_up(peft, torch.device("cpu"))
@@ -300,10 +300,10 @@ def generate(
     """
     from peft import LoraConfig, get_peft_model
 
-    from phinetune.config import ModelSection
-    from phinetune.model.fused import use_fused_layers
-    from phinetune.model.generate import stop_set
-    from phinetune.model.load import load_base
+    from phinetune.checkpoints.load import load_base
+    from phinetune.config.run import ModelSection
+    from phinetune.engine.generate import stop_set
+    from phinetune.engine.lora_layers import use_fused_layers
 
     ours = way == "phinetune"
     loaded = load_base(ModelSection(path=model, dtype=dtype), fast=ours)
@@ -324,7 +324,7 @@ def generate(
 def _by_phinetune(
     model: Any, asked: list[list[int]], limit: int, batch: int | None, stops: set[int]
 ) -> list[list[int]]:
-    from phinetune.model.decode import decode
+    from phinetune.engine.decode import decode
 
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     return decode(core, asked, stops=stops, limit=limit, rows=batch)
@@ -367,7 +367,7 @@ def _product_rate(dtype: torch.dtype) -> float:
 
 def merge(adapter: str, base: str, out: str) -> dict[str, Any]:
     """The adapter merged into the base, in the dtype of the base's files, synced to disk."""
-    from phinetune.export.merge import merge_run
+    from phinetune.export.merge.merge import merge_run
 
     del base
     start = time.perf_counter()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phinetune.config import DataSection
-from phinetune.data.chat import make_encoder
-from phinetune.data.check import CheckReport, check_files
-from phinetune.model.synthetic import byte_tokenizer
+from phinetune.chat.encoder import make_encoder
+from phinetune.checkpoints.random_shapes import byte_tokenizer
+from phinetune.config.run import DataSection
+from phinetune.data.check.check import CheckReport, check_files
 
 ENCODER = make_encoder(byte_tokenizer(300))
 

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from phinetune import cli, cli_data, cli_report
+from phinetune.cli import app as cli
+from phinetune.cli import data as cli_data
+from phinetune.cli import report as cli_report
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
 from hub_helpers import Hub, point_at, serve_hub
-from phinetune.config import ModelSection
-from phinetune.model.load import Loaded, load_base
+from phinetune.checkpoints.load import Loaded, load_base
+from phinetune.config.run import ModelSection
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +33,13 @@ def _threads(request: pytest.FixtureRequest) -> None:
 def _same_dtype_everywhere() -> Iterator[None]:
     """`dtype: auto` is float32 in every test, whatever this machine's processor multiplies fastest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("phinetune.model.device.has_native_bf16", lambda device: False)
+        patch.setattr("phinetune.checkpoints.device.has_native_bf16", lambda device: False)
         yield
 
 
 @pytest.fixture(autouse=True)
 def _no_own_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.api.set_up_logging", lambda level="info": None)
+    monkeypatch.setattr("phinetune.api.train.set_up_logging", lambda level="info": None)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def console() -> Console:
 @pytest.fixture(scope="session")
 def tiny_run(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with checkpoints and evaluations in between. Read it; don't write into it."""
-    from phinetune.api import run
+    from phinetune.api.train import run
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     config = tiny_config(chats, folder, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=3)
@@ -101,7 +101,7 @@ def phi3_tokenizer(_phi3_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeni
 @pytest.fixture(scope="session")
 def starter_folder() -> Path:
     """The starter model in the user's cache, made there on the first use."""
-    from phinetune.model.starter import ensure_starter
+    from phinetune.checkpoints.starter import ensure_starter
 
     return ensure_starter()
 

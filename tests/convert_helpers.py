@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import phinetune.lora as lora
 from helpers import TINY
-from phinetune.config import ModelSection
-from phinetune.model.load import load_base
+from phinetune.checkpoints.load import load_base
+from phinetune.config.run import ModelSection
 
 IDS = torch.tensor([[5, 6, 7, 250, 9]])
 PHI3_QKV = "qkv_proj=32,16,16"

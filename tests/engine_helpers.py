@@ -16,13 +16,13 @@ from transformers import Phi3Config
 from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 
 from helpers import SHARED
-from phinetune.data.chat import Encoded
-from phinetune.data.packing import pack
-from phinetune.model import phi3
-from phinetune.model.fused import use_fused_layers
-from phinetune.model.memory import Level
-from phinetune.model.phi3 import rope_limit
-from phinetune.model.scoring import IGNORED
+from phinetune.chat.encoder import Encoded
+from phinetune.engine import phi3
+from phinetune.engine.lora_layers import use_fused_layers
+from phinetune.engine.memory import Level
+from phinetune.engine.packing import pack
+from phinetune.engine.phi3 import rope_limit
+from phinetune.engine.scoring import IGNORED
 
 # Weights ten times as wide as at a true start, so that attention is anything but even.
 SMALL: dict[str, Any] = {

@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from helpers import SHARED
-from phinetune.model.load import read_config
-from phinetune.model.synthetic import special_ids
+from phinetune.checkpoints.load import read_config
+from phinetune.checkpoints.random_shapes import special_ids
 
 # The hub's configurations, as narrow as their rotary embeddings let them be: 96 dimensions a head of 96, or of 128.
 SHAPES: dict[str, dict[str, int]] = {

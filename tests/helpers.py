@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phinetune.config import RunConfig, make_config
+from phinetune.config.run import RunConfig, make_config
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"

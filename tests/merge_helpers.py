@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import Phi3ForCausalLM
 
 from helpers import TINY
-from phinetune.config import ModelSection
-from phinetune.model.adapt import BASE_FILE
-from phinetune.model.load import Base, fingerprint, load_base
+from phinetune.checkpoints.adapters import BASE_FILE
+from phinetune.checkpoints.load import Base, fingerprint, load_base
+from phinetune.config.run import ModelSection
 
 IDS = torch.arange(24).reshape(2, 12) * 11 % 256
 

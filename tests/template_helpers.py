@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-FOLDER = Path(__file__).parent / "data" / "templates"
+FOLDER = Path(__file__).parent / "chat" / "templates"
 SNAPSHOTS: dict[str, Any] = json.loads((FOLDER / "snapshots.json").read_text(encoding="utf-8"))
 NAMES = ["phi-3", "phi-3-april-2024", "phi-3.5", "phi-4", "phi-4-mini"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from phinetune.version import VERSION
 
 if TYPE_CHECKING:
-    from phinetune.api import evaluate, load, merge, push, train
+    from phinetune.api.train import evaluate, load, merge, push, train
 
 # bitsandbytes, which PEFT imports, warns on processors with AVX512-BF16 of a missing kernel that nothing here calls.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -22,7 +22,7 @@ __all__ = ["evaluate", "load", "merge", "push", "train"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from phinetune import api
+        from phinetune.api import train as api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ def program() -> str:
         return "phinetune"
     place = Path(sys.argv[0])
     if place.suffix == ".py":
-        return "python -m phinetune.cli"
+        return "python -m phinetune.cli.app"
     return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phinetune.config import RunConfig, dump_config, load_config
+from phinetune.config.run import RunConfig, dump_config, load_config
 from phinetune.errors import RunError
 from phinetune.files import write_text
 

@@ -8,7 +8,7 @@ import pytest
 
 from cli_helpers import run
 from helpers import TINY
-from phinetune.config import load_config
+from phinetune.config.run import load_config
 from phinetune.demo.job import demo_config
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from phinetune.config import DataSection, EvaluationSection
-from phinetune.data.build import ChatSet, build_set
-from phinetune.data.read import Row, read_rows
+from phinetune.checkpoints.adapters import attach_adapter
+from phinetune.checkpoints.load import load_base
+from phinetune.checkpoints.opened import Tuned, open_model
+from phinetune.config.run import DataSection, EvaluationSection
+from phinetune.data.prepare.build import ChatSet, build_set
+from phinetune.data.read.rows import Row, read_rows
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.scoring import score_rows
-from phinetune.evaluation.screen import show_comparison
 from phinetune.measures import measured
-from phinetune.model.adapt import attach_adapter
-from phinetune.model.load import load_base
-from phinetune.tuned import Tuned, open_model
+from phinetune.screen.comparison import show_comparison
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 
 from helpers import write_jsonl
+from phinetune.checkpoints.opened import Tuned, open_model
 from phinetune.errors import ConfigError, DataError
 from phinetune.evaluation.harness import TaskResult, run_tasks, show_tasks
-from phinetune.tuned import Tuned, open_model
 
 pytest.importorskip("lm_eval")
 

@@ -15,8 +15,8 @@ from export_helpers import TunedStarter
 @pytest.fixture(scope="session")
 def tuned_starter(starter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TunedStarter:
     """Enough steps that it answers in the demo's form: a friendly line, then JSON."""
-    from phinetune.api import load, run
-    from phinetune.data.read import read_rows
+    from phinetune.api.train import load, run
+    from phinetune.data.read.rows import read_rows
     from phinetune.demo.job import demo_config
 
     torch.set_num_threads(2)

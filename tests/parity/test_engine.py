@@ -35,11 +35,11 @@ from engine_helpers import (
     windowed,
     with_prompt,
 )
-from phinetune.data.chat import Encoded
-from phinetune.data.packing import pack
-from phinetune.model.memory import LayerSizes, Level
-from phinetune.model.phi3 import rope_limit
-from phinetune.ops.runs import FLASH_FROM
+from phinetune.chat.encoder import Encoded
+from phinetune.engine.attention_plan import FLASH_FROM
+from phinetune.engine.memory import LayerSizes, Level
+from phinetune.engine.packing import pack
+from phinetune.engine.phi3 import rope_limit
 
 Shape = Callable[..., Phi3Config]
 

@@ -14,10 +14,10 @@ from peft import PeftModel
 from rich.console import Console
 
 from helpers import tiny_config
-from phinetune.config import ModelSection
-from phinetune.model.load import load_base
-from phinetune.model.synthetic import byte_tokenizer
-from phinetune.training import job
+from phinetune.checkpoints.load import load_base
+from phinetune.checkpoints.random_shapes import byte_tokenizer
+from phinetune.config.run import ModelSection
+from phinetune.training import run as job
 
 pytest.importorskip("bitsandbytes")
 
@@ -69,8 +69,8 @@ LOADING = """
 import sys
 from pathlib import Path
 import bitsandbytes
-from phinetune.config import ModelSection
-from phinetune.model.load import load_base
+from phinetune.config.run import ModelSection
+from phinetune.checkpoints.load import load_base
 
 def status(key):
     line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(key))
@@ -107,7 +107,7 @@ def test_no_expanded_weight_is_kept_for_the_backward() -> None:
     """What the graph holds is far less than the weights in 16 bits."""
     from peft import LoraConfig, get_peft_model
 
-    from phinetune.model.fused import use_fused_layers
+    from phinetune.engine.lora_layers import use_fused_layers
 
     model = load_base(ModelSection(path=SHAPE, quantization="nf4")).model
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -130,7 +130,7 @@ def test_a_weight_read_by_its_blocks_is_bitsandbytes_own(rows: int, width: int) 
     """To the bit, where a row begins inside a scale's block, too."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from phinetune.model.fused_4bit import _expand
+    from phinetune.engine.lora_layers_4bit import _expand
 
     torch.manual_seed(0)
     data, state = quantize_4bit(torch.randn(rows, width), quant_type="nf4", compress_statistics=True)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers import TINY, write_jsonl
-from phinetune.config import ModelSection, make_config
-from phinetune.model.load import load_base
-from phinetune.training import job
+from phinetune.checkpoints.load import load_base
+from phinetune.config.run import ModelSection, make_config
+from phinetune.training import run as job
 
 SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-4,

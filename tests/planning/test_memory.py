@@ -9,14 +9,14 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from phinetune.config import ModelSection
-from phinetune.data.chat import Encoded
-from phinetune.data.packing import pack
-from phinetune.model.fused import use_fused_layers
-from phinetune.model.load import load_base
-from phinetune.model.memory import SLACK, LayerSizes, Level
-from phinetune.model.tokenizer import open_config
-from phinetune.ops.cross_entropy import linear_cross_entropy
+from phinetune.chat.encoder import Encoded
+from phinetune.checkpoints.load import load_base
+from phinetune.checkpoints.tokenizer import open_config
+from phinetune.config.run import ModelSection
+from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
+from phinetune.engine.lora_layers import use_fused_layers
+from phinetune.engine.memory import SLACK, LayerSizes, Level
+from phinetune.engine.packing import pack
 from phinetune.planning import memory as planning_memory
 from phinetune.planning.memory import Step, optimizer_bytes, predict
 from phinetune.planning.sizes import Sizes, count_sizes
@@ -114,7 +114,7 @@ def test_the_layers_keep_what_is_counted(level: Level) -> None:
 
 
 def test_the_loss_holds_a_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("phinetune.ops.cross_entropy.CHUNK_ELEMENTS", "phinetune.planning.memory.CHUNK_ELEMENTS"):
+    for module in ("phinetune.engine.kernels.cross_entropy.CHUNK_ELEMENTS", "phinetune.planning.memory.CHUNK_ELEMENTS"):
         monkeypatch.setattr(module, 1 << 16)
     hidden = torch.randn(700, 64, requires_grad=True)
     weight = torch.randn(320, 64)

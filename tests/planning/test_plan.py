@@ -10,11 +10,11 @@ import pytest
 
 from cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
-from phinetune.config import RunConfig, dump_config, load_config
+from phinetune.config.run import RunConfig, dump_config, load_config
 from phinetune.planning import plan as planning
 from phinetune.planning.nearest import nearest_fitting
 from phinetune.planning.plan import make_plan
-from phinetune.planning.screen import as_options
+from phinetune.screen.plan import as_options
 
 
 def written(config: RunConfig, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from trl import SFTConfig
 from helpers import tiny_config
 from phinetune.planning.plan import make_plan
 from phinetune.planning.steps import count_steps, sample_batch
-from phinetune.training import job
+from phinetune.training import run as job
 
 
 @pytest.mark.parametrize(

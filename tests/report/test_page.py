@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from helpers import tiny_config
-from phinetune import api
+from phinetune.api import train as api
 from phinetune.report import page
 from phinetune.report.facts import read_run
 from phinetune.run_folder import RunFolder

@@ -69,7 +69,7 @@ def test_a_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_it_well(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    command = [sys.executable, "-m", "phinetune.cli", "watch", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "phinetune.cli.app", "watch", str(folder), "--port", "0"]
     with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, preexec_fn=_heed_ctrl_c) as process:
         try:
             assert process.stdout

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from phinetune.model.generate import Sampling
+from phinetune.checkpoints.opened import open_model
+from phinetune.engine.generate import Sampling
 from phinetune.talk.conversation import Conversation, chat
-from phinetune.tuned import open_model
 
 
 @pytest.fixture

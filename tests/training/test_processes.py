@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from helpers import RUN_FILES, tiny_config, write_jsonl
 from phinetune import processes
-from phinetune.training import job
+from phinetune.training import run as job
 from phinetune.training.settings import one_gpu
 
 HERE = Path(__file__).resolve().parent

@@ -13,9 +13,9 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from helpers import tiny_config
+from phinetune.checkpoints.load import Loaded
 from phinetune.errors import RunError
-from phinetune.model.load import Loaded
-from phinetune.training import job
+from phinetune.training import run as job
 from phinetune.training.trainer import ChatTrainer
 
 

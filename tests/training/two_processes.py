@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from helpers import tiny_config
-from phinetune.api import run
+from phinetune.api.train import run
 from phinetune.program import console
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""From files of chats to token ids and labels (`read`, `formats`, `chat`, `outcome`, `build`), and looks at them."""
+"""Chat data: read from files, checked, and prepared for a run."""

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from phinetune.config import RunConfig, make_config
+from phinetune.config.run import RunConfig, make_config
 
 CONFIG = "config.yaml"
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.config import EvaluationSection
-from phinetune.data.build import ChatSet
-from phinetune.data.chat import Encoder
+from phinetune.chat.encoder import Encoder
+from phinetune.chat.template import Message
+from phinetune.config.run import EvaluationSection
+from phinetune.data.prepare.build import ChatSet
+from phinetune.engine.generate import Answer, answer_prompts
 from phinetune.evaluation.bootstrap import Array
 from phinetune.evaluation.metrics import RowMetric
 from phinetune.evaluation.patterns import repeats
-from phinetune.model.generate import Answer, answer_prompts
-from phinetune.model.template import Message
 
 
 @dataclass(frozen=True)

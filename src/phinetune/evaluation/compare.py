@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.config import CustomMetric, EvaluationSection
-from phinetune.data.build import ChatSet
-from phinetune.data.chat import Encoder
+from phinetune.chat.encoder import Encoder
+from phinetune.config.run import CustomMetric, EvaluationSection
+from phinetune.data.prepare.build import ChatSet
+from phinetune.engine.scoring import Score
 from phinetune.evaluation.answering import Answered, Question, answer_all, questions_of
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.metrics import row_metrics
 from phinetune.evaluation.scoring import score_rows
 from phinetune.measures import measures_of
-from phinetune.model.scoring import Score
 
 FLAGGED = 10.0  # percent of answers that don't stop, or go in circles, from which it is said in words
 

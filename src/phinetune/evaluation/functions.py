@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from phinetune.config import CustomMetric
+from phinetune.chat.template import Message
+from phinetune.config.run import CustomMetric
 from phinetune.errors import ConfigError, RunError
-from phinetune.model.template import Message
 
 
 def load_all(metrics: Sequence[CustomMetric]) -> dict[str, Callable[[str, str, Sequence[Message]], float | None]]:

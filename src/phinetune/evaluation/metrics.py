@@ -9,10 +9,10 @@ from typing import Any
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from phinetune.config import CustomMetric, EvaluationSection
+from phinetune.chat.template import Message
+from phinetune.config.run import CustomMetric, EvaluationSection
 from phinetune.evaluation import functions, json_answers
 from phinetune.evaluation.patterns import matches
-from phinetune.model.template import Message
 
 # Of an answer, its reference and the chat before it: a number, or None where the metric says nothing of this row.
 RowMetric = Callable[[str, str, Sequence[Message]], float | None]

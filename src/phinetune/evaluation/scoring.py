@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phinetune.data.chat import Encoded
-from phinetune.model.load import has_packed_form
-from phinetune.model.scoring import IGNORED, Score, token_scores
+from phinetune.chat.encoder import Encoded
+from phinetune.checkpoints.load import has_packed_form
+from phinetune.engine.scoring import IGNORED, Score, token_scores
 
 BATCH = 16  # rows computed together unless the user says otherwise
 

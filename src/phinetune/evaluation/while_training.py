@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.config import EvaluationSection
-from phinetune.data.build import ChatSet
-from phinetune.data.chat import Encoder
+from phinetune.chat.encoder import Encoder
+from phinetune.config.run import EvaluationSection
+from phinetune.data.prepare.build import ChatSet
 from phinetune.evaluation.answering import Question, answer_all, questions_of
 from phinetune.evaluation.metrics import RowMetric, row_metrics
 

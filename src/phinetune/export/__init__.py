@@ -1,1 +1,1 @@
-"""What a run hands on: its card (and, later, other clients' forms)."""
+"""A run written for others: merged, converted, for other programs, on the hub."""

@@ -8,13 +8,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
-from phinetune.config import ModelSection
-from phinetune.errors import ModelError
-from phinetune.export.weights import FolderWeights, MemoryWeights, QuantizedWeights, Weights
-from phinetune.model import synthetic
-from phinetune.model.adapt import linear_layers
-from phinetune.model.device import pick_device, pick_dtype
-from phinetune.model.load import (
+from phinetune.checkpoints import random_shapes as synthetic
+from phinetune.checkpoints.adapters import linear_layers
+from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.checkpoints.load import (
     Base,
     find_folder,
     fingerprint,
@@ -24,6 +21,9 @@ from phinetune.model.load import (
     read_generation,
     with_stop_ids,
 )
+from phinetune.config.run import ModelSection
+from phinetune.errors import ModelError
+from phinetune.export.merge.weights import FolderWeights, MemoryWeights, QuantizedWeights, Weights
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
-from phinetune.config import make_config
+from phinetune.checkpoints import random_shapes as synthetic
+from phinetune.checkpoints.adapters import ADAPTER_CONFIG
+from phinetune.checkpoints.load import Base
+from phinetune.config.run import make_config
 from phinetune.errors import ModelError
 from phinetune.export.base import BaseFiles, open_base
-from phinetune.export.changes import EMBED, HEAD
-from phinetune.export.merged import open_merged
-from phinetune.export.weights import check_fit
+from phinetune.export.merge.merged import open_merged
+from phinetune.export.merge.weight_deltas import EMBED, HEAD
+from phinetune.export.merge.weights import check_fit
 from phinetune.logs import quiet_libraries
-from phinetune.model import synthetic
-from phinetune.model.adapt import ADAPTER_CONFIG
-from phinetune.model.load import Base
 
 
 class Checkpoint(Protocol):

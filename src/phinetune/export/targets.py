@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phinetune.errors import ModelError
-from phinetune.export import ollama, onnx
-from phinetune.export.card_usage import llama_cli, model_name
-from phinetune.export.gguf import FILE_TYPES, write_gguf
-from phinetune.export.gguf_lora import write_gguf_lora
+from phinetune.export.gguf.lora import write_gguf_lora
+from phinetune.export.gguf.model import FILE_TYPES, write_gguf
+from phinetune.export.hub.card_usage import llama_cli, model_name
 from phinetune.export.longrope import trained_context
-from phinetune.export.merged import open_merged
+from phinetune.export.merge.merged import open_merged
+from phinetune.export.ollama import modelfile as ollama
+from phinetune.export.onnx import model as onnx
+from phinetune.export.output_paths import LONGEST_CONTEXT, Export, check_free, folder_size, quoted, staged_file
 from phinetune.export.source import is_adapter, open_checkpoint, short_name
-from phinetune.export.written import LONGEST_CONTEXT, Export, check_free, folder_size, quoted, staged_file
 
 BY_QUANTISER = ("q4_k_m",)  # llama.cpp makes these from another GGUF
 

@@ -5,7 +5,7 @@
     torch.save(lora.lora_state_dict(model), path)
     model.load_state_dict(torch.load(path, weights_only=True), strict=False)
 
-Imports torch, and `phinetune.products`, which imports torch alone.
+Imports torch, and `phinetune.engine.kernels.matmul`, which imports torch alone.
 """
 
 from phinetune.lora.base import LoRALayer

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune import products
-from phinetune.products import Blocks
+from phinetune.engine.kernels import matmul as products
+from phinetune.engine.kernels.matmul import Blocks
 
 # A split with an adapter: the rows of the output it covers, and the rows of B that hold it.
 Span = tuple[int, int, int, int]
@@ -42,8 +42,8 @@ def lora_linear(
     Args:
         x: shape (..., in).
         weight: shape (out, in), any strides; trained as well if it requires a gradient. Or a function that gives its
-            rows block by block (expands a quantised one, say; see `phinetune.products`): called here and again in the
-            backward, nothing kept.
+            rows block by block (expands a quantised one, say; see `phinetune.engine.kernels.matmul`): called here and
+            again in the backward, nothing kept.
         bias: shape (out) or None.
         lora_A: shape (r, in), or (g·r, in) with `spans` for g adapters.
         lora_B: shape (out, r), or (rows of the adapted splits, r) with `spans`.

@@ -1,4 +1,4 @@
-"""The peak memory of a training step, by part. What the layers keep is `phinetune.model.memory`'s own estimate."""
+"""The peak memory of a training step, by part. What the layers keep is `phinetune.engine.memory`'s own estimate."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 
 from trl import SFTConfig
 
-from phinetune.model.memory import ActivationMemory, LayerSizes, Level
-from phinetune.ops.cross_entropy import CHUNK_ELEMENTS
+from phinetune.engine.choice import BYTES_A_TRAINED_PARAMETER
+from phinetune.engine.kernels.cross_entropy import CHUNK_ELEMENTS
+from phinetune.engine.memory import ActivationMemory, LayerSizes, Level
 from phinetune.planning.sizes import Sizes
-from phinetune.training.engine import BYTES_A_TRAINED_PARAMETER
 
 FLOAT32 = 4
 # Bytes of state a parameter; others are taken for AdamW, which none of them exceeds.

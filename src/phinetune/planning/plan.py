@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from phinetune.config import RunConfig
-from phinetune.data.build import ChatSet, build_chats, check_sources
-from phinetune.data.chat import make_encoder
-from phinetune.model import phi3
-from phinetune.model.device import pick_device, pick_dtype
-from phinetune.model.memory import Level, free_bytes
-from phinetune.model.tokenizer import open_config, open_tokenizer
+from phinetune.chat.encoder import make_encoder
+from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.checkpoints.tokenizer import open_config, open_tokenizer
+from phinetune.config.run import RunConfig
+from phinetune.data.prepare.build import ChatSet, build_chats, check_sources
+from phinetune.engine import phi3
+from phinetune.engine.choice import Engine, why_plain
+from phinetune.engine.memory import Level, free_bytes
 from phinetune.planning.disk import checkpoint_bytes, free_disk
 from phinetune.planning.memory import OPTIMIZERS, Parts, optimizer_name
 from phinetune.planning.nearest import Changes, nearest_fitting
 from phinetune.planning.probe import Speed, measure
 from phinetune.planning.setup import Need, Setup
 from phinetune.planning.steps import Steps, row_lengths, sample_batch
-from phinetune.training.engine import Engine, why_plain
 from phinetune.training.settings import make_training_args, read_settings
 
 SAMPLED = 512  # rows among which the micro-batch to measure is looked for

@@ -14,13 +14,13 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Phi3Config
 
-from phinetune.config import ModelSection
-from phinetune.model import synthetic
-from phinetune.model.adapt import resolve_targets, trainable_parameters
-from phinetune.model.fused import use_fused_layers
-from phinetune.model.load import load_base
-from phinetune.model.memory import Level
-from phinetune.training.engine import Engine
+from phinetune.checkpoints import random_shapes as synthetic
+from phinetune.checkpoints.adapters import resolve_targets, trainable_parameters
+from phinetune.checkpoints.load import load_base
+from phinetune.config.run import ModelSection
+from phinetune.engine.choice import Engine
+from phinetune.engine.lora_layers import use_fused_layers
+from phinetune.engine.memory import Level
 from phinetune.training.settings import Settings, make_lora_config
 
 ROUNDS = 3

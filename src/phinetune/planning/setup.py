@@ -10,9 +10,9 @@ import torch
 from transformers import Phi3Config
 from trl import SFTConfig
 
-from phinetune.config import RunConfig
-from phinetune.model.device import pick_device, pick_dtype
-from phinetune.model.memory import Level
+from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.config.run import RunConfig
+from phinetune.engine.memory import Level
 from phinetune.planning.memory import Parts, Step, optimizer_name, predict
 from phinetune.planning.sizes import Sizes, count_sizes
 from phinetune.planning.steps import Steps, count_steps

@@ -13,8 +13,8 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from trl import SFTConfig
 
-from phinetune.data.build import ChatSet
-from phinetune.training.engine import Engine
+from phinetune.data.prepare.build import ChatSet
+from phinetune.engine.choice import Engine
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from phinetune.durations import spell_seconds
 from phinetune.measures import MEASURES, Measure, measured
 from phinetune.report.curves import GIB, last_values
 from phinetune.report.facts import RunFacts
 from phinetune.report.headline import UNCLEAR, interval, telling
 from phinetune.report.marking import Marked, Piece, mark
-from phinetune.spelling import spell_seconds
 
 ANSWERS = 20  # held-out prompts shown
 RECENT = 20  # log steps that the time left is reckoned from

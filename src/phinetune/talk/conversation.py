@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from transformers import TextIteratorStreamer
 
-from phinetune.model.generate import Answer, Sampling, answer_prompts
-from phinetune.model.template import Message
-from phinetune.tuned import Tuned, open_model
+from phinetune.chat.template import Message
+from phinetune.checkpoints.opened import Tuned, open_model
+from phinetune.engine.generate import Answer, Sampling, answer_prompts
 
 HELP = "/reset starts anew, /base switches between tuned and base model, /help shows this, /exit or Ctrl-D leaves"
 
@@ -172,7 +172,7 @@ def open_conversation(
         sampling: temperature (0 is greedy), top-p and top-k (0 is all).
 
     Raises:
-        ModelError: see `phinetune.tuned.open_model`.
+        ModelError: see `phinetune.checkpoints.opened.open_model`.
     """
     tuned = open_model(run, device=device)
     if seed is not None:

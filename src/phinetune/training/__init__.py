@@ -1,1 +1,1 @@
-"""Training: settings, run folder, trainer, and what is shown and logged meanwhile."""
+"""Training: a run is prepared, trained by its objective, saved and resumed."""

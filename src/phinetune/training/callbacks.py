@@ -17,8 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phinetune import processes
+from phinetune.engine.memory import used_bytes
 from phinetune.errors import RunError
-from phinetune.model.memory import used_bytes
 from phinetune.program import this_process
 from phinetune.run_folder import RunFolder
 

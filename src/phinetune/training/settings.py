@@ -233,7 +233,7 @@ def make_training_args(
         # The plain loss_type keeps TRL 1.14 from putting its own forward in the model's place.
         off = ("bf16", "packing", "gradient_checkpointing", "torch_compile")
         given |= {"loss_type": "nll", "dataset_kwargs": {"skip_prepare_dataset": True}, **dict.fromkeys(off, False)}
-    given["disable_tqdm"] = True  # phinetune.training.progress draws the line
+    given["disable_tqdm"] = True  # phinetune.screen.progress draws the line
     try:
         with warnings.catch_warnings():
             # `gradient_checkpointing` is the guide's name for what transformers is renaming.

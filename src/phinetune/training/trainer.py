@@ -14,14 +14,14 @@ from transformers import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from phinetune.checkpoints.adapters import BASE_FILE
+from phinetune.checkpoints.load import Loaded
+from phinetune.checkpoints.quantize import is_quantized
+from phinetune.engine.choice import Engine
+from phinetune.engine.scoring import Score, score_batch
 from phinetune.errors import RunError
 from phinetune.files import publish_files, publish_folder
-from phinetune.model.adapt import BASE_FILE
-from phinetune.model.load import Loaded
-from phinetune.model.quantize import is_quantized
-from phinetune.model.scoring import Score, score_batch
 from phinetune.training.callbacks import SamplesWriter
-from phinetune.training.engine import Engine
 
 # Of a model: what its answers give (by metric), and some of these answers as they go into samples.jsonl.
 Look = Callable[[PeftModel], tuple[dict[str, float], list[dict[str, Any]]]]
@@ -119,7 +119,7 @@ class ChatTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run's card is written once, at its end, with its results (`phinetune.export.card`)."""
+        """The run's card is written once, at its end, with its results (`phinetune.export.hub.card`)."""
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: TRL reports the kind of every run to the hub unless CI is set."""

@@ -1,0 +1,1 @@
+"""What a chat is: messages, the checkpoint's template, control tokens, and the way to token ids and labels."""

@@ -1,0 +1,1 @@
+"""Checkpoints, tokenizers and adapters: found, checked, loaded and opened."""

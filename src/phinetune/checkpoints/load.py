@@ -1,0 +1,353 @@
+"""Loading a checkpoint of the Phi-3 family, with its tokenizer, through transformers' own classes alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import struct
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
+
+from phinetune.checkpoints import random_shapes as synthetic
+from phinetune.checkpoints import starter
+from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.checkpoints.quantize import is_quantized, keep_packing, quantization_config
+from phinetune.config.run import ModelSection
+from phinetune.engine import phi3
+from phinetune.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+FAMILY = "Phi-3 mini, small-vocabulary medium, Phi-3.5 mini, Phi-4, Phi-4 mini: every checkpoint of model_type `phi3`"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which weights an adapter belongs to.
+
+    Attributes:
+        path: as the user gave it (hub id, folder, `starter`, `random:…`).
+        revision: the commit of a hub id, else None.
+        fingerprint: SHA-256 over every tensor's name, shape and first bytes in the checkpoint's files.
+        seed: the seed of a `random:` model's weights, else None.
+    """
+
+    path: str
+    revision: str | None
+    fingerprint: str
+    seed: int | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass
+class Loaded:
+    """A model ready to run, its tokenizer, and which base it is."""
+
+    model: Phi3ForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    base: Base
+    device: torch.device
+
+
+def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
+    """Load what `section` names and move it to its device, in evaluation mode.
+
+    Args:
+        fast: take the class that has a packed form beside transformers' own (`phinetune.engine.phi3`), if this
+            model's configuration has one.
+
+    Raises:
+        ModelError: not there, not of the family, pickle-only, shards missing, no chat template, …
+    """
+    device = pick_device(section.device)
+    dtype = pick_dtype(section.dtype, device)
+    if section.path.startswith(synthetic.PREFIX):
+        model, base = _load_random(section, dtype, fast, device)
+    else:
+        model, base = _load_checkpoint(section, dtype, fast, device)
+    tokenizer = load_tokenizer(section, base, model.config)
+    model.generation_config = with_stop_ids(model.generation_config, tokenizer)
+    model.config.use_cache = model.generation_config.use_cache = section.use_cache
+    held = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
+    logger.info("model %s: %s on %s, attention %s", base.path, held, device, section.attn_implementation)
+    if not is_quantized(model):
+        model.to(device)  # type: ignore[arg-type]
+    return Loaded(model.eval(), tokenizer, base, device)
+
+
+def has_packed_form(model: object) -> bool:
+    """Whether a model, or the base of a PEFT model, takes packed rows."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    return isinstance(core, phi3.Phi3ForCausalLM)
+
+
+def _class_for(config: Phi3Config, fast: bool) -> type[Phi3ForCausalLM]:
+    reason = phi3.missing_form(config) if fast else None
+    if reason:
+        logger.warning("engine: %s has no fast form, so transformers' own model is used", reason)
+    return phi3.Phi3ForCausalLM if fast and not reason else Phi3ForCausalLM
+
+
+def _load_random(
+    section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+) -> tuple[Phi3ForCausalLM, Base]:
+    config = synthetic.parse_shape(section.path)
+    shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    base = Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
+    kind = _class_for(config, fast)
+    model = synthetic.random_model(config, section.seed, dtype, section.attn_implementation, kind)
+    if section.quantization == "none":
+        return model, base
+    with tempfile.TemporaryDirectory() as folder:  # bitsandbytes quantises while a checkpoint is read
+        model.save_pretrained(folder)
+        del model
+        return _read_model(Path(folder), config, section, dtype, fast, device), base
+
+
+def _load_checkpoint(
+    section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+) -> tuple[Phi3ForCausalLM, Base]:
+    folder, revision = find_folder(section.path, section.revision)
+    config = read_config(folder)
+    check_weights(folder)
+    try:
+        model = _read_model(folder, config, section, dtype, fast, device)
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        raise ModelError(f"{section.path}: could not be loaded: {error}") from error
+    # What PEFT writes into adapter_config.json: a hub id stays a hub id, not this machine's cache folder.
+    name = section.path if revision else str(folder)
+    model.config._name_or_path = model.name_or_path = name
+    return model, Base(section.path, revision, fingerprint(folder))
+
+
+def _read_model(
+    folder: Path, config: Phi3Config, section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+) -> Phi3ForCausalLM:
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    with ExitStack() as files:
+        if section.quantization != "none":
+            source = {"pretrained_model_name_or_path": None, "state_dict": _read_as_asked(folder, files)}
+            source["quantization_config"] = quantization_config(section.quantization, dtype)
+            if device.type != "cpu":
+                source["device_map"] = {"": device}
+        model: Phi3ForCausalLM = _class_for(config, fast).from_pretrained(
+            config=config,
+            dtype=dtype,
+            attn_implementation=section.attn_implementation,
+            local_files_only=True,
+            **source,
+        )
+    if section.quantization != "none":
+        model.generation_config = read_generation(folder, config)
+        keep_packing(model)
+    return model
+
+
+def read_generation(folder: Path, config: Phi3Config) -> GenerationConfig:
+    """The folder's own, as transformers finds it when it loads the model from there."""
+    if (folder / GENERATION).is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def _read_as_asked(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The checkpoint's tensors, each read when it is asked for into memory that goes with it.
+
+    transformers maps the files instead, and the pages of what was quantised long ago stay resident until the last
+    tensor is loaded: the whole checkpoint in 16 bits.
+    """
+    tensors: dict[str, Any] = {}
+    for file in check_weights(folder):
+        opened = files.enter_context(safe_open(file, framework="pt", backend="pread"))
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    return tensors
+
+
+def find_folder(path: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local folder of a model: the starter's, a folder, or the snapshot of a hub id with its commit.
+
+    Raises:
+        ModelError: neither a folder nor a repository that can be had.
+    """
+    if path == "starter":
+        return starter.ensure_starter(), None
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise ModelError(f"model.revision is for hub ids, and {path} is a folder; leave it out")
+        return folder.resolve(), None
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ModelError(
+            f"model.path: {path}: no such folder, and not a hub id such as microsoft/Phi-3-mini-4k-instruct"
+        )
+    return _snapshot(path, revision)
+
+
+def _snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.path: {repo}: could not be fetched from the hub ({first}); check the name, the network and, "
+            "for a gated repository, HF_TOKEN; or give a folder"
+        ) from error
+    return folder, folder.name  # the hub's cache names a snapshot's folder by its commit
+
+
+def read_config(folder: Path) -> Phi3Config:
+    """The folder's config.json as transformers' own `Phi3Config`.
+
+    Remote code named by `auto_map` is never run; a `rope_scaling` of the older type `su` is longrope.
+
+    Raises:
+        ModelError: no config, broken JSON, or another kind of model.
+    """
+    file = folder / "config.json"
+    tree = _read_json(file)
+    found = tree.get("model_type")
+    if found != "phi3":
+        raise ModelError(f"{file}: model_type is `{found}`, and only `phi3` is supported ({FAMILY})")
+    tree.pop("auto_map", None)
+    for key in ("rope_scaling", "rope_parameters"):
+        _rename_rope(tree.get(key))
+    try:
+        return Phi3Config.from_dict(tree)
+    except Exception as error:  # transformers' strict dataclasses raise types of their own
+        raise ModelError(f"{file}: {error}") from error
+
+
+def _rename_rope(scaling: Any) -> None:
+    """`su` is what longrope was called at first. transformers renames it too late to fill in what longrope needs."""
+    for key in ("type", "rope_type"):
+        if isinstance(scaling, dict) and scaling.get(key) == "su":
+            scaling[key] = "longrope"
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files.
+
+    Raises:
+        ModelError: only pickled weights, no weights, or shards that the index names and the folder lacks.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder}: the weights are pickled ({pickles[0]}), and unpickling can run any code; convert them to "
+            "safetensors first, for example with transformers' save_pretrained"
+        )
+    raise ModelError(f"{folder}: no weights there (expected {WEIGHTS} or {INDEX})")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over name, dtype, shape and first 4 KiB of every tensor in the folder's safetensors files.
+
+    Reads a few MB of any checkpoint; a model that was trained further differs in those bytes.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    total = hashlib.sha256()
+    for file in check_weights(folder):
+        with file.open("rb") as stream:
+            header, length = _read_header(stream, file)
+            for name, entry in sorted(header.items()):
+                start, end = entry["data_offsets"]
+                stream.seek(8 + length + start)
+                total.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+                total.update(stream.read(min(4096, end - start)))
+    return total.hexdigest()
+
+
+def _read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's tensors by name, and the bytes of JSON that say so."""
+    try:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:  # not to be read: it may ask for all memory
+            raise ValueError(f"its header should be {length:,} bytes long")
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+    except (ValueError, AttributeError, TypeError, struct.error) as error:
+        raise ModelError(f"{file}: damaged ({error}); fetch or write it again") from error
+    return header, length
+
+
+def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, or the one `section.tokenizer` names.
+
+    A Phi-3 config always goes with it: without one, a folder that names `LlamaTokenizer` is rebuilt as Llama's and
+    loses what its tokenizer.json says; with one, that file is read as it is.
+
+    Raises:
+        ModelError: none there, or none that has a chat template.
+    """
+    if base.seed is not None and not section.tokenizer:
+        return synthetic.byte_tokenizer(synthetic.parse_shape(section.path).vocab_size)
+    source = section.tokenizer or section.path
+    folder, _ = find_folder(source, None if section.tokenizer else base.revision)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=config or Phi3Config(), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ModelError(f"{source}: its tokenizer could not be loaded: {error}") from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{source}: its tokenizer has no chat template; give an instruct checkpoint's folder as model.tokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        # No token is ever added: growing the embedding makes adapters huge and unloadable.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def with_stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """A checkpoint's generation config with every id that ends a turn, whatever it forgot, and an id for padding."""
+    from phinetune.chat.template import stop_ids
+
+    generation = generation or GenerationConfig()
+    declared = generation.eos_token_id or []
+    declared = [declared] if isinstance(declared, int) else list(declared)
+    generation.eos_token_id = [*declared, *(i for i in stop_ids(tokenizer) if i not in declared)]
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    return generation
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file.parent}: no {file.name} there; is this a model's folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: broken JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{file}: expected a JSON object")
+    return tree

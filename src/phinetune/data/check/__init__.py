@@ -1,0 +1,1 @@
+"""A look at every row before a run: what stands out, and what can be mended."""

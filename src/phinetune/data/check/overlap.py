@@ -1,0 +1,90 @@
+"""Rows against each other: twice in the training files, and in training and held-out chats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from phinetune.chat.row_error import RowError
+from phinetune.chat.template import Message
+from phinetune.data.check.duplicates import NearDuplicates, exact_key
+from phinetune.data.check.findings import KINDS, Findings
+from phinetune.data.read.forms import detect_form, to_messages
+from phinetune.data.read.rows import Row
+
+
+def text_of(messages: Sequence[Message]) -> str:
+    """A chat as one text, to be compared."""
+    turns = []
+    for message in messages:
+        calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
+        turns.append(f"{message['role']}: {message['content']}{calls}")
+    return "\n".join(turns)
+
+
+def _text_of_row(row: Row, form: str) -> str:
+    try:
+        form = detect_form(row.fields) if form == "auto" else form
+        if form == "tokens":
+            return " ".join(map(str, row.fields["input_ids"]))
+        return str(row.fields["text"]) if form == "text" else text_of(to_messages(row.fields, form))
+    except (RowError, TypeError, KeyError):
+        return ""
+
+
+class Comparison:
+    """Takes in training rows one by one, each under its number, then held-out ones. Keeps places and keys, no rows."""
+
+    def __init__(self, findings: Findings, form: str, left_out: dict[int, str]) -> None:
+        """`left_out` gets the numbers of rows that should not stay, with the reason."""
+        self._findings, self._form, self._left_out = findings, form, left_out
+        self._where: dict[int, str] = {}
+        self._first: dict[bytes, int] = {}
+        self._copies: dict[int, list[int]] = {}
+        self._like: dict[int, int] = {}
+        self._near = NearDuplicates()
+
+    def take_in(self, number: int, row: Row) -> None:
+        """Compare a row with those before it."""
+        self._where[number] = row.where
+        text = _text_of_row(row, self._form)
+        first = self._first.setdefault(exact_key(text), number)
+        if first != number:
+            self._copies.setdefault(first, [first]).append(number)
+            self._findings.add("duplicate", row.where, f"like {self._where[first]}")
+            self._left_out.setdefault(number, KINDS["duplicate"].title)
+            return
+        match = None if "input_ids" in row.fields else self._near.add(number, text)
+        if match is not None:
+            self._like[number] = match
+            self._findings.add("near", row.where, f"like {self._where[match]}")
+
+    def hold_out(self, row: Row) -> None:
+        """Compare a held-out row with all rows taken in."""
+        text = _text_of_row(row, self._form)
+        if not text:
+            return
+        first = self._first.get(exact_key(text))
+        if first is None:
+            near = self._near.find(text)
+            if near is not None:
+                self._findings.add("near_shared", self._where[near], f"held out at {row.where}")
+            return
+        for number in self._copies.get(first, [first]):
+            self._findings.add("shared", self._where[number], f"held out at {row.where}")
+            self._left_out[number] = KINDS["shared"].title
+
+    def split(self, held_out: set[int], share: float, count: int) -> None:
+        """Compare the two sides of a split by fraction: of the first `count` rows, the numbers of those held out."""
+        for copies in self._copies.values():
+            numbers = [number for number in copies if number < count]
+            sides = [number in held_out for number in numbers]
+            if any(sides) and not all(sides):
+                here, there = numbers[sides.index(False)], numbers[sides.index(True)]
+                detail = f"its copy {self._where[there]} is held out by data.eval: {share:g}"
+                self._findings.add("shared", self._where[here], detail)
+        for pair in self._like.items():
+            here, there = sorted(pair, key=lambda number: number in held_out)
+            if here not in held_out and there in held_out and max(pair) < count:
+                detail = f"{self._where[there]} is held out by data.eval: {share:g}"
+                self._findings.add("near_shared", self._where[here], detail)

@@ -1,0 +1,1 @@
+"""From rows to encoded sets, in memory, on disk or as a stream."""

@@ -1,0 +1,1 @@
+"""From bytes to rows, and from rows to messages."""

@@ -1,0 +1,1 @@
+"""Functions on tensors, each with its own backward. They know torch alone."""

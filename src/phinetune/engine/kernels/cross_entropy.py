@@ -1,0 +1,108 @@
+"""The language-model head and its cross-entropy in one, a chunk of logits at a time.
+
+The gradient with respect to the hidden state is computed in the forward, while a chunk's logits are there
+(Hsu et al. 2024, Liger Kernel, section 3.2). Only positions that have a label are given at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phinetune.engine.kernels.matmul import BLOCK, blocks, settle, work_dtype, zeros
+
+CHUNK_ELEMENTS = 1 << 25  # logits alive at a time: 128 MB in float32
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood of `labels` under softmax(hidden weightᵀ), and how many were the first choice.
+
+    Args:
+        hidden: shape (labels, width).
+        weight: the head, shape (vocabulary, width).
+        labels: token ids, shape (labels).
+        weights: how many times each label counts, shape (labels), float32.
+
+    Returns:
+        two float32 scalars: Σ weight · nll (differentiable), Σ weight over labels that were the first choice.
+    """
+    wanted = torch.is_grad_enabled()
+    out: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden, weight, labels, weights, wanted)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Keeps the gradient of hidden, and of the head where it trains; no logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor]:
+        # Under no_grad the flags still say what would need a gradient.
+        needs_hidden, needs_weight = (wanted and needs for needs in ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros_like(nll)
+        work = work_dtype(hidden)
+        rows = min(len(labels), max(1, CHUNK_ELEMENTS // weight.shape[0]))
+        # Once: fresh pages for every chunk take longer than softmax.
+        logits = hidden.new_empty(rows, weight.shape[0], dtype=work)
+        # float32 logits are turned into their log-softmax where they lie.
+        log_p = logits if work == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+        for start in range(0, len(labels), max(1, rows)):
+            part = slice(start, start + rows)
+            count = len(labels[part])
+            seen = hidden[part].to(work)
+            for columns, block in _blocks(weight, work):
+                torch.mm(seen, block.t(), out=logits[:count, columns])
+            torch.log_softmax(logits[:count], dim=-1, dtype=torch.float32, out=log_p[:count])
+            picked = log_p[:count].gather(1, labels[part, None]).squeeze(1)
+            nll -= torch.dot(picked, weights[part])
+            correct += torch.dot((log_p[:count].argmax(-1) == labels[part]).float(), weights[part])
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = _gradient(log_p[:count], labels[part], weights[part], logits[:count])
+            if d_hidden is not None:
+                _times(d_logits, weight, d_hidden[part])
+            if d_weight is not None:
+                d_weight += d_logits.t() @ seen
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return nll, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else (d_hidden * grad).to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _blocks(weight: Tensor, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head's rows in the dtype of the products: at once if it is in it, else block by block."""
+    return blocks(weight, None if weight.dtype == work else BLOCK, work)
+
+
+def _times(d_logits: Tensor, weight: Tensor, into: Tensor) -> None:
+    """d_logits · weight, rounded into its place."""
+    total = zeros(into, d_logits.dtype)
+    for rows, block in _blocks(weight, d_logits.dtype):
+        total.addmm_(d_logits[:, rows], block)
+    settle(total, into)
+
+
+def _gradient(log_p: Tensor, labels: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
+    """weight · (softmax − one-hot), in float32 over `log_p`, rounded over `logits` where these are narrower."""
+    p = log_p.exp_()
+    p[torch.arange(len(labels), device=p.device), labels] -= 1.0
+    p.mul_(weights[:, None])
+    return p if logits.dtype == p.dtype else logits.copy_(p)

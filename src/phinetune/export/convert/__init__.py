@@ -1,0 +1,1 @@
+"""Adapters from one form to another: PEFT's, split or fused, and loralib's."""

@@ -1,0 +1,1 @@
+"""A run on the hub: what is published, and its cards."""

@@ -1,0 +1,1 @@
+"""A base and its adapter as one model."""

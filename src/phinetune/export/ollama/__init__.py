@@ -1,0 +1,1 @@
+"""Folders that ollama create takes."""

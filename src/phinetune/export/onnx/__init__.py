@@ -1,0 +1,1 @@
+"""ONNX folders for onnxruntime-genai."""

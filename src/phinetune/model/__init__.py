@@ -1,1 +1,0 @@
-"""Checkpoints of the Phi-3 family: making the starter, loading, adapting, scoring."""

@@ -1,0 +1,116 @@
+"""The one line that shows where a run stands."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from phinetune.durations import spell_seconds
+
+
+class TimeLeft(ProgressColumn):
+    """Time left from the mean step so far: steady, where rich's own estimate looks at the last seconds only."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        return Text("time left —" if left is None else f"{spell_seconds(left)} left", style="cyan")
+
+
+class ProgressLine(TrainerCallback):
+    """Loss, learning rate, tokens/s and time left; a line a log step where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._numbers = ""
+        self._began = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._began, self._first_step = time.monotonic(), state.global_step
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeLeft(),
+            console=self.console,
+            transient=True,
+        )
+        self._progress.add_task("training", total=state.max_steps, completed=state.global_step, numbers="", left=None)
+        self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._progress:
+            self._progress.update(
+                self._progress.task_ids[0],
+                completed=state.global_step,
+                numbers=self._numbers,
+                left=self._seconds_left(state),
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            self._numbers = spell_logs(logs)
+            if self._progress is None:
+                left = self._seconds_left(state)
+                tail = "" if left is None else f"  {spell_seconds(left)} left"
+                self.console.print(
+                    f"step {state.global_step}/{state.max_steps}  {self._numbers}{tail}", highlight=False
+                )
+        elif "eval_loss" in logs:
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}  "
+                f"token accuracy {logs['eval_token_accuracy']:.1%}",
+                highlight=False,
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the line off the terminal; safe to call twice."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def _seconds_left(self, state: TrainerState) -> float | None:
+        done = state.global_step - self._first_step
+        if done < 2:
+            return None
+        return (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
+
+
+def spell_logs(logs: dict[str, Any]) -> str:
+    """The numbers of a log step, for one line."""
+    parts = [f"loss {logs['loss']:.4f}"]
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.2e}")
+    if logs.get("tokens_per_s"):
+        parts.append(f"{logs['tokens_per_s']:.0f} tokens/s")
+    return "  ".join(parts)

@@ -1,0 +1,133 @@
+"""Where LoRA goes, and adapters onto their base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from helpers import TINY
+from phinetune.checkpoints.adapters import (
+    attach_adapter,
+    linear_layers,
+    matched_targets,
+    resolve_targets,
+    trainable_parameters,
+)
+from phinetune.checkpoints.load import Loaded, load_base
+from phinetune.config.run import ModelSection
+from phinetune.errors import ConfigError, ModelError
+
+
+def test_all_linear_layers_but_the_head_are_found(tiny: Loaded) -> None:
+    names = {name.rsplit(".", 1)[-1] for name in linear_layers(tiny.model)}
+    assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert len(linear_layers(tiny.model)) == 8
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (None, "all-linear"),
+        ("all-linear", "all-linear"),
+        (["qkv_proj", "o_proj"], ["qkv_proj", "o_proj"]),
+        (["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "o_proj"]),
+        (["gate_proj", "up_proj", "down_proj"], ["gate_up_proj", "down_proj"]),
+        (["layers.1.self_attn.v_proj"], ["layers.1.self_attn.qkv_proj"]),
+        (r".*layers\.0\..*qkv_proj", r".*layers\.0\..*qkv_proj"),
+    ],
+)
+def test_targets_by_either_naming(tiny: Loaded, wanted: Any, found: Any) -> None:
+    assert resolve_targets(tiny.model, wanted) == found
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (["qkv_proj", "query"], "`query` matches no linear layer; there are down_proj, gate_up_proj"),
+        ([], "the list is empty"),
+        ("qkv_proj", "written with brackets"),
+        ("(", "no regular expression"),
+    ],
+)
+def test_a_target_that_matches_nothing_is_refused(tiny: Loaded, wanted: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_targets(tiny.model, wanted)
+    assert words in str(caught.value)
+
+
+def test_the_matched_table_counts_parameters_by_the_formula(tiny: Loaded) -> None:
+    model = get_peft_model(tiny.model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    targets = {t.name: t for t in matched_targets(model)}
+    # hidden 32, intermediate 64, 4 heads and 2 key-value heads of width 8
+    shapes = {"qkv_proj": (64, 32), "o_proj": (32, 32), "gate_up_proj": (128, 32), "down_proj": (32, 64)}
+    assert {n: (t.out_features, t.in_features) for n, t in targets.items()} == shapes
+    assert all(t.parameters == 2 * 4 * sum(shapes[n]) and t.count == 2 for n, t in targets.items())
+    trains, total = trainable_parameters(model)
+    assert trains == sum(t.parameters for t in targets.values())
+    assert total > trains
+
+
+def test_an_adapter_answers_as_in_plain_peft(tiny_run: Path, tiny: Loaded) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    ours = attach_adapter(load_base(ModelSection(path=TINY)), tiny_run)
+    plain = PeftModel.from_pretrained(tiny.model, str(tiny_run))
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, plain(ids).logits)
+        with ours.disable_adapter():
+            assert not torch.equal(ours(ids).logits, plain(ids).logits)
+
+
+def copy_adapter(run: Path, target: Path, without: tuple[str, ...] = ()) -> Path:
+    target.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "base.json"):
+        if name not in without:
+            (target / name).write_bytes((run / name).read_bytes())
+    return target
+
+
+def test_an_adapter_for_another_base_is_refused(tiny_run: Path) -> None:
+    other = load_base(ModelSection(path=TINY, seed=1))
+    with pytest.raises(ModelError, match="another model; load the adapter on the base it was trained on"):
+        attach_adapter(other, tiny_run)
+
+
+def test_all_tensors_that_do_not_fit_are_listed(tiny_run: Path, tmp_path: Path, tiny: Loaded) -> None:
+    folder = copy_adapter(tiny_run, tmp_path / "adapter", without=("base.json",))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = sorted(tensors)
+    tensors["extra"] = tensors.pop(names[0])
+    tensors[names[1]] = tensors[names[1]][:, :-1].contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        attach_adapter(tiny, folder)
+    text = "\n".join(caught.value.problems)
+    assert f"missing: {names[0]}" in text
+    assert "unexpected: extra" in text
+    assert f"{names[1]}: adapter shape" in text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter there"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 20), "damaged"),
+        (lambda f: (f / "base.json").write_text("{}"), "base.json: broken"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "not a LoRA configuration"),
+        (
+            lambda f: (f / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"})),
+            "only LoRA is supported",
+        ),
+    ],
+)
+def test_a_broken_adapter_is_refused(tiny_run: Path, tmp_path: Path, tiny: Loaded, break_it: Any, words: str) -> None:
+    folder = copy_adapter(tiny_run, tmp_path / "adapter")
+    break_it(folder)
+    with pytest.raises(ModelError) as caught:
+        attach_adapter(tiny, folder)
+    assert words in str(caught.value)

@@ -1,0 +1,197 @@
+"""Checkpoints of the family load as the hub has them; everything else is refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import SHARED, TINY
+from phinetune.checkpoints import device as device_module
+from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.checkpoints.load import Loaded, fingerprint, load_base, read_config
+from phinetune.config.run import ModelSection
+from phinetune.errors import ModelError
+
+
+@pytest.fixture
+def folder(tiny: Loaded, tmp_path: Path) -> Path:
+    """The tiny model as a checkpoint on disk."""
+    tiny.model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refusal(folder: Path | str, **section: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_base(ModelSection(path=str(folder), **section))
+    return str(caught.value)
+
+
+def test_a_folder_loads_with_the_same_weights(folder: Path, tiny: Loaded) -> None:
+    loaded = load_base(ModelSection(path=str(folder)))
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded.model(ids).logits, tiny.model(ids).logits)
+    assert (loaded.base.path, loaded.base.revision) == (str(folder), None)
+    assert not loaded.model.training
+
+
+def test_sections_reach_the_model(folder: Path) -> None:
+    section = ModelSection(path=str(folder), dtype="bfloat16", attn_implementation="eager", use_cache=False)
+    model = load_base(section).model
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert model.config.use_cache is model.generation_config.use_cache is False
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the hub's configurations are not at {SHARED}")
+@pytest.mark.parametrize("name", ["phi-3-mini-4k-instruct", "phi-3.5-mini-instruct", "phi-4-mini-instruct"])
+def test_hub_configurations_load_shrunk(name: str, tmp_path: Path, tiny: Loaded) -> None:
+    """`auto_map` names code that is not there: were it run, this would fail."""
+    hub = json.loads((SHARED / "hub-configs" / f"{name}.json").read_text())
+    hub |= {"num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 300, "pad_token_id": 259}
+    hub |= {"bos_token_id": 1, "eos_token_id": 259}
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    config = read_config(tmp_path)
+    from transformers import Phi3ForCausalLM
+
+    Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    edit_config(tmp_path, **hub)  # save_pretrained normalises; put the hub's own words back
+    tiny.tokenizer.save_pretrained(tmp_path)
+    loaded = load_base(ModelSection(path=str(tmp_path), dtype="float32"))
+    assert loaded.model.config.sliding_window == hub["sliding_window"]
+    assert loaded.model.config.num_key_value_heads == hub["num_key_value_heads"]
+    rope = loaded.model.config.rope_parameters
+    assert rope["rope_type"] == ("longrope" if hub["rope_scaling"] else "default")
+    if hub["rope_scaling"]:
+        assert rope["long_factor"] == hub["rope_scaling"]["long_factor"]
+    assert torch.isfinite(loaded.model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_the_legacy_rope_type_su_is_longrope(folder: Path) -> None:
+    factors = [1.0] * 4
+    scaling = {"type": "su", "short_factor": factors, "long_factor": [2.0] * 4}
+    edit_config(folder, rope_scaling=scaling, rope_theta=10000.0, rope_parameters=None)
+    config = load_base(ModelSection(path=str(folder))).model.config
+    assert config.rope_parameters["rope_type"] == "longrope"
+    assert config.rope_parameters["long_factor"] == [2.0] * 4
+
+
+def test_stop_ids_that_a_checkpoint_forgot_are_added(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 259, "pad_token_id": 259}))
+    generation = load_base(ModelSection(path=str(folder))).model.generation_config
+    assert generation.eos_token_id == [259, 262]  # <|endoftext|>, then the template's <|end|>
+
+
+def test_past_the_sliding_window_sdpa_equals_eager() -> None:
+    shape = "random:{layers: 2, hidden: 32, intermediate: 32, heads: 4, vocab: 300, sliding_window: 16}"
+    ids = torch.randint(3, 259, (1, 50), generator=torch.Generator().manual_seed(0))
+    logits = [
+        load_base(ModelSection(path=shape, attn_implementation=attention)).model(ids).logits
+        for attention in ("sdpa", "eager")
+    ]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+def test_another_kind_of_model_is_refused(folder: Path) -> None:
+    edit_config(folder, model_type="llama")
+    assert "model_type is `llama`, and only `phi3` is supported" in refusal(folder)
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pickled (pytorch_model.bin)" in refusal(folder)
+
+
+def test_missing_shards_are_named(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert "1 of 2 weight files are missing: model-00002-of-00002.safetensors" in refusal(folder)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "no weights there" in refusal(folder)
+
+
+def test_a_tokenizer_without_template_is_refused_and_can_be_replaced(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "whole")
+    (folder / "chat_template.jinja").unlink()
+    assert "no chat template" in refusal(folder)
+    loaded = load_base(ModelSection(path=str(folder), tokenizer=str(tmp_path / "whole")))
+    assert loaded.tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("no/such/folder/here", "no such folder"), ("nowhere/to-be-found", "could not be fetched from the hub")],
+)
+def test_a_path_that_is_not_there_is_refused(path: str, words: str) -> None:
+    assert words in refusal(path)
+
+
+def test_a_revision_is_for_hub_ids(folder: Path) -> None:
+    assert "model.revision is for hub ids" in refusal(folder, revision="main")
+
+
+def test_a_broken_config_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    assert "config.json: broken JSON" in refusal(folder)
+    (folder / "config.json").unlink()
+    assert "no config.json there" in refusal(folder)
+
+
+@pytest.mark.parametrize("start", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{x"])
+def test_a_damaged_file_of_weights_is_named(folder: Path, start: bytes) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(start)
+    with pytest.raises(ModelError, match=r"model\.safetensors: damaged .*; fetch or write it again"):
+        fingerprint(folder)
+
+
+def test_the_fingerprint_changes_with_any_tensor(folder: Path) -> None:
+    before = fingerprint(folder)
+    assert fingerprint(folder) == before
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 1e-3
+    save_file(tensors, folder / "model.safetensors")
+    assert fingerprint(folder) != before
+
+
+def test_random_models_are_told_apart_by_shape_and_seed() -> None:
+    prints = [load_base(ModelSection(path=TINY, seed=seed)).base.fingerprint for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_tokenizer_without_pad_gets_a_reserved_token_and_none_is_added(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["pad_token"]
+    file.write_text(json.dumps(settings))
+    tokenizer = load_base(ModelSection(path=str(folder))).tokenizer
+    assert tokenizer.pad_token == "<unk>"
+    assert len(tokenizer) <= 300
+
+
+def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = pick_device("cpu")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(device_module, "has_native_bf16", lambda device, native=native: native)
+        assert pick_dtype("auto", cpu) == dtype
+    assert pick_dtype("float16", cpu) == torch.float16
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=f"`{name}`"):
+        pick_device(name)

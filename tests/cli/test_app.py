@@ -1,0 +1,158 @@
+"""The command line: every mistake is a sentence and status 2; every command says what to do next."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli_helpers import run
+from helpers import chat, tiny_config, write_jsonl
+from phinetune.cli import app as cli
+from phinetune.config.run import dump_config
+
+
+@pytest.fixture
+def config_file(chats: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(tiny_config(chats, tmp_path / "run")))
+    return file
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys; sys.argv = ['phinetune', '--help']\n"
+        "from phinetune.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy', 'trl', 'peft'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    verbs = ("train", "evaluate", "generate", "chat", "demo", "convert", "push", "report", "watch", "config")
+    for verb in verbs:
+        assert verb in done.stdout
+
+
+def test_train_then_everything_else(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(monkeypatch, "train", config_file) == 0
+    out = capsys.readouterr().out
+    assert "exact match %" in out
+    assert f"See how it went: {folder / 'report.html'}" in out
+    assert out.rstrip().splitlines()[-3:] == [
+        f"  phinetune chat {folder}",
+        f'  phinetune generate {folder} --prompt "…"',
+        f"  phinetune evaluate {folder} --data FILE",
+    ]
+
+    assert run(monkeypatch, "evaluate", folder, "--data", tmp_path / "x.jsonl") == 2
+    rows = write_jsonl(tmp_path / "held.jsonl", [chat("a", "b"), chat("c", "d")])
+    result = tmp_path / "result.json"
+    assert run(monkeypatch, "evaluate", folder, "--data", rows, "--out", result, "--max-new-tokens", 3) == 0
+    tree = json.loads(result.read_text())
+    assert set(tree["evaluation"]) == {"base", "tuned"}
+    assert json.loads((folder / "evaluation.json").read_text())["data"]["held_out"]["kept"] == 2
+    assert f"Evaluated since, on {rows}" in (folder / "report.html").read_text()
+    assert len(tree["examples"]) == 2
+
+    capsys.readouterr()
+    assert run(monkeypatch, "generate", folder, "--prompt", "Hi", "--max-new-tokens", 4) == 0
+    by_option = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    assert run(monkeypatch, "generate", folder, "--max-new-tokens", 4) == 0
+    assert capsys.readouterr().out == by_option
+    assert run(monkeypatch, "generate", folder, "--prompt", "Hi", "--max-new-tokens", 4, "--base") == 0
+    assert capsys.readouterr().out != by_option
+
+    monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
+    assert run(monkeypatch, "chat", folder) == 0
+
+
+def test_a_program_off_the_path_is_named_by_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A newcomer's `.venv/bin/phinetune` is not on the path, and the next command must work as printed."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv" / "bin" / "phinetune"), "demo"])
+    assert cli._program() == ".venv/bin/phinetune"
+
+
+def test_config_explains_every_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "config") == 0
+    out = capsys.readouterr().out
+    assert "data.loss_on" in out
+    assert "tokens trained on" in out
+
+
+def mistakes(tmp_path: Path, tiny_run: Path, config_file: Path) -> dict[str, tuple[list[object], str]]:
+    """Command lines with one mistake each, and words that the sentence about it must hold."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": [\n')
+    unanswered = write_jsonl(tmp_path / "unanswered.jsonl", [{"messages": [{"role": "user", "content": "?"}]}])
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("mine")
+    other_base = tmp_path / "other"
+    other_base.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "base.json", "config.yaml"):
+        (other_base / name).write_bytes((tiny_run / name).read_bytes())
+    text = (other_base / "config.yaml").read_text()
+    (other_base / "config.yaml").write_text(text.replace("seed: 0", "seed: 5", 1))
+
+    def train(*overrides: str) -> list[object]:
+        return ["train", config_file, *(part for o in overrides for part in ("--set", o))]
+
+    return {
+        "missing config": (["train", tmp_path / "no.yaml"], "no.yaml: no such file"),
+        "missing data": (train("data.train=no.jsonl"), "no.jsonl: no such file"),
+        "broken line": (train(f"data.train={broken}"), "broken.jsonl:1: broken JSON"),
+        "no answer": (train(f"data.train={unanswered}", "data.eval=null"), "unanswered.jsonl:1: no assistant turn"),
+        "empty set": (train(f"data.train={empty}", "data.eval=null"), "the set is empty"),
+        "misspelt key": (train("training_config.max_step=1"), "did you mean `max_steps`?"),
+        "misspelt section": (train("dta.train=x"), "did you mean `data`?"),
+        "bad log level": (train("training_config.log_level=loud"), "`loud` is none of debug, info"),
+        "finished run": (train(f"training_config.output_dir={tiny_run}"), "holds a finished run"),
+        "occupied folder": (train(f"training_config.output_dir={occupied}"), "no run of phinetune wrote"),
+        "no such place": (train("training_config.output_dir=/proc/nowhere/run"), "No such file or directory"),
+        "nothing to resume": (["train", config_file, "--resume"], "holds no run to go on with"),
+        "no such model": (train("model.path=no/such/folder/here"), "no such folder"),
+        "bad targets": (train("peft_config.target_modules=[query]"), "`query` matches no linear layer"),
+        "bad rank": (train("peft_config.r=0"), "refuses these settings"),
+        "another base": (["generate", other_base, "--prompt", "Hi"], "this adapter was trained on"),
+        "no run": (["chat", tmp_path / "nothing"], "no such folder"),
+        "no message": (["generate", tiny_run, "--prompt", " "], "there is no message"),
+        "no device": (["generate", tiny_run, "--prompt", "Hi", "--device", "gpu"], "`gpu` is no device"),
+    }
+
+
+def test_every_mistake_is_a_sentence_and_status_2(
+    config_file: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {p: p.read_bytes() for p in tiny_run.rglob("*") if p.is_file()}
+    for name, (arguments, words) in mistakes(tmp_path, tiny_run, config_file).items():
+        assert run(monkeypatch, *arguments) == 2, name
+        err = capsys.readouterr().err
+        assert words in err, name
+        assert "Traceback" not in err, name
+        assert all(line.startswith("error: ") for line in err.splitlines()), (name, err)
+    assert {p: p.read_bytes() for p in tiny_run.rglob("*") if p.is_file()} == before
+    assert (tmp_path / "occupied" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_real_process_ends_with_status_2_and_no_traceback(config_file: Path) -> None:
+    command = [sys.executable, "-m", "phinetune.cli.app", "train", str(config_file), "--set", "data.train=no.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no.jsonl: no such file\n"

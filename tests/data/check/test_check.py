@@ -1,0 +1,309 @@
+"""The check counts what a run would, and finds what stands out; a screen shows it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from check_helpers import ENCODER, check, kinds, places
+from helpers import chat, write_jsonl
+from phinetune.chat.encoder import make_encoder
+from phinetune.checkpoints.random_shapes import byte_tokenizer
+from phinetune.config.run import DataSection
+from phinetune.data.check import findings
+from phinetune.data.check.check import check_files, describe_template
+from phinetune.data.check.findings import KINDS
+from phinetune.data.prepare.build import build_chats
+from phinetune.data.prepare.encode_rows import BATCH
+from phinetune.data.prepare.splits import held_out_places
+from phinetune.data.read.rows import Row
+from phinetune.screen.check import show_check
+from template_helpers import template_tokenizer
+
+LONG = "Please tell me about the weather on the northern coast in the second week of March. "
+
+
+def mixed(tmp_path: Path) -> Path:
+    rows = [
+        chat("How far is the sea?", "Five miles."),
+        chat("long " * 40, "Cut."),
+        chat("q", "long " * 40),
+        {"instruction": "Add", "input": "1, 2", "output": "3"},
+        {"text": "Once upon a time.<|end|>"},
+        {"messages": [{"role": "user", "content": "?"}]},
+    ]
+    return write_jsonl(tmp_path / "a.jsonl", rows)
+
+
+def test_the_counts_are_those_of_a_run(tmp_path: Path) -> None:
+    file = mixed(tmp_path)
+    report = check(file, max_length=100)
+    section = DataSection(train=str(file), invalid_rows="drop")
+    run = build_chats(section, ENCODER, 100).train
+    assert report.counts == run.report
+    assert (report.counts.rows, report.counts.kept, report.counts.cut) == (6, 4, 1)
+    assert report.lengths == [(len(row.input_ids), row.trainable) for row in run.encoded]
+    sizes = [
+        (len(row.input_ids), row.trainable, f"{file}:{line}")
+        for row, line in zip(run.encoded, (1, 2, 4, 5), strict=True)
+    ]
+    assert sorted(report.longest) == sorted(sizes)[1:]
+    assert places(report, "cut") == ["a.jsonl:2"]
+    assert places(report, "too_long") == ["a.jsonl:3"]
+    assert places(report, "roles") == ["a.jsonl:6"]
+
+
+def test_a_row_that_the_run_may_drop_does_not_spoil_it(tmp_path: Path) -> None:
+    file = mixed(tmp_path)
+    assert check(file).spoiled
+    report = check(file, invalid_rows="drop")
+    assert not report.spoiled
+    assert places(report, "roles") == ["a.jsonl:6"]
+
+
+def test_broken_lines_spoil_a_run_whatever_it_may_drop(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(chat("a", "b")) + "\n{\n")
+    report = check(file, invalid_rows="drop")
+    assert report.spoiled
+    assert (report.counts.rows, report.counts.kept) == (2, 1)
+
+
+def test_places_are_kept_up_to_a_number_and_counted(
+    tmp_path: Path, console: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"nothing": i} for i in range(50)] + [chat("a", "b")])
+    monkeypatch.setattr(findings, "KEPT", 20)
+    report = check(file)
+    assert len(places(report, "form")) == 20
+    assert report.findings.by_kind["form"].count == 50
+    assert len(report.counts.lines()) == 2
+    show_check(report, console)
+    shown = console.file.getvalue()
+    assert f"{file}:3" in shown
+    assert f"{file}:4" not in shown
+    assert "… and 47 more" in shown
+
+
+def test_several_files_are_one_set(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", [chat(LONG, "Rain.")])
+    second = write_jsonl(tmp_path / "b.jsonl", [chat("Other?", "Yes."), chat(LONG.upper(), "rain. ")])
+    report = check(first, second)
+    assert report.counts.rows == 3
+    assert places(report, "duplicate") == ["b.jsonl:2"]
+    assert report.findings.by_kind["duplicate"].places[0].detail == f"like {first}:1"
+
+
+def test_near_duplicates_are_found_and_unlike_rows_are_not(tmp_path: Path) -> None:
+    words = [f"word{i}" for i in range(60)]
+    other = " ".join([*words[:30], "changed", *words[31:]])
+    rows = [
+        chat(LONG, " ".join(words)),
+        chat("Quite another matter, is it not, my dear?", " ".join(reversed(words))),
+        chat(LONG, other),
+        chat("Hi", "Ho"),
+        chat("Hi", "Ha"),
+    ]
+    report = check(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert places(report, "near") == ["a.jsonl:3"]
+    assert kinds(report) == {"near"}
+    assert not report.spoiled
+
+
+def test_rows_in_training_and_held_out_chats_are_found(tmp_path: Path) -> None:
+    words = " ".join(f"word{i}" for i in range(60))
+    train = write_jsonl(tmp_path / "a.jsonl", [chat("One?", "1"), chat(LONG, words), chat("One?", "1"), chat("x", "y")])
+    # The same chat in another form, another one nearly alike, and one that only the held-out set has.
+    others = [{"prompt": "one?", "completion": "1"}, chat(LONG, words + " more"), chat("z", "y")]
+    held = write_jsonl(tmp_path / "h.jsonl", others)
+    report = check(train, held_out=held)
+    assert places(report, "shared") == ["a.jsonl:1", "a.jsonl:3"]
+    assert report.findings.by_kind["shared"].places[0].detail == f"held out at {held}:1"
+    assert places(report, "near_shared") == ["a.jsonl:2"]
+    assert report.spoiled
+    assert report.held_out is not None
+    assert report.held_out.rows == 3
+
+
+def test_held_out_rows_are_looked_at_too(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b")])
+    report = check(train, held_out=write_jsonl(tmp_path / "h.jsonl", [chat("c", "d"), {"nothing": 1}]))
+    assert places(report, "form") == ["h.jsonl:2"]
+    assert report.counts.rows == 1
+
+
+def test_copies_that_a_split_by_fraction_would_part_are_found(tmp_path: Path) -> None:
+    rows = [chat(f"question {i}", "answer") for i in range(10)]
+    file = write_jsonl(tmp_path / "a.jsonl", [*rows, *rows])
+    made = build_chats(DataSection(train=str(file), eval=0.3), ENCODER, None)
+    assert made.held_out
+    parted = {str(c) for c in made.train.chats} & {str(c) for c in made.held_out.chats}
+    report = check(file, eval=0.3)
+    assert report.findings.by_kind["shared"].count == len(parted) > 0
+    assert report.spoiled
+    assert "held out by data.eval: 0.3" in report.findings.by_kind["shared"].places[0].detail
+    assert "shared" not in kinds(check(file))
+
+
+def test_near_copies_that_a_split_by_fraction_would_part_are_found(tmp_path: Path) -> None:
+    words = [" ".join(f"{chr(97 + i)}{j}" for j in range(40)) for i in range(8)]
+    rows = [chat(f"{text}{more}", "Yes.") for text in words for more in ("", " more")]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    held = held_out_places(16, 0.25, DataSection().seed)
+    parted = [i for i in range(0, 16, 2) if (i in held) != (i + 1 in held)]
+    found = check(file, eval=0.25).findings.by_kind["near_shared"]
+    wanted = [i + 1 if i in held else i for i in parted]
+    assert sorted(place.where for place in found.places) == sorted(f"{file}:{i + 1}" for i in wanted)
+    assert not found.spoils
+
+
+def test_a_split_by_fraction_is_that_of_the_rows_a_run_takes(tmp_path: Path) -> None:
+    rows = [chat(f"question {i}", "answer") for i in range(10)]
+    file = write_jsonl(tmp_path / "a.jsonl", [*rows, *rows])
+    made = build_chats(DataSection(train=str(file), eval=0.3, limit=15), ENCODER, None)
+    assert made.held_out
+    parted = {str(c) for c in made.train.chats} & {str(c) for c in made.held_out.chats}
+    assert check(file, eval=0.3, limit=15).findings.by_kind["shared"].count == len(parted) > 0
+
+
+def test_personal_data_and_secrets_are_counted_and_never_shown(tmp_path: Path, console: Any) -> None:
+    secrets = ["hf_" + "aB3" * 12, "ada.lovelace@analytical.engine.co.uk", "+44 20 7946 0958", "4111 1111 1111 1111"]
+    rows = [chat(f"Write to {secrets[1]} or call {secrets[2]}.", "Done."), chat("Pay", f"{secrets[3]} {secrets[0]}")]
+    report = check(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert dict(report.sensitive) == {"e-mail address": 1, "phone number": 1, "card number": 1, "API key": 1}
+    assert places(report, "personal") == ["a.jsonl:1", "a.jsonl:1", "a.jsonl:2"]
+    assert places(report, "secret") == ["a.jsonl:2"]
+    assert report.spoiled
+    show_check(report, console)
+    shown = console.file.getvalue() + json.dumps(report.to_dict(), ensure_ascii=False)
+    for secret in secrets:
+        assert secret not in shown
+        assert secret[4:-2] not in shown
+
+
+def test_a_set_that_never_ends_a_turn_is_found(tmp_path: Path) -> None:
+    report = check(write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [5, 6, 7]}]))
+    assert places(report, "no_stop") == ["a.jsonl"]
+    assert report.spoiled
+
+
+def test_what_the_template_drops_is_said(tmp_path: Path, console: Any) -> None:
+    assert describe_template(make_encoder(template_tokenizer("phi-4-mini"))) == {
+        "system messages": "kept",
+        "tool turns": "kept",
+        "tools": "kept, in the system message",
+        "tool calls": "kept, between <|tool_call|> and <|/tool_call|>",
+    }
+    assert describe_template(make_encoder(template_tokenizer("phi-3-april-2024"))) == dict.fromkeys(
+        ("system messages", "tool turns", "tools", "tool calls"), "dropped"
+    )
+    folded = make_encoder(template_tokenizer("phi-3-april-2024"), system="fold")
+    assert describe_template(folded)["system messages"] == "folded into the first question (data.system)"
+    file = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", system="Be kind."), chat("c", "d")])
+    encoder = make_encoder(template_tokenizer("phi-3-april-2024"))
+    report = check_files([str(file)], [], DataSection(), encoder, None)
+    assert places(report, "system") == ["a.jsonl:1"]
+    assert report.spoiled
+    folding = make_encoder(template_tokenizer("phi-3-april-2024"), system="fold")
+    assert not check_files([str(file)], [], DataSection(system="fold"), folding, None).spoiled
+    show_check(report, console)
+    assert "system messages dropped; tool turns dropped" in console.file.getvalue()
+
+
+def test_languages_are_counted_and_odd_answers_found(tmp_path: Path) -> None:
+    german = "Das Wetter an der Küste bleibt in der zweiten Märzwoche wechselhaft, mit Regen und kräftigem Wind. "
+    english = "The weather on the coast stays changeable in the second week of March, with rain and a strong wind. "
+    rows = [
+        chat(english, english + "So."),
+        chat(german, german + "So."),
+        chat(english + "Well?", german),
+        chat("a", "b"),
+    ]
+    report = check(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert dict(report.languages.counts) == {"en": 1, "de": 2}
+    assert places(report, "language") == ["a.jsonl:3"]
+    assert report.findings.by_kind["language"].places[0].detail == "question en, answer de"
+
+
+def test_the_screen_shows_the_whole_at_a_glance(tmp_path: Path, console: Any) -> None:
+    show_check(check(mixed(tmp_path), max_length=100), console)
+    shown = console.file.getvalue()
+    assert "6 rows (3 messages, 1 alpaca, 1 text): 4 kept, 1 cut to fit, 2 dropped" in shown
+    for words in (
+        "tokens a row",
+        "rows by trainable tokens",
+        "longest rows: ",
+        "template: system messages kept",
+        "turns: 4 user, 4 assistant\n",
+        "✗ chats with unknown roles, no answer, or a turn out of place (1); mend the turns\n",
+    ):
+        assert words in shown
+    assert len(shown.splitlines()) < 40
+
+
+def test_nothing_that_stands_out_is_said_too(tmp_path: Path, console: Any) -> None:
+    show_check(check(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b")])), console)
+    assert console.file.getvalue().rstrip().endswith("Nothing stands out.")
+
+
+def test_a_row_cannot_steer_the_terminal(tmp_path: Path, console: Console) -> None:
+    rows = [{"messages": [{"role": "\x1b[2J\u202e", "content": "x"}]}, {"\x1b]0;x\x07": 1}, chat("a", "b")]
+    show_check(check(write_jsonl(tmp_path / "a.jsonl", rows)), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
+def test_a_check_holds_a_batch_of_rows_at_a_time(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = [[str(draw.random()) for _ in range(10)] for _ in range(4 * BATCH)]
+    file = write_jsonl(tmp_path / "a.jsonl", [chat(" ".join(w), " ".join(w[::-1])) for w in words])
+    held: list[int] = []
+
+    def on_row() -> None:
+        if len(held) % BATCH == 0:
+            gc.collect()
+            held.append(sum(type(one) is Row for one in gc.get_objects()))
+        else:
+            held.append(0)
+
+    report = check_files([str(file)], [str(file)], DataSection(), ENCODER, None, on_row)
+    assert len(held) == 8 * BATCH
+    assert 0 < max(held) <= 2 * BATCH
+    assert report.findings.by_kind["shared"].count == 4 * BATCH
+
+
+def test_every_kind_has_words() -> None:
+    assert all(kind.title and kind.advice for kind in KINDS.values())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_check_is_the_same_every_time(tmp_path: Path, reverse: bool) -> None:
+    rows = [chat(LONG + str(i), LONG * 2 + str(i)) for i in range(20)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows[::-1] if reverse else rows)
+    assert check(file).to_dict() == check(file).to_dict()
+
+
+def test_the_real_tokenizer_and_the_check_agree_with_a_run(phi3_tokenizer: Any, tmp_path: Path) -> None:
+    file = mixed(tmp_path)
+    encoder = make_encoder(phi3_tokenizer)
+    report = check_files([str(file)], [], DataSection(), encoder, 60)
+    section = DataSection(train=str(file), invalid_rows="drop")
+    assert report.counts == build_chats(section, encoder, 60).train.report
+
+
+def test_a_rows_message_is_not_judged_by_another_tokenizers_tokens(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [chat("What is <|end|>?", "a"), chat("And <|im_end|>?", "b")])
+    report = check(file)
+    assert places(report, "typed_token") == ["a.jsonl:1"]
+    assert places(report, "foreign_markup") == ["a.jsonl:2"]
+    assert not report.spoiled
+    chatml = byte_tokenizer(300)
+    chatml.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    other = check_files([str(file)], [], DataSection(), make_encoder(chatml), None)
+    assert places(other, "typed_token") == ["a.jsonl:1", "a.jsonl:2"]

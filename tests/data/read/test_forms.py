@@ -1,0 +1,99 @@
+"""The forms become the same messages; what is wrong with a row is said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from phinetune.data.read.forms import RowError, detect_form, to_messages
+
+WANTED = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+]
+PARTS = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in WANTED]
+TURNS = [("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello")]
+
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("messages", {"messages": WANTED}),
+    ("messages", {"messages": json.dumps(WANTED)}),
+    (
+        "messages",
+        {"messages": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in WANTED]},
+    ),
+    ("conversations", {"conversations": [{"from": role, "value": text} for role, text in TURNS]}),
+    ("conversations", {"conversations": [{"from": r, "value": t} for r, t in TURNS[1:]], "system": "Be kind."}),
+    ("conversations", {"conversations": WANTED}),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello", "system": "Be kind."}),
+    ("prompt_completion", {"prompt": "Hi", "completion": "Hello", "system": "Be kind."}),
+    ("prompt_completion", {"prompt": WANTED[:2], "completion": WANTED[2:]}),
+]
+
+
+@pytest.mark.parametrize(("form", "fields"), FORMS)
+def test_each_form_is_detected_and_read(form: str, fields: dict[str, Any]) -> None:
+    assert detect_form(fields) == form
+    assert to_messages(fields) == WANTED
+    assert to_messages(fields, form) == WANTED
+
+
+def test_alpaca_joins_instruction_and_input_by_a_line_break() -> None:
+    messages = to_messages({"instruction": "Add", "input": "1 and 2", "output": "3"})
+    assert messages[0]["content"] == "Add\n1 and 2"
+
+
+def test_tool_turns_of_both_kinds_are_tool_messages() -> None:
+    for name in ("tool", "observation"):
+        turns = [{"from": "human", "value": "?"}, {"from": name, "value": "22"}, {"from": "gpt", "value": "22 °C"}]
+        assert to_messages({"conversations": turns})[1] == {"role": "tool", "content": "22"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"txt": "x"}, "the keys (txt) are those of no known form"),
+        ({"\x1b[31m" + "k" * 90: 1}, "the keys (?[31m" + "k" * 32 + "…) are"),
+        ({"messages": []}, "`messages` is empty"),
+        ({"messages": WANTED[:2]}, "no assistant turn"),
+        ({"messages": WANTED[2:]}, "first turn is the assistant's"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "turn 1: unknown role `alien`"),
+        ({"messages": [{"role": None, "content": {"a": None}}]}, "turn 1: unknown role `None`"),
+        ({"messages": [None]}, "turn 1: expected an object"),
+        ({"messages": [*WANTED, {"role": "user", "content": "\ud83d"}]}, "half a character"),
+        ({"messages": [*WANTED[:2], {**WANTED[2], "train": "no"}]}, "turn 3: `train` must be true or false"),
+        ({"messages": [*WANTED[:2], {**WANTED[2], "weight": 0.5}]}, "turn 3: `weight` must be 0 or 1"),
+        ({"messages": "[" * 100_000}, "broken JSON: nested too deeply"),
+        (
+            {"messages": [WANTED[1], {"role": "assistant", "content": None}]},
+            "turn 2: `content` must be text, not miss",
+        ),
+        ({"messages": [WANTED[1], {"role": "assistant", "content": 3}]}, "turn 2: `content` must be text, not int"),
+        ({"messages": "[{"}, "broken JSON"),
+        ({"conversations": ["x"]}, "turn 1: expected an object"),
+        ({"instruction": 1, "output": "x"}, "`instruction`"),
+    ],
+)
+def test_a_bad_row_says_what_is_wrong(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowError) as caught:
+        to_messages(fields)
+    assert words in str(caught.value)
+
+
+def test_a_turn_can_be_left_out_of_the_loss() -> None:
+    for key, value in (("train", False), ("weight", 0)):
+        turns = [*WANTED[:2], {**WANTED[2], key: value}]
+        assert to_messages({"messages": turns})[2] == {**WANTED[2], "train": False}
+        shares = [{"from": m["role"], "value": m["content"], **({key: value} if m is turns[2] else {})} for m in turns]
+        assert to_messages({"conversations": shares})[2] == {**WANTED[2], "train": False}
+    for key, value in (("train", True), ("weight", 1), ("train", None), ("weight", None)):
+        assert to_messages({"messages": [*WANTED[:2], {**WANTED[2], key: value}]}) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("form", "fields"), [("text", {"text": "x"}), ("tokens", {"input_ids": [1], "labels": [1], "text": "x"})]
+)
+def test_rows_that_are_text_or_ids_are_told(form: str, fields: dict[str, Any]) -> None:
+    assert detect_form(fields) == form

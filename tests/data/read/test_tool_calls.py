@@ -1,0 +1,103 @@
+"""Tools and calls of both worlds become one form."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from phinetune.data.read.forms import RowError, to_messages
+
+FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": FUNCTION}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 2}}}
+USER = {"role": "user", "content": "Rain?"}
+RESULT = {"role": "tool", "content": '{"rain": true}'}
+YES = {"role": "assistant", "content": "Yes."}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+WANTED = [{"role": "system", "content": "", "tools": [TOOL]}, USER, CALLING, RESULT, YES]
+
+ARGUMENTS = CALL["function"]["arguments"]  # type: ignore[index]
+AS_TEXT = {"function": {"name": "weather", "arguments": json.dumps(ARGUMENTS)}}
+SHARE = [
+    {"from": "human", "value": "Rain?"},
+    {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": ARGUMENTS})},
+    {"from": "observation", "value": '{"rain": true}'},
+    {"from": "gpt", "value": "Yes."},
+]
+OPENAI = [USER, {"role": "assistant", "content": None, "tool_calls": [AS_TEXT]}, RESULT, YES]
+OLD = [USER, {"role": "assistant", "function_call": AS_TEXT["function"]}, {**RESULT, "role": "function"}, YES]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": OPENAI, "tools": [TOOL]},
+        {"messages": OPENAI, "tools": json.dumps([TOOL])},
+        {"messages": json.dumps(OPENAI), "tools": json.dumps([FUNCTION])},
+        {"messages": OLD, "functions": [FUNCTION]},
+        {"conversations": SHARE, "tools": json.dumps([FUNCTION])},
+        {"conversations": SHARE, "tools": [TOOL]},
+        {"prompt": [USER], "completion": OPENAI[1:], "tools": [TOOL]},
+    ],
+    ids=["openai", "openai, tools as text", "all as text", "openai's older form", "sharegpt", "objects", "prompt"],
+)
+def test_each_form_gives_the_same_chat(fields: dict[str, Any]) -> None:
+    assert to_messages(fields) == WANTED
+
+
+def test_tools_ride_on_the_system_message_that_is_there() -> None:
+    chat = to_messages({"messages": [{"role": "system", "content": "Help."}, *OPENAI], "tools": [TOOL]})
+    assert chat[0] == {"role": "system", "content": "Help.", "tools": [TOOL]}
+    assert chat[1:] == WANTED[1:]
+
+
+def test_several_calls_ids_and_words_are_kept() -> None:
+    value = json.dumps([{"name": "a", "arguments": {}}, {"name": "b"}])
+    chat = to_messages({"conversations": [SHARE[0], {"from": "function_call", "value": value}]})
+    assert [call["function"] for call in chat[1]["tool_calls"]] == [
+        {"name": "a", "arguments": {}},
+        {"name": "b", "arguments": {}},
+    ]
+    turn = {"role": "assistant", "content": "Let me look.", "tool_calls": [{**AS_TEXT, "id": "c1"}]}
+    answer = {**RESULT, "tool_call_id": "c1", "name": "weather"}
+    chat = to_messages({"messages": [USER, turn, answer, YES]})
+    assert chat[1] == {"role": "assistant", "content": "Let me look.", "tool_calls": [{**CALL, "id": "c1"}]}
+    assert chat[2] == answer
+
+
+def test_empty_tools_are_none() -> None:
+    for tools in ([], "", "[]", None):
+        row: dict[str, Any] = {"messages": [USER, {**YES, "tool_calls": None}], "tools": tools}
+        assert to_messages(row) == [USER, YES]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"messages": [USER, YES], "tools": "{"}, "`tools`: broken JSON"),
+        ({"messages": [USER, YES], "tools": {"name": "x"}}, "`tools` must be a list"),
+        ({"messages": [USER, YES], "tools": [{"description": "x"}]}, "`tools`, tool 1: expected an object with `name`"),
+        ({"messages": [USER, YES], "tools": [None]}, "tool 1: expected an object"),
+        ({"messages": [{**USER, "tool_calls": [CALL]}, YES]}, "only an assistant's turn can call tools, not a user"),
+        ({"messages": [USER, {**YES, "tool_calls": "x"}]}, "turn 2: `tool_calls`: broken JSON"),
+        ({"messages": [USER, {**YES, "tool_calls": {"a": 1}}]}, "turn 2: `tool_calls` must be a list"),
+        ({"messages": [USER, {**YES, "tool_calls": [{"function": {}}]}]}, "a tool call needs a `name`"),
+        (
+            {"messages": [USER, {**YES, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "the arguments of `f`: broken JSON",
+        ),
+        (
+            {"messages": [USER, {**YES, "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
+            "the arguments of `f` must be an object",
+        ),
+        ({"conversations": [SHARE[0], {"from": "function_call", "value": "weather(Oslo)"}]}, "broken JSON"),
+        ({"conversations": [SHARE[0], {"from": "function_call", "value": None}]}, "a tool call needs a `name`"),
+    ],
+)
+def test_a_bad_tool_or_call_says_what_is_wrong(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowError) as caught:
+        to_messages(fields)
+    assert words in str(caught.value)
+    assert caught.value.kind == "tools"

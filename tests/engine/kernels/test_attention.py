@@ -1,0 +1,302 @@
+"""Attention within segments equals attention over the whole row under a dense mask, and so does its gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+from phinetune.engine.attention_plan import Heads, plan
+from phinetune.engine.kernels.attention import _parts, attention
+from phinetune.engine.kernels.matmul import scratch
+from phinetune.engine.rows import read_segments
+
+Table = tuple[tuple[int, int, int], ...]
+
+CPU = torch.device("cpu")
+SIZE = 8
+GROUPED, NINE, PLAIN = (Heads(heads, kv, SIZE, 0.4) for heads, kv in [(4, 2), (9, 3), (3, 3)])
+
+# Each segment's length and parent.
+FORESTS: dict[str, list[tuple[int, int]]] = {
+    "one token": [(1, -1)],
+    "one root": [(150, -1)],
+    "roots of odd lengths": [(1, -1), (5, -1), (63, -1), (64, -1), (65, -1), (130, -1), (200, -1)],
+    "two levels": [(20, -1), (7, 0), (70, 0), (1, 0), (8, 0)],
+    "three levels": [(17, -1), (30, 0), (5, 1), (66, 1), (3, 0), (9, -1), (40, 5), (35, 6), (34, 6)],
+    "a branch without a sibling": [(65, -1), (64, 0)],
+    "siblings of very different lengths": [(3, -1), (1, 0), (150, 0), (10, 0), (11, 0)],
+    "trees among roots": [(12, -1), (30, -1), (9, 1), (8, 1), (12, -1), (11, -1), (3, 5)],
+}
+each_forest = pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS.keys())
+each_heads = pytest.mark.parametrize("heads", [GROUPED, NINE, PLAIN], ids=["4 over 2", "9 over 3", "3 over 3"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine threads wait for each other longer than these products take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def table(forest: Sequence[tuple[int, int]]) -> Table:
+    rows, start = [], 0
+    for length, parent in forest:
+        rows.append((start, start + length, parent))
+        start += length
+    return tuple(rows)
+
+
+def inputs(tokens: int, heads: Heads, dtype: torch.dtype, rotated: int = SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qkv; cos and sin of any angles, scaled as longrope does; a gradient of the output."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    angles = 2 * draw(tokens, rotated // 2)
+    drawn = (draw(tokens, heads.total * SIZE), 1.2 * angles.cos(), 1.2 * angles.sin(), draw(tokens, heads.heads * SIZE))
+    qkv, cos, sin, grad = (tensor.to(dtype) for tensor in drawn)
+    return qkv, cos, sin, grad
+
+
+@functools.cache
+def sees(segments: Table, window: int | None) -> Tensor:
+    """Which tokens (rows) see which (columns)."""
+    mask = torch.zeros(segments[-1][1], segments[-1][1], dtype=torch.bool)
+    contexts: list[list[int]] = []
+    for start, stop, parent in segments:
+        above = contexts[parent] if parent >= 0 else []
+        contexts.append(context := [*above, *range(start, stop)])
+        for place in range(len(above), len(context)):
+            first = 0 if window is None else max(0, place - window + 1)
+            mask[context[place], context[first : place + 1]] = True
+    return mask
+
+
+def reference(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Table, heads: Heads) -> Tensor:
+    """In float64, over the whole row at once."""
+    cos, sin = (torch.cat([part, part], dim=-1)[None].double() for part in (cos, sin))
+    states = qkv.double().view(1, len(qkv), -1, heads.size).transpose(1, 2)
+    q, k, v = states.split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    k, v = (part.repeat_interleave(heads.shared, dim=1) for part in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees(segments, heads.window), scale=heads.scaling)
+    return out[0].transpose(0, 1).reshape(len(qkv), -1)
+
+
+def attend(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Table, heads: Heads) -> Tensor:
+    runs = plan(read_segments(torch.tensor(segments)), heads, qkv.dtype, CPU)
+    return attention(qkv.clone(), cos, sin, runs, heads)  # it overwrites its input
+
+
+def both(
+    forest: Sequence[tuple[int, int]], heads: Heads, dtype: torch.dtype, rotated: int = SIZE
+) -> list[tuple[Tensor, Tensor]]:
+    """Outputs and gradients of qkv: ours, and the reference's in float64."""
+    segments = table(forest)
+    qkv, cos, sin, grad = inputs(segments[-1][1], heads, dtype, rotated)
+    results = []
+    for run in (attend, reference):
+        leaf = qkv.clone().requires_grad_()
+        out = run(leaf, cos, sin, segments, heads)
+        out.backward(grad.to(out.dtype))
+        assert leaf.grad is not None
+        results.append((out.detach(), leaf.grad))
+    assert results[0][0].dtype == dtype
+    return list(zip(*results, strict=True))
+
+
+def assert_equal_to_the_reference(
+    forest: Sequence[tuple[int, int]], heads: Heads, dtype: torch.dtype = torch.float64, rotated: int = SIZE
+) -> None:
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+    for found, wanted in both(forest, heads, dtype, rotated):
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance)
+
+
+@each_forest
+@each_heads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_outputs_and_gradients_are_those_under_a_dense_mask(
+    forest: list[tuple[int, int]], heads: Heads, dtype: torch.dtype
+) -> None:
+    assert_equal_to_the_reference(forest, heads, dtype)
+
+
+@each_forest
+@each_heads
+def test_bfloat16_is_near(forest: list[tuple[int, int]], heads: Heads) -> None:
+    for found, wanted in both(forest, heads, torch.bfloat16):
+        assert (found.double() - wanted.double()).norm() < 0.02 * wanted.double().norm()
+
+
+@each_forest
+@pytest.mark.parametrize("window", [1, 2, 9, 64, 100])
+def test_a_sliding_window_is_crossed_inside_roots_and_from_branches(forest: list[tuple[int, int]], window: int) -> None:
+    assert_equal_to_the_reference(forest, Heads(4, 2, SIZE, 0.4, window))
+
+
+@pytest.mark.parametrize("name", ["roots of odd lengths", "three levels"])
+@pytest.mark.parametrize("rotated", [2, 4])
+def test_a_part_of_each_head_is_rotated(name: str, rotated: int) -> None:
+    assert_equal_to_the_reference(FORESTS[name], NINE, rotated=rotated)
+
+
+@each_forest
+@pytest.mark.parametrize("window", [None, 9])
+def test_small_blocks_and_parts_change_nothing(
+    forest: list[tuple[int, int]], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK", 16)
+    monkeypatch.setattr("phinetune.engine.kernels.attention.SCORES", 1)  # each key head on its own
+    assert_equal_to_the_reference(forest, Heads(4, 2, SIZE, 0.4, window))
+
+
+@pytest.mark.parametrize(("window", "keys"), [(None, 150), (9, 9 + 16)])
+def test_heads_are_computed_together_as_far_as_the_scores_allow(
+    window: int | None, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two key heads of three, then the last one."""
+    heads = Heads(9, 3, SIZE, 0.4, window)
+    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK", 16)
+    monkeypatch.setattr("phinetune.engine.kernels.attention.SCORES", 2 * heads.shared * 16 * keys)
+    (run,) = plan(read_segments(torch.tensor(table(FORESTS["one root"]))), heads, torch.float32, CPU)
+    assert run.groups is not None
+    assert [list(_parts(one, heads)) for one in run.groups.placed] == [[slice(0, 2), slice(2, 3)]]
+    assert_equal_to_the_reference(FORESTS["one root"], heads)
+
+
+def test_segments_are_computed_together_as_far_as_the_scores_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = read_segments(torch.tensor(table([(10, -1)] * 5)))
+
+    (run,) = plan(segments, GROUPED, torch.float32, CPU)
+    assert run.groups is not None
+    (group,) = run.groups.placed
+    assert list(_parts(group, GROUPED)) == [slice(0, 10)]  # five segments of two key heads
+    monkeypatch.setattr("phinetune.engine.kernels.attention.SCORES", 2 * GROUPED.heads * 10 * 10)
+    assert list(_parts(group, GROUPED)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+
+
+# -- torch's fused attention, for long roots ----------------------------------------------------------------------
+
+MIXED = [(40, -1), (5, -1), (33, -1), (50, -1), (34, -1), (40, 4), (35, 4), (7, -1), (60, -1), (32, -1)]
+MIXTURES = {
+    "long among short and trees": MIXED,
+    "one long root": [(70, -1)],
+    "long roots only": [(40, -1), (70, -1)],
+    "long at the end": [(20, -1), (30, 0), (64, -1)],
+}
+
+
+@pytest.mark.parametrize("forest", MIXTURES.values(), ids=MIXTURES.keys())
+@each_heads
+@pytest.mark.parametrize("window", [None, 45])
+def test_the_fused_attention_gives_the_same(
+    forest: list[tuple[int, int]], heads: Heads, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", 32)
+    limited = Heads(heads.heads, heads.kv_heads, SIZE, 0.4, window)
+    assert_equal_to_the_reference(forest, limited, torch.float32)
+    assert_equal_to_the_reference(forest, limited, torch.float32, rotated=4)
+
+
+def test_fused_and_grouped_bfloat16_are_both_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.engine.attention_plan._fused_from", lambda dtype, device: 32)
+    for found, wanted in both(MIXED, GROUPED, torch.bfloat16):
+        assert (found.double() - wanted.double()).norm() < 0.02 * wanted.double().norm()
+
+
+# -- what belongs together and what does not ----------------------------------------------------------------------
+
+
+def below(segments: Table, i: int) -> set[int]:
+    """A segment and all that branches from it."""
+    family = {i}
+    for j, (_, _, parent) in enumerate(segments):
+        if parent in family:
+            family.add(j)
+    return family
+
+
+@each_forest
+@pytest.mark.parametrize("flash_from", [1000, 100])
+def test_other_segments_tokens_change_no_bit(
+    forest: list[tuple[int, int]], flash_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", flash_from)
+    segments = table(forest)
+    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
+    before = attend(qkv, cos, sin, segments, GROUPED)
+    for i, (start, stop, _) in enumerate(segments):
+        other = qkv.clone()
+        other[start:stop] += 1.0
+        after = attend(other, cos, sin, segments, GROUPED)
+        for j, (first, last, _) in enumerate(segments):
+            same = torch.equal(before[first:last], after[first:last])
+            assert same is (j not in below(segments, i))
+
+
+@each_forest
+def test_a_segment_gives_no_gradient_beside_and_below_itself(forest: list[tuple[int, int]]) -> None:
+    segments = table(forest)
+    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
+    for i, (start, stop, _) in enumerate(segments):
+        leaf = qkv.clone().requires_grad_()
+        attend(leaf, cos, sin, segments, GROUPED)[start:stop].sum().backward()
+        assert leaf.grad is not None
+        for j, (first, last, _) in enumerate(segments):
+            assert bool(leaf.grad[first:last].any()) is (i in below(segments, j))
+
+
+@pytest.mark.parametrize("flash_from", [1000, 32])
+def test_without_gradients_the_output_is_the_same(flash_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", flash_from)
+    segments = table(MIXED)
+    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
+    trained = attend(qkv.clone().requires_grad_(), cos, sin, segments, GROUPED)
+    quiet = attend(qkv, cos, sin, segments, GROUPED)
+    assert trained.requires_grad
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, trained)
+    with torch.no_grad():
+        assert torch.equal(attend(qkv.clone().requires_grad_(), cos, sin, segments, GROUPED), trained)
+
+
+def test_training_goes_on_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK", 23)  # of a size that nothing has cached a mask for
+    monkeypatch.setattr(scratch, "held", {})
+    segments = table([(23, -1)])
+    with torch.inference_mode():
+        attend(*inputs(23, GROUPED, torch.float64)[:3], segments, GROUPED)
+    assert_equal_to_the_reference([(23, -1)], GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("forest", "window", "kv_heads"),
+    [
+        pytest.param([(5, -1)], None, 1, id="a root"),
+        pytest.param([(2, -1), (1, 0), (3, 0)], None, 1, id="a tree"),
+        pytest.param([(2, -1), (1, 0), (1, 1), (2, -1)], 2, 2, id="three levels, a window and a root"),
+    ],
+)
+def test_gradcheck(
+    forest: list[tuple[int, int]], window: int | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK", 2)
+    heads = Heads(2, kv_heads, 2, 0.7, window)
+    segments = table(forest)
+    tokens = segments[-1][1]
+    torch.manual_seed(0)
+    qkv = torch.randn(tokens, heads.total * 2, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(tokens, 1, dtype=torch.float64)
+    runs = plan(read_segments(torch.tensor(segments)), heads, qkv.dtype, CPU)
+    cos, sin = angles.cos(), angles.sin()
+    assert torch.autograd.gradcheck(lambda x: attention(x.clone(), cos, sin, runs, heads), (qkv,), fast_mode=True)

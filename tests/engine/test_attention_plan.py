@@ -1,0 +1,81 @@
+"""A packed row is cut into what torch's fused attention takes and what blocks take; each row has one source."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phinetune.engine.attention_plan import Groups, Heads, grouped_run, plan
+from phinetune.engine.rows import Segment
+
+CPU = torch.device("cpu")
+HEADS = Heads(4, 2, 8, 0.4)
+WINDOWED = Heads(4, 2, 8, 0.4, window=45)
+TREE = [Segment(0, 34), Segment(34, 74, ((0, 34),)), Segment(74, 109, ((0, 34),))]
+MIXED = [(0, 40), (40, 45), (45, 78), (78, 128)]
+
+
+def row() -> list[Segment]:
+    """Roots of 40, 5, 33 and 50 tokens, a tree, roots of 7, 60 and 32."""
+    tree = [segment.moved(128) for segment in TREE]
+    return [*(Segment(*at) for at in MIXED), *tree, Segment(237, 244), Segment(244, 304), Segment(304, 336)]
+
+
+def to_torch(segments: list[Segment], heads: Heads, dtype: torch.dtype) -> list[int]:
+    """Lengths of the runs that go to torch's attention."""
+    runs = plan(segments, heads, dtype, CPU)
+    assert sum(run.length for run in runs) == segments[-1].stop
+    return [run.length for run in runs if run.groups is None]
+
+
+def test_long_roots_alone_go_to_the_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", 32)
+    assert to_torch(row(), HEADS, torch.float32) == [40, 33, 50, 60]  # neither 34, which branches, nor 32
+    assert to_torch(row(), WINDOWED, torch.float32) == [40, 33]
+    assert to_torch(row(), HEADS, torch.bfloat16) == []
+    assert to_torch([Segment(0, 40), Segment(40, 41, ((0, 40),))], HEADS, torch.float32) == []
+
+
+def grouped(segments: list[Segment], heads: Heads = HEADS) -> Groups:
+    run = grouped_run(segments, heads, CPU)
+    assert run.groups is not None
+    return run.groups
+
+
+@pytest.mark.parametrize("heads", [HEADS, Heads(3, 3, 8, 0.4)], ids=["grouped", "plain"])
+def test_every_row_has_one_source_and_no_padding_is_one(heads: Heads) -> None:
+    """What a group reads of a row, at the place which the row takes it from, is that row."""
+    segments = row()
+    groups = grouped(segments, heads)
+    tokens = segments[-1].stop
+    assert any(one.padded is not None for one in groups.placed)
+    outs = torch.cat([one.out.flatten() for one in groups.placed])
+    assert torch.equal(outs[groups.out], torch.arange(tokens * heads.heads))
+    parts = [(one.q, one.k[:, one.before :], one.v[:, one.before :]) for one in groups.placed]
+    given = torch.cat([part.flatten() for three in parts for part in three])
+    assert torch.equal(given[groups.qkv], torch.arange(tokens * heads.total))
+    padding = torch.cat([_padding(part, one.padded, heads) for one in groups.placed for part in (one.out,)])
+    assert not padding[groups.out].any()
+
+
+def _padding(rows: torch.Tensor, padded: torch.Tensor | None, heads: Heads) -> torch.Tensor:
+    if padded is None:
+        return torch.zeros(rows.numel(), dtype=torch.bool)
+    return padded.expand(-1, -1, heads.shared, -1).flatten()
+
+
+def test_a_branch_reads_what_is_above_it_first() -> None:
+    root, branches = grouped(TREE).placed
+    assert (root.before, root.length) == (0, 34)
+    assert (branches.before, branches.length, branches.batch) == (34, 40, 2 * HEADS.kv_heads)
+    first, total = HEADS.heads, HEADS.total
+    assert branches.k[0].tolist() == [token * total + first for token in range(74)]
+    assert branches.v[1, :34].tolist() == [token * total + first + 3 for token in range(34)]
+    assert branches.above_k.tolist() == [token * total + first + head for head in (0, 1) for token in range(34)]
+
+
+def test_a_row_cut_off_its_start_is_counted_from_there() -> None:
+    moved = grouped([segment.moved(100) for segment in TREE])
+    for here, there in zip(grouped(TREE).placed, moved.placed, strict=True):
+        assert torch.equal(here.q, there.q)
+        assert torch.equal(here.above_v, there.above_v)

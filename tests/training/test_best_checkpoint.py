@@ -1,0 +1,129 @@
+"""Best checkpoint and early stopping, by the loss or by what the model answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from helpers import tiny_config
+from phinetune.api import train as api
+from phinetune.config.run import RunConfig
+from phinetune.errors import ConfigError
+from phinetune.training.best_checkpoint import EarlyStop, settle_best
+from phinetune.training.settings import read_settings
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+def configured(chats: Path, folder: Path, evaluation: dict[str, Any], **training: Any) -> RunConfig:
+    config = tiny_config(chats, folder, **training)
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
+
+
+def settled(config: RunConfig) -> dict[str, Any]:
+    return settle_best(read_settings(config.peft_config, config.training_config), config).training
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("loss", False), ("eval_perplexity", False), ("exact_match", True), ("stopped", True), ("repeating", False)],
+)
+def test_which_way_is_better_is_known(chats: Path, tmp_path: Path, name: str, more: bool) -> None:
+    config = configured(chats, tmp_path, {}, metric_for_best_model=name, **EVALUATED)
+    assert settled(config)["greater_is_better"] is more
+    config = configured(chats, tmp_path, {}, metric_for_best_model=name, greater_is_better=not more, **EVALUATED)
+    assert settled(config)["greater_is_better"] is not more
+
+
+def test_a_metric_that_is_not_counted_is_refused(chats: Path, tmp_path: Path) -> None:
+    config = configured(chats, tmp_path, {}, metric_for_best_model="exact_macth", **EVALUATED)
+    with pytest.raises(ConfigError, match="no evaluation counts `exact_macth`; did you mean `exact_match`"):
+        settled(config)
+
+
+def test_early_stopping_needs_evaluations(chats: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no evaluation to go by; set data\.eval and"):
+        settled(configured(chats, tmp_path, {"early_stopping_patience": 2}))
+    settings = settled(configured(chats, tmp_path, {"early_stopping_patience": 2}, **EVALUATED))
+    assert (settings["metric_for_best_model"], settings["greater_is_better"]) == ("loss", False)
+
+
+@pytest.mark.parametrize(
+    ("values", "greater", "threshold", "stops"),
+    [
+        ([3, 2, 1], False, 0, None),
+        ([3, 2, 2, 2], False, 0, 4),
+        ([3, 2, 4, 1, 2], False, 0, None),  # the fourth is a new best
+        ([3, 2.9, 2.8], False, 0.5, 3),
+        ([1, 5, 4, 3], True, 0, 4),
+        ([1, 2, 3, 4], True, 0, None),
+    ],
+)
+def test_it_stops_after_two_evaluations_without_a_better_one(
+    tmp_path: Path, values: list[float], greater: bool, threshold: float, stops: int | None
+) -> None:
+    """As transformers' own callback decides, but read off the state alone."""
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, metric_for_best_model="exact_match", greater_is_better=greater
+    )
+    state = TrainerState()
+    stopped = None
+    for i, value in enumerate(values, 1):
+        state.log_history += [{"loss": 1.0}, {"eval_exact_match": value}]
+        control = TrainerControl()
+        EarlyStop(2, threshold).on_evaluate(args, state, control)  # a new one each time, as after a resume
+        if control.should_training_stop:
+            stopped = i
+            break
+    assert stopped == stops
+
+
+def test_the_best_step_by_a_metric_of_answers_is_what_the_run_holds(
+    chats: Path, tmp_path: Path, console: Console
+) -> None:
+    """A function that likes the answers of step 2 best; two evaluations later the run stops."""
+    (tmp_path / "mine.py").write_text(
+        "calls = []\ndef score(answer, reference):\n    calls.append(1)\n    return -abs((len(calls) - 1) // 3 - 0)\n"
+    )
+    metric = {"name": "liked", "function": f"{tmp_path / 'mine.py'}:score"}
+    evaluation = {"metrics": [metric], "early_stopping_patience": 2, "max_new_tokens": 4}
+    run = tmp_path / "run"
+    training = {"metric_for_best_model": "liked", "load_best_model_at_end": True, "max_steps": 20, **EVALUATED}
+    config = tiny_config(chats, run, **training)
+    config.evaluation = config.evaluation.model_validate({**config.evaluation.model_dump(), **evaluation})
+    made = api.run(config, console)
+    summary = made.results["training"]
+    assert summary["best"] == {"metric": "liked", "value": 0, "step": 2, "loaded": True}
+    assert (summary["steps"], summary["stopped_early"]) == (6, True)
+    best, final = (load_file(folder / "adapter_model.safetensors") for folder in (run / "checkpoint-2", run))
+    assert all(torch.equal(best[key], final[key]) for key in final)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["eval_liked"] for entry in logged if "eval_liked" in entry] == [0, -1, -2]
+
+
+def test_fixed_prompts_are_answered_at_every_evaluation(chats: Path, tmp_path: Path, console: Console) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(chats, run, **EVALUATED)
+    config.evaluation = config.evaluation.model_validate(
+        {**config.evaluation.model_dump(), "fixed_prompts": ["How many?", "And now?"], "enabled": False}
+    )
+    api.run(config, console)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    wanted = [(step, prompt) for step in (2, 4, 6) for prompt in ("How many?", "And now?")]
+    assert [(s["step"], s["prompt"]) for s in samples] == wanted
+    assert set(samples[0]) == {"step", "prompt", "answer", "stopped"}
+
+
+def test_by_default_they_are_the_first_held_out_prompts(tiny_run: Path) -> None:
+    samples = [json.loads(line) for line in (tiny_run / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [3, 3, 3, 6, 6, 6]
+    examples = json.loads((tiny_run / "results.json").read_text())["examples"]
+    last = [(s["prompt"], s["reference"], s["answer"]) for s in samples[3:]]
+    assert last == [(e["prompt"], e["reference"], e["answers"]["tuned"]) for e in examples]

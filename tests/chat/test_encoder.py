@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from phinetune.chat.encoder import Encoder, ends_a_turn, make_encoder
+from phinetune.chat.encoder import ChatEncoder, ends_a_turn, make_encoder
 from phinetune.chat.template import common_prefix
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.random_shapes import byte_tokenizer
@@ -34,7 +34,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return AutoTokenizer.from_pretrained(request.getfixturevalue("starter_folder"))
 
 
-def trained_text(encoder: Encoder, chat: list[dict[str, str]]) -> list[str]:
+def trained_text(encoder: ChatEncoder, chat: list[dict[str, str]]) -> list[str]:
     """The trained spans, decoded."""
     row = encoder.encode([chat])[0]
     spans: list[list[int]] = []

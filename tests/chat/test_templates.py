@@ -11,7 +11,7 @@ import pytest
 
 from helpers import SHARED
 from phinetune.chat.control import control_tokens
-from phinetune.chat.encoder import Encoder, make_encoder
+from phinetune.chat.encoder import ChatEncoder, make_encoder
 from phinetune.chat.template import render
 from template_helpers import ENDS, NAMES, SNAPSHOTS, read_template, template_tokenizer
 
@@ -101,7 +101,7 @@ def control_tokens_of(name: str, chat: list[dict[str, Any]]) -> list[str]:
     return wanted
 
 
-def check_masks(encoder: Encoder, name: str, seed: int) -> None:
+def check_masks(encoder: ChatEncoder, name: str, seed: int) -> None:
     draw = random.Random(seed)
     names = {i: token for token, i in control_tokens(encoder.tokenizer).ids.items()}
     for _ in range(200):
@@ -111,7 +111,7 @@ def check_masks(encoder: Encoder, name: str, seed: int) -> None:
         assert [names[i] for i in labels if i in names] == control_tokens_of(name, chat), chat
 
 
-def trained_spans(encoder: Encoder, chat: list[dict[str, Any]]) -> list[str]:
+def trained_spans(encoder: ChatEncoder, chat: list[dict[str, Any]]) -> list[str]:
     row = encoder.encode([chat])[0]
     spans: list[list[int]] = []
     for i, label in enumerate(row.labels):

@@ -7,7 +7,7 @@ import string
 
 import pytest
 
-from phinetune.report.marking import Piece, mark
+from phinetune.report.marking import MarkedText, mark
 
 
 def test_only_what_differs_is_marked_by_whole_words() -> None:
@@ -17,7 +17,7 @@ def test_only_what_differs_is_marked_by_whole_words() -> None:
 
 
 def test_equal_texts_have_no_mark() -> None:
-    assert mark("One.\nTwo.", "One.\nTwo.").pieces == [Piece("One.\nTwo.", False)]
+    assert mark("One.\nTwo.", "One.\nTwo.").pieces == [MarkedText("One.\nTwo.", False)]
 
 
 def test_texts_with_little_in_common_are_not_littered_with_marks() -> None:

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from helpers import chat
-from phinetune.chat.encoder import Encoder, make_encoder
+from phinetune.chat.encoder import ChatEncoder, make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.run import DataSection
-from phinetune.data.prepare.encode_rows import Outcome, outcomes
+from phinetune.data.prepare.encode_rows import RowOutcome, outcomes
 from phinetune.data.read.rows import Broken, Row
 from phinetune.screen.row_view import pieces, show_row, turn_ends, turns_of
 from template_helpers import NAMES, template_tokenizer
@@ -21,11 +21,11 @@ ENCODER = make_encoder(byte_tokenizer(300))
 ROW = chat("How are you?", "Fine.", "Really?", "Yes!", system="Be brief.")
 
 
-def outcome(fields: dict[str, Any], max_length: int | None = None, encoder: Encoder = ENCODER) -> Outcome:
+def outcome(fields: dict[str, Any], max_length: int | None = None, encoder: ChatEncoder = ENCODER) -> RowOutcome:
     return next(outcomes([Row("a.jsonl:7", fields)], DataSection(), encoder, max_length))
 
 
-def shown(found: Outcome | Broken, encoder: Encoder = ENCODER, **options: Any) -> str:
+def shown(found: RowOutcome | Broken, encoder: ChatEncoder = ENCODER, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=100)
     show_row(found, encoder, console, **options)
     return str(console.file.getvalue())  # type: ignore[attr-defined]

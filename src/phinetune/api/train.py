@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phinetune import processes
-from phinetune.chat.encoder import Encoder
+from phinetune.chat.encoder import ChatEncoder
 from phinetune.checkpoints.device import pick_device
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.checkpoints.opened import Tuned, open_model, recorded_config
@@ -103,7 +103,7 @@ def run(config: RunConfig, console: Console, *, resume: bool = False, overwrite:
     row_metrics(config.evaluation)  # functions that can't be had are told before anything slow begins
     section = config.evaluation
 
-    def looking(loaded: Loaded, encoder: Encoder, chats: Chats, counted: bool) -> WhileTraining:
+    def looking(loaded: Loaded, encoder: ChatEncoder, chats: Chats, counted: bool) -> WhileTraining:
         return while_training(loaded.tokenizer, encoder, chats.held_out, section, counted)
 
     trained = job.train(config, console, resume=resume, overwrite=overwrite, looking=looking)

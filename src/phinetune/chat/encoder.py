@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ChatEncoder:
     """Encodes chats for one checkpoint. Make it with `make_encoder`."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -205,13 +205,13 @@ class Encoder:
         return list(self.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant", system: str = "keep") -> Encoder:
+def make_encoder(tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant", system: str = "keep") -> ChatEncoder:
     """An encoder for this tokenizer, after looking which roles its template drops."""
     dropped = frozenset(role for role in ("system", "tool") if not renders_role(tokenizer, role))
-    return Encoder(tokenizer, loss_on, system, dropped, frozenset(end_of_turn_ids(tokenizer)), style_of(tokenizer))
+    return ChatEncoder(tokenizer, loss_on, system, dropped, frozenset(end_of_turn_ids(tokenizer)), style_of(tokenizer))
 
 
-def ends_a_turn(encoder: Encoder, rows: Iterable[Encoded]) -> bool:
+def ends_a_turn(encoder: ChatEncoder, rows: Iterable[Encoded]) -> bool:
     """Whether any label is an end-of-turn token: without one, the model never learns to stop."""
     return any(label in encoder.end_of_turn for row in rows for label in row.labels)
 

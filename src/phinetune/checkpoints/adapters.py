@@ -35,7 +35,7 @@ FUSED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class AdaptedLayers:
     """Linear layers of one name that an adapter of rank r goes onto: `count` of `out_features × in_features`."""
 
     name: str
@@ -108,7 +108,7 @@ def _fused_name(name: str, last_names: set[str]) -> str:
     return f"{path}.{FUSED[last]}".lstrip(".")
 
 
-def matched_targets(model: PeftModel) -> list[Target]:
+def matched_targets(model: PeftModel) -> list[AdaptedLayers]:
     """What the adapter sits on in a model that has it, grouped by name and shape."""
     from peft.tuners.lora import LoraLayer
 
@@ -119,7 +119,9 @@ def matched_targets(model: PeftModel) -> list[Target]:
             fan_in, fan_out = int(layer.in_features or 0), int(layer.out_features or 0)
             key = (name.rsplit(".", 1)[-1], fan_in, fan_out, rank)
             counts[key] = counts.get(key, 0) + 1
-    return [Target(name, count, fan_in, fan_out, rank) for (name, fan_in, fan_out, rank), count in counts.items()]
+    return [
+        AdaptedLayers(name, count, fan_in, fan_out, rank) for (name, fan_in, fan_out, rank), count in counts.items()
+    ]
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

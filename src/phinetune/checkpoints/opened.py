@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from phinetune.chat.encoder import Encoder, make_encoder
+from phinetune.chat.encoder import ChatEncoder, make_encoder
 from phinetune.checkpoints.adapters import ADAPTER_CONFIG, attach_adapter, read_adapter_config, read_base
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.config.run import ModelSection, RunConfig, make_config
@@ -23,7 +23,7 @@ class Tuned:
 
     loaded: Loaded
     model: Any
-    encoder: Encoder
+    encoder: ChatEncoder
     config: RunConfig
 
     @property

@@ -84,7 +84,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Run:
+class AttentionRun:
     """Tokens of the row next to each other that are computed in one way.
 
     Attributes:
@@ -96,7 +96,7 @@ class Run:
     groups: Groups | None
 
 
-def plan(segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, device: torch.device) -> list[Run]:
+def plan(segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, device: torch.device) -> list[AttentionRun]:
     """How to attend within segments; the same for every layer.
 
     Args:
@@ -125,12 +125,12 @@ def _fused_from(dtype: torch.dtype, device: torch.device) -> float:
     return FLASH_FROM if dtype == torch.float32 else math.inf
 
 
-def fused_run(segments: Sequence[Segment]) -> Run:
+def fused_run(segments: Sequence[Segment]) -> AttentionRun:
     """One root, by torch's fused attention."""
-    return Run(segments[-1].stop - segments[0].start, None)
+    return AttentionRun(segments[-1].stop - segments[0].start, None)
 
 
-def grouped_run(segments: Sequence[Segment], heads: Heads, device: torch.device) -> Run:
+def grouped_run(segments: Sequence[Segment], heads: Heads, device: torch.device) -> AttentionRun:
     """Whole trees of segments, by blocks of products."""
     first, length = segments[0].start, segments[-1].stop - segments[0].start
     groups = group([s.moved(-first) for s in segments], device)
@@ -139,7 +139,9 @@ def grouped_run(segments: Sequence[Segment], heads: Heads, device: torch.device)
     outs = [_queries(at, heads, heads.heads) for at in own]
     rows = [part for at in own for part in (_queries(at, heads, heads.total), *_keys_values(at, heads))]
     placed = [_placed(one, heads) for one in groups]
-    return Run(length, Groups(placed, _sources(outs, length * heads.heads), _sources(rows, length * heads.total)))
+    return AttentionRun(
+        length, Groups(placed, _sources(outs, length * heads.heads), _sources(rows, length * heads.total))
+    )
 
 
 def _placed(one: Group, heads: Heads) -> Placed:

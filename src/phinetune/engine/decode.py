@@ -32,7 +32,7 @@ MOST_ROWS = 256  # by then every product is as good as it gets
 
 
 @dataclass
-class Asked:
+class PromptState:
     """One prompt, its place among those asked, and what has been answered so far."""
 
     place: int
@@ -70,7 +70,7 @@ def decode(
     Returns:
         each prompt's new tokens, in the order of the prompts.
     """
-    asked = [Asked(i, list(prompt)) for i, prompt in enumerate(prompts)]
+    asked = [PromptState(i, list(prompt)) for i, prompt in enumerate(prompts)]
     change = rope_limit(core.config)
     waiting = sorted(asked, key=len, reverse=True)
     while waiting:
@@ -109,7 +109,7 @@ class _Batch:
     """
 
     def __init__(
-        self, core: Phi3ForCausalLM, asked: list[Asked], stops: set[int], limit: int, turns: int | None
+        self, core: Phi3ForCausalLM, asked: list[PromptState], stops: set[int], limit: int, turns: int | None
     ) -> None:
         self.core, self.live, self.stops, self.limit, self.turns = core, asked, stops, limit, turns
         self.heads = _heads(core)
@@ -130,10 +130,10 @@ class _Batch:
         long = rope is not None and self.column > rope
         self.cos, self.sin = (part.to(core.dtype) for part in core.model.rotation(positions, long=long))
 
-    def answer(self, on_done: Callable[[int], None]) -> list[Asked]:
+    def answer(self, on_done: Callable[[int], None]) -> list[PromptState]:
         """Answer all; returns those that have to be read again by longrope's long factors."""
         chosen = self._read()
-        crossed: list[Asked] = []
+        crossed: list[PromptState] = []
         while True:
             before = len(crossed)
             leaving = self._append(chosen.tolist(), crossed)
@@ -143,7 +143,7 @@ class _Batch:
                 return crossed
             chosen = self._step(chosen)
 
-    def _append(self, chosen: list[int], crossed: list[Asked]) -> list[int]:
+    def _append(self, chosen: list[int], crossed: list[PromptState]) -> list[int]:
         """Give every live row its token; the rows that leave."""
         leaving = []
         for i, (one, token) in enumerate(zip(self.live, chosen, strict=True)):
@@ -223,12 +223,14 @@ class _Batch:
         self.column += 1
         return self._choose(states)
 
-    def _row(self) -> _Step:
+    def _row(self) -> _StepAttention:
         window = self.heads.window
         seen = slice(0 if window is None else max(0, self.column + 1 - window), self.column + 1)
         hidden = self.hidden[:, None, None, seen] if self.padded else None
         positions = self.column - self.start
-        return _Step(self.store, len(self.live), self.column, seen, hidden, self.cos[positions], self.sin[positions])
+        return _StepAttention(
+            self.store, len(self.live), self.column, seen, hidden, self.cos[positions], self.sin[positions]
+        )
 
     def _choose(self, states: Tensor) -> Tensor:
         head: Any = self.core.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -245,8 +247,8 @@ def _shared(rows: Sequence[list[int]]) -> int:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One token of each live conversation, as `phinetune.engine.phi3.Row` has it.
+class _StepAttention:
+    """One token of each live conversation, as `phinetune.engine.phi3.RowAttention` has it.
 
     Attributes:
         rows: live conversations, the first of the store.

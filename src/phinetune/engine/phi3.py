@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3 import modeling_phi3 as plain
 from transformers.utils import ModelOutput
 
-from phinetune.engine.attention_plan import Heads, Run, plan
+from phinetune.engine.attention_plan import AttentionRun, Heads, plan
 from phinetune.engine.kernels import rotary
 from phinetune.engine.kernels.attention import attention
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
@@ -59,7 +59,7 @@ class Packed:
         keep: given each layer's number and its qkv with queries and keys rotated, as soon as it is there.
     """
 
-    runs: list[Run]
+    runs: list[AttentionRun]
     cos: Tensor
     sin: Tensor
     predicts: Tensor
@@ -74,7 +74,7 @@ class Packed:
         return out
 
 
-class Row(Protocol):
+class RowAttention(Protocol):
     """Tokens on their way through the layers without a batch dimension, and what they attend to."""
 
     def attend(self, layer: int, qkv: Tensor, heads: Heads) -> Tensor:
@@ -126,7 +126,12 @@ class Phi3Attention(plain.Phi3Attention):
     """qkv_proj, attention within segments, o_proj; `rows` limits the last to positions that are used."""
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, packed: Row | None = None, rows: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        packed: RowAttention | None = None,
+        rows: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -160,7 +165,7 @@ class Phi3DecoderLayer(plain.Phi3DecoderLayer):
         self,
         hidden_states: Tensor,
         *args: Any,
-        packed: Row | None = None,
+        packed: RowAttention | None = None,
         rows: Tensor | None = None,
         level: Level = Level.KEEP,
         **kwargs: Any,
@@ -171,7 +176,7 @@ class Phi3DecoderLayer(plain.Phi3DecoderLayer):
             return checkpoint(self._packed, hidden_states, packed, rows, False, use_reentrant=False)
         return self._packed(hidden_states, packed, rows, level is Level.CHEAP)
 
-    def _packed(self, hidden: Tensor, packed: Row, rows: Tensor | None, rebuild: bool) -> Tensor:
+    def _packed(self, hidden: Tensor, packed: RowAttention, rows: Tensor | None, rebuild: bool) -> Tensor:
         normed = self.input_layernorm(hidden)
         with _lighter(rebuild, normed, self.input_layernorm, hidden):
             attended = self.self_attn(normed, packed=packed, rows=rows)
@@ -237,7 +242,7 @@ class Phi3Model(plain.Phi3Model):
             hidden = layer(hidden, packed=row, rows=predicts if i == last else None, level=levels[i])
         return self.norm(hidden)  # type: ignore[no-any-return]
 
-    def step(self, input_ids: Tensor, row: Row) -> Tensor:
+    def step(self, input_ids: Tensor, row: RowAttention) -> Tensor:
         """Normed hidden states of one token a conversation, shape (conversations, width); `row` knows what was."""
         hidden = self.embed_tokens(input_ids)
         for layer in self.layers:

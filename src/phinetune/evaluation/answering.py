@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.chat.encoder import Encoder
+from phinetune.chat.encoder import ChatEncoder
 from phinetune.chat.template import Message
 from phinetune.config.run import EvaluationSection
 from phinetune.data.prepare.build import ChatSet
@@ -39,7 +39,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answered:
+class Answers:
     """A model's answers to all questions, and by metric each answer's number: NaN where it says nothing of a row."""
 
     answers: list[Answer]
@@ -60,7 +60,7 @@ class Answered:
         return {name: float(row[place]) for name, row in self.numbers.items() if not math.isnan(row[place])}
 
 
-def questions_of(encoder: Encoder, held_out: ChatSet, limit: int | None) -> list[Question]:
+def questions_of(encoder: ChatEncoder, held_out: ChatSet, limit: int | None) -> list[Question]:
     """The turns before the last answer of each chat, for the first `limit` chats."""
     questions = []
     for chat, row in list(zip(held_out.chats, held_out.places, strict=True))[:limit]:
@@ -78,7 +78,7 @@ def answer_all(
     section: EvaluationSection,
     metrics: Mapping[str, RowMetric],
     on_done: Callable[[int], None] = lambda count: None,
-) -> Answered:
+) -> Answers:
     """Let the model answer; mark each answer by the metrics, and whether it stopped and whether it goes in circles."""
     answers = answer_prompts(
         model,
@@ -94,7 +94,7 @@ def answer_all(
     }
     numbers["stopped"] = _array([100.0 * a.stopped for a in answers])
     numbers["repeating"] = _array([100.0 * repeats(a.text, q.reference) for a, q in pairs])
-    return Answered(answers, numbers)
+    return Answers(answers, numbers)
 
 
 def _array(values: Sequence[float | None]) -> Array:

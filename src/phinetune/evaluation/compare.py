@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.chat.encoder import Encoder
+from phinetune.chat.encoder import ChatEncoder
 from phinetune.config.run import CustomMetric, EvaluationSection
 from phinetune.data.prepare.build import ChatSet
 from phinetune.engine.scoring import Score
-from phinetune.evaluation.answering import Answered, Question, answer_all, questions_of
+from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.metrics import row_metrics
@@ -99,7 +99,7 @@ class _Side:
     """What one model did, row by row and prompt by prompt."""
 
     scores: list[Score]
-    answered: Answered
+    answered: Answers
 
     def numbers(self, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None) -> Numbers:
         """Over all rows and prompts, or some."""
@@ -117,7 +117,7 @@ class _Side:
 def compare(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
+    encoder: ChatEncoder,
     held_out: ChatSet,
     section: EvaluationSection,
     console: Console,
@@ -145,7 +145,7 @@ def compare(
             size = None if section.batch_size == "auto" else section.batch_size
             with way():
                 scores = score_rows(model, held_out.encoded, size, advance)
-                answered = Answered([], {})
+                answered = Answers([], {})
                 if questions:
                     answered = answer_all(model, tokenizer, questions, section, metrics, advance)
             sides[name] = _Side(scores, answered)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.chat.encoder import Encoder
+from phinetune.chat.encoder import ChatEncoder
 from phinetune.config.run import EvaluationSection
 from phinetune.data.prepare.build import ChatSet
 from phinetune.evaluation.answering import Question, answer_all, questions_of
@@ -50,7 +50,7 @@ class WhileTraining:
 
 def while_training(
     tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
+    encoder: ChatEncoder,
     held_out: ChatSet | None,
     section: EvaluationSection,
     counted: bool,
@@ -66,6 +66,6 @@ def while_training(
     return WhileTraining(tokenizer, section, row_metrics(section), there if counted else [], fixed)
 
 
-def _question(encoder: Encoder, text: str) -> Question:
+def _question(encoder: ChatEncoder, text: str) -> Question:
     chat = encoder.prepare([{"role": "user", "content": text}])
     return Question(encoder.prompt_ids(chat), chat, text, "", -1)

@@ -35,7 +35,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportTarget:
     """A form that can be written.
 
     Attributes:
@@ -147,8 +147,8 @@ def _onnx(request: Request) -> Export:
 
 _GGUF_TYPES = tuple(FILE_TYPES)
 TARGETS = {
-    "gguf": Target(("f16", "f32", "bf16", "q8_0"), "{name}-{type}.gguf", _gguf),
-    "gguf-lora": Target(_GGUF_TYPES, "{name}-lora-{type}.gguf", _gguf_lora),
-    "ollama": Target(("q8_0", "f16", "f32", "bf16"), "{name}-ollama", _ollama),
-    "onnx": Target(tuple(onnx.PRECISIONS), "{name}-onnx-{type}", _onnx),
+    "gguf": ExportTarget(("f16", "f32", "bf16", "q8_0"), "{name}-{type}.gguf", _gguf),
+    "gguf-lora": ExportTarget(_GGUF_TYPES, "{name}-lora-{type}.gguf", _gguf_lora),
+    "ollama": ExportTarget(("q8_0", "f16", "f32", "bf16"), "{name}-ollama", _ollama),
+    "onnx": ExportTarget(tuple(onnx.PRECISIONS), "{name}-onnx-{type}", _onnx),
 }

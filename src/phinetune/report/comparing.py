@@ -14,7 +14,7 @@ SECTIONS = ("model", "data", "engine", "peft_config", "training_config")
 ALWAYS_DIFFERS = "training_config.output_dir"
 
 
-class Row(NamedTuple):
+class ComparedRow(NamedTuple):
     """One measure or setting: a value a run, and which of them are best (none for settings)."""
 
     heading: str
@@ -51,7 +51,7 @@ def _tuned(run: RunFacts) -> Mapping[str, Any]:
     return found
 
 
-def result_rows(runs: Sequence[RunFacts]) -> list[Row]:
+def result_rows(runs: Sequence[RunFacts]) -> list[ComparedRow]:
     """A row a measure that any run has; the best value is marked where two or more have it."""
     rows = []
     for measure in measures_of(list(dict.fromkeys(key for run in runs for key in _tuned(run)))):
@@ -60,11 +60,11 @@ def result_rows(runs: Sequence[RunFacts]) -> list[Row]:
         if known:
             best = (max if measure.more_is_better else min)(known)
             marks = [len(known) > 1 and value == best and min(known) != max(known) for value in values]
-            rows.append(Row(measure.heading, ["—" if v is None else measure.amount(v) for v in values], marks))
+            rows.append(ComparedRow(measure.heading, ["—" if v is None else measure.amount(v) for v in values], marks))
     return rows
 
 
-def differing_settings(runs: Sequence[RunFacts]) -> list[Row]:
+def differing_settings(runs: Sequence[RunFacts]) -> list[ComparedRow]:
     """The settings in which the runs differ, by dotted name."""
     flat = [_flat(run.config) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
@@ -72,7 +72,7 @@ def differing_settings(runs: Sequence[RunFacts]) -> list[Row]:
     for name in names:
         values = [settings.get(name, "—") for settings in flat]
         if len(set(values)) > 1 and name != ALWAYS_DIFFERS:
-            rows.append(Row(name, values, [False] * len(runs)))
+            rows.append(ComparedRow(name, values, [False] * len(runs)))
     return rows
 
 
@@ -82,7 +82,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-class Answered(NamedTuple):
+class MarkedAnswer(NamedTuple):
     """What one run answered, marked against the reference."""
 
     run: int
@@ -90,20 +90,20 @@ class Answered(NamedTuple):
     exact: bool
 
 
-class Asked(NamedTuple):
+class ShownPrompt(NamedTuple):
     """A prompt that two or more runs answered."""
 
     prompt: str
     reference: str
-    answers: list[Answered]
+    answers: list[MarkedAnswer]
 
 
-def shared_answers(runs: Sequence[RunFacts]) -> list[Asked]:
+def shared_answers(runs: Sequence[RunFacts]) -> list[ShownPrompt]:
     """The first prompts that two or more runs answered, with each tuned model's answer."""
-    found: dict[tuple[str, str], list[Answered]] = {}
+    found: dict[tuple[str, str], list[MarkedAnswer]] = {}
     for number, run in enumerate(runs):
         for example in run.examples:
             text, reference = str((example.get("answers") or {}).get("tuned", "")), str(example.get("reference", ""))
             place = found.setdefault((str(example.get("prompt", "")), reference), [])
-            place.append(Answered(number, mark(text, reference), text.strip() == reference.strip()))
-    return [Asked(*key, answers) for key, answers in found.items() if len(answers) > 1][:ANSWERS]
+            place.append(MarkedAnswer(number, mark(text, reference), text.strip() == reference.strip()))
+    return [ShownPrompt(*key, answers) for key, answers in found.items() if len(answers) > 1][:ANSWERS]

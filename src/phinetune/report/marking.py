@@ -13,7 +13,7 @@ EXACT_UP_TO = 2000  # words; beyond, difflib leaves frequent words out of its se
 ALIKE = 0.5  # difflib's ratio, white space counted, below which marks on words would be confetti
 
 
-class Piece(NamedTuple):
+class MarkedText(NamedTuple):
     """A stretch of a text, and whether the other text lacks it."""
 
     text: str
@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 class Marked(NamedTuple):
     """A text in pieces, in order and whole; one that has little in common with the other is a single piece."""
 
-    pieces: list[Piece]
+    pieces: list[MarkedText]
     throughout: bool
 
 
@@ -33,21 +33,21 @@ def mark(text: str, other: str) -> Marked:
     quick = max(len(mine), len(theirs)) > EXACT_UP_TO
     matcher = SequenceMatcher(None, theirs, mine, autojunk=quick)
     if mine and theirs and matcher.ratio() < ALIKE:
-        return Marked([Piece(text, False)], True)
-    pieces = (Piece("".join(mine[c:d]), tag != "equal") for tag, _, _, c, d in matcher.get_opcodes())
+        return Marked([MarkedText(text, False)], True)
+    pieces = (MarkedText("".join(mine[c:d]), tag != "equal") for tag, _, _, c, d in matcher.get_opcodes())
     return Marked(list(_joined(pieces)), False)
 
 
-def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
+def _joined(pieces: Iterator[MarkedText]) -> Iterator[MarkedText]:
     """Neighbours of a kind as one, and no mark on white space alone."""
-    held = Piece("", False)
+    held = MarkedText("", False)
     for piece in pieces:
         differs = piece.differs and bool(piece.text.strip())
         if differs == held.differs or not piece.text:
-            held = Piece(held.text + piece.text, held.differs)
+            held = MarkedText(held.text + piece.text, held.differs)
             continue
         if held.text:
             yield held
-        held = Piece(piece.text, differs)
+        held = MarkedText(piece.text, differs)
     if held.text:
         yield held

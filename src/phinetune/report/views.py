@@ -13,7 +13,7 @@ from phinetune.measures import MEASURES, Measure, measured
 from phinetune.report.curves import GIB, last_values
 from phinetune.report.facts import RunFacts
 from phinetune.report.headline import UNCLEAR, interval, telling
-from phinetune.report.marking import Marked, Piece, mark
+from phinetune.report.marking import Marked, MarkedText, mark
 
 ANSWERS = 20  # held-out prompts shown
 RECENT = 20  # log steps that the time left is reckoned from
@@ -94,7 +94,7 @@ def field_rows(run: RunFacts) -> list[tuple[str, list[str]]]:
     ]
 
 
-class Answered(NamedTuple):
+class MarkedAnswer(NamedTuple):
     """What one model answered, marked against the other model's answer and against the reference."""
 
     model: str
@@ -103,23 +103,23 @@ class Answered(NamedTuple):
     exact: bool
 
 
-class Asked(NamedTuple):
+class ShownPrompt(NamedTuple):
     """A held-out prompt, its reference, and the answers."""
 
     prompt: str
     reference: str
-    answers: list[Answered]
+    answers: list[MarkedAnswer]
 
 
-def asked(examples: Sequence[Mapping[str, Any]]) -> list[Asked]:
+def asked(examples: Sequence[Mapping[str, Any]]) -> list[ShownPrompt]:
     """The first answered prompts."""
     return [
-        Asked(str(example.get("prompt", "")), str(example.get("reference", "")), _answered(example))
+        ShownPrompt(str(example.get("prompt", "")), str(example.get("reference", "")), _answered(example))
         for example in examples[:ANSWERS]
     ]
 
 
-def marks_at_first(prompts: Sequence[Asked]) -> str:
+def marks_at_first(prompts: Sequence[ShownPrompt]) -> str:
     """What answers are held against until the reader chooses: the other model's, or where most of those differ
     throughout, as they do of a base that does not know the task, the reference.
     """
@@ -128,14 +128,14 @@ def marks_at_first(prompts: Sequence[Asked]) -> str:
     return "reference" if 2 * alien > len(answers) else "other"
 
 
-def _answered(example: Mapping[str, Any]) -> list[Answered]:
+def _answered(example: Mapping[str, Any]) -> list[MarkedAnswer]:
     answers = {model: str(text) for model, text in (example.get("answers") or {}).items()}
     reference = str(example.get("reference", ""))
     made = []
     for model, text in answers.items():
         others = [other for name, other in answers.items() if name != model]
-        against_other = mark(text, others[0]) if len(others) == 1 else Marked([Piece(text, False)], False)
-        made.append(Answered(model, against_other, mark(text, reference), text.strip() == reference.strip()))
+        against_other = mark(text, others[0]) if len(others) == 1 else Marked([MarkedText(text, False)], False)
+        made.append(MarkedAnswer(model, against_other, mark(text, reference), text.strip() == reference.strip()))
     return made
 
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.chat.encoder import Encoded, Encoder
+from phinetune.chat.encoder import ChatEncoder, Encoded
 from phinetune.chat.template import Message, common_prefix, render, tokenize
-from phinetune.data.prepare.encode_rows import Outcome
+from phinetune.data.prepare.encode_rows import RowOutcome
 from phinetune.data.read.rows import Broken
 from phinetune.data.visible import printable, visible
 from phinetune.engine.scoring import IGNORED
@@ -23,7 +23,7 @@ INDENT = " " * MARGIN + " │ "
 _ANCHOR = "a"  # a letter before a token, so that decoding does not take the token for a text's beginning
 
 
-class Piece(NamedTuple):
+class TokenText(NamedTuple):
     """Tokens that make whole characters together: one, or the several that a rare character takes."""
 
     text: str
@@ -35,11 +35,11 @@ class Turn(NamedTuple):
     """The tokens of one turn, and a remark that belongs behind it."""
 
     role: str
-    pieces: list[Piece]
+    pieces: list[TokenText]
     remark: str = ""
 
 
-def show_row(found: Outcome | Broken, encoder: Encoder, console: Console, *, boundaries: bool = False) -> None:
+def show_row(found: RowOutcome | Broken, encoder: ChatEncoder, console: Console, *, boundaries: bool = False) -> None:
     """Print a row: tokens coloured by role, trained ones underlined, special ones reversed, and where it is cut.
 
     Without colours, ⟦ ⟧ stand around what is trained on and « » around special tokens.
@@ -64,7 +64,7 @@ def _safe(text: str) -> str:
     return printable(text).replace("[", "\\[")
 
 
-def _heading(outcome: Outcome) -> Text:
+def _heading(outcome: RowOutcome) -> Text:
     text = Text(printable(outcome.row.where), style="bold")
     text.append(f" · {outcome.form or 'no known form'}", style="not bold")
     if outcome.encoded:
@@ -75,7 +75,7 @@ def _heading(outcome: Outcome) -> Text:
     return text
 
 
-def turns_of(outcome: Outcome, encoder: Encoder) -> list[Turn]:
+def turns_of(outcome: RowOutcome, encoder: ChatEncoder) -> list[Turn]:
     """The row's tokens turn by turn, with remarks where a cut left something out."""
     row = outcome.encoded or Encoded([], [])
     chat = outcome.fitted or outcome.chat
@@ -114,7 +114,7 @@ def _remarks(whole: Sequence[Message], left: Sequence[Message]) -> dict[int, str
     return remarks
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> Iterator[Piece]:
+def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> Iterator[TokenText]:
     """The tokens as text, each by itself; those of one character that takes several together."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     anchor = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
@@ -123,14 +123,14 @@ def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> Iterator[Piece]:
     for place, token in enumerate(row.input_ids):
         trained = row.labels[place] != IGNORED
         if token in special:
-            yield Piece(str(tokenizer.convert_ids_to_tokens(token)), True, trained)
+            yield TokenText(str(tokenizer.convert_ids_to_tokens(token)), True, trained)
             continue
         waiting.append(token)
         text = str(tokenizer.decode([*anchor, *waiting]))[before:]
         following = row.input_ids[place + 1] if place + 1 < len(row.input_ids) else None
         if "\ufffd" in text and len(waiting) < 4 and following is not None and following not in special:
             continue
-        yield Piece(text, False, trained)
+        yield TokenText(text, False, trained)
         waiting = []
 
 
@@ -167,9 +167,9 @@ def _append(text: Text, shown: str, style: str) -> None:
                 text.append(part, style=style)
 
 
-def _shortened(all_pieces: Sequence[Piece]) -> list[Piece]:
+def _shortened(all_pieces: Sequence[TokenText]) -> list[TokenText]:
     if len(all_pieces) <= SHOWN:
         return list(all_pieces)
     middle = all_pieces[SHOWN // 2 : -SHOWN // 2]
-    gap = Piece(f" … {len(middle):,} more … ", False, middle[0].trained)
+    gap = TokenText(f" … {len(middle):,} more … ", False, middle[0].trained)
     return [*all_pieces[: SHOWN // 2], gap, *all_pieces[-SHOWN // 2 :]]

@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from phinetune import processes
-from phinetune.chat.encoder import Encoder, make_encoder
+from phinetune.chat.encoder import ChatEncoder, make_encoder
 from phinetune.checkpoints.adapters import check_base, matched_targets, resolve_targets, trainable_parameters
 from phinetune.checkpoints.device import has_native_bf16, pick_device, pick_dtype
 from phinetune.checkpoints.load import Loaded, has_packed_form, load_base
@@ -53,14 +53,14 @@ class Trained:
     folder: RunFolder
     loaded: Loaded
     model: PeftModel
-    encoder: Encoder
+    encoder: ChatEncoder
     chats: Chats
     summary: dict[str, Any]
     stopped: bool
 
 
 # Makes what looks at the model at every evaluation; told whether it has to count metrics of answers.
-Looking = Callable[[Loaded, Encoder, Chats, bool], Look]
+Looking = Callable[[Loaded, ChatEncoder, Chats, bool], Look]
 
 
 def train(

@@ -10,19 +10,19 @@ from helpers import chat
 from phinetune.chat.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.run import DataSection
-from phinetune.data.prepare.encode_rows import Outcome, outcomes
+from phinetune.data.prepare.encode_rows import RowOutcome, outcomes
 from phinetune.data.read.rows import Row
 
 TOKENIZER = byte_tokenizer(300)
 ENCODER = make_encoder(TOKENIZER)
 
 
-def outcome(fields: dict[str, Any], max_length: int | None = None, **section: Any) -> Outcome:
+def outcome(fields: dict[str, Any], max_length: int | None = None, **section: Any) -> RowOutcome:
     encoder = make_encoder(TOKENIZER, section.get("loss_on", "assistant"))
     return next(outcomes([Row("a.jsonl:1", fields)], DataSection(**section), encoder, max_length))
 
 
-def trained(made: Outcome) -> str:
+def trained(made: RowOutcome) -> str:
     assert made.encoded
     return str(TOKENIZER.decode([i for i in made.encoded.labels if i != -100]))
 

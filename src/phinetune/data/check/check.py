@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phinetune.chat.encoder import Encoder
+from phinetune.chat.encoder import ChatEncoder
 from phinetune.config.run import DataSection
 from phinetune.data.check.findings import KINDS, Findings
 from phinetune.data.check.histogram import histogram
 from phinetune.data.check.languages import Languages
-from phinetune.data.check.overlap import Comparison
+from phinetune.data.check.overlap import Overlap
 from phinetune.data.check.scan import as_row, scan_file, unreadable
 from phinetune.data.check.secrets import SECRETS, count_sensitive
 from phinetune.data.check.text_checks import (
@@ -24,7 +24,7 @@ from phinetune.data.check.text_checks import (
     turn_troubles,
 )
 from phinetune.data.prepare.build import Report
-from phinetune.data.prepare.encode_rows import Outcome, outcomes
+from phinetune.data.prepare.encode_rows import RowOutcome, outcomes
 from phinetune.data.prepare.splits import held_out_places
 from phinetune.data.read.forms import strings
 from phinetune.data.read.rows import Broken, Row
@@ -88,7 +88,7 @@ def check_files(
     files: Sequence[str],
     held_out: Sequence[str],
     section: DataSection,
-    encoder: Encoder,
+    encoder: ChatEncoder,
     max_length: int | None,
     on_row: Callable[[], None] = lambda: None,
 ) -> CheckReport:
@@ -101,7 +101,7 @@ def check_files(
     """
     report = CheckReport(files, section.split, Report(", ".join(files)), max_length, describe_template(encoder))
     look = _Look(section, encoder, report)
-    compared = Comparison(report.findings, section.format, report.left_out)
+    compared = Overlap(report.findings, section.format, report.left_out)
     count = 0
     for count, (outcome, why) in enumerate(look.at(files, report.counts), 1):
         on_row()
@@ -130,7 +130,7 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
         return set()
 
 
-def _measure(outcome: Outcome, encoder: Encoder, report: CheckReport) -> None:
+def _measure(outcome: RowOutcome, encoder: ChatEncoder, report: CheckReport) -> None:
     """Turns of a row, and lengths where it is kept."""
     report.turns.update(m["role"] for m in outcome.messages if m["content"] or "tools" not in m)
     report.turns["tool call"] += sum(len(m.get("tool_calls", [])) for m in outcome.messages)
@@ -144,7 +144,7 @@ def _measure(outcome: Outcome, encoder: Encoder, report: CheckReport) -> None:
     report.ends_a_turn = report.ends_a_turn or any(i in encoder.end_of_turn for i in outcome.encoded.labels)
 
 
-def describe_template(encoder: Encoder) -> dict[str, str]:
+def describe_template(encoder: ChatEncoder) -> dict[str, str]:
     """What the checkpoint's template does with what not every template knows."""
     kept = {role: "dropped" if role in encoder.dropped_roles else "kept" for role in ("system", "tool")}
     treated = {"fold": "folded into the first question (data.system)", "drop": "left out (data.system)"}
@@ -163,10 +163,10 @@ class _Look:
     """The look at the rows of one set of files, one after the other."""
 
     section: DataSection
-    encoder: Encoder
+    encoder: ChatEncoder
     report: CheckReport
 
-    def at(self, files: Sequence[str], counts: Report) -> Iterator[tuple[Outcome, str | None]]:
+    def at(self, files: Sequence[str], counts: Report) -> Iterator[tuple[RowOutcome, str | None]]:
         """What becomes of each row, with all that stands out about it noted, and why it should not stay, if so."""
         for outcome in outcomes(self._rows(files, counts), self.section, self.encoder, self.report.max_length):
             counts.count(outcome)
@@ -200,7 +200,7 @@ class _Look:
         counts.rows += 1
         counts.dropped[KINDS[kind].title] += 1
 
-    def _troubles(self, outcome: Outcome) -> Iterator[tuple[str, str]]:
+    def _troubles(self, outcome: RowOutcome) -> Iterator[tuple[str, str]]:
         if outcome.error:
             yield outcome.error.kind, str(outcome.error)
         elif outcome.reason:

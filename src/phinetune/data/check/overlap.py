@@ -32,7 +32,7 @@ def _text_of_row(row: Row, form: str) -> str:
         return ""
 
 
-class Comparison:
+class Overlap:
     """Takes in training rows one by one, each under its number, then held-out ones. Keeps places and keys, no rows."""
 
     def __init__(self, findings: Findings, form: str, left_out: dict[int, str]) -> None:

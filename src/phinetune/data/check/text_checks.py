@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from phinetune.chat.control import control_tokens
-from phinetune.chat.encoder import Encoder
+from phinetune.chat.encoder import ChatEncoder
 from phinetune.chat.template import Message, typed_tokens
 
 # Control characters but tab and line ends; marks that turn the reading direction; a byte order mark inside a text;
@@ -67,7 +67,7 @@ def _misplaced(number: int, message: Message, before: Message) -> Iterator[tuple
         yield "order", f"turn {number} answers no question"
 
 
-def markup_troubles(messages: Sequence[Message], encoder: Encoder) -> Iterator[tuple[str, str]]:
+def markup_troubles(messages: Sequence[Message], encoder: ChatEncoder) -> Iterator[tuple[str, str]]:
     """(kind, detail) of template tokens in the turns: this checkpoint's, or another template's."""
     control = control_tokens(encoder.tokenizer)
     for number, message in enumerate(messages, 1):
@@ -81,7 +81,7 @@ def markup_troubles(messages: Sequence[Message], encoder: Encoder) -> Iterator[t
             yield "foreign_markup", f"turn {number}: {_listed(foreign)}"
 
 
-def text_troubles(text: str, encoder: Encoder) -> Iterator[tuple[str, str]]:
+def text_troubles(text: str, encoder: ChatEncoder) -> Iterator[tuple[str, str]]:
     """(kind, detail) of another template's tokens in a ready-made text, where this checkpoint's own are welcome."""
     own = control_tokens(encoder.tokenizer).ids
     foreign = [token for token in MARKUP.findall(text) if token not in own]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from phinetune.chat.encoder import Encoded, Encoder, ends_a_turn
+from phinetune.chat.encoder import ChatEncoder, Encoded, ends_a_turn
 from phinetune.chat.template import Message
 from phinetune.config.run import DataSection, WeightedFile
 from phinetune.data.prepare.cache import kept, key_of
-from phinetune.data.prepare.encode_rows import Outcome, outcomes, tag_of
+from phinetune.data.prepare.encode_rows import RowOutcome, outcomes, tag_of
 from phinetune.data.prepare.splits import split_places
 from phinetune.data.prepare.stored import TRAINED, Columns, StoredChats, StoredRows
 from phinetune.data.prepare.stream import check_stream, first_rows, stream
@@ -47,7 +47,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "dropped": dict(self.dropped), "forms": dict(self.forms)}
 
-    def count(self, outcome: Outcome) -> None:
+    def count(self, outcome: RowOutcome) -> None:
         """Add one row."""
         self.rows += 1
         self.cut += outcome.cut
@@ -96,7 +96,7 @@ class ChatSet:
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def ends_a_turn(self, encoder: Encoder) -> bool:
+    def ends_a_turn(self, encoder: ChatEncoder) -> bool:
         """Whether any label is an end-of-turn token."""
         return self.stored_end if isinstance(self.encoded, StoredRows) else ends_a_turn(encoder, self.encoded)
 
@@ -151,7 +151,7 @@ def check_sources(section: DataSection) -> None:
         raise DataError(problems)
 
 
-def build_chats(section: DataSection, encoder: Encoder, max_length: int | None) -> Chats:
+def build_chats(section: DataSection, encoder: ChatEncoder, max_length: int | None) -> Chats:
     """Read and encode what the section names, split as it says.
 
     Raises:
@@ -180,7 +180,7 @@ def read_sets(
     name: str,
     source: str | Sequence[str | WeightedFile] | None,
     section: DataSection,
-    encoder: Encoder,
+    encoder: ChatEncoder,
     max_length: int | None,
     *,
     share: float | None = None,
@@ -230,7 +230,7 @@ def _read_small(paths: Sequence[str], section: DataSection) -> list[list[Row]] |
 
 
 def build_set(
-    name: str, rows: Iterable[Row], section: DataSection, encoder: Encoder, max_length: int | None
+    name: str, rows: Iterable[Row], section: DataSection, encoder: ChatEncoder, max_length: int | None
 ) -> ChatSet:
     """Check and encode rows in memory, keeping count of what happened to each.
 
@@ -272,7 +272,7 @@ def refuse(report: Report, problems: Sequence[str], section: DataSection) -> Non
 
 
 def _prepare_large(
-    paths: Sequence[str], section: DataSection, encoder: Encoder, max_length: int | None
+    paths: Sequence[str], section: DataSection, encoder: ChatEncoder, max_length: int | None
 ) -> tuple[list[int], Callable[[str, Sequence[int]], ChatSet]]:
     """Rows of each source and what makes a set of the rows at given places."""
     tables = [_kept_table(path, section, encoder, max_length) for path in paths]
@@ -288,7 +288,7 @@ def _prepare_large(
     return counts, make
 
 
-def _kept_table(path: str, section: DataSection, encoder: Encoder, max_length: int | None) -> Dataset:
+def _kept_table(path: str, section: DataSection, encoder: ChatEncoder, max_length: int | None) -> Dataset:
     """The table of a source, made now unless it is kept from before.
 
     Raises:
@@ -311,7 +311,7 @@ def _kept_table(path: str, section: DataSection, encoder: Encoder, max_length: i
     return read_table(kept(key, make))
 
 
-def _streamed(name: str, section: DataSection, encoder: Encoder, max_length: int | None) -> ChatSet:
+def _streamed(name: str, section: DataSection, encoder: ChatEncoder, max_length: int | None) -> ChatSet:
     """A stream, told by its first rows.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from phinetune.chat.encoder import Encoded, Encoder
+from phinetune.chat.encoder import ChatEncoder, Encoded
 from phinetune.chat.row_error import RowError
 from phinetune.chat.template import Message
 from phinetune.config.run import DataSection
@@ -24,7 +24,7 @@ NOTHING_TRAINED = "no token to train on"
 
 
 @dataclass
-class Outcome:
+class RowOutcome:
     """What became of one row.
 
     Attributes:
@@ -72,7 +72,9 @@ def _turns(row: Row) -> int:
     return max((len(value) for value in lists if value and isinstance(value[0], Mapping)), default=0)
 
 
-def outcomes(rows: Iterable[Row], section: DataSection, encoder: Encoder, max_length: int | None) -> Iterator[Outcome]:
+def outcomes(
+    rows: Iterable[Row], section: DataSection, encoder: ChatEncoder, max_length: int | None
+) -> Iterator[RowOutcome]:
     """The outcome of each row, in order; the rows are taken a batch at a time."""
     waiting = iter(rows)
     while batch := [_read(row, section, encoder) for row in itertools.islice(waiting, BATCH)]:
@@ -82,8 +84,8 @@ def outcomes(rows: Iterable[Row], section: DataSection, encoder: Encoder, max_le
             yield made
 
 
-def _read(row: Row, section: DataSection, encoder: Encoder) -> Outcome:
-    made = Outcome(row)
+def _read(row: Row, section: DataSection, encoder: ChatEncoder) -> RowOutcome:
+    made = RowOutcome(row)
     try:
         form = detect_form(row.fields) if section.format == "auto" else section.format
         if form == "tokens":
@@ -145,7 +147,7 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(type(i) is int for i in value)
 
 
-def _encode(batch: Sequence[Outcome], encoder: Encoder) -> None:
+def _encode(batch: Sequence[RowOutcome], encoder: ChatEncoder) -> None:
     texts = [made for made in batch if made.text is not None and made.error is None]
     for made, encoded in zip(texts, encoder.encode_texts([made.text or "" for made in texts]), strict=True):
         made.encoded = encoded
@@ -158,7 +160,7 @@ def _encode(batch: Sequence[Outcome], encoder: Encoder) -> None:
             _encode_alone(made, encoder)
 
 
-def _encode_alone(made: Outcome, encoder: Encoder) -> None:
+def _encode_alone(made: RowOutcome, encoder: ChatEncoder) -> None:
     """Encode one chat, to find out which of a batch the template refuses."""
     try:
         made.encoded = encoder.encode([made.chat])[0]
@@ -168,7 +170,7 @@ def _encode_alone(made: Outcome, encoder: Encoder) -> None:
         made.refuse(RowError(f"the chat template refuses it: {error}", "template"))
 
 
-def _fit(made: Outcome, section: DataSection, encoder: Encoder, max_length: int | None) -> None:
+def _fit(made: RowOutcome, section: DataSection, encoder: ChatEncoder, max_length: int | None) -> None:
     """Cut or drop what is too long, and drop what trains nothing."""
     if made.encoded is None:
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Features, IterableDataset, List, Value
 
-from phinetune.chat.encoder import Encoded, Encoder
+from phinetune.chat.encoder import ChatEncoder, Encoded
 from phinetune.config.run import DataSection, WeightedFile
 from phinetune.data.prepare.encode_rows import BATCH, outcomes
 from phinetune.data.read.rows import Broken, Row, number_rows, open_dataset, scan_rows
@@ -43,7 +43,7 @@ def first_rows(section: DataSection) -> list[Row]:
     return list(itertools.islice(_rows(section), BATCH))
 
 
-def stream(section: DataSection, encoder: Encoder, max_length: int | None) -> IterableDataset:
+def stream(section: DataSection, encoder: ChatEncoder, max_length: int | None) -> IterableDataset:
     """`input_ids` and `labels` of the rows as they come, in an order that `data.seed` draws among neighbours.
 
     Going over it raises DataError at the first row that can't be used, unless `invalid_rows` is `drop`.
@@ -53,7 +53,7 @@ def stream(section: DataSection, encoder: Encoder, max_length: int | None) -> It
     return made.shuffle(seed=section.seed, buffer_size=DRAWN_FROM)
 
 
-def _encoded(section: DataSection, encoder: Encoder, max_length: int | None) -> Iterator[dict[str, list[int]]]:
+def _encoded(section: DataSection, encoder: ChatEncoder, max_length: int | None) -> Iterator[dict[str, list[int]]]:
     for made in outcomes(_rows(section), section, encoder, max_length):
         if made.error and section.invalid_rows == "fail":
             raise DataError(

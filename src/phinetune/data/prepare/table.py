@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, concatenate_datasets
 
-from phinetune.chat.encoder import Encoder, ends_a_turn
+from phinetune.chat.encoder import ChatEncoder, ends_a_turn
 from phinetune.config.run import DataSection
-from phinetune.data.prepare.encode_rows import Outcome, outcomes, tag_of
+from phinetune.data.prepare.encode_rows import RowOutcome, outcomes, tag_of
 from phinetune.data.read.rows import Broken, Row
-from phinetune.data.read.sources import PIECE, Piece, Source, open_source
+from phinetune.data.read.sources import PIECE, Source, SourcePart, open_source
 from phinetune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ SCHEMA = pyarrow.schema(
 
 
 def write_table(
-    source: str, section: DataSection, encoder: Encoder, max_length: int | None, limit: int | None, folder: Path
+    source: str, section: DataSection, encoder: ChatEncoder, max_length: int | None, limit: int | None, folder: Path
 ) -> None:
     """Encode a source into Arrow files in `folder`, with a process for each core.
 
@@ -55,14 +55,14 @@ def write_table(
     pieces = opened.pieces(limit)
     processes = max(1, min(cores(), len(pieces)))
     logger.info("preparing %s: about %s rows, %d processes", source, f"{len(pieces) * PIECE:,}", processes)
-    index = Dataset.from_dict({key: [getattr(piece, key) for piece in pieces] for key in Piece._fields})
+    index = Dataset.from_dict({key: [getattr(piece, key) for piece in pieces] for key in SourcePart._fields})
     try:
         index.with_format("arrow").map(
             encode_pieces,
             batched=True,
             batch_size=1,
             fn_kwargs={"source": opened, "section": section, "encoder": encoder, "max_length": max_length},
-            remove_columns=list(Piece._fields),
+            remove_columns=list(SourcePart._fields),
             num_proc=processes if processes > 1 else None,
             cache_file_name=str(folder / "rows.arrow"),
             new_fingerprint="0",  # the folder's name says what it holds
@@ -84,12 +84,12 @@ def cores() -> int:
 
 
 def encode_pieces(
-    batch: pyarrow.Table, source: Source, section: DataSection, encoder: Encoder, max_length: int | None
+    batch: pyarrow.Table, source: Source, section: DataSection, encoder: ChatEncoder, max_length: int | None
 ) -> pyarrow.Table:
     """The rows of pieces as lines of the table. Runs in a process of its own."""
     lines: list[dict[str, Any]] = []
     for piece in batch.to_pylist():
-        found = list(source.read(Piece(**piece)))
+        found = list(source.read(SourcePart(**piece)))
         rows = [row for row in found if isinstance(row, Row)]
         made = outcomes(rows, section, encoder, max_length)
         lines += [_broken(row) if isinstance(row, Broken) else _line(next(made), encoder, section.tag) for row in found]
@@ -100,7 +100,7 @@ def _broken(place: Broken) -> dict[str, Any]:
     return {"length": 0, "trainable": 0, "broken": f"{place.where}: {place.problem}"}
 
 
-def _line(made: Outcome, encoder: Encoder, tag: str | None) -> dict[str, Any]:
+def _line(made: RowOutcome, encoder: ChatEncoder, tag: str | None) -> dict[str, Any]:
     row = made.encoded
     return {
         "input_ids": row.input_ids if row else [],

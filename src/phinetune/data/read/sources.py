@@ -23,7 +23,7 @@ PIECE = 2048  # rows: enough to spread over processes, few enough to hold
 LINES = (".jsonl", ".ndjson")
 
 
-class Piece(NamedTuple):
+class SourcePart(NamedTuple):
     """A part of a source: where it begins and ends (bytes, batches or rows), and its first line or row."""
 
     start: int
@@ -34,10 +34,10 @@ class Piece(NamedTuple):
 class Source(Protocol):
     """A source that can be entered at any of its pieces. Goes to other processes, so it holds no open file."""
 
-    def pieces(self, limit: int | None) -> list[Piece]:
+    def pieces(self, limit: int | None) -> list[SourcePart]:
         """Its pieces in order, so many that they hold `limit` rows."""
 
-    def read(self, piece: Piece) -> Iterator[Row | Broken]:
+    def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
         """The rows of a piece, and its broken places."""
 
 
@@ -86,8 +86,8 @@ class LineSource:
     path: Path
     laid_down: bool = False
 
-    def pieces(self, limit: int | None) -> list[Piece]:
-        made: list[Piece] = []
+    def pieces(self, limit: int | None) -> list[SourcePart]:
+        made: list[SourcePart] = []
         start = place = rows = total = 0
         first = number = 1
         with self.path.open("rb") as file:
@@ -95,14 +95,14 @@ class LineSource:
                 place += len(line)
                 rows += not line.isspace()
                 if rows == PIECE:
-                    made.append(Piece(start, place, first))
+                    made.append(SourcePart(start, place, first))
                     total += rows
                     start, first, rows = place, number + 1, 0
                     if limit is not None and total >= limit:
                         return made
-        return [*made, Piece(start, place, first)] if place > start else made
+        return [*made, SourcePart(start, place, first)] if place > start else made
 
-    def read(self, piece: Piece) -> Iterator[Row | Broken]:
+    def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
         lines = lines_of(self.path, *piece)
         if not self.laid_down:
             return read_lines(self.path, lines)
@@ -116,19 +116,19 @@ class BatchSource:
     path: Path
     name: str
 
-    def pieces(self, limit: int | None) -> list[Piece]:
-        made: list[Piece] = []
+    def pieces(self, limit: int | None) -> list[SourcePart]:
+        made: list[SourcePart] = []
         total = 0
         with pyarrow.memory_map(str(self.path)) as file:
             reader = pyarrow.ipc.open_file(file)
             for i in range(reader.num_record_batches):
-                made.append(Piece(i, i + 1, total + 1))
+                made.append(SourcePart(i, i + 1, total + 1))
                 total += reader.get_batch(i).num_rows
                 if limit is not None and total >= limit:
                     break
         return made
 
-    def read(self, piece: Piece) -> Iterator[Row | Broken]:
+    def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
         with pyarrow.memory_map(str(self.path)) as file:
             rows = pyarrow.ipc.open_file(file).get_batch(piece.start).to_pylist()
         return (Row(f"{self.name}: row {number}", fields) for number, fields in enumerate(rows, piece.first))
@@ -141,11 +141,11 @@ class DatasetSource:
     name: str
     data: Any
 
-    def pieces(self, limit: int | None) -> list[Piece]:
+    def pieces(self, limit: int | None) -> list[SourcePart]:
         rows = len(self.data) if limit is None else min(limit, len(self.data))
-        return [Piece(i, min(i + PIECE, rows), i + 1) for i in range(0, rows, PIECE)]
+        return [SourcePart(i, min(i + PIECE, rows), i + 1) for i in range(0, rows, PIECE)]
 
-    def read(self, piece: Piece) -> Iterator[Row | Broken]:
+    def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
         rows = self.data.select(range(piece.start, piece.stop))
         return (Row(f"{self.name}: row {number}", dict(fields)) for number, fields in enumerate(rows, piece.first))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune.engine.attention_plan import Groups, Heads, Placed, Run
+from phinetune.engine.attention_plan import AttentionRun, Groups, Heads, Placed
 from phinetune.engine.kernels.matmul import scratch, widened, work_dtype
 from phinetune.engine.kernels.rotary import rotate_
 
@@ -27,7 +27,7 @@ BLOCK = 64  # queries whose scores are computed at a time
 SCORES = 1 << 20  # scores alive at a time, of several heads where they fit
 
 
-def attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[Run], heads: Heads) -> Tensor:
+def attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[AttentionRun], heads: Heads) -> Tensor:
     """Rotate queries and keys, attend within segments.
 
     Args:
@@ -45,7 +45,7 @@ def attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[Run], heads:
     return torch.cat([_attend(part, run, heads) for part, run in zip(parts, runs, strict=True)])
 
 
-def _attend(qkv: Tensor, run: Run, heads: Heads) -> Tensor:
+def _attend(qkv: Tensor, run: AttentionRun, heads: Heads) -> Tensor:
     """A run's tokens, already rotated."""
     return _fused(qkv, heads) if run.groups is None else _in_groups(qkv, None, None, run.groups, heads)
 

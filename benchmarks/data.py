@@ -47,17 +47,19 @@ def write_rows(file: Path, count: int) -> None:
 
 def ours(tokenizer: str, file: str, processes: int) -> Row:
     """This project's preparation: the file to ids and labels on disk."""
-    from phinetune.chat.encoder import make_encoder
+    from phinetune.chats.encoder import make_encoder
     from phinetune.checkpoints.tokenizer import open_tokenizer
-    from phinetune.config.run import DataSection, ModelSection
+    from phinetune.config.data import DataSection
+    from phinetune.config.model import ModelSection
     from phinetune.data.prepare.build import build_chats
+    from phinetune.data.prepare.encode_rows import RowEncoder
     from phinetune.logs import quiet_libraries
 
     quiet_libraries()
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:processes]))
     encoder = make_encoder(open_tokenizer(ModelSection(path=tokenizer)))
     start = time.perf_counter()
-    report = build_chats(DataSection(train=file), encoder, LENGTH).train.report
+    report = build_chats(RowEncoder(DataSection(train=file), encoder, LENGTH)).train.report
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,

@@ -33,9 +33,9 @@ PARTS = {"adapter": True, "base": False}  # under a LoRA, PEFT's own layers besi
 
 def write_prompts(count: int) -> str:
     """The first prompts of the demo's chats, held-out ones first, as token ids in a JSON file."""
-    from phinetune.chat.encoder import make_encoder
+    from phinetune.chats.encoder import make_encoder
     from phinetune.checkpoints.load import load_base
-    from phinetune.config.run import ModelSection
+    from phinetune.config.model import ModelSection
 
     encoder = make_encoder(load_base(ModelSection(path="starter")).tokenizer, "assistant", "keep")
     demo = HERE.parent / "src" / "phinetune" / "demo"

@@ -65,16 +65,18 @@ def measured(tree: Row) -> Row:
     from peft import PeftModel
     from torch.nn.modules.module import register_module_forward_pre_hook
 
-    from phinetune.chat.encoder import make_encoder
+    from phinetune.chats.encoder import make_encoder
     from phinetune.checkpoints.tokenizer import open_tokenizer
     from phinetune.config.run import make_config
     from phinetune.data.prepare.build import build_chats
+    from phinetune.data.prepare.encode_rows import RowEncoder
     from phinetune.logs import quiet_libraries
-    from phinetune.training import run as job
+    from phinetune.training.prepare import prepare_run, settle
+    from phinetune.training.run import open_place, train_run
 
     quiet_libraries()
     config = make_config(tree)
-    chats = build_chats(config.data, make_encoder(open_tokenizer(config.model)), 1024)
+    chats = build_chats(RowEncoder(config.data, make_encoder(open_tokenizer(config.model)), 1024))
     before = _status("VmRSS")
     begun: list[int] = []
 
@@ -84,7 +86,7 @@ def measured(tree: Row) -> Row:
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 
     register_module_forward_pre_hook(first_step)
-    trained = job.train(config, Console(quiet=True))
+    trained = train_run(prepare_run(settle(config)), open_place(config))
     assert len(chats.train)
     return {"bytes": _status("VmHWM") - before, "seconds": trained.summary["seconds"], "loaded": begun[0] - before}
 

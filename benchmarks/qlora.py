@@ -31,8 +31,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from benchmarks.train import RESULTS, Row, as_table, machine, measure, write
 from benchmarks.worker import LORA
-from phinetune.checkpoints import random_shapes as synthetic
-from phinetune.checkpoints import starter
+from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.adapters import ADAPTER_WEIGHTS, BASE_FILE, linear_layers
 from phinetune.checkpoints.load import INDEX, Base, fingerprint
 from phinetune.files import staged_folder
@@ -122,7 +121,7 @@ def saved(config: Phi3Config) -> Path:
         stored = copy.deepcopy(config)
         stored.dtype, stored.architectures = STORED, ["Phi3ForCausalLM"]
         stored.save_pretrained(folder)
-        synthetic.byte_tokenizer(config.vocab_size).save_pretrained(folder)
+        random_shapes.byte_tokenizer(config.vocab_size).save_pretrained(folder)
     return target
 
 
@@ -146,7 +145,7 @@ def _shards(config: Phi3Config) -> Iterator[dict[str, Tensor]]:
 
 def made_rows(config: Phi3Config, steps: int) -> dict[str, Any]:
     """`steps` steps of made-up rows of LENGTH tokens each, so that nobody pads: a letter is a token here."""
-    tokenizer = synthetic.byte_tokenizer(config.vocab_size)
+    tokenizer = random_shapes.byte_tokenizer(config.vocab_size)
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]
     letters = LENGTH - len(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"])
     draw = random.Random(1)
@@ -186,7 +185,7 @@ def main() -> None:
     cli.add_argument("--quick", action="store_true", help="fewer steps")
     options = cli.parse_args()
     console = Console()
-    config = synthetic.parse_shape(options.shape)
+    config = random_shapes.parse_shape(options.shape)
     for name in options.only.split(","):
         rows = PARTS[name](config, options.dtype, options.quick)
         console.print(as_table(name, rows))

@@ -67,7 +67,7 @@ def alpaca_rows() -> str:
 def saved_shape(dtype: str) -> str:
     """Phi-3 mini's shape with four layers as a folder that TRL can load, with the real tokenizer where it is."""
     from phinetune.checkpoints.load import load_base
-    from phinetune.config.run import ModelSection
+    from phinetune.config.model import ModelSection
 
     tokenizer = SHARED / "phi3-tokenizer"
     section = ModelSection(path=SHAPE, dtype=dtype, tokenizer=str(tokenizer) if tokenizer.is_dir() else None)

@@ -123,12 +123,12 @@ def phinetune(
 ) -> dict[str, Any]:
     """A run of this project on the same rows. `overhead`: share of the time that is not forward to optimizer."""
     from peft import PeftModel
-    from rich.console import Console
     from torch.nn.modules.module import register_module_forward_pre_hook
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from phinetune.config.run import make_config
-    from phinetune.training import run as job
+    from phinetune.training.prepare import prepare_run, settle
+    from phinetune.training.run import open_place, train_run
 
     began: list[float] = []
     ended: list[float] = []
@@ -151,7 +151,7 @@ def phinetune(
             "training_config": training,
         }
     )
-    trained = job.train(config, Console(quiet=True))
+    trained = train_run(prepare_run(settle(config)), open_place(config))
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     inside = sum(end - start for start, end in zip(began, ended, strict=True))
     return {
@@ -187,7 +187,7 @@ def step(
     from peft import LoraConfig, get_peft_model
 
     from phinetune.checkpoints.load import load_base
-    from phinetune.config.run import ModelSection
+    from phinetune.config.model import ModelSection
     from phinetune.engine.lora_layers import use_fused_layers
 
     loaded = load_base(ModelSection(path=model, dtype=dtype, device="cpu"), fast=engine == "fast")
@@ -235,7 +235,7 @@ def pairs_seen(config: Any, length: int) -> int:
 
 def _made_up(chats: int, length: int, shared: int, labelled: int | None, top: int) -> list[Any]:
     """Conversations of random tokens below `top`; see `step`."""
-    from phinetune.chat.encoder import Encoded
+    from phinetune.engine.examples import Encoded
 
     torch.manual_seed(0)
     begin = torch.randint(3, top, (shared,)).tolist()
@@ -246,12 +246,12 @@ def _made_up(chats: int, length: int, shared: int, labelled: int | None, top: in
 
 def _fast_loss(peft: Any, rows: list[Any], sharing: bool, memory: str | int) -> Callable[[], torch.Tensor]:
     """This project's loss of the rows, packed."""
-    from phinetune.config.run import EngineSection
-    from phinetune.engine.choice import Engine
+    from phinetune.config.engine import EngineSection
+    from phinetune.engine.fast_engine import FastEngine
     from phinetune.engine.packing import pack
 
     setting = EngineSection(activation_memory=memory).activation_memory
-    Engine(setting, sharing, None, False).set_up(peft, torch.device("cpu"))
+    FastEngine(setting, sharing, None, False).set_up(peft, torch.device("cpu"))
     batch = pack(rows, share=sharing)
 
     def loss() -> torch.Tensor:
@@ -301,7 +301,7 @@ def generate(
     from peft import LoraConfig, get_peft_model
 
     from phinetune.checkpoints.load import load_base
-    from phinetune.config.run import ModelSection
+    from phinetune.config.model import ModelSection
     from phinetune.engine.generate import stop_set
     from phinetune.engine.lora_layers import use_fused_layers
 
@@ -367,7 +367,7 @@ def _product_rate(dtype: torch.dtype) -> float:
 
 def merge(adapter: str, base: str, out: str) -> dict[str, Any]:
     """The adapter merged into the base, in the dtype of the base's files, synced to disk."""
-    from phinetune.export.merge.merge import merge_run
+    from phinetune.exporting.merge.merge import merge_run
 
     del base
     start = time.perf_counter()

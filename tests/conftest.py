@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from exporting.hub.hub_helpers import Hub, point_at, serve_hub
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
-from hub_helpers import Hub, point_at, serve_hub
 from phinetune.checkpoints.load import Loaded, load_base
-from phinetune.config.run import ModelSection
+from phinetune.config.model import ModelSection
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +75,11 @@ def console() -> Console:
 @pytest.fixture(scope="session")
 def tiny_run(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with checkpoints and evaluations in between. Read it; don't write into it."""
-    from phinetune.api.train import run
+    from phinetune.api.train import train_config
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     config = tiny_config(chats, folder, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=3)
-    run(config, Console(file=io.StringIO()))
+    train_config(config, Console(file=io.StringIO()))
     return folder
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.config.run import RunConfig, make_config
+from phinetune.data.read.rows import Row, read_first
+from phinetune.errors import DataError, at_most
+from phinetune.training.prepare import prepare_run, settle
+from phinetune.training.run import TrainedRun, open_place, train_run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
@@ -103,3 +107,17 @@ def tiny_config(chats: Path, output_dir: Path, **training: Any) -> RunConfig:
             "evaluation": {"max_new_tokens": 6, "max_prompts": 3, "batch_size": 2},
         }
     )
+
+
+def train_only(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> TrainedRun:
+    """A run prepared and trained, nothing shown and nothing compared."""
+    prepared = prepare_run(settle(config))
+    return train_run(prepared, open_place(config, resume=resume, overwrite=overwrite))
+
+
+def read_rows(source: str, split: str = "train") -> list[Row]:
+    """All rows of a source; what is broken in them is raised."""
+    rows, broken = read_first(source, split, None)
+    if broken:
+        raise DataError(at_most(broken))
+    return rows

@@ -11,7 +11,7 @@ from phinetune.errors import RunError
 from phinetune.run_folder import RESUMABLE, RunFolder
 
 
-def made(path: Path, finished: bool = False, checkpoints: tuple[int, ...] = ()) -> RunFolder:
+def make_run(path: Path, finished: bool = False, checkpoints: tuple[int, ...] = ()) -> RunFolder:
     folder = RunFolder(path)
     folder.start(tiny_config(Path("chats.jsonl"), path), None)
     for step in checkpoints:
@@ -29,14 +29,14 @@ def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
 
 
 def test_a_run_that_saved_nothing_may_be_started_again(tmp_path: Path) -> None:
-    made(tmp_path / "run").check_free(overwrite=False)
+    make_run(tmp_path / "run").check_free(overwrite=False)
 
 
 @pytest.mark.parametrize(
     ("finished", "words"), [(True, "holds a finished run"), (False, "has not ended; go on with --resume")]
 )
 def test_a_run_is_only_replaced_when_asked(tmp_path: Path, finished: bool, words: str) -> None:
-    folder = made(tmp_path / "run", finished, checkpoints=(3,))
+    folder = make_run(tmp_path / "run", finished, checkpoints=(3,))
     with pytest.raises(RunError, match=words):
         folder.check_free(overwrite=False)
     folder.check_free(overwrite=True)
@@ -50,7 +50,7 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 
 
 def test_starting_anew_clears_the_runs_own_files_alone(tmp_path: Path) -> None:
-    folder = made(tmp_path / "run", finished=True, checkpoints=(3,))
+    folder = make_run(tmp_path / "run", finished=True, checkpoints=(3,))
     (folder.path / "notes.txt").write_text("mine")
     (folder.path / "checkpoint-best").mkdir()
     folder.start(tiny_config(Path("other.jsonl"), folder.path), None)
@@ -58,7 +58,7 @@ def test_starting_anew_clears_the_runs_own_files_alone(tmp_path: Path) -> None:
 
 
 def test_only_whole_checkpoints_count_and_the_newest_is_resumed(tmp_path: Path) -> None:
-    folder = made(tmp_path / "run", checkpoints=(9, 10, 100))
+    folder = make_run(tmp_path / "run", checkpoints=(9, 10, 100))
     (folder.path / "checkpoint-100" / RESUMABLE[-1]).unlink()
     config = folder.read_config()
     assert [p.name for p in folder.checkpoints()] == ["checkpoint-9", "checkpoint-10"]
@@ -68,7 +68,7 @@ def test_only_whole_checkpoints_count_and_the_newest_is_resumed(tmp_path: Path) 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run to go on with"):
         RunFolder(tmp_path).checkpoint_to_resume(tiny_config(Path("x"), tmp_path))
-    folder = made(tmp_path / "run")
+    folder = make_run(tmp_path / "run")
     assert folder.checkpoint_to_resume(folder.read_config()) is None
 
 

@@ -16,7 +16,7 @@ SEED = 20
 TRAIN_CHATS = 420
 HELDOUT_CHATS = 80
 MULTI_TURN_SHARE = 0.15
-FOLDER = Path(__file__).resolve().parent.parent / "src" / "phinetune" / "demo"
+FOLDER = Path(__file__).resolve().parent.parent / "src" / "phinetune" / "demo_data"
 
 SYSTEM = "Answer for Trailhead Outfitters: a friendly line, then JSON."
 ASK_FOR_ORDER = "Happy to help! Which order is it?"

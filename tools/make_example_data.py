@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "src" / "phinetune" / "demo"
+DEMO = ROOT / "src" / "phinetune" / "demo_data"
 TARGET = ROOT / "examples" / "data"
 ROWS = {"train": 240, "heldout": 32}
 FROM = {"system": "system", "user": "human", "assistant": "gpt"}

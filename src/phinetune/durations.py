@@ -1,10 +1,10 @@
-"""Numbers in words and figures for a person."""
+"""Writes durations for a person to read."""
 
 from __future__ import annotations
 
 
 def spell_seconds(seconds: float) -> str:
-    """`45s`, `3m 20s`, `2h 05m`."""
+    """A number of seconds as text: `45s`, `3m 20s` or `2h 05m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

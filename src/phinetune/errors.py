@@ -1,4 +1,4 @@
-"""What goes wrong for a user, said in sentences: every such error is a `PhinetuneError`."""
+"""The errors that a user can correct. Each is a `PhinetuneError` and says in sentences what is wrong."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 
 class PhinetuneError(Exception):
-    """A mistake the user can mend. Holds every problem found, so that all are told at once.
+    """A mistake that the user can correct. It holds all problems that were found, so that all are shown at once.
 
-    The command line prints `str(error)` and exits with status 2; a library caller may read `problems`.
+    The command line prints `str(error)` and exits with status 2. A caller in Python may read `problems`.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -18,29 +18,29 @@ class PhinetuneError(Exception):
 
 
 class ConfigError(PhinetuneError):
-    """A key, a value or a combination in the configuration."""
+    """A key, a value or a combination in the configuration is wrong."""
 
 
 class DataError(PhinetuneError):
-    """A data file or a row in it."""
+    """A data file, or a row in it, can't be used."""
 
 
 class ModelError(PhinetuneError):
-    """A checkpoint, a tokenizer or an adapter that can't be used as asked."""
+    """A checkpoint, a tokenizer or an adapter can't be used as the user asked."""
 
 
 class RunError(PhinetuneError):
-    """A run folder, or a run that can't go on."""
+    """A run's folder can't be used, or a run can't go on."""
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
-    """The sentence for a key that does not exist, naming the nearest one that does."""
+    """The sentence for a key that does not exist. It names the nearest key that does, if one is near."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
     hint = f"; did you mean `{near[0]}`?" if near else ""
     return f"{where}: there is no key `{key}`{hint}"
 
 
 def at_most(problems: Sequence[str], shown: int = 20) -> list[str]:
-    """The first `shown` problems, and a line that counts the rest."""
+    """The first `shown` problems, and a line that says how many more there are."""
     rest = len(problems) - shown
     return list(problems) if rest <= 0 else [*problems[:shown], f"… and {rest} more of this kind"]

@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves the old file or the new one, never half of either."""
+"""Writes files and folders so that a crash leaves the old one or the new one, never an incomplete one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically: a temporary file beside it, synced, then renamed over it."""
+    """Write `text` to `path` atomically: into a temporary file beside it, which is synced and then renamed."""
     write_lines(path, [text])
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """`write_text` of lines that are made one by one; where making one raises, nothing is written."""
+    """`write_text` for lines that are made one by one. If making one raises an error, nothing is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -33,15 +33,16 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors (Rust) and torch's zip writer raise types of their own and spell the number out.
+# safetensors (Rust) and torch's zip writer raise error types of their own, with the number in the text.
 DISK_FULL_SIGNS = ("No space left on device", *(f"os error {number})" for number in DISK_FULL))
 
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` in one rename when the block ends well, and vanishes otherwise.
+    """A context with an empty folder to fill. When the block ends, one rename makes the folder `target`.
 
-    An existing `target` is replaced. The staging folder lies beside it, so the rename stays on one file system.
+    If the block raises an error, the folder is deleted. An existing `target` is replaced. The folder is made beside
+    `target`, so the rename stays on one file system.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
@@ -54,7 +55,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def publish_folder(stage: Path, target: Path) -> None:
-    """Sync `stage` to disk and rename it to `target`, replacing what stands there."""
+    """Sync `stage` to disk and rename it to `target`. An existing `target` is replaced."""
     sync_tree(stage)
     if target.exists():
         shutil.rmtree(target)
@@ -63,7 +64,7 @@ def publish_folder(stage: Path, target: Path) -> None:
 
 
 def publish_files(stage: Path, target: Path) -> None:
-    """Sync the files of `stage` to disk and rename each into the folder `target`, over what stands there."""
+    """Sync the files in `stage` to disk and move each into the folder `target`. Files of the same name are replaced."""
     sync_tree(stage)
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(stage.iterdir()):

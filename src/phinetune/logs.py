@@ -1,4 +1,4 @@
-"""Logging as a run sets it up: timestamps, a level of the user's choice, and the same lines in the run folder."""
+"""Sets up logging: with times, a level of the user's choice, and a copy of the lines in the run's folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def set_up_logging(level: str = "info") -> None:
-    """Show the project's log lines of this level and above on standard error; others' from the same level on,
-    but at least warnings. Does nothing where the program has its own handlers.
+    """Show phinetune's log lines from this level on, on standard error.
+
+    Other libraries' lines are shown from the same level on, but never below warnings. If the program already has
+    handlers, no handler is added.
     """
     number = getattr(logging, level.upper())
     logging.getLogger("phinetune").setLevel(min(number, logging.INFO))
@@ -30,7 +32,7 @@ def set_up_logging(level: str = "info") -> None:
 
 
 def quiet_libraries() -> None:
-    """Turn off other libraries' own bars and notices; their warnings and errors still come through."""
+    """Turn off other libraries' progress bars and notices. Errors are still shown, and so are most warnings."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -42,7 +44,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Write the project's log lines, from INFO on, to `path` as well."""
+    """A context in which phinetune's log lines, from INFO on, are also written to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(FORMAT, DATES))

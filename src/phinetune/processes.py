@@ -1,7 +1,7 @@
 """The processes that a launcher (`accelerate launch`, `torchrun`) started for one run.
 
-The first of them is the main one: it prints, writes and evaluates. A process that nothing launched is the main one
-of one. Every function here must be called by all processes, in the same order.
+The first process is the main one: it prints, writes and evaluates. Without a launcher there is one process; it is the
+main one. All processes must call every function here, in the same order.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import distributed
 
-PATIENCE = timedelta(days=7)  # for what the main process does alone
+PATIENCE = timedelta(days=7)  # how long the other processes wait for work that the main process does alone
 
 
 def join(*, cpu: bool, timeout_s: float) -> None:
-    """Meet the other processes, if a launcher started any; each takes a device of its own.
+    """Connect with the other processes, if a launcher started any. Each process gets a device of its own.
 
     Args:
-        cpu: they run on the CPU.
-        timeout_s: how long processes wait for one another in a step.
+        cpu: whether they run on the CPU.
+        timeout_s: how many seconds processes wait for each other in a step.
     """
     from accelerate import PartialState
 
@@ -31,7 +31,7 @@ def join(*, cpu: bool, timeout_s: float) -> None:
 
 
 def count() -> int:
-    """How many processes work on this run."""
+    """How many processes the run has."""
     return distributed.get_world_size() if _several() else 1
 
 
@@ -41,7 +41,7 @@ def is_main() -> bool:
 
 
 def own_device() -> torch.device | None:
-    """The device that the launcher gave this process; None where it is the only one."""
+    """The device that the launcher gave this process; None if this is the only process."""
     from accelerate import PartialState
 
     device: torch.device | None = PartialState().device if _several() else None
@@ -50,7 +50,7 @@ def own_device() -> torch.device | None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The block runs in each machine's first process, then in the others: what it makes is made once."""
+    """A context. On each machine the block runs in the first process, then in the others, which find what it made."""
     if not _several():
         yield
         return
@@ -61,27 +61,32 @@ def main_first() -> Iterator[None]:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is up in any process."""
+    """Whether the flag is true in any process."""
     if not _several():
         return flag
-    raised = torch.tensor(int(flag), device=own_device())
-    distributed.all_reduce(raised, distributed.ReduceOp.MAX)
-    return bool(raised)
+    maximum = torch.tensor(int(flag), device=own_device())
+    distributed.all_reduce(maximum, distributed.ReduceOp.MAX)
+    return bool(maximum)
 
 
 def from_main(value: dict[str, Any]) -> dict[str, Any]:
-    """The main process's dictionary, which JSON can hold, in every process; waits however long that one works."""
+    """The main process's value, in every process. The others wait until the main process has it, for up to a week.
+
+    Args:
+        value: a dictionary that JSON can hold. Only the main process's counts.
+    """
     if not _several():
         return value
     group = distributed.new_group(backend="gloo", timeout=PATIENCE)
-    written = bytearray(json.dumps(value).encode()) if is_main() else bytearray()
-    size = torch.tensor(len(written))
+    sent = bytearray(json.dumps(value).encode()) if is_main() else bytearray()
+    size = torch.tensor(len(sent))
     distributed.broadcast(size, 0, group)
-    text = torch.frombuffer(written or bytearray(int(size)), dtype=torch.uint8)
+    text = torch.frombuffer(sent or bytearray(int(size)), dtype=torch.uint8)
     distributed.broadcast(text, 0, group)
-    read: dict[str, Any] = json.loads(bytes(text.tolist()))
-    return read
+    received: dict[str, Any] = json.loads(bytes(text.tolist()))
+    return received
 
 
 def _several() -> bool:
+    """Whether the run has more than one process."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

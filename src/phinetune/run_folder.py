@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, whose it is, and where a stopped run goes on."""
+"""The folder of a run: which files it holds, whether a run may be written there, and where a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVALUATION = "evaluation.json"
 CARD = "README.md"
 REPORT = "report.html"
 MARK = "# A run of phinetune, its configuration with every value in force.\n"
-# What a checkpoint must hold to go on from. It appears under its name in one rename, whole.
+# The files that a run needs to go on from a checkpoint. A checkpoint gets its name in one rename, when it is complete.
 RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 OWN_FILES = (
     CONFIG,
@@ -65,7 +65,7 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """Whether phinetune wrote this folder: its config.yaml starts with the mark."""
+        """Whether phinetune wrote this folder. Then its config.yaml begins with `MARK`."""
         try:
             return (self.path / CONFIG).read_text(encoding="utf-8").startswith(MARK)
         except (OSError, UnicodeDecodeError):
@@ -76,19 +76,20 @@ class RunFolder:
         return self.is_run and self.results.is_file()
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """The complete checkpoints, oldest first."""
         return [folder for folder in self._numbered() if all((folder / name).is_file() for name in RESUMABLE)]
 
     def _numbered(self) -> list[Path]:
-        found = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-        return sorted(found, key=_step)
+        """The folders of all checkpoints, complete or not, oldest first."""
+        folders = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+        return sorted(folders, key=_step)
 
     def check_free(self, overwrite: bool) -> None:
-        """Make sure a new run may be written here, touching nothing.
+        """Make sure that a new run may be written here. Nothing is changed.
 
         Raises:
-            RunError: the folder holds a finished run or checkpoints (unless `overwrite`), or files that no run
-                wrote.
+            RunError: the folder holds a finished run or checkpoints (unless `overwrite` is true), or files that no run
+                wrote; or it is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"output_dir {self.path} is a file; name a folder")
@@ -102,18 +103,19 @@ class RunFolder:
             return
         if self.is_finished:
             raise RunError(
-                f"output_dir {self.path} holds a finished run; name another with "
-                "`--set training_config.output_dir=…`, or replace it with --overwrite"
+                f"output_dir {self.path} holds a finished run; name another folder with "
+                "`--set training_config.output_dir=…`, or replace the run with --overwrite"
             )
         raise RunError(
-            f"output_dir {self.path} holds a run that has not ended; go on with --resume, or replace it by --overwrite"
+            f"output_dir {self.path} holds a run that has not ended; go on with --resume, or replace the run with "
+            "--overwrite"
         )
 
     def checkpoint_to_resume(self, config: RunConfig) -> Path | None:
-        """The newest whole checkpoint; None for a run stopped before its first, which starts anew.
+        """The newest complete checkpoint. None: the run stopped before its first one, and begins again.
 
         Raises:
-            RunError: no run there, or one with another model, other data or another adapter.
+            RunError: the folder holds no run, or one with another model, other data or another adapter.
         """
         if not self.is_run:
             raise RunError(f"output_dir {self.path} holds no run to go on with; leave --resume out to start one")
@@ -128,7 +130,7 @@ class RunFolder:
             for c in (self.read_config(), config)
         )
         problems = [
-            f"{key}: the run in {self.path} has {before[key]}, the configuration now {now[key]}"
+            f"{key}: the run in {self.path} has {before[key]}, the configuration now has {now[key]}"
             for key in before
             if before[key] != now[key]
         ]
@@ -138,11 +140,15 @@ class RunFolder:
             )
 
     def read_config(self) -> RunConfig:
-        """The configuration the run was started with."""
+        """The configuration that the run was started with."""
         return load_config(self.path / CONFIG)
 
     def start(self, config: RunConfig, revision: str | None) -> None:
-        """Clear away an earlier run's own files and write config.yaml, a hub id pinned to its commit."""
+        """Delete the files of an earlier run in this folder, and write config.yaml.
+
+        Args:
+            revision: the commit of the model if it comes from the hub; config.yaml then names it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run:
             self._clear()
@@ -151,15 +157,25 @@ class RunFolder:
         resolved.training_config["output_dir"] = str(self.path)
         write_text(self.path / CONFIG, MARK + dump_config(resolved))
 
+    def recorded_data(self) -> dict[str, Any]:
+        """What became of the run's rows, as `Chats.facts` returned it; empty if training never began."""
+        for name in (RESULTS, START):
+            try:
+                data: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8")).get("data") or {}
+            except (OSError, ValueError, AttributeError):
+                continue
+            return data
+        return {}
+
     def write_start(self, facts: Mapping[str, Any]) -> None:
-        """What is known when training begins: base, data, steps, machine and versions, the process."""
+        """Write start.json: what is known when training begins (base, data, steps, machine, versions, process)."""
         self._write(START, facts)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         self._write(RESULTS, results)
 
     def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
-        """A comparison made after the run; it replaces the one before."""
+        """Write a comparison that was made after the run. It replaces an earlier one."""
         self._write(EVALUATION, evaluation)
 
     def _write(self, name: str, tree: Mapping[str, Any]) -> None:

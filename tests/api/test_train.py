@@ -50,7 +50,7 @@ def test_two_dictionaries_train_evaluate_and_load(chats: Path, tmp_path: Path) -
 def test_a_run_without_held_out_chats_is_not_compared(chats: Path, tmp_path: Path) -> None:
     run = train(model=TINY, data=str(chats), training_config={"output_dir": str(tmp_path / "run"), "max_steps": 1})
     assert "evaluation" not in run.results
-    with pytest.raises(ModelError, match="name one with --data FILE"):
+    with pytest.raises(ModelError, match="name a file with --data FILE"):
         evaluate(run.path)
 
 

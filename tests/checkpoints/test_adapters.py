@@ -20,7 +20,7 @@ from phinetune.checkpoints.adapters import (
     trainable_parameters,
 )
 from phinetune.checkpoints.load import Loaded, load_base
-from phinetune.config.run import ModelSection
+from phinetune.config.model import ModelSection
 from phinetune.errors import ConfigError, ModelError
 
 
@@ -41,6 +41,7 @@ def test_all_linear_layers_but_the_head_are_found(tiny: Loaded) -> None:
         (["layers.1.self_attn.v_proj"], ["layers.1.self_attn.qkv_proj"]),
         (r".*layers\.0\..*qkv_proj", r".*layers\.0\..*qkv_proj"),
     ],
+    ids=["none", "all-linear", "fused names", "split attention", "split mlp", "one layer", "pattern"],
 )
 def test_targets_by_either_naming(tiny: Loaded, wanted: Any, found: Any) -> None:
     assert resolve_targets(tiny.model, wanted) == found
@@ -54,6 +55,7 @@ def test_targets_by_either_naming(tiny: Loaded, wanted: Any, found: Any) -> None
         ("qkv_proj", "written with brackets"),
         ("(", "no regular expression"),
     ],
+    ids=["unknown name", "empty list", "name as pattern", "broken pattern"],
 )
 def test_a_target_that_matches_nothing_is_refused(tiny: Loaded, wanted: Any, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -124,6 +126,7 @@ def test_all_tensors_that_do_not_fit_are_listed(tiny_run: Path, tmp_path: Path, 
             "only LoRA is supported",
         ),
     ],
+    ids=["no weights", "damaged weights", "broken base.json", "broken configuration", "no LoRA"],
 )
 def test_a_broken_adapter_is_refused(tiny_run: Path, tmp_path: Path, tiny: Loaded, break_it: Any, words: str) -> None:
     folder = copy_adapter(tiny_run, tmp_path / "adapter")

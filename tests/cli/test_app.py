@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cli_helpers import run
+from cli.cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
-from phinetune.cli import app as cli
+from phinetune.cli.program import program
 from phinetune.config.run import dump_config
 
 
@@ -80,7 +80,7 @@ def test_a_program_off_the_path_is_named_by_its_place(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv" / "bin" / "phinetune"), "demo"])
-    assert cli._program() == ".venv/bin/phinetune"
+    assert program() == ".venv/bin/phinetune"
 
 
 def test_config_explains_every_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +152,7 @@ def test_every_mistake_is_a_sentence_and_status_2(
 
 
 def test_a_real_process_ends_with_status_2_and_no_traceback(config_file: Path) -> None:
-    command = [sys.executable, "-m", "phinetune.cli.app", "train", str(config_file), "--set", "data.train=no.jsonl"]
+    command = [sys.executable, "-m", "phinetune", "train", str(config_file), "--set", "data.train=no.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no.jsonl: no such file\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import cli_helpers
+from cli import cli_helpers
 from helpers import TINY, chat, tiny_config, write_jsonl
 from phinetune.config.run import dump_config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli_helpers import run
+from cli.cli_helpers import run
 from helpers import chat, write_jsonl
 from phinetune.run_folder import MARK
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cli_helpers import run
-from report_helpers import make_run
+from cli.cli_helpers import run
+from reporting.report_helpers import make_run
 
 
 def test_one_run_gets_its_page_each_time_anew(

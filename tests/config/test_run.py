@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phinetune.config.run import describe_knobs, dump_config, load_config, make_config
+from phinetune.config.run import describe_config, dump_config, load_config, make_config
 from phinetune.errors import ConfigError
 
 
@@ -95,6 +95,7 @@ def test_overrides_leave_the_given_dictionaries_alone() -> None:
         ("- a\n- b\n", "expected sections"),
         ("model: {pth: a}", "did you mean `path`?"),
     ],
+    ids=["syntax", "list", "typo"],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "run.yaml"
@@ -118,7 +119,7 @@ def test_what_is_dumped_loads_as_the_same(tmp_path: Path) -> None:
 
 
 def test_every_knob_has_help() -> None:
-    knobs = describe_knobs()
+    knobs = describe_config()
     assert {"model.path", "data.train", "evaluation.batch_size", "peft_config"} <= {key for key, _, _ in knobs}
     assert all(help_text for _, _, help_text in knobs)
 

@@ -42,19 +42,19 @@ def grouped(segments: list[Segment], heads: Heads = HEADS) -> Groups:
     return run.groups
 
 
-@pytest.mark.parametrize("heads", [HEADS, Heads(3, 3, 8, 0.4)], ids=["grouped", "plain"])
+@pytest.mark.parametrize("heads", [HEADS, Heads(3, 3, 8, 0.4)], ids=["two queries per key", "one query per key"])
 def test_every_row_has_one_source_and_no_padding_is_one(heads: Heads) -> None:
     """What a group reads of a row, at the place which the row takes it from, is that row."""
     segments = row()
     groups = grouped(segments, heads)
     tokens = segments[-1].stop
-    assert any(one.padded is not None for one in groups.placed)
-    outs = torch.cat([one.out.flatten() for one in groups.placed])
+    assert any(one.padded is not None for one in groups.members)
+    outs = torch.cat([one.out.flatten() for one in groups.members])
     assert torch.equal(outs[groups.out], torch.arange(tokens * heads.heads))
-    parts = [(one.q, one.k[:, one.before :], one.v[:, one.before :]) for one in groups.placed]
+    parts = [(one.q, one.k[:, one.before :], one.v[:, one.before :]) for one in groups.members]
     given = torch.cat([part.flatten() for three in parts for part in three])
     assert torch.equal(given[groups.qkv], torch.arange(tokens * heads.total))
-    padding = torch.cat([_padding(part, one.padded, heads) for one in groups.placed for part in (one.out,)])
+    padding = torch.cat([_padding(part, one.padded, heads) for one in groups.members for part in (one.out,)])
     assert not padding[groups.out].any()
 
 
@@ -65,7 +65,7 @@ def _padding(rows: torch.Tensor, padded: torch.Tensor | None, heads: Heads) -> t
 
 
 def test_a_branch_reads_what_is_above_it_first() -> None:
-    root, branches = grouped(TREE).placed
+    root, branches = grouped(TREE).members
     assert (root.before, root.length) == (0, 34)
     assert (branches.before, branches.length, branches.batch) == (34, 40, 2 * HEADS.kv_heads)
     first, total = HEADS.heads, HEADS.total
@@ -76,6 +76,6 @@ def test_a_branch_reads_what_is_above_it_first() -> None:
 
 def test_a_row_cut_off_its_start_is_counted_from_there() -> None:
     moved = grouped([segment.moved(100) for segment in TREE])
-    for here, there in zip(grouped(TREE).placed, moved.placed, strict=True):
-        assert torch.equal(here.q, there.q)
-        assert torch.equal(here.above_v, there.above_v)
+    for i, (first, second) in enumerate(zip(grouped(TREE).members, moved.members, strict=True)):
+        assert torch.equal(first.q, second.q), f"group {i}"
+        assert torch.equal(first.above_v, second.above_v), f"group {i}"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from engine_helpers import LIMIT, SHAPES, Pair, make_pair, windowed
+from engine.engine_helpers import LIMIT, SHAPES, Pair, make_pair, windowed
 from helpers import TINY
 from phinetune.checkpoints.load import load_base
-from phinetune.config.run import ModelSection
+from phinetune.config.model import ModelSection
 from phinetune.engine import decode as decoding
 from phinetune.engine.decode import decode
 from phinetune.engine.generate import answer_prompts
@@ -122,9 +122,9 @@ def test_a_checkpoints_repetition_penalty_is_heeded() -> None:
     """What bends the likeliest token goes to transformers' own `generate`."""
     loaded = load_base(ModelSection(path=TINY))
     prompt = some_prompts((6,))
-    plain = answer_prompts(loaded.model, loaded.tokenizer, prompt, max_new_tokens=24)
+    likeliest = answer_prompts(loaded.model, loaded.tokenizer, prompt, max_new_tokens=24)
     loaded.model.generation_config.repetition_penalty = 5.0
-    bent = answer_prompts(loaded.model, loaded.tokenizer, prompt, max_new_tokens=24)
-    assert bent != plain
+    penalised = answer_prompts(loaded.model, loaded.tokenizer, prompt, max_new_tokens=24)
+    assert penalised != likeliest
     loaded.model.generation_config.repetition_penalty = 1.0
-    assert answer_prompts(loaded.model, loaded.tokenizer, prompt, max_new_tokens=24) == plain
+    assert answer_prompts(loaded.model, loaded.tokenizer, prompt, max_new_tokens=24) == likeliest

@@ -28,10 +28,10 @@ def test_batches_of_any_size_answer_alike(tiny: Loaded) -> None:
     assert len({a.text for a in alone}) > 1
 
 
-def test_equal_to_plain_generate(tiny: Loaded) -> None:
+def test_equal_to_generate_of_transformers(tiny: Loaded) -> None:
     ids = torch.tensor([PROMPTS[2]])
-    plain = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    tail = [i for i in plain[0, ids.shape[1] :].tolist() if i not in stop_set(tiny.model)]
+    theirs = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    tail = [i for i in theirs[0, ids.shape[1] :].tolist() if i not in stop_set(tiny.model)]
     assert answers(tiny, 2)[2].text == tiny.tokenizer.decode(tail, skip_special_tokens=True)
 
 

@@ -11,17 +11,8 @@ import pytest
 import torch
 from transformers import Phi3Config
 
-from phinetune.engine.memory import (
-    MAPPED,
-    PLENTY,
-    RESERVE,
-    SLACK,
-    ActivationMemory,
-    LayerSizes,
-    Level,
-    _group_limit,
-    free_bytes,
-)
+from phinetune.engine.device_memory import _left_in_group, free_bytes
+from phinetune.engine.memory import MAPPED, PLENTY, RESERVE, SLACK, ActivationMemory, LayerSizes, Level
 
 KEEP, CHEAP, LAYER = Level
 SIZES = LayerSizes(hidden=32, qkv=64, attended=32, inner=48, dropout=False)
@@ -53,8 +44,8 @@ def with_room_for(levels: list[Level], tokens: int) -> ActivationMemory:
 def test_sizes_of_a_configuration() -> None:
     # 4 heads of 8 in, 2 key and 2 value heads of 8 besides.
     assert LayerSizes.of(config(), dropout=False) == SIZES
-    plain = LayerSizes.of(config(num_key_value_heads=4), dropout=True)
-    assert plain == LayerSizes(hidden=32, qkv=96, attended=32, inner=48, dropout=True)
+    ungrouped = LayerSizes.of(config(num_key_value_heads=4), dropout=True)
+    assert ungrouped == LayerSizes(hidden=32, qkv=96, attended=32, inner=48, dropout=True)
     wide = LayerSizes.of(config(head_dim=16), dropout=False)
     assert wide == LayerSizes(hidden=32, qkv=128, attended=64, inner=48, dropout=False)
 
@@ -100,12 +91,12 @@ def test_the_allocator_leaves_no_gaps_between_tensors_that_are_mapped_by_themsel
 def test_need_grows_with_tokens_and_with_what_is_kept(dropout: bool) -> None:
     of = memory(sizes=LayerSizes.of(config(), dropout))
     for levels in itertools.product(Level, repeat=LAYERS):
-        assert 0 < of.needed(7, levels) < of.needed(8, levels)
+        assert 0 < of.needed(7, levels) < of.needed(8, levels), levels
         for i, level in enumerate(levels):
             for less in Level:
                 if less > level:
                     lighter = [*levels[:i], less, *levels[i + 1 :]]
-                    assert of.needed(7, lighter) <= of.needed(7, levels)
+                    assert of.needed(7, lighter) <= of.needed(7, levels), (levels, lighter)
 
 
 # -- the choice ---------------------------------------------------------------------------------------------------
@@ -226,10 +217,10 @@ def control_group(folder: Path, limit: str) -> Path:
 
 
 def test_a_control_groups_limit_counts_less_what_it_holds_but_for_its_cache(tmp_path: Path) -> None:
-    assert _group_limit(control_group(tmp_path, "1000")) == 1000 - 700 + 200
+    assert _left_in_group(control_group(tmp_path, "1000")) == 1000 - 700 + 200
 
 
 def test_without_a_limit_all_counts(tmp_path: Path) -> None:
     total = psutil.virtual_memory().total
-    assert _group_limit(tmp_path / "none") > total
-    assert _group_limit(control_group(tmp_path, "max")) > total
+    assert _left_in_group(tmp_path / "none") > total
+    assert _left_in_group(control_group(tmp_path, "max")) > total

@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from phinetune.chat.encoder import Encoded
-from phinetune.engine.packing import SHORTEST, WORTH, PackedCollator, fill_rows, pack
+from phinetune.engine.examples import Encoded
+from phinetune.engine.packing import WORTH, PackedCollator, fill_rows, pack
+from phinetune.engine.rows import SHORTEST_SHARED
 
 Prediction = tuple[tuple[int, ...], int]
 
@@ -216,12 +217,12 @@ def test_fewer_common_tokens_than_the_shortest_are_not_shared() -> None:
     def alike(count: int) -> list[tuple[int, int]]:
         return lengths(shared([row([*SYSTEM[:count], 1]), row([*SYSTEM[:count], 2])]))
 
-    assert alike(SHORTEST) == [(SHORTEST, -1), (1, 0), (1, 0)]
-    assert alike(SHORTEST - 1) == [(SHORTEST, -1), (SHORTEST, -1)]
+    assert alike(SHORTEST_SHARED) == [(SHORTEST_SHARED, -1), (1, 0), (1, 0)]
+    assert alike(SHORTEST_SHARED - 1) == [(SHORTEST_SHARED, -1), (SHORTEST_SHARED, -1)]
 
 
 def test_a_branch_shares_on_only_with_enough_tokens_of_its_own() -> None:
-    more = list(range(200, 200 + SHORTEST))
+    more = list(range(200, 200 + SHORTEST_SHARED))
     rows = [row([*SYSTEM, *more[:-1], i]) for i in (1, 2)]
     assert lengths(shared([*rows, row([*SYSTEM, 3])])) == [(40, -1), (1, 0), (16, 0), (16, 0)]
     rows = [row([*SYSTEM, *more, i]) for i in (1, 2)]
@@ -260,7 +261,7 @@ def test_no_tree_mixes_kinds_of_rotation() -> None:
     # Each conversation ends in a tree whose longest path is of its own kind.
     for one in rows:
         ends = [path for path, text in zip(paths, texts(packed), strict=True) if text == one.input_ids]
-        assert any((longest[path[0]] > 25) is (len(one.input_ids) > 25) for path in ends)
+        assert any((longest[path[0]] > 25) is (len(one.input_ids) > 25) for path in ends), one.input_ids
 
 
 def random_rows(seed: int) -> list[Encoded]:
@@ -275,15 +276,17 @@ def random_rows(seed: int) -> list[Encoded]:
     return rows
 
 
-def test_random_rows_are_all_there_with_all_their_labels() -> None:
-    spared = 0
-    for seed in range(150):
-        rows = random_rows(seed)
-        assert_packs(rows, pack(rows))
-        packed = shared(rows)
-        spared += packed["input_ids"].shape[1] < int(packed["row_tokens"])
-        shared(rows, rope_limit=30)
-    assert spared > 50
+@pytest.mark.parametrize("seed", range(150))
+def test_random_rows_are_all_there_with_all_their_labels(seed: int) -> None:
+    rows = random_rows(seed)
+    assert_packs(rows, pack(rows))
+    shared(rows)
+    shared(rows, rope_limit=30)
+
+
+def test_many_of_the_random_rows_share_something() -> None:
+    packed = [pack(random_rows(seed), share=True) for seed in range(150)]
+    assert sum(one["input_ids"].shape[1] < int(one["row_tokens"]) for one in packed) > 50
 
 
 # -- from examples to rows ----------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Phi3Config
 from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 
-from engine_helpers import LIMIT, SHAPES, distance, keep, make_pair, make_rows, phi3_mini, phi4_mini, phi35_mini
-from phinetune.checkpoints.load import has_packed_form, load_base
-from phinetune.config.run import ModelSection
+from engine.engine_helpers import LIMIT, SHAPES, distance, keep, make_pair, make_rows, phi3_mini, phi4_mini, phi35_mini
+from phinetune.checkpoints.load import load_base
+from phinetune.config.model import ModelSection
 from phinetune.engine import phi3
+from phinetune.engine.choice import has_packed_form
 from phinetune.engine.memory import Level
 from phinetune.engine.packing import pack
 from phinetune.engine.phi3 import missing_form, rope_limit
@@ -136,9 +137,8 @@ def test_hidden_states_and_attentions_can_be_asked_for() -> None:
     wanted, found = (model(ids, output_hidden_states=True, output_attentions=True) for model in (theirs, ours))
     assert len(found.hidden_states) == len(wanted.hidden_states) == 3
     assert len(found.attentions) == 2
-    for part in ("hidden_states", "attentions"):
-        for a, b in zip(getattr(found, part), getattr(wanted, part), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.hidden_states, wanted.hidden_states, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.attentions, wanted.attentions, rtol=1e-4, atol=1e-4)
 
 
 @shapes
@@ -180,22 +180,22 @@ def test_the_sums_are_float32_and_only_the_loss_has_a_gradient() -> None:
     assert (out.nll.requires_grad, out.correct.requires_grad, out.count.requires_grad) == (True, False, False)
 
 
-def test_nothing_below_the_lowest_adapter_has_a_gradient() -> None:
+@pytest.mark.parametrize("level", Level)
+def test_nothing_below_the_lowest_adapter_has_a_gradient(level: Level) -> None:
     core: Any = make_pair(phi3_mini(num_hidden_layers=3), target_modules=["o_proj"], layers_to_transform=[1]).fast
     decoder = core.get_base_model().model
-    for level in Level:
-        keep(core, *[level] * 3)
-        low_layer, adapted_layer, _ = decoder.layers
-        with (
-            seen(decoder.embed_tokens) as embedded,
-            seen(low_layer) as below,
-            seen(adapted_layer.self_attn.qkv_proj) as beside,
-            seen(adapted_layer) as adapted,
-        ):
-            out = packed_call(core, 20, 9)
-        ((_, vectors),), ((_, low),), ((_, qkv), *_), ((_, high),) = embedded, below, beside, adapted
-        assert [t.requires_grad for t in (vectors, low, qkv, high)] == [False, False, False, True]
-        out.nll.backward()
+    keep(core, *[level] * 3)
+    low_layer, adapted_layer, _ = decoder.layers
+    with (
+        seen(decoder.embed_tokens) as embedded,
+        seen(low_layer) as below,
+        seen(adapted_layer.self_attn.qkv_proj) as beside,
+        seen(adapted_layer) as adapted,
+    ):
+        out = packed_call(core, 20, 9)
+    ((_, vectors),), ((_, low),), ((_, qkv), *_), ((_, high),) = embedded, below, beside, adapted
+    assert [t.requires_grad for t in (vectors, low, qkv, high)] == [False, False, False, True]
+    out.nll.backward()
 
 
 def test_the_last_layer_ends_with_the_labelled_positions() -> None:

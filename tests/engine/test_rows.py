@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from torch import Tensor
 
-from phinetune.engine.rows import ALIKE, Segment, group, read_segments
+from phinetune.engine.rows import LEAST_RATIO, Segment, group_segments, read_segments
 
 CPU = torch.device("cpu")
 
@@ -57,31 +58,31 @@ def test_a_moved_segment_takes_what_is_above_along() -> None:
 
 
 def test_like_lengths_come_together_and_others_do_not() -> None:
-    groups = group(read_segments(table([(10, -1), (3, -1), (7, -1), (2, -1), (10, -1)])), CPU)
+    groups = group_segments(read_segments(table([(10, -1), (3, -1), (7, -1), (2, -1), (10, -1)])), CPU)
     assert [one.own.shape for one in groups] == [(3, 10), (1, 3), (1, 2)]
     assert [one.own[:, 0].tolist() for one in groups] == [[0, 22, 13], [10], [20]]  # 2 is less than 0.7 · 3
 
 
 def test_the_longest_of_a_group_is_the_measure() -> None:
-    groups = group(read_segments(table([(12, -1), (9, -1), (7, -1), (5, -1)])), CPU)
+    groups = group_segments(read_segments(table([(12, -1), (9, -1), (7, -1), (5, -1)])), CPU)
     assert [one.own.shape for one in groups] == [(2, 12), (2, 7)]  # 7 is like 9, but not like 12
 
 
 def test_the_shorter_ones_are_padded_at_their_ends_with_their_first_token() -> None:
-    (one,) = group(read_segments(table([(4, -1), (3, -1)])), CPU)
+    (one,) = group_segments(read_segments(table([(4, -1), (3, -1)])), CPU)
     assert one.own.tolist() == [[0, 1, 2, 3], [4, 5, 6, 4]]
-    assert one.there is not None
-    assert one.there.tolist() == [[True] * 4, [True, True, True, False]]
+    assert one.real is not None
+    assert one.real.tolist() == [[True] * 4, [True, True, True, False]]
 
 
 def test_without_padding_there_is_no_mask() -> None:
-    (one,) = group(read_segments(table([(4, -1), (4, -1)])), CPU)
-    assert one.there is None
+    (one,) = group_segments(read_segments(table([(4, -1), (4, -1)])), CPU)
+    assert one.real is None
     assert one.own.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_branches_are_grouped_by_their_parent_apart_from_roots() -> None:
-    groups = group(read_segments(table([(5, -1), (5, 0), (5, 0), (5, -1), (5, 3), (5, 2)])), CPU)
+    groups = group_segments(read_segments(table([(5, -1), (5, 0), (5, 0), (5, -1), (5, 3), (5, 2)])), CPU)
     assert {one.above: one.own[:, 0].tolist() for one in groups} == {
         (): [0, 15],
         ((0, 5),): [5, 10],
@@ -91,21 +92,21 @@ def test_branches_are_grouped_by_their_parent_apart_from_roots() -> None:
     assert {one.before for one in groups} == {0, 5, 10}
 
 
-def test_in_random_forests_every_token_is_own_once_under_its_own_ancestors() -> None:
-    for seed in range(30):
-        segments = random_forest(seed)
-        above = {token: s.above for s in segments for token in range(s.start, s.stop)}
-        ends = {s.start: s.stop for s in segments}
-        found: list[int] = []
-        for one in group(segments, CPU):
-            there = torch.ones_like(one.own, dtype=torch.bool) if one.there is None else one.there
-            assert one.before == sum(stop - start for start, stop in one.above)
-            assert bool(there[0].all())  # the first one is the longest
-            for own, real in zip(one.own, there, strict=True):
-                tokens, start = own[real].tolist(), int(own[0])
-                assert tokens == list(range(start, ends[start]))
-                assert set(own[~real].tolist()) <= {start}
-                assert len(tokens) >= ALIKE * one.own.shape[1]
-                assert {above[token] for token in tokens} == {one.above}
-                found += tokens
-        assert sorted(found) == list(range(segments[-1].stop))
+@pytest.mark.parametrize("seed", range(30))
+def test_in_random_forests_every_token_is_own_once_under_its_own_ancestors(seed: int) -> None:
+    segments = random_forest(seed)
+    above = {token: s.above for s in segments for token in range(s.start, s.stop)}
+    ends = {s.start: s.stop for s in segments}
+    found: list[int] = []
+    for one in group_segments(segments, CPU):
+        mask = torch.ones_like(one.own, dtype=torch.bool) if one.real is None else one.real
+        assert one.before == sum(stop - start for start, stop in one.above)
+        assert bool(mask[0].all())  # the first one is the longest
+        for own, real in zip(one.own, mask, strict=True):
+            tokens, start = own[real].tolist(), int(own[0])
+            assert tokens == list(range(start, ends[start]))
+            assert set(own[~real].tolist()) <= {start}
+            assert len(tokens) >= LEAST_RATIO * one.own.shape[1]
+            assert {above[token] for token in tokens} == {one.above}
+            found += tokens
+    assert sorted(found) == list(range(segments[-1].stop))

@@ -1,4 +1,4 @@
-"""Scores equal the plain cross-entropy over full logits, whatever the batch and the chunk."""
+"""Scores equal torch's cross-entropy over full logits, whatever the batch and the chunk."""
 
 from __future__ import annotations
 

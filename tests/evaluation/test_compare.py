@@ -13,29 +13,33 @@ from rich.console import Console
 
 from phinetune.checkpoints.adapters import attach_adapter
 from phinetune.checkpoints.load import load_base
-from phinetune.checkpoints.opened import Tuned, open_model
-from phinetune.config.run import DataSection, EvaluationSection
-from phinetune.data.prepare.build import ChatSet, build_set
+from phinetune.checkpoints.opened import Opened, open_model
+from phinetune.config.data import DataSection
+from phinetune.config.evaluation import EvaluationSection
+from phinetune.data.prepare.build import build_set
+from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.read.rows import Row, read_rows
+from phinetune.engine.scoring import score_rows
 from phinetune.evaluation.compare import Comparison, compare
-from phinetune.evaluation.scoring import score_rows
+from phinetune.evaluation.metrics import row_metrics
 from phinetune.measures import measured
 from phinetune.screen.comparison import show_comparison
 
 
 @pytest.fixture
-def tuned(tiny_run: Path) -> Tuned:
+def tuned(tiny_run: Path) -> Opened:
     return open_model(tiny_run)
 
 
 @pytest.fixture
-def held_out(tuned: Tuned, chats: Path) -> ChatSet:
-    return build_set("chats", read_rows(str(chats)), DataSection(), tuned.encoder, None)
+def held_out(tuned: Opened, chats: Path) -> ChatSet:
+    return build_set("chats", read_rows(str(chats)), RowEncoder(DataSection(), tuned.encoder, None))
 
 
-def compared(model: Any, tuned: Tuned, held_out: ChatSet, console: Console, **options: Any) -> Comparison:
+def compared(model: Any, tuned: Opened, held_out: ChatSet, **options: Any) -> Comparison:
     section = EvaluationSection(**{"max_new_tokens": 8, "max_prompts": 4, "batch_size": 3, **options})
-    return compare(model, tuned.loaded.tokenizer, tuned.encoder, held_out, section, console)
+    return compare(model, tuned.loaded.tokenizer, tuned.encoder, held_out, section, row_metrics(section))
 
 
 def mean_loss(model: Any, held_out: ChatSet) -> float:
@@ -49,16 +53,16 @@ def mean_loss(model: Any, held_out: ChatSet) -> float:
     return nll / count
 
 
-def test_both_sides_score_as_by_hand(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
-    results = compared(tuned.model, tuned, held_out, console).results
+def test_both_sides_score_as_by_hand(tuned: Opened, held_out: ChatSet, console: Console) -> None:
+    results = compared(tuned.model, tuned, held_out).results
     for name, side in (("base", tuned.model.disable_adapter()), ("tuned", contextlib.nullcontext())):
         with side:
             assert results[name]["loss"] == pytest.approx(mean_loss(tuned.model, held_out), rel=1e-4)
     assert results["tuned"]["loss"] < results["base"]["loss"]
 
 
-def test_every_prompt_is_answered_by_both(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
-    made = compared(tuned.model, tuned, held_out, console)
+def test_every_prompt_is_answered_by_both(tuned: Opened, held_out: ChatSet, console: Console) -> None:
+    made = compared(tuned.model, tuned, held_out)
     assert made.results["base"]["prompts"] == len(made.examples) == 4
     first = made.examples[0]
     assert first.prompt == "And one more?"  # the last user turn of a chat in two exchanges
@@ -66,32 +70,32 @@ def test_every_prompt_is_answered_by_both(tuned: Tuned, held_out: ChatSet, conso
     assert set(first.answers) == {"base", "tuned"}
 
 
-def test_scoring_alone_answers_nothing(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
-    held = compared(tuned.model, tuned, held_out, console, generate=False).results["tuned"]
+def test_scoring_alone_answers_nothing(tuned: Opened, held_out: ChatSet, console: Console) -> None:
+    held = compared(tuned.model, tuned, held_out, generate=False).results["tuned"]
     assert set(held) == {"loss", "perplexity", "token_accuracy", "labelled_tokens", "prompts"}
     assert held["prompts"] == 0
     assert held["labelled_tokens"] == held_out.report.trainable_tokens
 
 
-def test_a_plain_model_is_measured_alone(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
+def test_a_plain_model_is_measured_alone(tuned: Opened, held_out: ChatSet, console: Console) -> None:
     plain = open_model(tuned.config.model.path)
-    made = compared(plain.model, plain, held_out, console)
+    made = compared(plain.model, plain, held_out)
     assert list(made.results) == ["base"]
     show_comparison(made, console)
 
 
-def test_answers_equal_to_their_references_match(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
+def test_answers_equal_to_their_references_match(tuned: Opened, held_out: ChatSet, console: Console) -> None:
     """The references are set to what the tuned model answers, so it scores full marks and the base does not."""
-    made = compared(tuned.model, tuned, held_out, console)
+    made = compared(tuned.model, tuned, held_out)
     for chat, example in zip(held_out.chats, made.examples, strict=False):
         chat[-1]["content"] = example.answers["tuned"]
-    again = compared(tuned.model, tuned, held_out, console).results
+    again = compared(tuned.model, tuned, held_out).results
     assert again["tuned"]["exact_match"] == 100
     assert again["base"]["exact_match"] < 100
 
 
-def test_the_table_shows_both_and_what_changed(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
-    made = compared(tuned.model, tuned, held_out, console)
+def test_the_table_shows_both_and_what_changed(tuned: Opened, held_out: ChatSet, console: Console) -> None:
+    made = compared(tuned.model, tuned, held_out)
     show_comparison(made, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(measure.heading in shown for measure in measured(made.results))
@@ -100,9 +104,9 @@ def test_the_table_shows_both_and_what_changed(tuned: Tuned, held_out: ChatSet, 
 
 
 def test_the_difference_in_every_measure_has_an_interval_and_a_verdict(
-    tuned: Tuned, held_out: ChatSet, console: Console
+    tuned: Opened, held_out: ChatSet, console: Console
 ) -> None:
-    made = compared(tuned.model, tuned, held_out, console, metrics=["exact_match", "chrf"])
+    made = compared(tuned.model, tuned, held_out, metrics=["exact_match", "chrf"])
     scored = {"loss", "perplexity", "token_accuracy"}
     assert set(made.differences) == scored | {"exact_match", "chrf", "stopped", "repeating"}
     loss = made.differences["loss"]
@@ -115,21 +119,21 @@ def test_the_difference_in_every_measure_has_an_interval_and_a_verdict(
     assert f"│ {loss.low:+.4f} to {loss.high:+.4f} │ better" in shown
 
 
-def test_everything_found_is_plain_json(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
-    tree = compared(tuned.model, tuned, held_out, console).to_tree()
+def test_everything_found_is_plain_json(tuned: Opened, held_out: ChatSet, console: Console) -> None:
+    tree = compared(tuned.model, tuned, held_out).to_tree()
     assert json.loads(json.dumps(tree, allow_nan=False)) == tree
     assert set(tree) == {"evaluation", "differences", "by_tag", "json_fields", "flags", "examples"}
     assert tree["examples"][0]["scores"]["tuned"]["exact_match"] in (0, 100)
 
 
-def test_results_are_split_by_the_tag_column(tuned: Tuned, rows: list[dict[str, Any]], console: Console) -> None:
+def test_results_are_split_by_the_tag_column(tuned: Opened, rows: list[dict[str, Any]], console: Console) -> None:
     tagged = [Row(f"r:{i}", {**row, "task": "even" if i % 2 == 0 else "odd"}) for i, row in enumerate(rows)]
-    held_out = build_set("rows", tagged, DataSection(tag="task"), tuned.encoder, None)
-    made = compared(tuned.model, tuned, held_out, console, max_prompts=5)
+    held_out = build_set("rows", tagged, RowEncoder(DataSection(tag="task"), tuned.encoder, None))
+    made = compared(tuned.model, tuned, held_out, max_prompts=5)
     assert {tag: found["rows"] for tag, found in made.by_tag.items()} == {"even": 6, "odd": 6}
     assert {tag: found["tuned"]["prompts"] for tag, found in made.by_tag.items()} == {"even": 3, "odd": 2}
-    even = build_set("even", tagged[::2], DataSection(), tuned.encoder, None)
-    alone = compared(tuned.model, tuned, even, console, max_prompts=3).results["tuned"]
+    even = build_set("even", tagged[::2], RowEncoder(DataSection(), tuned.encoder, None))
+    alone = compared(tuned.model, tuned, even, max_prompts=3).results["tuned"]
     for key, value in alone.items():
         assert made.by_tag["even"]["tuned"][key] == pytest.approx(value, rel=1e-5), key
     tokens = sum(found["base"]["labelled_tokens"] for found in made.by_tag.values())
@@ -138,7 +142,7 @@ def test_results_are_split_by_the_tag_column(tuned: Tuned, rows: list[dict[str, 
     assert "│ odd" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_perplexity_is_that_of_transformers_own_loss(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
+def test_perplexity_is_that_of_transformers_own_loss(tuned: Opened, held_out: ChatSet, console: Console) -> None:
     """One padded batch through transformers' forward with labels."""
     width = max(len(row.input_ids) for row in held_out.encoded)
     ids, mask, labels = (
@@ -149,7 +153,7 @@ def test_perplexity_is_that_of_transformers_own_loss(tuned: Tuned, held_out: Cha
             (-100, [row.labels for row in held_out.encoded]),
         )
     )
-    found = compared(tuned.model, tuned, held_out, console, generate=False).results
+    found = compared(tuned.model, tuned, held_out, generate=False).results
     for name, side in (("base", tuned.model.disable_adapter()), ("tuned", contextlib.nullcontext())):
         with side, torch.no_grad():
             loss = tuned.model(input_ids=ids, attention_mask=mask, labels=labels).loss
@@ -157,7 +161,7 @@ def test_perplexity_is_that_of_transformers_own_loss(tuned: Tuned, held_out: Cha
 
 
 def test_a_model_without_a_packed_form_scores_alike(
-    tiny_run: Path, tuned: Tuned, held_out: ChatSet, console: Console
+    tiny_run: Path, tuned: Opened, held_out: ChatSet, console: Console
 ) -> None:
     fast = score_rows(tuned.model, held_out.encoded, 3)
     plain = load_base(tuned.config.model, fast=False)
@@ -167,9 +171,9 @@ def test_a_model_without_a_packed_form_scores_alike(
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
 
 
-def test_a_model_that_never_stops_is_flagged(tuned: Tuned, held_out: ChatSet, console: Console) -> None:
+def test_a_model_that_never_stops_is_flagged(tuned: Opened, held_out: ChatSet, console: Console) -> None:
     tuned.model.get_base_model().generation_config.eos_token_id = []
-    made = compared(tuned.model, tuned, held_out, console, max_new_tokens=30)
+    made = compared(tuned.model, tuned, held_out, max_new_tokens=30)
     assert made.results["tuned"]["stopped"] == 0
     assert made.flags[0] == (
         "100% of the answers of tuned never stopped: they were cut at 30 tokens (evaluation.max_new_tokens)"

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 
 from helpers import write_jsonl
-from phinetune.checkpoints.opened import Tuned, open_model
+from phinetune.checkpoints.opened import Opened, open_model
 from phinetune.errors import ConfigError, DataError
-from phinetune.evaluation.harness import TaskResult, run_tasks, show_tasks
+from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
+from phinetune.screen.tasks import show_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -59,12 +60,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny_run: Path) -> Tuned:
+def tuned(tiny_run: Path) -> Opened:
     return open_model(tiny_run)
 
 
-def run(tuned: Tuned, folder: Path, console: Console, *tasks: str, **options: Any) -> list[TaskResult]:
-    return run_tasks(tuned.model, tuned.loaded.tokenizer, tasks, include_path=folder, console=console, **options)
+def run(tuned: Opened, folder: Path, *tasks: str, **options: Any) -> list[TaskResult]:
+    return run_tasks(tuned.model, tuned.loaded.tokenizer, tasks, open_tasks(tasks, folder), **options)
 
 
 def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
@@ -83,8 +84,8 @@ def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
     return right / len(rows)
 
 
-def test_base_and_tuned_side_by_side_as_by_hand(tuned: Tuned, folder: Path, console: Console) -> None:
-    (found,) = run(tuned, folder, console, "counting")
+def test_base_and_tuned_side_by_side_as_by_hand(tuned: Opened, folder: Path, console: Console) -> None:
+    (found,) = run(tuned, folder, "counting")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     with tuned.model.disable_adapter():
         base = accuracy(tuned.model, tuned.loaded.tokenizer, rows)
@@ -101,23 +102,23 @@ def test_base_and_tuned_side_by_side_as_by_hand(tuned: Tuned, folder: Path, cons
     assert "counting" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_tasks_that_generate_run_too(tuned: Tuned, folder: Path, console: Console) -> None:
-    found = run(tuned, folder, console, "answering", "counting", limit=2, batch_size=2)
+def test_tasks_that_generate_run_too(tuned: Opened, folder: Path, console: Console) -> None:
+    found = run(tuned, folder, "answering", "counting", limit=2, batch_size=2)
     assert [(one.task, one.metric) for one in found] == [("answering", "exact_match,none"), ("counting", "acc,none")]
 
 
-def test_a_plain_model_is_measured_alone(tuned: Tuned, folder: Path, console: Console) -> None:
+def test_a_plain_model_is_measured_alone(tuned: Opened, folder: Path, console: Console) -> None:
     plain = open_model(tuned.config.model.path)
-    (found,) = run(plain, folder, console, "counting", limit=3)
+    (found,) = run(plain, folder, "counting", limit=3)
     assert list(found.values) == ["base"]
     assert found.difference is None
     show_tasks([found], console)
 
 
-def test_what_can_not_be_had_is_said(tuned: Tuned, folder: Path, console: Console, tmp_path: Path) -> None:
+def test_what_can_not_be_had_is_said(tuned: Opened, folder: Path, console: Console, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the harness has no such task; did you mean `counting`"):
-        run(tuned, folder, console, "countin")
+        run(tuned, folder, "countin")
     with pytest.raises(ConfigError, match="no such folder"):
-        run(tuned, tmp_path / "nowhere", console, "counting")
+        run(tuned, tmp_path / "nowhere", "counting")
     with pytest.raises(DataError, match="--tasks gone: "):
-        run(tuned, folder, console, "gone")
+        run(tuned, folder, "gone")

@@ -14,7 +14,7 @@ REFERENCE = 'Sorry!\n{"order": "7", "item": {"name": "tent", "count": 2}, "gift"
     [
         ('{"a": 1}', '{"a": 2}', 100),
         ("[1, 2]", "[]", 100),
-        ('Here: {"a": 1}', '{"a": 2}', 0),  # the reference is nothing but JSON
+        ('Here: {"a": 1}', '{"a": 2}', 0),
         ('Here: {"a": 1}', REFERENCE, 100),
         ('{oh {"a": 1} more', REFERENCE, 100),
         ('```json\n{"a": 1}\n```', REFERENCE, 100),
@@ -23,7 +23,21 @@ REFERENCE = 'Sorry!\n{"order": "7", "item": {"name": "tent", "count": 2}, "gift"
         ("", REFERENCE, 0),
         ("[" * 100_000, REFERENCE, 0),
         ('{"a": 1}', "no JSON here", None),
-        ("7", "7", None),  # a number is an answer in words
+        ("7", "7", None),
+    ],
+    ids=[
+        "object",
+        "list",
+        "words around it, and none in the reference",
+        "words around it, as in the reference",
+        "after an open bracket",
+        "in a code fence",
+        "cut off",
+        "a number",
+        "empty",
+        "too deep",
+        "no JSON in the reference",
+        "a number as the reference",
     ],
 )
 def test_valid(answer: str, reference: str, wanted: float | None) -> None:

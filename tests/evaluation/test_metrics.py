@@ -10,7 +10,7 @@ import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
-from phinetune.config.run import EvaluationSection
+from phinetune.config.evaluation import EvaluationSection
 from phinetune.errors import ConfigError, RunError
 from phinetune.evaluation.metrics import row_metrics
 

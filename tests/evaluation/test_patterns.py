@@ -1,4 +1,4 @@
-"""Answers that go in circles."""
+"""Answers that repeat themselves."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from phinetune.evaluation.patterns import repeats
     [
         ("", False),
         ("one two three four", False),
-        ("I am here to help. I am here to help.", False),  # twice is not often
+        ("I am here to help. I am here to help.", False),
         ("I am here to help. " * 3, True),
         ("no no no no no no", True),
         ("十分に注意して、ゆっくりと読み進めてください、" * 4, True),
         ("春は曙。やうやう白くなりゆく山際、少し明かりて、紫だちたる雲の細くたなびきたる。", False),
     ],
+    ids=["empty", "four words", "twice", "three times", "one word", "without spaces", "without spaces or repetition"],
 )
 def test_three_times_the_same_words(answer: str, wanted: bool) -> None:
     assert repeats(answer) is wanted

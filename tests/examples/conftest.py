@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from example_helpers import EXAMPLES
+from examples.example_helpers import EXAMPLES
 
 
 @pytest.fixture

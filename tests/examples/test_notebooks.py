@@ -11,8 +11,8 @@ import pytest
 from nbformat import NotebookNode
 from notebooks import execute
 
-from example_helpers import EXAMPLES
-from hub_helpers import Hub
+from examples.example_helpers import EXAMPLES
+from exporting.hub.hub_helpers import Hub
 
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
 # What the tests set in the cell tagged `parameters`; a notebook that isn't named runs as it stands.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from make_example_data import texts
 
-from example_helpers import EXAMPLES
+from examples.example_helpers import EXAMPLES
 from helpers import GUIDE_PEFT, GUIDE_TRAINING, TINY
 
 TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_helpers import ALL, IDS, ONE_OF_EACH, Block, Kind, assert_close, fill
+from lora.lora_helpers import ALL, IDS, ONE_OF_EACH, Block, Kind, assert_close, fill
 from phinetune import lora
 
 BIASES = ["none", "all", "lora_only"]
@@ -79,23 +79,23 @@ def test_a_layer_alone_is_a_model_too() -> None:
 
 
 class Shared(nn.Module):
-    """A layer under two names, and a plain layer that shares its bias."""
+    """A layer under two names, and a layer of torch's own class that shares its bias."""
 
     def __init__(self, source: Any) -> None:
         super().__init__()
-        self.plain = nn.Linear(3, 3)
+        self.torch_layer = nn.Linear(3, 3)
         self.first = source.Linear(3, 3, r=2)
         self.second = self.first
-        self.first.bias = self.plain.bias
+        self.first.bias = self.torch_layer.bias
 
 
-def test_a_layer_under_two_names_is_saved_and_trained_as_in_loralib() -> None:
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_layer_under_two_names_is_saved_and_trained_as_in_loralib(bias: str) -> None:
     ours, theirs = Shared(lora), Shared(loralib)
-    for bias in BIASES:
-        lora.mark_only_lora_as_trainable(ours, bias)
-        loralib.mark_only_lora_as_trainable(theirs, bias)
-        assert trainable(ours) == trainable(theirs)
-        assert lora.lora_state_dict(ours, bias).keys() == loralib.lora_state_dict(theirs, bias).keys()
+    lora.mark_only_lora_as_trainable(ours, bias)
+    loralib.mark_only_lora_as_trainable(theirs, bias)
+    assert trainable(ours) == trainable(theirs)
+    assert lora.lora_state_dict(ours, bias).keys() == loralib.lora_state_dict(theirs, bias).keys()
 
 
 @pytest.mark.parametrize("function", [lora.mark_only_lora_as_trainable, lora.lora_state_dict])
@@ -140,28 +140,29 @@ def test_our_checkpoint_loads_in_loralib(kind: Kind, bias: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("bias", BIASES)
-def test_whole_models_exchange_checkpoints(bias: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", [loralib, lora], ids=["saved by loralib", "saved here"])
+def test_whole_models_exchange_checkpoints(source: Any, bias: str, tmp_path: Path) -> None:
     pretrained = through_a_file(Block(loralib).state_dict(), tmp_path / "pretrained.pt")
-    for source, state_dict in ((loralib, loralib.lora_state_dict), (lora, lora.lora_state_dict)):
-        state = through_a_file(state_dict(fill(Block(source), seed=1), bias), tmp_path / "lora.pt")
-        models = fill(Block(lora), seed=2), fill(Block(loralib), seed=2)
-        for model in models:
-            model.load_state_dict(pretrained)
-            assert not model.load_state_dict(state, strict=False).unexpected_keys
-        ours, theirs = models
-        assert_close(ours(IDS), theirs(IDS), 1e-5)
-        assert_close(ours.eval()(IDS), theirs(IDS), 1e-5)
+    state = through_a_file(source.lora_state_dict(fill(Block(source), seed=1), bias), tmp_path / "lora.pt")
+    ours, theirs = fill(Block(lora), seed=2), fill(Block(loralib), seed=2)
+    unexpected = []
+    for model in (ours, theirs):
+        model.load_state_dict(pretrained)
+        unexpected.append(model.load_state_dict(state, strict=False).unexpected_keys)
+    assert unexpected == [[], []]
+    assert_close(ours(IDS), theirs(IDS), 1e-5)
+    assert_close(ours.eval()(IDS), theirs(IDS), 1e-5)
 
 
 def test_pretrained_weights_of_torchs_own_layers_load() -> None:
     """loralib's convolutions have other names (#108): strict loading fails, and the lax one loads nothing."""
-    plain = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Conv1d(3, 2, 1))
+    pretrained = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Conv1d(3, 2, 1))
     ours = nn.Sequential(lora.Conv1d(2, 3, 3, r=2), lora.Conv1d(3, 2, 1, r=2))
-    missed = ours.load_state_dict(plain.state_dict(), strict=False)
+    missed = ours.load_state_dict(pretrained.state_dict(), strict=False)
     assert not missed.unexpected_keys
     assert all("lora_" in key for key in missed.missing_keys)
     x = torch.randn(1, 2, 6)
-    torch.testing.assert_close(ours(x), plain(x))
+    torch.testing.assert_close(ours(x), pretrained(x))
     theirs = nn.Sequential(loralib.Conv1d(2, 3, 1, r=2))
     assert theirs.load_state_dict(nn.Sequential(nn.Conv1d(2, 3, 1)).state_dict(), strict=False).unexpected_keys
 
@@ -221,14 +222,14 @@ def test_a_checkpoint_saved_after_eval_does_not_merge_twice(kind: Kind) -> None:
     ours, theirs = kind.pair()
     x = kind.input()
     expected = ours(x).detach()
-    plain = {n: t.clone() for n, t in ours.state_dict().items()}
+    unmerged = {n: t.clone() for n, t in ours.state_dict().items()}
     found = []
     for layer, again in ((ours, kind.ours()), (theirs, kind.theirs())):
         layer.eval()
         again.load_state_dict(layer.state_dict())
         again.eval()
         found.append(again(x))
-    assert all(torch.equal(plain[n], t) for n, t in ours.state_dict().items())
+    assert all(torch.equal(unmerged[n], t) for n, t in ours.state_dict().items())
     assert_close(found[0], expected, 1e-5)
     with pytest.raises(AssertionError):
         assert_close(found[1], expected, 1e-2)

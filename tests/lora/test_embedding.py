@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_helpers import Kind, assert_all_close, fill, gradients
+from lora.lora_helpers import Kind, assert_all_close, fill, gradients
 from phinetune import lora
 
 IDS = torch.tensor([[0, 2, 5], [2, 1, 6]])
@@ -28,9 +28,9 @@ def rows_as_they_should_be(layer: lora.Embedding) -> Tensor:
 @pytest.mark.parametrize("padding_idx", [2, -5])
 def test_the_padding_row_gets_no_update_and_no_gradient(padding_idx: int, merged: bool) -> None:
     layer = fill(lora.Embedding(7, 4, r=2, padding_idx=padding_idx)).train(not merged)
-    plain = layer.state_dict()["weight"]
-    assert torch.equal(layer(IDS)[0, 1], plain[2])
-    assert not torch.equal(layer(IDS)[0, 0], plain[0])
+    weight = layer.state_dict()["weight"]
+    assert torch.equal(layer(IDS)[0, 1], weight[2])
+    assert not torch.equal(layer(IDS)[0, 0], weight[0])
     if not merged:
         layer(IDS).sum().backward()
         assert not layer.lora_A.grad[:, 2].any()

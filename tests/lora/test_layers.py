@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_helpers import ALL, ONE_OF_EACH, Kind
+from lora.lora_helpers import ALL, ONE_OF_EACH, Kind
 from phinetune import lora
 
 
@@ -44,14 +44,12 @@ def test_parameters_have_loralibs_names_shapes_and_freezing(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", ALL, ids=str)
 def test_every_attribute_of_loralibs_instance_is_there(kind: Kind) -> None:
     ours, theirs = kind.pair()
-    for name in vars(theirs):
-        if name.startswith("_"):
-            continue
-        mine, other = getattr(ours, name), getattr(theirs, name)
-        if isinstance(other, (int, float, str, tuple, list)):
-            assert mine == other, name
-        elif isinstance(other, torch.Tensor):
-            assert torch.equal(mine, other), name
+    names = [name for name in vars(theirs) if not name.startswith("_")]
+    mine, others = ({name: getattr(layer, name) for name in names} for layer in (ours, theirs))
+    values = {name: value for name, value in others.items() if isinstance(value, (int, float, str, tuple, list))}
+    tensors = {name: value for name, value in others.items() if isinstance(value, torch.Tensor)}
+    assert {name: mine[name] for name in values} == values
+    assert [name for name, tensor in tensors.items() if not torch.equal(mine[name], tensor)] == []
 
 
 def test_a_convolutions_own_parameters_are_found_under_loralibs_name_too() -> None:
@@ -72,26 +70,26 @@ def test_the_same_seed_makes_the_same_layer_as_in_loralib(kind: Kind) -> None:
     theirs = getattr(loralib, kind.name)(*kind.args, **kind.options)
     torch.manual_seed(7)
     ours = getattr(lora, kind.name)(*kind.args, **kind.options)
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name.removeprefix("conv.")], tensor), name
+    found, wanted = ours.state_dict(), theirs.state_dict()
+    assert [name for name, t in wanted.items() if not torch.equal(found[name.removeprefix("conv.")], t)] == []
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("kind", ONE_OF_EACH, ids=str)
-def test_without_rank_it_is_the_plain_torch_layer(kind: Kind) -> None:
+def test_without_rank_it_is_torchs_own_layer(kind: Kind, training: bool) -> None:
     ours = kind.ours(r=0)
-    plain = getattr(nn, kind.name.replace("Merged", ""))(*kind.args)
-    plain.load_state_dict(ours.state_dict())
+    torch_layer = getattr(nn, kind.name.replace("Merged", ""))(*kind.args)
+    torch_layer.load_state_dict(ours.state_dict())
     assert all(parameter.requires_grad for parameter in ours.parameters())
-    for mode in (True, False):
-        assert torch.equal(ours.train(mode)(kind.input()), plain.train(mode)(kind.input()))
+    assert torch.equal(ours.train(training)(kind.input()), torch_layer.train(training)(kind.input()))
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH, ids=str)
 def test_a_new_layer_computes_what_its_base_does(kind: Kind) -> None:
     layer = getattr(lora, kind.name)(*kind.args, **kind.options)
-    plain = getattr(nn, kind.name.replace("Merged", ""))(*kind.args)
-    plain.load_state_dict(layer.state_dict(), strict=False)
-    torch.testing.assert_close(layer(kind.input()), plain(kind.input()))
+    torch_layer = getattr(nn, kind.name.replace("Merged", ""))(*kind.args)
+    torch_layer.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(layer(kind.input()), torch_layer(kind.input()))
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH, ids=str)
@@ -117,17 +115,20 @@ def test_layers_are_instances_of_torchs(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [k for k in ONE_OF_EACH if k.name != "Embedding"], ids=str)
-@pytest.mark.parametrize("merged", [False, True])
-def test_layers_with_dropout_pickle_and_deepcopy(kind: Kind, merged: bool) -> None:
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+@pytest.mark.parametrize(
+    "copied", [lambda layer: pickle.loads(pickle.dumps(layer)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
+def test_layers_with_dropout_pickle_and_deepcopy(kind: Kind, merged: bool, copied: Any) -> None:
     layer = kind.ours(lora_dropout=0.5).train(not merged)
-    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
-        assert twin.merged is merged
-        torch.manual_seed(1)
-        expected = layer(kind.input())
-        torch.manual_seed(1)
-        assert torch.equal(twin(kind.input()), expected)
-        twin.train()
-        assert torch.equal(twin.weight, layer.state_dict()["weight"])
+    twin = copied(layer)
+    assert twin.merged is merged
+    torch.manual_seed(1)
+    expected = layer(kind.input())
+    torch.manual_seed(1)
+    assert torch.equal(twin(kind.input()), expected)
+    twin.train()
+    assert torch.equal(twin.weight, layer.state_dict()["weight"])
 
 
 def test_loralib_does_not_pickle() -> None:
@@ -145,10 +146,10 @@ def test_eval_and_train_chain(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH, ids=str)
 def test_rslora_divides_by_the_root_of_the_rank(kind: Kind) -> None:
-    plain, rooted = kind.ours(r=4, lora_alpha=8), kind.ours(r=4, lora_alpha=8, use_rslora=True)
-    assert (plain.scaling, rooted.scaling) == (2, 4)
+    by_rank, by_root = kind.ours(r=4, lora_alpha=8), kind.ours(r=4, lora_alpha=8, use_rslora=True)
+    assert (by_rank.scaling, by_root.scaling) == (2, 4)
     x, base = kind.input(), kind.ours(r=4, lora_alpha=0)
-    torch.testing.assert_close(rooted(x) - base(x), 2 * (plain(x) - base(x)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_root(x) - base(x), 2 * (by_rank(x) - base(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_the_number_of_trainable_parameters_follows_from_the_shapes() -> None:
@@ -185,7 +186,7 @@ def test_loralib_has_no_unequal_splits() -> None:
         loralib.MergedLinear(6, [8, 2, 2], r=2, enable_lora=[True, False, True])
 
 
-def test_merged_linear_with_no_split_adapted_is_a_plain_layer() -> None:
+def test_merged_linear_with_no_split_adapted_is_torchs_own_layer() -> None:
     layer, x = lora.MergedLinear(4, 6, r=2), torch.randn(3, 4)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert torch.equal(layer.eval()(x), layer.train()(x))
@@ -210,14 +211,26 @@ def test_merged_linear_takes_four_dimensions() -> None:
     [
         (lambda: lora.Linear(2, 2, r=-1), "r must be 0 .* not -1"),
         (lambda: lora.Conv1d(2, 2, 1, r=-3), "r must be 0 .* not -3"),
-        (lambda: lora.Embedding(2, 2, r=-1), "r must be 0"),
+        (lambda: lora.Embedding(2, 2, r=-2), "r must be 0 .* not -2"),
         (lambda: lora.Linear(2, 2, r=1, lora_dropout=1.0), r"lora_dropout must lie in \[0, 1\), not 1.0"),
-        (lambda: lora.Linear(2, 2, r=1, lora_dropout=-0.1), "lora_dropout"),
-        (lambda: lora.MergedLinear(2, 7, r=1, enable_lora=[True, False]), "7 can't be cut into 2 equal splits"),
-        (lambda: lora.MergedLinear(2, [4, 2], r=1, enable_lora=[True] * 3), "names 2 splits, enable_lora 3"),
+        (lambda: lora.Linear(2, 2, r=1, lora_dropout=-0.1), r"lora_dropout must lie in \[0, 1\), not -0.1"),
+        (lambda: lora.MergedLinear(2, 7, r=1, enable_lora=[True, False]), "7 can't be divided into 2 equal splits"),
+        (lambda: lora.MergedLinear(2, [4, 2], r=1, enable_lora=[True] * 3), "names 2 splits, but enable_lora names 3"),
         (lambda: lora.MergedLinear(2, [4, -2, 3], r=1, enable_lora=[True] * 3), r"\[4, -2, 3\]"),
         (lambda: lora.MergedLinear(2, 4, r=1, enable_lora=[]), "enable_lora is empty"),
         (lambda: lora.MergedLinear.from_base(nn.Linear(2, 6), 1, [True, True], splits=[3, 2]), "don't add up .* 6"),
+    ],
+    ids=[
+        "negative rank",
+        "negative rank of a convolution",
+        "negative rank of an embedding",
+        "dropout of 1",
+        "negative dropout",
+        "uneven splits",
+        "more switches than splits",
+        "a split of no rows",
+        "no switches",
+        "splits of another sum",
     ],
 )
 def test_nonsense_is_refused_with_a_message(make: Any, says: str) -> None:

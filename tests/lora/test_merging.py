@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_helpers import ALL, LINEARS, ONE_OF_EACH, Kind, assert_close, fill
+from lora.lora_helpers import ALL, LINEARS, ONE_OF_EACH, Kind, assert_close, fill
 from phinetune import lora
 
 BASES: list[tuple[Any, dict[str, Any]]] = [
@@ -160,8 +160,9 @@ def test_from_base_keeps_dtype_settings_and_frozen_bias(make: Any, options: Any,
     layer = adapted(base, options)
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    for name in (*getattr(base, "__constants__", ()), "padding_idx", "max_norm", "sparse", "groups"):
-        assert getattr(layer, name, None) == getattr(base, name, None), name
+    settings = (*getattr(base, "__constants__", ()), "padding_idx", "max_norm", "sparse", "groups")
+    found, wanted = ({name: getattr(one, name, None) for name in settings} for one in (layer, base))
+    assert found == wanted
     x = some_input(shape, torch.float64)
     assert torch.equal(layer.eval()(x), base.eval()(x))
 
@@ -179,28 +180,28 @@ def test_from_base_without_rank_is_the_layer_itself(train_base: bool) -> None:
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize(("make", "options", "shape"), CASES)
-def test_unloaded_is_a_plain_layer_with_the_same_output(make: Any, options: Any, shape: Any, merged: bool) -> None:
+def test_unloaded_is_torchs_own_layer_with_the_same_output(make: Any, options: Any, shape: Any, merged: bool) -> None:
     base, x = make().double(), some_input(shape, torch.float64)
     layer = fill_adapter(adapted(base, options)).train(not merged)
     before = {n: t.clone() for n, t in layer.state_dict().items()}
     expected = layer(x)
-    plain = layer.unloaded()
-    assert type(plain) is type(base)
-    assert plain.state_dict().keys() == base.state_dict().keys()
-    torch.testing.assert_close(plain(x), expected, rtol=1e-6, atol=1e-6)
+    torch_layer = layer.unloaded()
+    assert type(torch_layer) is type(base)
+    assert torch_layer.state_dict().keys() == base.state_dict().keys()
+    torch.testing.assert_close(torch_layer(x), expected, rtol=1e-6, atol=1e-6)
     assert layer.merged is merged
-    assert plain.training is not merged
-    assert repr(plain) == repr(base)
+    assert torch_layer.training is not merged
+    assert repr(torch_layer) == repr(base)
     assert all(torch.equal(before[n], t) for n, t in layer.state_dict().items())
-    nn.init.zeros_(plain.weight)
+    nn.init.zeros_(torch_layer.weight)
     assert torch.equal(layer(x), expected)
 
 
 def test_unloaded_turns_a_weight_that_was_stored_the_other_way() -> None:
     layer = LINEARS[2].ours()
-    plain, x = layer.unloaded(), LINEARS[2].input()
-    assert plain.weight.shape == (5, 7)
-    torch.testing.assert_close(plain(x), layer(x))
+    torch_layer, x = layer.unloaded(), LINEARS[2].input()
+    assert torch_layer.weight.shape == (5, 7)
+    torch.testing.assert_close(torch_layer(x), layer(x))
 
 
 # -- moving and loading while merged ----------------------------------------------------------------------------------

@@ -79,14 +79,19 @@ def test_names_their_ends_or_a_pattern_choose_the_layers(targets: Any, expected:
     ours = {"embed": "Embedding", "conv": "Conv1d"}
     printed = [f"{n}: {ours.get(n, 'Linear')} -> lora.{ours.get(n, 'Linear')}, r=2" for n in expected]
     assert capsys.readouterr().out.splitlines() == printed
-    for name in expected:
-        layer: Any = model.get_submodule(name)
-        assert (layer.r, layer.scaling) == (2, 1.5)
-        assert isinstance(layer, kinds[name])
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in expected}
+    assert {name: (layer.r, layer.scaling) for name, layer in layers.items()} == dict.fromkeys(expected, (2, 1.5))
+    assert [name for name, layer in layers.items() if not isinstance(layer, kinds[name])] == []
 
 
 @pytest.mark.parametrize(
-    ("targets", "named"), [(["fc1", "proj"], "'fc1'"), ("pro", "'pro'"), ([], "empty"), ("", "''")]
+    ("targets", "named"),
+    [
+        pytest.param(["fc1", "proj"], "'fc1'", id="one name of two"),
+        pytest.param("pro", "'pro'", id="a pattern for part of a name"),
+        pytest.param([], "empty", id="no names"),
+        pytest.param("", "''", id="an empty pattern"),
+    ],
 )
 def test_what_matches_nothing_is_refused_with_the_candidates(targets: Any, named: str) -> None:
     model = Model()
@@ -96,13 +101,16 @@ def test_what_matches_nothing_is_refused_with_the_candidates(targets: Any, named
     assert adapted_names(model) == []
 
 
-def test_a_model_with_nothing_to_adapt_says_so() -> None:
-    for model in (nn.LayerNorm(3), nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match="none"):
-            lora.apply(model, ".*", r=2)
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(nn.LayerNorm(3), id="no linear layer"), pytest.param(nn.Linear(2, 2), id="a layer without a parent")],
+)
+def test_a_model_with_nothing_to_adapt_says_so(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="layers that can be adapted: none"):
+        lora.apply(model, ".*", r=2)
 
 
-def test_a_plain_string_is_no_suffix() -> None:
+def test_a_string_is_a_pattern_and_no_ending() -> None:
     with pytest.raises(ValueError, match="pattern 'o_proj' matches no layer"):
         lora.apply(Model(), "o_proj", r=2)
 
@@ -129,9 +137,9 @@ def test_enable_lora_makes_merged_linear_layers() -> None:
     assert layer.lora_B.grad is not None
 
 
-@pytest.mark.parametrize("options", [{"enable_lora": [True] * 3}, {"lora_dropout": 2.0}, {"unknown": 1}])
+@pytest.mark.parametrize("options", [{"enable_lora": [True] * 3}, {"lora_dropout": 2.0}, {"unknown": 1}], ids=str)
 def test_options_that_do_not_fit_leave_the_model_as_it_was(options: Any) -> None:
-    """o_proj's 8 rows can't be cut in three; the others come before it and could."""
+    """The second layer's 8 rows can't be divided by three. The first layer's could, and it comes before."""
     model = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 8))
     with pytest.raises((ValueError, TypeError)):
         lora.apply(model, ".*", r=2, **options)
@@ -171,14 +179,14 @@ def test_in_training_mode_or_not_as_the_model_was() -> None:
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_unload_gives_the_plain_model_with_the_update_in_it(merged: bool) -> None:
+def test_unload_gives_torchs_own_layers_with_the_update_in_them(merged: bool) -> None:
     torch.manual_seed(0)
     model, names = Model(), list(Model().state_dict())
     lora.apply(model, ".*", r=2)
     with_adapters(model).train(not merged)
     expected = model(IDS)
-    plain = lora.unload(model)
-    assert plain is model
+    unloaded = lora.unload(model)
+    assert unloaded is model
     assert adapted_names(model) == []
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
@@ -189,6 +197,6 @@ def test_unload_gives_the_plain_model_with_the_update_in_it(merged: bool) -> Non
 
 def test_unload_of_a_layer_alone() -> None:
     layer = lora.Linear(3, 2, r=1)
-    plain, x = lora.unload(layer), torch.randn(2, 3)
-    assert type(plain) is nn.Linear
-    torch.testing.assert_close(plain(x), layer(x))
+    unloaded, x = lora.unload(layer), torch.randn(2, 3)
+    assert type(unloaded) is nn.Linear
+    torch.testing.assert_close(unloaded(x), layer(x))

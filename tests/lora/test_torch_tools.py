@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from lora_helpers import (
+from lora.lora_helpers import (
     EMBEDDINGS,
     IDS,
     LINEARS,
@@ -56,8 +56,11 @@ def test_a_compiled_layer_follows_eval_and_train() -> None:
     layer, x = LINEARS[0].ours(), LINEARS[0].input()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     expected = layer(x)
-    for mode in (False, True, False):
-        torch.testing.assert_close(compiled.train(mode)(x), expected)
+    torch.testing.assert_close(compiled.eval()(x), expected)
+    assert layer.merged
+    torch.testing.assert_close(compiled.train()(x), expected)
+    assert not layer.merged
+    torch.testing.assert_close(compiled.eval()(x), expected)
     assert layer.merged
 
 
@@ -79,31 +82,31 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching")
 @pytest.mark.usefixtures("one_process")
-def test_fsdp_gives_the_plain_models_gradients() -> None:
-    plain, model = Block(lora), Block(lora)
+def test_fsdp_gives_the_gradients_of_the_model_without_it() -> None:
+    unsharded, model = Block(lora), Block(lora)
     lora.mark_only_lora_as_trainable(model)
-    lora.mark_only_lora_as_trainable(plain)
+    lora.mark_only_lora_as_trainable(unsharded)
     sharded: Any = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    for module in (sharded, plain):
+    for module in (sharded, unsharded):
         module(IDS).square().sum().backward()
-    expected = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    expected = {n: p.grad for n, p in unsharded.named_parameters() if p.requires_grad}
     found = {n.removeprefix("_fsdp_wrapped_module."): p.grad for n, p in sharded.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
-        assert grad is not None
-        torch.testing.assert_close(found[name].view(grad.shape), grad)
+        assert grad is not None, name
+        torch.testing.assert_close(found[name].view(grad.shape), grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching")
 @pytest.mark.usefixtures("one_process")
 def test_under_fsdp_evaluation_leaves_the_weights_apart() -> None:
-    """It holds the storage: a weight swapped there would be written over the one kept aside."""
+    """FSDP manages the storage. A merged weight there would overwrite the weight that the layer keeps."""
     model = Block(lora)
     expected = model(IDS)
     sharded: Any = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    for mode in (False, True):
-        assert_close(sharded.train(mode)(IDS), expected)
-    with pytest.raises(ValueError, match="FSDP holds the weight"):
+    assert_close(sharded.eval()(IDS), expected)
+    assert_close(sharded.train()(IDS), expected)
+    with pytest.raises(ValueError, match="FSDP manages the weight"):
         model.out.merge()
 
 
@@ -113,8 +116,9 @@ def test_under_the_second_fsdp_evaluation_computes_the_same() -> None:
     model = Block(lora)
     expected = model(IDS)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    for mode in (False, True, False):
-        assert_close(model.train(mode)(IDS), expected, 1e-5)
+    for mode in ("evaluation", "training", "evaluation again"):
+        model.train(mode == "training")
+        assert_close(model(IDS), expected, 1e-5, mode)
         model(IDS).sum().backward()
 
 

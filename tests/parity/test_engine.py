@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Phi3Config
 
-from engine_helpers import (
+from engine.engine_helpers import (
     LIMIT,
     SHAPES,
     Pair,
@@ -35,8 +35,8 @@ from engine_helpers import (
     windowed,
     with_prompt,
 )
-from phinetune.chat.encoder import Encoded
 from phinetune.engine.attention_plan import FLASH_FROM
+from phinetune.engine.examples import Encoded
 from phinetune.engine.memory import LayerSizes, Level
 from phinetune.engine.packing import pack
 from phinetune.engine.phi3 import rope_limit

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 
-from helpers import tiny_config
+from helpers import tiny_config, train_only
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.random_shapes import byte_tokenizer
-from phinetune.config.run import ModelSection
-from phinetune.training import run as job
+from phinetune.config.model import ModelSection
 
 pytest.importorskip("bitsandbytes")
 
@@ -27,7 +25,7 @@ SHAPE = "random:{layers: 2, hidden_size: 64, intermediate_size: 128, heads: 4, k
 def trained(chats: Path, folder: Path, kind: str, engine: str, resume: bool = False, **training: Any) -> Any:
     config = tiny_config(chats, folder, optim="paged_adamw_32bit", **training)
     config.model.path, config.model.quantization, config.engine.kind = SHAPE, kind, engine  # type: ignore[assignment]
-    return job.train(config, Console(quiet=True), resume=resume)
+    return train_only(config, resume=resume)
 
 
 def losses(folder: Path) -> list[float]:
@@ -69,7 +67,7 @@ LOADING = """
 import sys
 from pathlib import Path
 import bitsandbytes
-from phinetune.config.run import ModelSection
+from phinetune.config.model import ModelSection
 from phinetune.checkpoints.load import load_base
 
 def status(key):

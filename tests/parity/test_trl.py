@@ -10,14 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from helpers import TINY, write_jsonl
+from helpers import TINY, train_only, write_jsonl
 from phinetune.checkpoints.load import load_base
-from phinetune.config.run import ModelSection, make_config
-from phinetune.training import run as job
+from phinetune.config.model import ModelSection
+from phinetune.config.run import make_config
 
 SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-4,
@@ -75,7 +74,7 @@ def our_losses(path: str, rows: list[dict[str, str]], folder: Path, batch: int) 
             "training_config": settings,
         }
     )
-    job.train(config, Console(quiet=True))
+    train_only(config)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from phinetune.chat.encoder import Encoded
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.tokenizer import open_config
-from phinetune.config.run import ModelSection
+from phinetune.config.model import ModelSection
+from phinetune.engine.examples import Encoded
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.engine.memory import SLACK, LayerSizes, Level
 from phinetune.engine.packing import pack
 from phinetune.planning import memory as planning_memory
-from phinetune.planning.memory import Step, optimizer_bytes, predict
+from phinetune.planning.memory import MicroBatch, optimizer_bytes, predict
 from phinetune.planning.sizes import Sizes, count_sizes
 from phinetune.training.settings import make_lora_config, read_settings
 
@@ -75,14 +75,18 @@ def test_quantised_weights_are_counted_to_a_thousandth(kind: str) -> None:
     assert sizes.expanded == 2 * 256 * 1024  # gate_up_proj
 
 
-def test_a_step_of_the_optimizer_keeps_what_is_counted() -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad)],
+    ids=["adamw_torch", "sgd", "adagrad"],
+)
+def test_a_step_of_the_optimizer_keeps_what_is_counted(name: str, kind: Callable[..., torch.optim.Optimizer]) -> None:
     weight = torch.nn.Parameter(torch.ones(64, 64))
     weight.grad = torch.ones(64, 64)
-    for name, kind in (("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad)):
-        optimizer = kind([weight], lr=0.1)
-        optimizer.step()
-        state = [one for one in optimizer.state[weight].values() if one is not None and one.numel() > 1]
-        assert optimizer_bytes(name) * weight.numel() == tensor_bytes(state)
+    optimizer = kind([weight], lr=0.1)
+    optimizer.step()
+    state = [tensor for tensor in optimizer.state[weight].values() if tensor is not None and tensor.numel() > 1]
+    assert optimizer_bytes(name) * weight.numel() == tensor_bytes(state)
 
 
 def watched(work: Callable[[], Any]) -> tuple[Any, int, int]:
@@ -121,14 +125,14 @@ def test_the_loss_holds_a_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPa
     labels, weights = torch.randint(0, 320, (700,)), torch.ones(700)
     _, _, most = watched(lambda: linear_cross_entropy(hidden, weight, labels, weights))
     sizes = Sizes(open_config(ModelSection(path=SHAPES[0])), 0, 0, 0, 0, 4)
-    parts, _ = predict(sizes, Step(700, 700), "none", False, "sgd", 1 << 40)
+    parts, _ = predict(sizes, MicroBatch(700, 700), "none", False, "sgd", 1 << 40)
     already = 700 * 64 * 4  # the hidden states that the loss is given
     assert parts.logits - already == pytest.approx(most, rel=0.1)
 
 
 def test_the_peak_has_logits_or_a_layer_at_work() -> None:
     sizes = Sizes(open_config(ModelSection(path=SHAPES[0])), 1000, 50, 10, 1010, 2)
-    parts, levels = predict(sizes, Step(100, 40), "all", False, "adamw_torch", 1 << 40)
+    parts, levels = predict(sizes, MicroBatch(100, 40), "all", False, "adamw_torch", 1 << 40)
     assert levels == [Level.LAYER] * 3
     assert (parts.weights, parts.adapter, parts.optimizer) == (1000, 10 * (4 + 4 + 2), 80)
     assert parts.activations == pytest.approx(SLACK * 3 * 64 * 100 * 2, abs=1)

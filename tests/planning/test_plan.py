@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from cli_helpers import run
+from cli.cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
 from phinetune.config.run import RunConfig, dump_config, load_config
-from phinetune.planning import plan as planning
 from phinetune.planning.nearest import nearest_fitting
 from phinetune.planning.plan import make_plan
+from phinetune.planning.setup import Setup
 from phinetune.screen.plan import as_options
+from phinetune.training.prepare import prepare_run, settle
 
 
 def written(config: RunConfig, folder: Path) -> Path:
@@ -55,7 +56,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(
 ) -> None:
     config = large(tmp_path)
     need = make_plan(config, probe=False).memory.total
-    monkeypatch.setattr(planning, "free_bytes", lambda device: need * 2 // 3)
+    monkeypatch.setattr("phinetune.planning.setup.free_bytes", lambda device: need * 2 // 3)
     file = written(config, tmp_path)
     assert run(monkeypatch, "plan", file, "--no-probe") == 1
     out = capsys.readouterr().out
@@ -63,21 +64,21 @@ def test_a_run_that_does_not_fit_is_told_what_would(
     options = [line.split() for line in out.splitlines() if line.startswith("  --set ")]
     assert len(options) >= 3
     for option in options:
-        assert run(monkeypatch, "plan", file, "--no-probe", *option) == 0
+        assert run(monkeypatch, "plan", file, "--no-probe", *option) == 0, option
         again = make_plan(load_config(file, option[1::2]), probe=False)
-        assert again.memory.total <= need * 2 // 3
-        assert again.steps.tokens <= make_plan(config, probe=False).steps.tokens
+        assert again.memory.total <= need * 2 // 3, option
+        assert again.steps.tokens <= make_plan(config, probe=False).steps.tokens, option
 
 
 def test_kinds_of_change_are_put_together_where_none_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = planning._set_up(large(tmp_path))[0]
+    setup = Setup.of(prepare_run(settle(large(tmp_path))))
     alone = [setup.changed(one).need().memory.total for one in nearest_fitting(setup)]
     assert alone == [] or max(alone) <= setup.free
     least = setup.changed({"training_config.per_device_train_batch_size": 1}).need().memory.total
-    monkeypatch.setattr(planning, "free_bytes", lambda device: least - 1000)
+    monkeypatch.setattr("phinetune.planning.setup.free_bytes", lambda device: least - 1000)
     found = make_plan(large(tmp_path), probe=False).nearest
     assert all("per_device_train_batch_size" not in as_options(one) or len(one) > 2 for one in found)
-    monkeypatch.setattr(planning, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr("phinetune.planning.setup.free_bytes", lambda device: 1000)
     made = make_plan(large(tmp_path), probe=False)
     assert (made.fits, made.nearest) == (False, [])
 
@@ -88,7 +89,7 @@ def test_a_full_disk_is_told(chats: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert made.disk == made.trainable * (4 + 3 * 12)
     config.training_config["save_total_limit"] = 1
     assert make_plan(config, probe=False).disk == made.trainable * (4 + 2 * 12)
-    monkeypatch.setattr(planning, "free_disk", lambda folder: made.trainable)
+    monkeypatch.setattr("phinetune.planning.plan.free_disk", lambda folder: made.trainable)
     assert not make_plan(config, probe=False).fits
 
 
@@ -100,13 +101,11 @@ def test_the_plain_engine_is_noted(chats: Path, tmp_path: Path) -> None:
     assert "engine: plain" in made.notes[0]
 
 
-def test_the_optimizer_is_counted_by_its_name(chats: Path, tmp_path: Path) -> None:
-    held = {}
-    for name in ("adamw_torch", "sgd", "adafactor"):
-        made = make_plan(tiny_config(chats, tmp_path / "run", optim=name), probe=False)
-        held[name] = made.memory.optimizer / made.trainable
-        assert any("adafactor" in note for note in made.notes) is (name == "adafactor")
-    assert held == {"adamw_torch": 8, "sgd": 0, "adafactor": 8}
+@pytest.mark.parametrize(("name", "size"), [("adamw_torch", 8), ("sgd", 0), ("adafactor", 8)])
+def test_the_optimizer_is_counted_by_its_name(chats: Path, tmp_path: Path, name: str, size: int) -> None:
+    made = make_plan(tiny_config(chats, tmp_path / "run", optim=name), probe=False)
+    assert made.memory.optimizer == size * made.trainable
+    assert any("adafactor" in note for note in made.notes) is (name == "adafactor")
 
 
 def test_quantised_runs_are_measured_too(chats: Path, tmp_path: Path) -> None:

@@ -8,26 +8,27 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from chats.template_helpers import NAMES, template_tokenizer
 from helpers import chat
-from phinetune.chat.encoder import ChatEncoder, make_encoder
+from phinetune.chats.encoder import ChatEncoder, make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
-from phinetune.config.run import DataSection
-from phinetune.data.prepare.encode_rows import RowOutcome, outcomes
+from phinetune.config.data import DataSection
+from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
+from phinetune.data.preview import pieces, preview_row, turn_ends, turns_of
 from phinetune.data.read.rows import Broken, Row
-from phinetune.screen.row_view import pieces, show_row, turn_ends, turns_of
-from template_helpers import NAMES, template_tokenizer
+from phinetune.screen.row_view import show_row
 
 ENCODER = make_encoder(byte_tokenizer(300))
 ROW = chat("How are you?", "Fine.", "Really?", "Yes!", system="Be brief.")
 
 
 def outcome(fields: dict[str, Any], max_length: int | None = None, encoder: ChatEncoder = ENCODER) -> RowOutcome:
-    return next(outcomes([Row("a.jsonl:7", fields)], DataSection(), encoder, max_length))
+    return next(RowEncoder(DataSection(), encoder, max_length)([Row("a.jsonl:7", fields)]))
 
 
 def shown(found: RowOutcome | Broken, encoder: ChatEncoder = ENCODER, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=100)
-    show_row(found, encoder, console, **options)
+    show_row(preview_row(found, encoder), console, **options)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
@@ -45,7 +46,7 @@ def test_without_colours_marks_tell_all() -> None:
 
 def test_colours_tell_roles_underlining_what_is_trained_and_reversal_what_is_special() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
-    show_row(outcome(ROW), ENCODER, console)
+    show_row(preview_row(outcome(ROW), ENCODER), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b[36mH\x1b[0m\x1b[36mo\x1b[0m\x1b[36mw\x1b[0m" in text
     assert "⟦" not in text

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from phinetune.checkpoints.opened import open_model
 from phinetune.engine.generate import Sampling
-from phinetune.talk.conversation import Conversation, chat
+from phinetune.screen.chat import hold_chat
+from phinetune.talk.conversation import Conversation
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(conversation: Conversation) -> N
 def test_the_next_prompt_holds_the_turns_before(conversation: Conversation) -> None:
     conversation.system = "Count."
     answer = conversation.answer("How many?").text
-    text = conversation.tuned.loaded.tokenizer.decode(conversation.prompt_ids("Sure?"))
+    text = conversation.opened.loaded.tokenizer.decode(conversation.prompt_ids("Sure?"))
     assert text == (
         f"<|system|>Count.<|end|><|user|>How many?<|end|><|assistant|>{answer}<|end|><|user|>Sure?<|end|><|assistant|>"
     )
@@ -44,7 +45,7 @@ def test_the_base_answers_without_the_adapter(conversation: Conversation) -> Non
     conversation.with_base = True
     base = conversation.answer("How many?").text
     assert base != tuned
-    plain = Conversation(open_model(conversation.tuned.config.model.path), Sampling(), max_new_tokens=8)
+    plain = Conversation(open_model(conversation.opened.config.model.path), Sampling(), max_new_tokens=8)
     assert plain.answer("How many?").text == base
 
 
@@ -60,7 +61,7 @@ def test_an_error_while_generating_comes_back(conversation: Conversation, monkey
     def failing(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(conversation.tuned.model, "generate", failing)
+    monkeypatch.setattr(conversation.opened.model, "generate", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(conversation.stream("How many?"))
 
@@ -74,7 +75,7 @@ def talk(conversation: Conversation, console: Console, *lines: str) -> str:
         except StopIteration:
             raise EOFError from None
 
-    chat(conversation, console, read)
+    hold_chat(conversation, console, read)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 

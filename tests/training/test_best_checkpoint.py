@@ -15,8 +15,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from helpers import tiny_config
 from phinetune.api import train as api
 from phinetune.config.run import RunConfig
+from phinetune.config.section import Section
 from phinetune.errors import ConfigError
 from phinetune.training.best_checkpoint import EarlyStop, settle_best
+from phinetune.training.objectives.sft import Sft
 from phinetune.training.settings import read_settings
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -28,7 +30,7 @@ def configured(chats: Path, folder: Path, evaluation: dict[str, Any], **training
 
 
 def settled(config: RunConfig) -> dict[str, Any]:
-    return settle_best(read_settings(config.peft_config, config.training_config), config).training
+    return settle_best(read_settings(config.peft_config, config.training_config), config, Sft(Section())).training
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_the_best_step_by_a_metric_of_answers_is_what_the_run_holds(
     training = {"metric_for_best_model": "liked", "load_best_model_at_end": True, "max_steps": 20, **EVALUATED}
     config = tiny_config(chats, run, **training)
     config.evaluation = config.evaluation.model_validate({**config.evaluation.model_dump(), **evaluation})
-    made = api.run(config, console)
+    made = api.train_config(config, console)
     summary = made.results["training"]
     assert summary["best"] == {"metric": "liked", "value": 0, "step": 2, "loaded": True}
     assert (summary["steps"], summary["stopped_early"]) == (6, True)
@@ -114,7 +116,7 @@ def test_fixed_prompts_are_answered_at_every_evaluation(chats: Path, tmp_path: P
     config.evaluation = config.evaluation.model_validate(
         {**config.evaluation.model_dump(), "fixed_prompts": ["How many?", "And now?"], "enabled": False}
     )
-    api.run(config, console)
+    api.train_config(config, console)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     wanted = [(step, prompt) for step in (2, 4, 6) for prompt in ("How many?", "And now?")]
     assert [(s["step"], s["prompt"]) for s in samples] == wanted

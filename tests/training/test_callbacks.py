@@ -58,7 +58,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None
     run, file = tmp_path / "run", tmp_path / "run.yaml"
     settings = {"max_steps": 400, "save_strategy": "steps", "save_steps": 1000, "logging_steps": 1}
     file.write_text(dump_config(tiny_config(chats, run, **settings)))
-    command = [sys.executable, "-m", "phinetune.cli.app", "train", str(file)]
+    command = [sys.executable, "-m", "phinetune", "train", str(file)]
     bare = {**os.environ, "PATH": os.defpath}  # without a `phinetune` that could be called by its name
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=bare)
     metrics = run / "metrics.jsonl"
@@ -70,7 +70,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert f"  python -m phinetune.cli.app train {file} --resume\n" in out
+    assert f"  python -m phinetune train {file} --resume\n" in out
     assert not (run / "results.json").exists()
     (checkpoint,) = run.glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))

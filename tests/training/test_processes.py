@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from trl import SFTConfig
 
-from helpers import RUN_FILES, tiny_config, write_jsonl
+from helpers import RUN_FILES, tiny_config, train_only, write_jsonl
 from phinetune import processes
-from phinetune.training import run as job
 from phinetune.training.settings import one_gpu
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +51,7 @@ def launch(chats: Path, folder: Path, **changes: Any) -> Launched:
 def alone(chats: Path, folder: Path, engine: str = "fast", **training: Any) -> Path:
     config = tiny_config(chats, folder, **{**STEPS, **training})
     config.model.device, config.model.dtype, config.engine.kind = "cpu", "float32", engine  # type: ignore[assignment]
-    job.train(config, Console(quiet=True))
+    train_only(config)
     return folder
 
 

@@ -17,15 +17,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from helpers import GUIDE_PEFT, GUIDE_TRAINING, RUN_FILES, TINY, chat, tiny_config, write_jsonl
+from helpers import GUIDE_PEFT, GUIDE_TRAINING, RUN_FILES, TINY, chat, tiny_config, train_only, write_jsonl
+from phinetune.api.train import train_config
 from phinetune.checkpoints.load import Loaded
 from phinetune.config.run import load_config
 from phinetune.errors import ConfigError, ModelError, PhinetuneError, RunError
-from phinetune.training import run as job
+from phinetune.training.run import TrainedRun
 
 
-def train(chats: Path, folder: Path, console: Console, resume: bool = False, **training: Any) -> job.Trained:
-    return job.train(tiny_config(chats, folder, **training), console, resume=resume)
+def train(chats: Path, folder: Path, resume: bool = False, **training: Any) -> TrainedRun:
+    return train_only(tiny_config(chats, folder, **training), resume=resume)
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,10 +101,10 @@ def test_the_evaluation_during_training_is_the_one_after_it(tiny_run: Path) -> N
 
 def test_the_resolved_configuration_starts_the_same_run(tiny_run: Path, chats: Path, tmp_path: Path) -> None:
     config = load_config(tiny_run / "config.yaml", [f"training_config.output_dir={tmp_path}/again"])
-    job.train(config, Console(quiet=True))
+    train_only(config)
     assert losses(tmp_path / "again") == losses(tiny_run)
     tree = yaml.safe_load((tiny_run / "config.yaml").read_text())
-    assert set(tree) == {"model", "data", "peft_config", "training_config", "engine", "evaluation"}
+    assert set(tree) == {"model", "data", "objective", "peft_config", "training_config", "engine", "evaluation"}
     assert tree["data"]["loss_on"] == "assistant"
 
 
@@ -117,7 +118,7 @@ def test_the_log_says_what_the_guide_logs(tiny_run: Path) -> None:
 
 
 def test_rows_and_layers_are_shown_before_training(chats: Path, tmp_path: Path, console: Console) -> None:
-    train(chats, tmp_path / "run", console, max_steps=1)
+    train_config(tiny_config(chats, tmp_path / "run", max_steps=1), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "9 kept" in shown
     assert "<|assistant|>⟦They are" in shown
@@ -125,18 +126,18 @@ def test_rows_and_layers_are_shown_before_training(chats: Path, tmp_path: Path, 
     assert "step 1/1  loss" in shown
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(chats: Path, tmp_path: Path, console: Console) -> None:
+def test_resumed_equals_uninterrupted_to_the_bit(chats: Path, tmp_path: Path) -> None:
     """With dropout, so that the random state counts, and a stop in the middle of the second epoch."""
     settings = {"max_steps": 9, "save_strategy": "steps", "save_steps": 7, "lr_scheduler_type": "cosine"}
     config = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
     whole = tiny_config(chats, tmp_path / "whole", **settings)
     whole.peft_config = config
-    job.train(whole, console)
+    train_only(whole)
     stopped = tiny_config(chats, tmp_path / "stopped", **settings)
     stopped.peft_config = config
-    job.train(stopped, console)
+    train_only(stopped)
     shutil.rmtree(tmp_path / "stopped" / "checkpoint-9")
-    resumed = job.train(stopped, console, resume=True)
+    resumed = train_only(stopped, resume=True)
     assert resumed.summary["steps"] == 9
     theirs, ours = adapter(tmp_path / "whole"), adapter(tmp_path / "stopped")
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
@@ -144,46 +145,43 @@ def test_resumed_equals_uninterrupted_to_the_bit(chats: Path, tmp_path: Path, co
     assert [e["step"] for e in metrics(tmp_path / "stopped")] == list(range(1, 10))
 
 
-def test_resuming_at_the_last_step_trains_no_further(chats: Path, tmp_path: Path, console: Console) -> None:
+def test_resuming_at_the_last_step_trains_no_further(chats: Path, tmp_path: Path) -> None:
     """As when the power fails during the evaluation after training."""
-    train(chats, tmp_path / "run", console, save_strategy="steps", save_steps=6)
+    train(chats, tmp_path / "run", save_strategy="steps", save_steps=6)
     before = adapter(tmp_path / "run")
-    made = train(chats, tmp_path / "run", console, resume=True, save_strategy="steps", save_steps=6)
+    made = train(chats, tmp_path / "run", resume=True, save_strategy="steps", save_steps=6)
     assert made.summary["steps"] == 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter(tmp_path / "run").items())
     assert len(losses(tmp_path / "run")) == 6
 
 
-def test_resume_needs_the_same_model_data_and_adapter(chats: Path, tmp_path: Path, console: Console) -> None:
-    train(chats, tmp_path / "run", console, max_steps=1, save_strategy="steps", save_steps=1)
+def test_resume_needs_the_same_model_data_and_adapter(chats: Path, tmp_path: Path) -> None:
+    train(chats, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
     config = tiny_config(chats, tmp_path / "run", max_steps=2)
     config.peft_config["r"] = 8
     config.data.loss_on = "all"
     with pytest.raises(RunError) as caught:
-        job.train(config, console, resume=True)
+        train_only(config, resume=True)
     assert [p.split(":")[0] for p in caught.value.problems[:2]] == ["data", "peft_config"]
 
 
-def test_resume_needs_the_same_weights(chats: Path, tmp_path: Path, console: Console) -> None:
+def test_resume_needs_the_same_weights(chats: Path, tmp_path: Path) -> None:
     """The same path may hold another model by now; here the seed of the random weights changed."""
-    train(chats, tmp_path / "run", console, max_steps=1, save_strategy="steps", save_steps=1)
+    train(chats, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
     config = tiny_config(chats, tmp_path / "run", max_steps=2)
     config.model.seed = 1
     with pytest.raises(ModelError, match="this adapter was trained on"):
-        job.train(config, console, resume=True)
+        train_only(config, resume=True)
 
 
 @pytest.mark.parametrize(("micro", "accumulation"), [(8, 1), (4, 2), (1, 8)])
-def test_micro_batches_add_up_to_the_whole_step(
-    chats: Path, tmp_path: Path, console: Console, micro: int, accumulation: int
-) -> None:
+def test_micro_batches_add_up_to_the_whole_step(chats: Path, tmp_path: Path, micro: int, accumulation: int) -> None:
     """Rows differ much in trained tokens, so a mean of means would show (transformers#34191)."""
     settings = {"max_steps": 1, "learning_rate": 1e-3}
     for name, batch, steps in (("whole", 8, 1), ("parts", micro, accumulation)):
         train(
             chats,
             tmp_path / name,
-            console,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=steps,
             **settings,
@@ -193,39 +191,38 @@ def test_micro_batches_add_up_to_the_whole_step(
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(chats: Path, tmp_path: Path, console: Console) -> None:
+def test_gradient_checkpointing_changes_nothing(chats: Path, tmp_path: Path) -> None:
     for name, on in (("plain", False), ("checkpointed", True)):
         reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if on else {}
-        train(chats, tmp_path / name, console, gradient_checkpointing=on, **reentrant)
+        train(chats, tmp_path / name, gradient_checkpointing=on, **reentrant)
     assert losses(tmp_path / "checkpointed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
 
 
-def test_packing_fills_rows_and_trains_the_same_tokens(chats: Path, tmp_path: Path, console: Console) -> None:
-    made = train(chats, tmp_path / "run", console, packing=True, max_length=200, num_train_epochs=1, max_steps=-1)
-    assert made.summary["tokens"] == made.chats.train.report.tokens
+def test_packing_fills_rows_and_trains_the_same_tokens(chats: Path, tmp_path: Path) -> None:
+    made = train(chats, tmp_path / "run", packing=True, max_length=200, num_train_epochs=1, max_steps=-1)
+    assert made.summary["tokens"] == made.prepared.chats.train.report.tokens
     assert made.summary["steps"] < 5
 
 
-def test_the_guides_settings_run_unchanged(chats: Path, tmp_path: Path, console: Console) -> None:
+def test_the_guides_settings_run_unchanged(chats: Path, tmp_path: Path) -> None:
     """bf16 on any processor, checkpointing, warm-up ratio, dropout, the retired key."""
     config = tiny_config(chats, tmp_path / "run")
     config.training_config = {**GUIDE_TRAINING, "output_dir": str(tmp_path / "run"), "logging_steps": 1}
     config.peft_config = dict(GUIDE_PEFT)
-    made = job.train(config, console)
+    made = train_only(config)
     assert made.summary["steps"] == 3  # nine chats in batches of four, one epoch
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
 
 
-def test_only_the_newest_checkpoints_are_kept(chats: Path, tmp_path: Path, console: Console) -> None:
-    train(chats, tmp_path / "run", console, save_strategy="steps", save_steps=2, save_total_limit=1)
+def test_only_the_newest_checkpoints_are_kept(chats: Path, tmp_path: Path) -> None:
+    train(chats, tmp_path / "run", save_strategy="steps", save_steps=2, save_total_limit=1)
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(chats: Path, tmp_path: Path, console: Console) -> None:
+def test_the_best_checkpoint_is_loaded_at_the_end(chats: Path, tmp_path: Path) -> None:
     made = train(
         chats,
         tmp_path / "run",
-        console,
         save_strategy="steps",
         save_steps=1,
         eval_strategy="steps",
@@ -242,9 +239,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end(chats: Path, tmp_path: Path, c
     assert all(torch.equal(tensor, state[name]) for name, tensor in adapter(made.folder.path).items())
 
 
-def test_a_run_that_diverges_stops_and_names_the_batch(chats: Path, tmp_path: Path, console: Console) -> None:
+def test_a_run_that_diverges_stops_and_names_the_batch(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
-        train(chats, tmp_path / "run", console, learning_rate=1e30, save_strategy="steps", save_steps=1)
+        train(chats, tmp_path / "run", learning_rate=1e30, save_strategy="steps", save_steps=1)
     text = str(caught.value)
     assert "the loss became" in text
     assert "The batch began: '<|" in text
@@ -259,42 +256,42 @@ def test_a_run_that_diverges_stops_and_names_the_batch(chats: Path, tmp_path: Pa
     ],
 )
 def test_settings_that_a_library_refuses_are_a_sentence(
-    chats: Path, tmp_path: Path, console: Console, training: dict[str, Any], words: str
+    chats: Path, tmp_path: Path, training: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        train(chats, tmp_path / "run", console, **training)
+        train(chats, tmp_path / "run", **training)
     assert words in str(caught.value)
 
 
-def test_a_tracker_gets_the_run(chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_gets_the_run(chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    train(chats, tmp_path / "run", console, report_to="tensorboard", max_steps=1)
+    train(chats, tmp_path / "run", report_to="tensorboard", max_steps=1)
     assert any("tfevents" in file.name for file in (tmp_path / "board").rglob("*"))
 
 
-def test_a_folder_that_holds_other_files_is_left_alone(chats: Path, tmp_path: Path, console: Console) -> None:
+def test_a_folder_that_holds_other_files_is_left_alone(chats: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "README.md").write_text("mine")
     with pytest.raises(RunError, match="holds files that no run of phinetune wrote"):
-        train(chats, folder, console)
+        train(chats, folder)
     assert (folder / "README.md").read_text() == "mine"
 
 
-def test_problems_are_found_before_the_model_is_loaded(tmp_path: Path, console: Console) -> None:
+def test_problems_are_found_before_the_model_is_loaded(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "none.jsonl", tmp_path / "run")
     config.model.path = "nowhere/to-be-found"
     with pytest.raises(PhinetuneError, match=r"none\.jsonl: no such file"):
-        job.train(config, console)
+        train_only(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_row_that_spoils_the_run_leaves_no_run(tmp_path: Path, console: Console) -> None:
+def test_a_row_that_spoils_the_run_leaves_no_run(tmp_path: Path) -> None:
     file = write_jsonl(
         tmp_path / "a.jsonl", [chat("a", "b"), *[chat("c", "d")] * 5, {"messages": [{"role": "user", "content": "x"}]}]
     )
     config = tiny_config(file, tmp_path / "run")
     with pytest.raises(PhinetuneError, match=r"a\.jsonl:7: no assistant turn"):
-        job.train(config, console)
+        train_only(config)
     assert not (tmp_path / "run").exists()
     assert config.model.path == TINY

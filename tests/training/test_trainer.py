@@ -12,31 +12,31 @@ from rich.console import Console
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from helpers import tiny_config
+from helpers import tiny_config, train_only
 from phinetune.checkpoints.load import Loaded
 from phinetune.errors import RunError
-from phinetune.training import run as job
-from phinetune.training.trainer import ChatTrainer
+from phinetune.training.objectives.sft import PlainSftTrainer
+from phinetune.training.trainer import RunTrainer
 
 
 def test_a_save_that_fails_half_way_leaves_the_checkpoints_before(
     chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = ChatTrainer._save_rng_state
+    save = RunTrainer._save_rng_state
 
-    def failing(self: ChatTrainer, output_dir: str) -> None:
+    def failing(self: RunTrainer, output_dir: str) -> None:
         if self.state.global_step == 4:
             raise OSError(28, "No space left on device")
         save(self, output_dir)
 
-    monkeypatch.setattr(ChatTrainer, "_save_rng_state", failing)
+    monkeypatch.setattr(RunTrainer, "_save_rng_state", failing)
     config = tiny_config(chats, tmp_path / "run", save_strategy="steps", save_steps=2, save_total_limit=1)
     with pytest.raises(RunError, match="no space is left"):
-        job.train(config, console)
+        train_only(config)
     left = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
     assert left == {"checkpoint-2"}
     monkeypatch.undo()
-    assert job.train(config, console, resume=True).summary["steps"] == 6
+    assert train_only(config, resume=True).summary["steps"] == 6
 
 
 def test_a_checkpoint_is_not_seen_before_its_one_rename(
@@ -52,15 +52,15 @@ def test_a_checkpoint_is_not_seen_before_its_one_rename(
 
     monkeypatch.setattr("phinetune.files.os.replace", power_cut)
     with pytest.raises(OSError, match="power"):
-        job.train(tiny_config(chats, tmp_path / "run", save_strategy="steps", save_steps=2), console)
+        train_only(tiny_config(chats, tmp_path / "run", save_strategy="steps", save_steps=2))
     assert [p for p in (tmp_path / "run").iterdir() if p.is_dir()] == []
 
 
 def test_nothing_is_sent_about_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ChatTrainer._send_telemetry is not SFTTrainer._send_telemetry
+    assert PlainSftTrainer._send_telemetry is not SFTTrainer._send_telemetry
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **_: pytest.fail("telemetry was sent"))
-    ChatTrainer._send_telemetry(object.__new__(ChatTrainer))
+    PlainSftTrainer._send_telemetry(object.__new__(PlainSftTrainer))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from helpers import tiny_config
-from phinetune.api.train import run
-from phinetune.program import console
+from phinetune.api.train import train_config
+from phinetune.screen.console import stdout
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -20,5 +20,5 @@ if __name__ == "__main__":
     config.model.device = "cpu"
     config.model.dtype = "float32"
     config.engine.kind = given.pop("engine", "fast")
-    made = run(config, console())
+    made = train_config(config, stdout())
     (Path(folder).parent / f"results-{torch.distributed.get_rank()}.json").write_text(json.dumps(made.results))

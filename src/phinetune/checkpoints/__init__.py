@@ -1,1 +1,1 @@
-"""Checkpoints, tokenizers and adapters: found, checked, loaded and opened."""
+"""Finds, checks, loads and opens checkpoints, tokenizers and adapters."""

@@ -1,4 +1,4 @@
-"""Where LoRA goes: target modules by either naming, what they match, and adapters loaded onto their base."""
+"""Which layers get a LoRA adapter, and how a saved adapter is loaded onto its base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from phinetune.checkpoints.load import Base, Loaded, has_packed_form
+from phinetune.checkpoints.load import Base, Loaded
+from phinetune.engine.choice import has_packed_form
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.errors import ConfigError, ModelError, at_most
 
@@ -24,7 +25,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 ALL_LINEAR = "all-linear"
 
-# The cookbook's examples name the split projections of other models; Phi-3 holds them fused.
+# The cookbook's examples name the split projections of other models. Phi-3 has them fused into one layer.
 FUSED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -36,7 +37,14 @@ FUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLayers:
-    """Linear layers of one name that an adapter of rank r goes onto: `count` of `out_features × in_features`."""
+    """Linear layers of the same name and shape that have an adapter.
+
+    Attributes:
+        name: the last part of the layers' names.
+        count: how many layers there are.
+        in_features, out_features: the shape of each layer's weight is (out_features, in_features).
+        rank: the adapter's rank r.
+    """
 
     name: str
     count: int
@@ -46,21 +54,27 @@ class AdaptedLayers:
 
     @property
     def parameters(self) -> int:
-        """Parameters of A (r × in) and B (out × r) over all `count` layers."""
+        """The number of parameters of A (r × in) and B (out × r) in all `count` layers together."""
         return self.count * self.rank * (self.in_features + self.out_features)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer of the decoder by its full name; the output head is not adapted."""
+    """Every linear layer by its full name. The output head is left out, because it gets no adapter."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
 
 
 def resolve_targets(model: nn.Module, wanted: Any) -> Any:
-    """`target_modules` in this model's names: split names mapped to Phi-3's fused ones, None to all-linear.
+    """Translate `target_modules` into names of this model's layers.
+
+    Args:
+        wanted: a list of names, a regular expression, `all-linear`, or None.
+
+    Returns:
+        a list in which Phi-3's fused names replace split ones, the regular expression, or `all-linear` (also for None).
 
     Raises:
-        ConfigError: a name or pattern that matches no linear layer.
+        ConfigError: a name or the pattern matches no linear layer, or the pattern matches the output head.
     """
     if wanted is None or wanted == ALL_LINEAR:
         return ALL_LINEAR
@@ -87,7 +101,8 @@ def _head_name(model: nn.Module) -> str | None:
 def _resolve_pattern(pattern: str, layers: Mapping[str, nn.Linear], last_names: set[str], head: str | None) -> str:
     try:
         matched = any(re.fullmatch(pattern, name) for name in layers)
-        if head and re.fullmatch(pattern, head):  # the loss reads the head's weight, so its adapter would be idle
+        # The loss reads the head's weight directly, so an adapter on the head would do nothing.
+        if head and re.fullmatch(pattern, head):
             raise ConfigError(
                 f"peft_config.target_modules: the pattern `{pattern}` matches {head}, and the head is not adapted"
             )
@@ -109,7 +124,7 @@ def _fused_name(name: str, last_names: set[str]) -> str:
 
 
 def matched_targets(model: PeftModel) -> list[AdaptedLayers]:
-    """What the adapter sits on in a model that has it, grouped by name and shape."""
+    """The layers of a model that have an adapter, grouped by name and shape."""
     from peft.tuners.lora import LoraLayer
 
     counts: dict[tuple[str, int, int, int], int] = {}
@@ -125,16 +140,16 @@ def matched_targets(model: PeftModel) -> list[AdaptedLayers]:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
+    """The number of trainable parameters, and the number of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
 
 def read_base(folder: Path) -> Base | None:
-    """The base recorded beside an adapter; None for an adapter that another tool wrote.
+    """The base that is recorded beside an adapter. None for an adapter that another tool wrote.
 
     Raises:
-        ModelError: the record is broken.
+        ModelError: the record can't be read.
     """
     file = folder / BASE_FILE
     if not file.is_file():
@@ -146,24 +161,25 @@ def read_base(folder: Path) -> Base | None:
 
 
 def check_base(base: Base, folder: Path) -> None:
-    """Make sure that the adapter in `folder` was trained on `base`, as far as that is recorded.
+    """Make sure that the adapter in `folder` was trained on `base`. Accepts an adapter without a record of its base.
 
     Raises:
-        ModelError: it was trained on another.
+        ModelError: the adapter was trained on another base.
     """
     recorded = read_base(folder)
     if recorded and recorded.fingerprint != base.fingerprint:
         raise ModelError(
-            f"{folder}: this adapter was trained on {_described(recorded)}, and the base loaded is "
-            f"{_described(base)}: another model; load the adapter on the base it was trained on"
+            f"{folder}: this adapter was trained on {_describe(recorded)}, but the base that is loaded is "
+            f"{_describe(base)}, another model; load the adapter on the base it was trained on"
         )
 
 
 def attach_adapter(loaded: Loaded, folder: Path) -> PeftModel:
-    """The base with the adapter of `folder` on it, in evaluation mode.
+    """Load the adapter in `folder` onto its base. The model is in evaluation mode.
 
     Raises:
-        ModelError: no adapter there, one for another base, or tensors that don't fit (all of them named).
+        ModelError: the folder holds no adapter, the adapter belongs to another base, or its tensors don't fit this
+            base; the error names all of them.
     """
     check_base(loaded.base, folder)
     config = read_adapter_config(folder)
@@ -179,7 +195,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """The `LoraConfig` of an adapter folder.
 
     Raises:
-        ModelError: no adapter there, or not a LoRA.
+        ModelError: the folder holds no adapter, or one that is not LoRA.
     """
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder}: no adapter there (expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})")
@@ -194,23 +210,24 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 
 def _check_tensors(model: PeftModel, folder: Path) -> None:
-    wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS}: damaged: {error}") from None
-    problems = [f"missing: {name}" for name in wanted if name not in found]
-    problems += [f"unexpected: {name}" for name in found if name not in wanted]
+    problems = [f"missing: {name}" for name in expected if name not in saved]
+    problems += [f"unexpected: {name}" for name in saved if name not in expected]
     problems += [
-        f"{name}: adapter shape {found[name]} does not match the model's {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        f"{name}: adapter shape {saved[name]} does not match the model's {shape}"
+        for name, shape in expected.items()
+        if name in saved and saved[name] != shape
     ]
     if problems:
         raise ModelError([f"{folder}: the adapter does not fit this base:", *at_most(problems, 8)])
 
 
-def _described(base: Base) -> str:
+def _describe(base: Base) -> str:
     revision = f" at {base.revision[:12]}" if base.revision else ""
     return f"{base.path}{revision} (fingerprint {base.fingerprint[:12]})"

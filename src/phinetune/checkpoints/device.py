@@ -1,27 +1,29 @@
-"""Which device and which dtype a model runs in."""
+"""Picks the device that a model runs on, and its dtype."""
 
 from __future__ import annotations
 
 import torch
 
 from phinetune import processes
-from phinetune.engine.kernels import matmul as products
+from phinetune.engine.kernels import matmul
 from phinetune.errors import ModelError
 
-# Instruction sets in which a CPU multiplies bfloat16 matrices itself (names of torch.cpu.get_capabilities).
+# Instruction sets with which a CPU multiplies bfloat16 matrices in hardware (names of torch.cpu.get_capabilities).
 NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device asked for; `auto` is the one a launcher gave this process, else CUDA, else MPS, else the CPU.
+    """The device with this name.
+
+    `auto` is the device that a launcher gave this process. Without a launcher it is CUDA, else MPS, else the CPU.
 
     Raises:
-        ModelError: the device is not there.
+        ModelError: there is no such device on this machine.
     """
     if name == "auto":
-        own = processes.own_device()
-        if own is not None:
-            return own
+        given = processes.own_device()
+        if given is not None:
+            return given
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -29,9 +31,9 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError(f"model.device: `{name}` is no device; use auto, cpu, cuda, cuda:N or mps") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False) or (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ModelError(f"model.device: `{name}` is not there on this machine; use `auto` or `cpu`")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False) or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ModelError(f"model.device: this machine has no device `{name}`; use `auto` or `cpu`")
     return device
 
 
@@ -42,11 +44,12 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "mps":
         return False
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in NATIVE_BF16) and not products.is_slow(torch.bfloat16)
+    has_instructions = any(capabilities.get(name, False) for name in NATIVE_BF16)
+    return has_instructions and not matmul.is_slower_than_float32(torch.bfloat16)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype asked for; `auto` is bfloat16 where it is native, else float32."""
+    """The dtype with this name. `auto` is bfloat16 if the device multiplies it natively, else float32."""
     if name == "auto":
         return torch.bfloat16 if has_native_bf16(device) else torch.float32
     dtype = getattr(torch, name)

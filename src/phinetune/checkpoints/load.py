@@ -1,4 +1,4 @@
-"""Loading a checkpoint of the Phi-3 family, with its tokenizer, through transformers' own classes alone."""
+"""Loads a checkpoint of the Phi-3 family and its tokenizer. Code that comes with a checkpoint is never run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
-from phinetune.checkpoints import random_shapes as synthetic
-from phinetune.checkpoints import starter
+from phinetune.chats.template import stop_ids
+from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.quantize import is_quantized, keep_packing, quantization_config
-from phinetune.config.run import ModelSection
-from phinetune.engine import phi3
+from phinetune.config.model import ModelSection
+from phinetune.engine.choice import model_class
 from phinetune.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,8 @@ class Base:
     Attributes:
         path: as the user gave it (hub id, folder, `starter`, `random:…`).
         revision: the commit of a hub id, else None.
-        fingerprint: SHA-256 over every tensor's name, shape and first bytes in the checkpoint's files.
+        fingerprint: SHA-256 that tells this base from others; see the function `fingerprint`. For a `random:` model it
+            covers the configuration and the seed.
         seed: the seed of a `random:` model's weights, else None.
     """
 
@@ -57,7 +57,7 @@ class Base:
 
 @dataclass
 class Loaded:
-    """A model ready to run, its tokenizer, and which base it is."""
+    """A model that is ready to run, its tokenizer, which base it is, and its device."""
 
     model: Phi3ForCausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -66,55 +66,43 @@ class Loaded:
 
 
 def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
-    """Load what `section` names and move it to its device, in evaluation mode.
+    """Load the model that `section` names and move it to its device. The model is in evaluation mode.
 
     Args:
-        fast: take the class that has a packed form beside transformers' own (`phinetune.engine.phi3`), if this
-            model's configuration has one.
+        fast: load it as the class of `phinetune.engine.phi3`, which takes packed rows too, if that class supports this
+            model's configuration.
 
     Raises:
-        ModelError: not there, not of the family, pickle-only, shards missing, no chat template, …
+        ModelError: the model can't be found or is of another family; its weights are pickled, incomplete or missing;
+            or its tokenizer has no chat template.
     """
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
-    if section.path.startswith(synthetic.PREFIX):
+    if section.path.startswith(random_shapes.PREFIX):
         model, base = _load_random(section, dtype, fast, device)
     else:
         model, base = _load_checkpoint(section, dtype, fast, device)
     tokenizer = load_tokenizer(section, base, model.config)
     model.generation_config = with_stop_ids(model.generation_config, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
-    held = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
-    logger.info("model %s: %s on %s, attention %s", base.path, held, device, section.attn_implementation)
+    precision = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
+    logger.info("model %s: %s on %s, attention %s", base.path, precision, device, section.attn_implementation)
     if not is_quantized(model):
         model.to(device)  # type: ignore[arg-type]
     return Loaded(model.eval(), tokenizer, base, device)
 
 
-def has_packed_form(model: object) -> bool:
-    """Whether a model, or the base of a PEFT model, takes packed rows."""
-    core = model.get_base_model() if isinstance(model, PeftModel) else model
-    return isinstance(core, phi3.Phi3ForCausalLM)
-
-
-def _class_for(config: Phi3Config, fast: bool) -> type[Phi3ForCausalLM]:
-    reason = phi3.missing_form(config) if fast else None
-    if reason:
-        logger.warning("engine: %s has no fast form, so transformers' own model is used", reason)
-    return phi3.Phi3ForCausalLM if fast and not reason else Phi3ForCausalLM
-
-
 def _load_random(
     section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
 ) -> tuple[Phi3ForCausalLM, Base]:
-    config = synthetic.parse_shape(section.path)
+    config = random_shapes.parse_shape(section.path)
     shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
     base = Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
-    kind = _class_for(config, fast)
-    model = synthetic.random_model(config, section.seed, dtype, section.attn_implementation, kind)
+    kind = model_class(config, fast=fast)
+    model = random_shapes.random_model(config, section.seed, dtype, section.attn_implementation, kind)
     if section.quantization == "none":
         return model, base
-    with tempfile.TemporaryDirectory() as folder:  # bitsandbytes quantises while a checkpoint is read
+    with tempfile.TemporaryDirectory() as folder:  # bitsandbytes quantises a model only while it is read from files
         model.save_pretrained(folder)
         del model
         return _read_model(Path(folder), config, section, dtype, fast, device), base
@@ -130,7 +118,7 @@ def _load_checkpoint(
         model = _read_model(folder, config, section, dtype, fast, device)
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         raise ModelError(f"{section.path}: could not be loaded: {error}") from error
-    # What PEFT writes into adapter_config.json: a hub id stays a hub id, not this machine's cache folder.
+    # PEFT writes this name into adapter_config.json. A hub id must stay there, not this machine's cache folder.
     name = section.path if revision else str(folder)
     model.config._name_or_path = model.name_or_path = name
     return model, Base(section.path, revision, fingerprint(folder))
@@ -142,11 +130,11 @@ def _read_model(
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
     with ExitStack() as files:
         if section.quantization != "none":
-            source = {"pretrained_model_name_or_path": None, "state_dict": _read_as_asked(folder, files)}
+            source = {"pretrained_model_name_or_path": None, "state_dict": _lazy_tensors(folder, files)}
             source["quantization_config"] = quantization_config(section.quantization, dtype)
             if device.type != "cpu":
                 source["device_map"] = {"": device}
-        model: Phi3ForCausalLM = _class_for(config, fast).from_pretrained(
+        model: Phi3ForCausalLM = model_class(config, fast=fast).from_pretrained(
             config=config,
             dtype=dtype,
             attn_implementation=section.attn_implementation,
@@ -160,30 +148,33 @@ def _read_model(
 
 
 def read_generation(folder: Path, config: Phi3Config) -> GenerationConfig:
-    """The folder's own, as transformers finds it when it loads the model from there."""
+    """The generation config of a checkpoint, as transformers makes it when it loads the model from the folder."""
     if (folder / GENERATION).is_file():
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     return GenerationConfig.from_model_config(config)
 
 
-def _read_as_asked(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """The checkpoint's tensors, each read when it is asked for into memory that goes with it.
+def _lazy_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The checkpoint's tensors. Each is read when it is asked for, and its memory is freed together with it.
 
-    transformers maps the files instead, and the pages of what was quantised long ago stay resident until the last
-    tensor is loaded: the whole checkpoint in 16 bits.
+    transformers itself maps the files into memory. Then the pages of tensors that are quantised already stay in memory
+    until the last tensor is loaded. In the end that is the whole checkpoint in 16 bits.
     """
     tensors: dict[str, Any] = {}
     for file in check_weights(folder):
         opened = files.enter_context(safe_open(file, framework="pt", backend="pread"))
-        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is not a mapping)
     return tensors
 
 
 def find_folder(path: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local folder of a model: the starter's, a folder, or the snapshot of a hub id with its commit.
+    """The local folder of a model, and its commit if `path` is a hub id (else None).
+
+    Args:
+        path: `starter`, a folder, or a hub id, which is fetched first.
 
     Raises:
-        ModelError: neither a folder nor a repository that can be had.
+        ModelError: `path` is neither a folder nor a repository that can be fetched.
     """
     if path == "starter":
         return starter.ensure_starter(), None
@@ -206,38 +197,41 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.path: {repo}: could not be fetched from the hub ({first}); check the name, the network and, "
+            f"model.path: {repo}: could not be fetched from the hub ({reason}); check the name, the network and, "
             "for a gated repository, HF_TOKEN; or give a folder"
         ) from error
-    return folder, folder.name  # the hub's cache names a snapshot's folder by its commit
+    return folder, folder.name  # the hub's cache names a snapshot's folder after its commit
 
 
 def read_config(folder: Path) -> Phi3Config:
     """The folder's config.json as transformers' own `Phi3Config`.
 
-    Remote code named by `auto_map` is never run; a `rope_scaling` of the older type `su` is longrope.
+    `auto_map` is ignored: the code that it names is never run. A `rope_scaling` of the older type `su` is read as
+    longrope.
 
     Raises:
-        ModelError: no config, broken JSON, or another kind of model.
+        ModelError: there is no config.json, it is broken, or it belongs to another kind of model.
     """
     file = folder / "config.json"
     tree = _read_json(file)
-    found = tree.get("model_type")
-    if found != "phi3":
-        raise ModelError(f"{file}: model_type is `{found}`, and only `phi3` is supported ({FAMILY})")
+    model_type = tree.get("model_type")
+    if model_type != "phi3":
+        raise ModelError(f"{file}: model_type is `{model_type}`, and only `phi3` is supported ({FAMILY})")
     tree.pop("auto_map", None)
     for key in ("rope_scaling", "rope_parameters"):
         _rename_rope(tree.get(key))
     try:
         return Phi3Config.from_dict(tree)
-    except Exception as error:  # transformers' strict dataclasses raise types of their own
+    except Exception as error:  # transformers' strict dataclasses raise error types of their own
         raise ModelError(f"{file}: {error}") from error
 
 
 def _rename_rope(scaling: Any) -> None:
-    """`su` is what longrope was called at first. transformers renames it too late to fill in what longrope needs."""
+    """Rename the type `su`, longrope's first name. transformers itself renames it too late to fill in what longrope
+    needs.
+    """
     for key in ("type", "rope_type"):
         if isinstance(scaling, dict) and scaling.get(key) == "su":
             scaling[key] = "longrope"
@@ -247,7 +241,7 @@ def check_weights(folder: Path) -> list[Path]:
     """The checkpoint's safetensors files.
 
     Raises:
-        ModelError: only pickled weights, no weights, or shards that the index names and the folder lacks.
+        ModelError: the folder has no weights, has only pickled ones, or lacks files that the index names.
     """
     if (folder / INDEX).is_file():
         names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
@@ -269,7 +263,7 @@ def check_weights(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over name, dtype, shape and first 4 KiB of every tensor in the folder's safetensors files.
 
-    Reads a few MB of any checkpoint; a model that was trained further differs in those bytes.
+    That is only a few MB of any checkpoint. If a model is trained further, these bytes change.
 
     Raises:
         ModelError: a file is damaged.
@@ -287,11 +281,11 @@ def fingerprint(folder: Path) -> str:
 
 
 def _read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's tensors by name, and the bytes of JSON that say so."""
+    """The header of a safetensors file: the entry of each tensor by its name, and the header's length in bytes."""
     try:
         (length,) = struct.unpack("<Q", stream.read(8))
-        if length > file.stat().st_size:  # not to be read: it may ask for all memory
-            raise ValueError(f"its header should be {length:,} bytes long")
+        if length > file.stat().st_size:  # reading so many bytes could take all memory
+            raise ValueError(f"its header says that it is {length:,} bytes long, more than the file")
         header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
     except (ValueError, AttributeError, TypeError, struct.error) as error:
@@ -300,16 +294,20 @@ def _read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
 
 
 def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, or the one `section.tokenizer` names.
+    """The checkpoint's tokenizer, or the one that `section.tokenizer` names.
 
-    A Phi-3 config always goes with it: without one, a folder that names `LlamaTokenizer` is rebuilt as Llama's and
-    loses what its tokenizer.json says; with one, that file is read as it is.
+    transformers always gets a Phi-3 config together with the folder, and so reads tokenizer.json as it is. Without the
+    config, it would rebuild a folder that names `LlamaTokenizer` as Llama's tokenizer and ignore parts of that file.
+
+    Args:
+        base: which base the tokenizer belongs to.
+        config: the model's configuration; None is a default one.
 
     Raises:
-        ModelError: none there, or none that has a chat template.
+        ModelError: there is no tokenizer that can be loaded, or it has no chat template.
     """
     if base.seed is not None and not section.tokenizer:
-        return synthetic.byte_tokenizer(synthetic.parse_shape(section.path).vocab_size)
+        return random_shapes.byte_tokenizer(random_shapes.parse_shape(section.path).vocab_size)
     source = section.tokenizer or section.path
     folder, _ = find_folder(source, None if section.tokenizer else base.revision)
     try:
@@ -323,15 +321,13 @@ def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None)
             f"{source}: its tokenizer has no chat template; give an instruct checkpoint's folder as model.tokenizer"
         )
     if tokenizer.pad_token_id is None:
-        # No token is ever added: growing the embedding makes adapters huge and unloadable.
+        # A token is never added: the embedding would grow, and adapters would become huge and impossible to load.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def with_stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """A checkpoint's generation config with every id that ends a turn, whatever it forgot, and an id for padding."""
-    from phinetune.chat.template import stop_ids
-
+    """A checkpoint's generation config, completed: every id that ends a turn stops an answer, and padding has an id."""
     generation = generation or GenerationConfig()
     declared = generation.eos_token_id or []
     declared = [declared] if isinstance(declared, int) else list(declared)

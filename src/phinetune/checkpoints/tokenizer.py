@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and configuration without its weights: all that rendering and counting takes."""
+"""Opens a checkpoint's tokenizer and configuration without its weights. Rendering and counting need no more."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers import Phi3Config, PreTrainedTokenizerBase
 
-from phinetune.checkpoints import random_shapes as synthetic
+from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.load import HUB_FILES, Base, find_folder, load_tokenizer, read_config
-from phinetune.config.run import ModelSection
+from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError
 
-# What a tokenizer's save_pretrained may leave in a folder.
+# The files that a tokenizer's save_pretrained may write into a folder.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,29 +24,30 @@ SMALL_FILES = [pattern for pattern in HUB_FILES if "safetensors" not in pattern]
 
 
 def open_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load_base` would give, of a hub id only its small files fetched.
+    """The same tokenizer that `load_base` loads. If `section` names a hub id, only its small files are fetched.
 
     Raises:
-        ModelError: none there, or none that has a chat template.
+        ModelError: there is no tokenizer that can be loaded, or it has no chat template.
     """
-    if section.path.startswith(synthetic.PREFIX) and not section.tokenizer:
-        return synthetic.byte_tokenizer(synthetic.parse_shape(section.path).vocab_size)
-    # A named tokenizer has its own repository, to which model.revision does not belong.
+    if section.path.startswith(random_shapes.PREFIX) and not section.tokenizer:
+        return random_shapes.byte_tokenizer(random_shapes.parse_shape(section.path).vocab_size)
+    # A tokenizer that is named by itself has a repository of its own, and model.revision is not a commit of that one.
     source = section.tokenizer or section.path
     folder = _small_files(source, None if section.tokenizer else section.revision)
-    plain = section.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
+    local = section.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
     config = read_config(folder) if (folder / "config.json").is_file() and not section.tokenizer else None
-    return load_tokenizer(plain, Base(source, None, ""), config)
+    return load_tokenizer(local, Base(source, None, ""), config)
 
 
 def open_config(section: ModelSection) -> Phi3Config:
-    """The configuration of the model that `load_base` would load, of a hub id only its small files fetched.
+    """The configuration of the model that `load_base` loads. If `section` names a hub id, only its small files are
+    fetched.
 
     Raises:
-        ModelError: none there, or of another family.
+        ModelError: there is no configuration, or it belongs to a model of another family.
     """
-    if section.path.startswith(synthetic.PREFIX):
-        return synthetic.parse_shape(section.path)
+    if section.path.startswith(random_shapes.PREFIX):
+        return random_shapes.parse_shape(section.path)
     return read_config(_small_files(section.path, section.revision))
 
 
@@ -59,8 +60,8 @@ def _small_files(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=SMALL_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.path: {source}: its tokenizer could not be fetched from the hub ({first}); check the name, the "
+            f"model.path: {source}: its tokenizer could not be fetched from the hub ({reason}); check the name, the "
             "network and, for a gated repository, HF_TOKEN; or give a folder"
         ) from error

@@ -1,1 +1,1 @@
-"""The configuration of a run: one file a section, each knob declared once."""
+"""The configuration of a run. Each section has a file, and each knob is declared once."""

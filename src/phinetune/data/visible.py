@@ -1,4 +1,4 @@
-"""Text of a row as a terminal may show it."""
+"""Makes text of a row safe to show on a terminal."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import unicodedata
 
 
 def visible(text: str) -> str:
-    """Control characters but line breaks as signs, so that none acts on the terminal."""
+    """The text with visible signs in place of control characters, which could act on the terminal. Line breaks stay."""
     return "".join(letter if letter == "\n" else _sign(letter) for letter in text)
 
 
 def printable(text: str) -> str:
-    """One line without any control characters."""
+    """The text as one line, with `�` in place of every control character."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 

@@ -1,4 +1,6 @@
-"""How to attend within the segments of a packed row: what is computed together, and where its rows lie."""
+"""Plans attention within the segments of a packed row: which segments are computed together, and where their queries,
+keys and values lie.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phinetune.engine.rows import Group, Segment, group
+from phinetune.engine.rows import Group, Segment, group_segments
 
-FLASH_FROM = 2048  # tokens, on a CPU in float32; benchmarks/attention.py measures both
+# Longer segments (in tokens) go to torch's fused attention on a CPU in float32. benchmarks/attention.py measures both.
+FLASH_FROM = 2048
 
 
 @dataclass(frozen=True)
 class Heads:
-    """How a row of qkv (heads + 2 · kv_heads) · size is cut, and how attention weighs and limits.
+    """How a token's qkv, (heads + 2 · kv_heads) · size features, is divided into heads, and how attention is computed.
 
     Attributes:
-        window: keys that a query sees, itself included; None is all before it.
+        heads: how many query heads there are.
+        kv_heads: how many key heads there are, and as many value heads.
+        size: features of a head.
+        scaling: the factor by which scores are multiplied.
+        window: how many keys a query sees, its own included. None: its own and all before it.
     """
 
     heads: int
@@ -30,27 +37,31 @@ class Heads:
 
     @property
     def shared(self) -> int:
-        """Query heads a key head."""
+        """How many query heads share a key head."""
         return self.heads // self.kv_heads
 
     @property
     def total(self) -> int:
+        """Heads of queries, keys and values together."""
         return self.heads + 2 * self.kv_heads
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A group, and where its heads lie: rows of qkv and of the output, seen as (rows, size).
+class GroupRows:
+    """Where the queries, keys, values and outputs of a group lie.
 
-    A group's heads are laid out as (segments, kv_heads, tokens, heads sharing the key).
+    qkv and the output are seen as matrices of shape (rows, size): each head of each token is one row. The tensors hold
+    the numbers of such rows, in the order (segments, kv_heads, tokens, query heads that share the key head).
 
     Attributes:
         length: own tokens of the longest segment.
-        before: tokens above.
-        q, out: where to read, shape (segments · kv_heads, length · heads sharing a key).
-        k, v: likewise, shape (segments · kv_heads, before + length).
-        above_k, above_v: keys and values of the tokens above, shape (kv_heads · before).
-        padded: own tokens that are padding, shape (segments · kv_heads, length, 1, 1); None where none is.
+        before: tokens of the ancestors.
+        q: rows of qkv with the queries, shape (segments · kv_heads, length · query heads that share a key head).
+        k, v: rows of qkv with the keys and the values, first the ancestors' and then the segment's own, shape
+            (segments · kv_heads, before + length).
+        out: rows of the output, same shape as `q`.
+        above_k, above_v: rows of qkv with the ancestors' keys and values, shape (kv_heads · before).
+        padded: which own tokens are padding, shape (segments · kv_heads, length, 1, 1); None if none is.
     """
 
     length: int
@@ -71,25 +82,31 @@ class Placed:
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups that cover a run, and where each row finds its own among what they give one after the other.
+    """The groups that cover a run, and how their results come back into the order of the run's tokens.
+
+    The results of the groups are concatenated, one group after the other. `out` and `qkv` say for each row of the run
+    where in this concatenation its result stands.
 
     Attributes:
-        out: of the output's rows, shape (tokens · heads); each group gives its `out`.
-        qkv: of qkv's gradient's, shape (tokens · heads in all); each group gives `q`, then its own tokens' `k` and `v`.
+        members: the groups.
+        out: for the output's rows, shape (tokens · heads). Each group gives the rows in its `out`.
+        qkv: for the rows of qkv's gradient, shape (tokens · all heads). Each group gives the rows in its `q`, then
+            those in its `k` and in its `v` that belong to the segments' own tokens.
     """
 
-    placed: list[Placed]
+    members: list[GroupRows]
     out: Tensor
     qkv: Tensor
 
 
 @dataclass(frozen=True)
 class AttentionRun:
-    """Tokens of the row next to each other that are computed in one way.
+    """Neighbouring tokens of the row that are computed in the same way.
 
     Attributes:
-        groups: of their segments, counted from the run's first token; None: one long root, which goes to torch's
-            fused attention.
+        length: how many tokens they are.
+        groups: the groups of their segments; positions count from the run's first token. None: the run is one long
+            root, and torch's fused attention computes it.
     """
 
     length: int
@@ -97,16 +114,20 @@ class AttentionRun:
 
 
 def plan(segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, device: torch.device) -> list[AttentionRun]:
-    """How to attend within segments; the same for every layer.
+    """Plan how to attend within segments. One plan serves all layers.
 
     Args:
-        segments: cover the row in order; a branch stands after its parent and before the next root.
+        segments: they cover the row in order. A branch stands after its parent and before the next root.
+        dtype, device: those of qkv.
+
+    Returns:
+        runs that cover the tokens in order.
     """
     runs: list[list[Segment]] = []
     fused: list[bool] = []
     for i, segment in enumerate(segments):
         branches = i + 1 < len(segments) and bool(segments[i + 1].above)
-        # The fused attention knows neither branches nor a window.
+        # torch's fused attention supports neither branches nor a window.
         simple = not segment.above and not branches and len(segment) <= (heads.window or len(segment))
         alone = simple and len(segment) > _fused_from(dtype, device)
         if alone or not runs or fused[-1]:
@@ -119,38 +140,39 @@ def plan(segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, device: 
 
 
 def _fused_from(dtype: torch.dtype, device: torch.device) -> float:
-    """Length from which torch's fused attention wins. On a CPU its bfloat16 backward never does."""
+    """The length in tokens above which torch's fused attention is faster. Its bfloat16 backward on a CPU never is."""
     if device.type != "cpu":
         return 0
     return FLASH_FROM if dtype == torch.float32 else math.inf
 
 
 def fused_run(segments: Sequence[Segment]) -> AttentionRun:
-    """One root, by torch's fused attention."""
+    """A run of one root, for torch's fused attention."""
     return AttentionRun(segments[-1].stop - segments[0].start, None)
 
 
 def grouped_run(segments: Sequence[Segment], heads: Heads, device: torch.device) -> AttentionRun:
-    """Whole trees of segments, by blocks of products."""
+    """A run of whole trees of segments, for the matrix products of `phinetune.engine.kernels.attention`."""
     first, length = segments[0].start, segments[-1].stop - segments[0].start
-    groups = group([s.moved(-first) for s in segments], device)
-    # What the padding gives is for a token behind the last.
-    own = [one.own if one.there is None else one.own.where(one.there, length) for one in groups]
-    outs = [_queries(at, heads, heads.heads) for at in own]
-    rows = [part for at in own for part in (_queries(at, heads, heads.total), *_keys_values(at, heads))]
-    placed = [_placed(one, heads) for one in groups]
+    groups = group_segments([segment.moved(-first) for segment in segments], device)
+    # The results for padding go to a token behind the last one, where nothing reads them.
+    own = [group.own if group.real is None else group.own.where(group.real, length) for group in groups]
+    outs = [_queries(tokens, heads, heads.heads) for tokens in own]
+    rows = [part for tokens in own for part in (_queries(tokens, heads, heads.total), *_keys_values(tokens, heads))]
+    members = [_group_rows(group, heads) for group in groups]
     return AttentionRun(
-        length, Groups(placed, _sources(outs, length * heads.heads), _sources(rows, length * heads.total))
+        length, Groups(members, _inverse_order(outs, length * heads.heads), _inverse_order(rows, length * heads.total))
     )
 
 
-def _placed(one: Group, heads: Heads) -> Placed:
-    own, above = one.own, torch.cat([torch.arange(*part) for part in one.above] or [torch.empty(0, dtype=torch.long)])
+def _group_rows(group: Group, heads: Heads) -> GroupRows:
+    ranges = [torch.arange(*part) for part in group.above]
+    own, above = group.own, torch.cat(ranges or [torch.empty(0, dtype=torch.long)])
     above = above.to(own.device)[None]
     k, v = _keys_values(torch.cat([above.expand(len(own), -1), own], dim=1), heads)
     above_k, above_v = _keys_values(above, heads)
-    padded = None if one.there is None else ~one.there.repeat_interleave(heads.kv_heads, dim=0)[..., None, None]
-    return Placed(
+    padded = None if group.real is None else ~group.real.repeat_interleave(heads.kv_heads, dim=0)[..., None, None]
+    return GroupRows(
         length=own.shape[1],
         before=above.shape[1],
         q=_queries(own, heads, heads.total),
@@ -163,21 +185,39 @@ def _placed(one: Group, heads: Heads) -> Placed:
     )
 
 
-def _queries(at: Tensor, heads: Heads, total: int) -> Tensor:
-    """Rows of the queries of tokens `at`, shape (segments, tokens), where a token has `total` rows."""
-    head = torch.arange(heads.heads, device=at.device).view(heads.kv_heads, 1, -1)
-    return (at[:, None, :, None] * total + head).flatten(0, 1).flatten(1)
+def _queries(tokens: Tensor, heads: Heads, total: int) -> Tensor:
+    """The rows that hold the queries of tokens.
+
+    Args:
+        tokens: positions, shape (segments, tokens).
+        total: how many rows a token has.
+
+    Returns:
+        shape (segments · kv_heads, tokens · query heads that share a key head).
+    """
+    head = torch.arange(heads.heads, device=tokens.device).view(heads.kv_heads, 1, -1)
+    return (tokens[:, None, :, None] * total + head).flatten(0, 1).flatten(1)
 
 
-def _keys_values(at: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """Rows of qkv with the keys, and with the values, of tokens `at`, shape (segments, tokens)."""
-    head = torch.arange(heads.heads, heads.heads + heads.kv_heads, device=at.device)[:, None]
-    keys = (at[:, None] * heads.total + head).flatten(0, 1)
+def _keys_values(tokens: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """The rows of qkv that hold the keys, and those that hold the values, of tokens.
+
+    Args:
+        tokens: positions, shape (segments, tokens).
+
+    Returns:
+        each of shape (segments · kv_heads, tokens).
+    """
+    head = torch.arange(heads.heads, heads.heads + heads.kv_heads, device=tokens.device)[:, None]
+    keys = (tokens[:, None] * heads.total + head).flatten(0, 1)
     return keys, keys + heads.kv_heads
 
 
-def _sources(rows: Sequence[Tensor], count: int) -> Tensor:
-    """For each of `count` rows its place among `rows`, which name each of them once, and any behind the last."""
+def _inverse_order(rows: Sequence[Tensor], count: int) -> Tensor:
+    """For each of the first `count` rows, its place in the concatenation of `rows`.
+
+    `rows` names each of these rows once. It may also name rows behind them, which are left out.
+    """
     given = torch.cat([part.flatten() for part in rows])
     places = torch.empty(max(count, int(given.max()) + 1), dtype=torch.long, device=given.device)
     places[given] = torch.arange(len(given), device=given.device)

@@ -1,30 +1,29 @@
-"""Which engine a run trains with: the fast one, or transformers and PEFT as they are where it has no form."""
+"""Fast or plain: which engine computes the steps of a run. It is decided here alone, and the reason is kept.
+
+Fast is this package's engine: packed rows and functions of its own. Plain is transformers and PEFT as they are.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from transformers import Phi3Config, Phi3ForCausalLM
 
-from phinetune import processes
 from phinetune.config.run import RunConfig
-from phinetune.engine.kernels.compiled import why_not
-from phinetune.engine.memory import ActivationMemory, LayerSizes, free_bytes
-from phinetune.engine.packing import PackedCollator, fill_rows
-from phinetune.engine.phi3 import rope_limit
-from phinetune.training.settings import Settings
+from phinetune.engine import phi3
+from phinetune.engine.fast_engine import FastEngine
+from phinetune.engine.peft_variants import not_fast
 
 logger = logging.getLogger(__name__)
 
-# An adapter's gradient, and AdamW's two moments, in float32.
-BYTES_A_TRAINED_PARAMETER = 12
-
-# What needs a whole batch's logits, embeddings or activations in transformers' own form.
-PLAIN_TRAINING: dict[str, tuple[Any, ...]] = {
+# The values of training_config that the fast engine takes, the default first. Any other value needs a whole batch's
+# logits, embeddings or activations in transformers' own form.
+FAST_VALUES: dict[str, tuple[Any, ...]] = {
     "loss_type": ("nll", "chunked_nll"),
     "label_smoothing_factor": (0.0,),
     "neftune_noise_alpha": (None,),
@@ -35,92 +34,84 @@ PLAIN_TRAINING: dict[str, tuple[Any, ...]] = {
     "deepspeed": (None,),
     "fsdp": (None, False, "", []),
 }
-# LoRA variants that read more than a layer's input, or replace more than linear layers.
-PLAIN_PEFT = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "velora_config",
-)
-
-
-def why_plain(config: RunConfig, settings: Settings, dtype: torch.dtype) -> str | None:
-    """What makes this run train without the fast engine; None if nothing does.
-
-    Args:
-        dtype: the weights'.
-    """
-    if config.engine.kind == "plain":
-        return "engine: plain"
-    for key, fine in PLAIN_TRAINING.items():
-        if settings.training.get(key, fine[0]) not in fine:
-            return f"training_config.{key}"
-    if settings.training.get("bf16") and dtype != torch.bfloat16:
-        return f"training_config.bf16 over {dtype} weights (model.dtype: bfloat16 has a fast form)"
-    return next((f"peft_config.{key}" for key in PLAIN_PEFT if settings.peft.get(key)), None)
 
 
 @dataclass(frozen=True)
-class Engine:
-    """The fast engine's choices for one run.
+class EngineChoice:
+    """The engine of a run.
 
     Attributes:
-        activation_memory: the configuration's.
-        share: compute common beginnings once. Off under LoRA dropout, where each row draws masks of its own.
-        fill: tokens that `data.packing: tokens` fills a row up to; None where a row is a conversation.
-        dropout: whether LoRA dropout is on.
-        compile: compile the element-wise operators.
+        fast: the fast engine as the run sets it up; None where the plain engine trains.
+        reason: what makes the run train on the plain engine; None where nothing does.
     """
 
-    activation_memory: str | int
-    share: bool
-    fill: int | None
-    dropout: bool
-    compile: bool = False
+    fast: FastEngine | None
+    reason: str | None
 
-    @classmethod
-    def of(cls, config: RunConfig, settings: Settings) -> Engine:
-        """The engine that a configuration asks for."""
-        dropout = bool(settings.peft.get("lora_dropout"))
-        by_tokens = config.data.packing == "tokens" or bool(settings.training.get("packing"))
-        memory = config.engine.activation_memory
-        share = config.engine.share_prefixes and not dropout
-        compile = config.engine.compile or bool(settings.training.get("torch_compile"))
-        return cls(memory, share, settings.max_length if by_tokens else None, dropout, compile)
-
-    def prepare(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """The rows that a step counts."""
-        return fill_rows(dataset, self.fill) if self.fill else dataset
-
-    def collator(self, model: Any) -> PackedCollator:
-        """Makes a packed row of a step's conversations."""
-        # The model's own residual dropout draws masks for each row, as LoRA dropout does.
-        return PackedCollator(share=self.share and not model.config.resid_pdrop, rope_limit=rope_limit(model.config))
-
-    def set_up(self, model: PeftModel, device: torch.device) -> None:
-        """Before the first step: compile what can be, and let the decoder keep what fits the memory free now."""
-        core: Any = model.get_base_model()
-        decoder = core.model
-        if self.compile:
-            reason = why_not()
-            if reason:
-                logger.warning("engine.compile: off, since nothing can be compiled here (%s)", reason)
-            else:
-                decoder.compile_operators()
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        decoder.activation_levels = ActivationMemory(
-            self.activation_memory,
-            LayerSizes.of(decoder.config, self.dropout),
-            len(decoder.layers),
-            decoder.embed_tokens.weight.element_size(),
-            _free_share(device) - trained * BYTES_A_TRAINED_PARAMETER,
-        )
+    def describe(self) -> str:
+        """The choice in one line."""
+        if self.fast is None:
+            why = f": {self.reason}" if self.reason else ""
+            return f"engine: plain (transformers and PEFT as they are){why}"
+        return f"engine: fast: {self.fast.describe()}"
 
 
-def _free_share(device: torch.device) -> int:
-    """What is free for this process; processes on a CPU share its memory, as if all were on one machine."""
-    return free_bytes(device) // (processes.count() if device.type == "cpu" else 1)
+def choose_engine(
+    config: RunConfig,
+    training: Mapping[str, Any],
+    peft: Mapping[str, Any],
+    max_length: int | None,
+    dtype: torch.dtype,
+    shape: Phi3Config,
+) -> EngineChoice:
+    """The engine that a configuration asks for, or the plain one with the reason.
+
+    Args:
+        training, peft: both dictionaries, validated.
+        max_length: tokens that a conversation may have; None is no limit.
+        dtype: the weights'.
+        shape: the model's configuration.
+    """
+    reason = _why_plain(config, training, peft, dtype) or phi3.missing_form(shape)
+    if reason:
+        return EngineChoice(None, reason)
+    dropout = bool(peft.get("lora_dropout"))
+    by_tokens = config.data.packing == "tokens" or bool(training.get("packing"))
+    fast = FastEngine(
+        activation_memory=config.engine.activation_memory,
+        share=config.engine.share_prefixes and not dropout,
+        fill=max_length if by_tokens else None,
+        dropout=dropout,
+        compile=config.engine.compile or bool(training.get("torch_compile")),
+    )
+    return EngineChoice(fast, None)
+
+
+def _why_plain(
+    config: RunConfig, training: Mapping[str, Any], peft: Mapping[str, Any], dtype: torch.dtype
+) -> str | None:
+    if config.engine.kind == "plain":
+        return "engine: plain"
+    for key, taken in FAST_VALUES.items():
+        if training.get(key, taken[0]) not in taken:
+            return f"training_config.{key}"
+    if training.get("bf16") and dtype != torch.bfloat16:
+        return f"training_config.bf16 over {dtype} weights (model.dtype: bfloat16 has a fast form)"
+    return next((f"peft_config.{key}" for key in not_fast(peft)), None)
+
+
+def model_class(config: Phi3Config, *, fast: bool) -> type[Phi3ForCausalLM]:
+    """The class to load a model as: the one with a packed form if `fast` asks for it and the model has one.
+
+    A model that has none is loaded as transformers' own, and a line in the log says why.
+    """
+    reason = phi3.missing_form(config) if fast else None
+    if reason:
+        logger.warning("engine: %s has no fast form, so transformers' own model is used", reason)
+    return phi3.Phi3ForCausalLM if fast and not reason else Phi3ForCausalLM
+
+
+def has_packed_form(model: object) -> bool:
+    """Whether a model, or the base of a PEFT model, takes packed rows."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    return isinstance(core, phi3.Phi3ForCausalLM)

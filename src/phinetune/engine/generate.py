@@ -1,7 +1,8 @@
-"""Answers to prompts, in batches of like length."""
+"""Answers prompts, several at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +11,40 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.checkpoints.load import has_packed_form
+from phinetune.engine.choice import has_packed_form
 from phinetune.engine.decode import decode
+from phinetune.errors import ConfigError
 
 BATCH = 16  # prompts that transformers' generate answers together
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 is greedy."""
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: what logits are divided by before a token is drawn; 0 always takes the likeliest token (greedy).
+        top_p: draw from the likeliest tokens whose probabilities add up to this.
+        top_k: draw from this many likeliest tokens; 0 is all.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature: {self.temperature} is not 0 or more")
+        if not 0 <= self.top_p <= 1:
+            problems.append(f"top_p: {self.top_p} does not lie between 0 and 1")
+        if self.top_k < 0:
+            problems.append(f"top_k: {self.top_k} is not 0 or more")
+        if problems:
+            raise ConfigError(problems)
 
     def options(self) -> dict[str, Any]:
         """The arguments of transformers' `generate`."""
@@ -38,7 +60,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer. `stopped` says whether it ended by itself, not at the limit."""
+    """One generated answer.
+
+    Attributes:
+        tokens: how many tokens it has, without the one that ended it.
+        stopped: whether it ended by itself, not because it reached the limit.
+    """
 
     text: str
     tokens: int
@@ -56,20 +83,28 @@ def answer_prompts(
     sampling: Sampling | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """Answer prompts given as token ids; answers come back in the order of the prompts.
+    """Answer prompts.
 
-    Greedy answers of a model with a packed form are `phinetune.engine.decode`'s; the rest goes to transformers'
-    `generate`, prompts of like length together.
+    If the model has a packed form, `phinetune.engine.decode` gives greedy answers. transformers' `generate` gives all
+    others; it gets prompts of similar length together.
 
     Args:
-        batch_size: prompts answered together; None: as many as memory allows (`BATCH` by transformers).
+        model: in evaluation mode.
+        prompts: token ids, at least one for each prompt.
+        max_new_tokens: how many tokens an answer may have.
+        batch_size: how many prompts are answered together. None: as many as memory allows (transformers: `BATCH`).
+        sampling: None is greedy.
+        on_done: called with the number of answers that have just ended.
+
+    Returns:
+        the answers, in the order of the prompts.
     """
     sampling = sampling or Sampling()
     stops = stop_set(model)
-    if sampling.temperature <= 0 and has_packed_form(model) and not _more_than_greedy(model):
+    if sampling.temperature <= 0 and has_packed_form(model) and not _needs_transformers(model):
         core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        made = decode(core, prompts, stops=stops, limit=max_new_tokens, rows=batch_size, on_done=on_done)
-        return [_read_answer(tokenizer, ids, stops) for ids in made]
+        decoded = decode(core, prompts, stops=stops, limit=max_new_tokens, rows=batch_size, on_done=on_done)
+        return [_read_answer(tokenizer, ids, stops) for ids in decoded]
     size = batch_size or BATCH
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
@@ -81,8 +116,8 @@ def answer_prompts(
     return [answers[i] for i in range(len(prompts))]
 
 
-# What of a generation config leaves the likeliest token the one chosen: it is about sampling, ids, or bookkeeping.
-NO_MATTER = {
+# Keys of a generation config that do not change greedy answers: they are about sampling, ids or bookkeeping.
+HARMLESS = {
     *("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
     *("transformers_version", "_from_model_config", "_name_or_path", "cache_implementation", "renormalize_logits"),
@@ -90,16 +125,18 @@ NO_MATTER = {
 }
 
 
-def _more_than_greedy(model: Any) -> bool:
-    """Whether the checkpoint's generation config bends the choice (a repetition penalty, beams), or bars a cache."""
+def _needs_transformers(model: Any) -> bool:
+    """Whether the checkpoint's generation config forbids a cache or changes which token is taken (a repetition penalty,
+    beams, …).
+    """
     config = model.generation_config
-    return config.use_cache is False or any(key not in NO_MATTER for key in config.to_diff_dict())
+    return config.use_cache is False or any(key not in HARMLESS for key in config.to_diff_dict())
 
 
 def _generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], limit: int, sampling: Sampling
 ) -> list[list[int]]:
-    """The new tokens of each prompt, by transformers."""
+    """The new tokens of each prompt, from transformers' `generate`."""
     pad = tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
@@ -111,12 +148,12 @@ def _generate(
 
 
 def stop_set(model: Any) -> set[int]:
-    """The ids at which this model's generation stops."""
+    """The token ids at which this model stops an answer."""
     eos = model.generation_config.eos_token_id
     return {eos} if isinstance(eos, int) else set(eos or [])
 
 
 def _read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: set[int]) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
-    kept = ids if end is None else ids[:end]
-    return Answer(str(tokenizer.decode(kept, skip_special_tokens=True)), len(kept), end is not None)
+    answer = ids if end is None else ids[:end]
+    return Answer(str(tokenizer.decode(answer, skip_special_tokens=True)), len(answer), end is not None)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer on `phinetune.lora`'s one function; registered with a `LoraConfig`, not patched in."""
+"""PEFT's LoRA layer, computed by one function of `phinetune.lora`. A `LoraConfig` registers it; PEFT is not patched."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from phinetune.lora.functional import lora_linear
 
 
 class FusedLinear(Linear):
-    """PEFT's `Linear`, base product and adapter in one function with its own backward.
+    """PEFT's `Linear`, with base product and adapter in one function that has its own backward.
 
-    Whatever is more than one plain adapter (a variant such as DoRA, several active adapters, a bias of the
-    adapter's own, adapters merged or switched off) goes PEFT's way.
+    It computes one active LoRA adapter, or the base alone if adapters are switched off. PEFT's own forward computes the
+    rest: variants such as DoRA, several active adapters, an adapter with a bias of its own, and merged adapters.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -32,7 +32,9 @@ class FusedLinear(Linear):
 
 
 def only_adapter(layer: LoraLayer, base: type[nn.Module]) -> str | None:
-    """The one active adapter of a layer, if it is a plain one on exactly this kind of base."""
+    """The name of a layer's adapter, if `FusedLinear` computes it: the only active one, neither merged nor switched
+    off, without a variant or a bias, on a base of exactly this class. Else None.
+    """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or layer.disable_adapters or layer.merged or type(layer.base_layer) is not base:
         return None
@@ -41,20 +43,20 @@ def only_adapter(layer: LoraLayer, base: type[nn.Module]) -> str | None:
 
 
 def base_alone(layer: LoraLayer, base: type[nn.Module]) -> bool:
-    """Whether the adapters are switched off over exactly this kind of base."""
+    """Whether a layer's adapters are switched off and not merged, on a base of exactly this class."""
     return layer.disable_adapters and not layer.merged and type(layer.base_layer) is base
 
 
 def dropped(layer: LoraLayer, name: str, x: Tensor) -> Tensor | None:
-    """What the adapter sees in place of x under dropout; None where that is x."""
+    """The adapter's input after dropout; None if that is x itself."""
     dropout = layer.lora_dropout[name]
     return dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None
 
 
 def use_fused_layers(config: LoraConfig, model: Any) -> LoraConfig:
-    """Let PEFT put fused layers onto the linear layers of `model`; what is saved stays plain PEFT.
+    """Make PEFT put fused layers onto the linear layers of `model`. What is saved stays as PEFT alone saves it.
 
-    Over 8-bit weights PEFT's own layer stays: bitsandbytes' product is one of its own there.
+    Layers with 8-bit weights keep PEFT's own class, because bitsandbytes has a product of its own for them.
     """
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FusedLinear}
     if getattr(model, "is_loaded_in_8bit", False):

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer over a 4-bit base on `phinetune.lora`'s one function. Imports bitsandbytes."""
+"""PEFT's LoRA layer over a 4-bit base, computed by one function of `phinetune.lora`. Imports bitsandbytes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bitsandbytes.nn.modules import Linear4bit as Linear4bitBase
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
-from phinetune.engine.kernels.matmul import cut, expanded, widened
+from phinetune.engine.kernels.matmul import converted, linear_by_blocks, row_slices
 from phinetune.engine.lora_layers import base_alone, dropped, only_adapter
 from phinetune.lora.functional import lora_linear
 
 
 class FusedLinear4bit(Linear4bit):
-    """The weight is expanded for the product, dropped, and expanded again for the backward.
+    """PEFT's `Linear4bit`. The weight is expanded for the product, dropped, and expanded again for the backward.
 
-    bitsandbytes' own forward is not called: on a CPU with AVX512-BF16 it repacks the weight for good, with coarser
-    scales, as soon as nothing trains.
+    bitsandbytes' own forward is not called. On a CPU with AVX512-BF16 it would pack the weight in another order, with
+    coarser scales, the first time that the layer runs outside training, and never change it back.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -30,7 +30,7 @@ class FusedLinear4bit(Linear4bit):
             return super().forward(x, *args, **kwargs)
         weight = functools.partial(_expand, base.weight.data, base.weight.quant_state, x.dtype)
         if base_alone(self, Linear4bitBase):
-            return expanded(x, weight, base.out_features, base.bias)
+            return linear_by_blocks(x, weight, base.out_features, base.bias)
         name = only_adapter(self, Linear4bitBase)
         if name is None:
             return super().forward(x)
@@ -40,21 +40,28 @@ class FusedLinear4bit(Linear4bit):
 
 
 def _expand(
-    data: Tensor, state: Any, kind: torch.dtype, most: int | None, dtype: torch.dtype
+    data: Tensor, state: Any, rounded: torch.dtype, max_elements: int | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The `Blocks` (kernels.matmul) of a 4-bit weight: rounded to `kind`, as a product of that dtype has it."""
+    """Read a 4-bit weight block by block; with the first three arguments bound, a `BlockReader` (`kernels.matmul`).
+
+    Args:
+        data, state: the packed weight, and bitsandbytes' `QuantState` of it.
+        rounded: the dtype that values are rounded to first. A product in this dtype would see the same values.
+        max_elements, dtype: see `BlockReader`.
+    """
     rows, width = state.shape
-    if width % state.blocksize:  # a row would begin inside a scale's block
-        most = None
+    if width % state.blocksize:  # some rows begin inside a block that shares a scale, so the weight is read whole
+        max_elements = None
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     packed, scales = data.view(torch.uint8).view(-1), scales.float()
-    for part in cut(rows, width, most):
+    for part in row_slices(rows, width, max_elements):
         first, last = part.start * width, part.stop * width
-        held = QuantState(  # type: ignore[no-untyped-call]
+        part_state = QuantState(  # type: ignore[no-untyped-call]
             scales[first // state.blocksize : -(-last // state.blocksize)],
             torch.Size((part.stop - part.start, width)),
             blocksize=state.blocksize,
             quant_type=state.quant_type,
             dtype=state.dtype,
         )
-        yield part, widened(dequantize_4bit(packed[first // 2 : -(-last // 2), None], held).to(kind), dtype, "weight")
+        values = dequantize_4bit(packed[first // 2 : -(-last // 2), None], part_state).to(rounded)
+        yield part, converted(values, dtype, "weight")

@@ -1,8 +1,9 @@
 """Conversations packed into one row of tokens without padding, common beginnings computed once.
 
-`pack` makes what `phinetune.engine.phi3` takes. Sorted, conversations that begin alike stand side by side; where
-neighbours share enough, their common tokens become a segment that the rest branches from, and so on within the
-branches. A label that several conversations share is kept once, weighed by how many they are.
+`pack` makes what `phinetune.engine.phi3` takes. Conversations are sorted, so those that begin alike stand side by
+side. Where neighbours share enough, their common tokens become a segment that the rest branches from, and so on within
+the branches. A label that several conversations share is kept once. It has a weight, how many they are, and `owners`
+says which they are.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from phinetune.chat.encoder import Encoded
-from phinetune.chat.template import common_prefix
-from phinetune.engine.scoring import IGNORED
+from phinetune.engine.examples import IGNORED, Encoded, common_prefix
+from phinetune.engine.rows import SHORTEST_SHARED
 
-SHORTEST = 16  # tokens: below it another segment's products cost more than computing the tokens again
 WORTH = 0.1  # of a step's tokens: below it the tree isn't worth its narrower products
 
 
@@ -50,7 +49,9 @@ class _Tree:
         return np.concatenate([np.arange(*self.segments[i][:2]) for i in self.paths[row]])
 
 
-def pack(rows: Sequence[Encoded], *, share: bool = False, rope_limit: int | None = None) -> dict[str, Tensor]:
+def pack(
+    rows: Sequence[Encoded], *, share: bool = False, rope_limit: int | None = None, owned: bool = False
+) -> dict[str, Tensor]:
     """One step's conversations as a packed row.
 
     Args:
@@ -58,10 +59,12 @@ def pack(rows: Sequence[Encoded], *, share: bool = False, rope_limit: int | None
         share: compute common beginnings once, where that spares enough.
         rope_limit: conversations longer than this rotate by other factors (longrope), so they share only among
             themselves.
+        owned: say which conversations each label belongs to.
 
     Returns:
         `input_ids`, `position_ids` (1, tokens); `segments` (segments, 3); `predicts`, `labels`, `weights` (labels);
-        `row_tokens`, the tokens of all conversations, shared or not.
+        `row_tokens`, the tokens of all conversations, shared or not. With `owned` also `owners` (pairs, 2): a label's
+        place and the conversation's, one pair for each label of each conversation; and `conversations`, how many.
     """
     ids = [row.input_ids for row in rows]
     total = sum(map(len, ids))
@@ -70,9 +73,9 @@ def pack(rows: Sequence[Encoded], *, share: bool = False, rope_limit: int | None
         tree = _Tree(ids)
         for i, tokens in enumerate(ids):
             tree.paths[i] = [tree.add(i, 0, len(tokens), -1)]
-    predicts, labels, weights = _labels(tree, rows)
+    predicts, labels, weights, places = _labels(tree, rows)
     positions = [np.arange(start, start + len(piece)) for start, piece in zip(tree.starts, tree.pieces, strict=True)]
-    return {
+    packed = {
         "input_ids": torch.from_numpy(np.concatenate([np.asarray(piece) for piece in tree.pieces]))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
         "segments": torch.tensor(tree.segments),
@@ -81,10 +84,18 @@ def pack(rows: Sequence[Encoded], *, share: bool = False, rope_limit: int | None
         "weights": torch.from_numpy(weights),
         "row_tokens": torch.tensor(total),
     }
+    if owned:
+        labelled = [sum(label != IGNORED for label in row.labels[1:]) for row in rows]
+        owner = np.repeat(np.arange(len(rows)), labelled)
+        packed["owners"] = torch.from_numpy(np.stack([places, owner], axis=1))
+        packed["conversations"] = torch.tensor(len(rows))
+    return packed
 
 
 def _labels(tree: _Tree, rows: Sequence[Encoded]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Positions that predict, what they predict, and for how many conversations."""
+    """Positions that predict, what they predict, for how many conversations; and of each conversation's labels, one
+    conversation after the other, their places among these.
+    """
     at, what = [], []
     for i, row in enumerate(rows):
         labels, places = np.asarray(row.labels[1:], dtype=np.int64), tree.places(i)
@@ -93,9 +104,9 @@ def _labels(tree: _Tree, rows: Sequence[Encoded]) -> tuple[np.ndarray[Any, Any],
         what.append(labels[picked])
     pairs = np.stack([np.concatenate(at), np.concatenate(what)])
     if tree.size == sum(len(row.input_ids) for row in rows):  # nothing is shared
-        return pairs[0], pairs[1], np.ones(pairs.shape[1], dtype=np.float32)
-    unique, counts = np.unique(pairs, axis=1, return_counts=True)
-    return unique[0].copy(), unique[1].copy(), counts.astype(np.float32)
+        return pairs[0], pairs[1], np.ones(pairs.shape[1], dtype=np.float32), np.arange(pairs.shape[1])
+    unique, places, counts = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
+    return unique[0].copy(), unique[1].copy(), counts.astype(np.float32), places.reshape(-1)
 
 
 def _shared(ids: Sequence[Sequence[int]], rope_limit: int | None) -> _Tree:
@@ -120,12 +131,12 @@ def _grow(tree: _Tree, rows: Sequence[int], depth: int, path: list[int]) -> None
 
 
 def _groups(ids: Sequence[Sequence[int]], rows: Sequence[int], depth: int) -> Iterator[tuple[list[int], int]]:
-    """Neighbours that share `SHORTEST` tokens or more beyond `depth`, and how many tokens they all share."""
+    """Neighbours that share `SHORTEST_SHARED` tokens or more beyond `depth`, and how many tokens they all share."""
     group: list[int] = []
     common = depth
     for row in rows:
         shared = common_prefix(ids[group[-1]], ids[row]) if group else 0
-        if group and shared - depth >= SHORTEST:
+        if group and shared - depth >= SHORTEST_SHARED:
             common = shared if len(group) == 1 else min(common, shared)
             group.append(row)
             continue
@@ -137,17 +148,28 @@ def _groups(ids: Sequence[Sequence[int]], rows: Sequence[int], depth: int) -> It
 
 
 class PackedCollator:
-    """Examples of a step to one packed row; an example may hold several conversations (`seq_lengths`)."""
+    """The examples of a step as one packed row. An example may hold several conversations (`seq_lengths`).
 
-    def __init__(self, *, share: bool, rope_limit: int | None) -> None:
-        self.share, self.rope_limit = share, rope_limit
+    Args:
+        share, rope_limit, owned: see `pack`.
+        columns: numbers that each example carries besides; the row has them by name, shape (examples), float32.
+    """
+
+    def __init__(
+        self, *, share: bool, rope_limit: int | None, owned: bool = False, columns: Sequence[str] = ()
+    ) -> None:
+        self.share, self.rope_limit, self.owned, self.columns = share, rope_limit, owned, tuple(columns)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = [row for example in examples for row in _conversations(example)]
-        return pack(rows, share=self.share, rope_limit=self.rope_limit)
+        rows = [row for example in examples for row in conversations(example)]
+        packed = pack(rows, share=self.share, rope_limit=self.rope_limit, owned=self.owned)
+        for column in self.columns:
+            packed[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
+        return packed
 
 
-def _conversations(example: dict[str, Any]) -> Iterator[Encoded]:
+def conversations(example: dict[str, Any]) -> Iterator[Encoded]:
+    """The conversations of an example, one after the other."""
     ids, labels, start = example["input_ids"], example["labels"], 0
     for length in example.get("seq_lengths") or [len(ids)]:
         yield Encoded(ids[start : start + length], labels[start : start + length])

@@ -1,8 +1,8 @@
-"""transformers' Phi-3 with a second way through it, for packed rows: same modules, same state dict.
+"""transformers' Phi-3 with a second forward, for packed rows. Modules and state dict are the same.
 
-Called as usual, every class here does what its parent does. Called with a `Packed` row, the decoder runs on
-(tokens, width) without a batch dimension through `phinetune.engine.kernels`: attention within segments, small
-backwards, the head only where there is a label.
+Called as usual, every class does what its parent does. Called with a packed row, the decoder computes hidden states of
+shape (tokens, width), without a batch dimension, with the functions of `phinetune.engine.kernels`. Attention stays
+within segments, backwards need little memory, and the head is applied only at positions that predict a label.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.phi3 import modeling_phi3 as plain
+from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 from transformers.utils import ModelOutput
 
 from phinetune.engine.attention_plan import AttentionRun, Heads, plan
 from phinetune.engine.kernels import rotary
 from phinetune.engine.kernels.attention import attention
-from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
+from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
 from phinetune.engine.kernels.norm import rms_norm
-from phinetune.engine.kernels.recompute import rebuilt
+from phinetune.engine.kernels.recompute import recomputed
 from phinetune.engine.kernels.swiglu import swiglu
 from phinetune.engine.memory import Level
 from phinetune.engine.rows import Segment, read_segments
 
+# Rope types whose frequencies do not depend on a conversation's length.
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass
 class PackedOutput(ModelOutput):
-    """Sums over a packed row's labels, each weighed by the rows it stands for; float32 scalars.
+    """Sums over the labels of a packed row, float32 scalars. A label that n conversations share counts n times.
 
     Attributes:
-        nll: negative log-likelihood, in nats.
-        correct: labels that were the model's first choice.
-        count: labels.
+        nll: the negative log-likelihood in nats; differentiable.
+        correct: how many labels are the model's first choice.
+        count: how many labels there are.
     """
 
     nll: Tensor | None = None
@@ -48,15 +49,31 @@ class PackedOutput(ModelOutput):
     count: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What every layer needs to know of a packed row.
+@dataclass
+class ConversationOutput(ModelOutput):
+    """Sums over the labels of each conversation in a packed row, each of shape (conversations), float32.
 
     Attributes:
+        log_probs: the log-probabilities of its labels, in nats; differentiable.
+        correct: how many of its labels are the model's first choice.
+        count: how many labels it has.
+    """
+
+    log_probs: Tensor | None = None
+    correct: Tensor | None = None
+    count: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the layers need to know about a packed row; a `RowAttention`.
+
+    Attributes:
+        runs: how attention is computed; see `attention_plan.plan`.
         cos, sin: shape (tokens, rotated features / 2), in the hidden states' dtype.
-        predicts: positions whose output is used at all, shape (labels).
+        predicts: positions whose output is used, shape (labels).
         levels: what each layer keeps for the backward.
-        keep: given each layer's number and its qkv with queries and keys rotated, as soon as it is there.
+        on_qkv: called with each layer's number and its qkv after queries and keys were rotated; None: not called.
     """
 
     runs: list[AttentionRun]
@@ -64,25 +81,33 @@ class Packed:
     sin: Tensor
     predicts: Tensor
     levels: Sequence[Level]
-    keep: Callable[[int, Tensor], None] | None = None
+    on_qkv: Callable[[int, Tensor], None] | None = None
 
     def attend(self, layer: int, qkv: Tensor, heads: Heads) -> Tensor:
-        """Attention within the row's segments; `qkv` is rotated in place."""
+        """Attention within the row's segments. Queries and keys in `qkv` are rotated in place."""
         out = attention(qkv, self.cos, self.sin, self.runs, heads)
-        if self.keep:
-            self.keep(layer, qkv)
+        if self.on_qkv:
+            self.on_qkv(layer, qkv)
         return out
 
 
 class RowAttention(Protocol):
-    """Tokens on their way through the layers without a batch dimension, and what they attend to."""
+    """Knows what the tokens that pass through the layers, without a batch dimension, attend to."""
 
     def attend(self, layer: int, qkv: Tensor, heads: Heads) -> Tensor:
-        """From (tokens, (heads + 2 · kv_heads) · size), which is rotated in place, to (tokens, heads · size)."""
+        """Compute attention in one layer.
+
+        Args:
+            layer: its number.
+            qkv: shape (tokens, (heads + 2 · kv_heads) · size). Queries and keys are rotated in place.
+
+        Returns:
+            shape (tokens, heads · size).
+        """
 
 
 def missing_form(config: Any) -> str | None:
-    """Why this model has no packed form; None if it has one."""
+    """What in a model's configuration keeps it from having a packed form; None if it has one."""
     if config.hidden_act not in ("silu", "swish"):
         return f"hidden_act `{config.hidden_act}`"
     if config.attention_dropout:
@@ -93,13 +118,13 @@ def missing_form(config: Any) -> str | None:
 
 
 def rope_limit(config: Any) -> int | None:
-    """Tokens up to which a conversation takes longrope's short factors; None without longrope."""
+    """The length in tokens up to which a conversation rotates by longrope's short factors; None without longrope."""
     rope = config.rope_parameters
     return int(rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else None
 
 
-class Phi3RMSNorm(plain.Phi3RMSNorm):
-    """The norm with a small backward; `compile_ops` runs it compiled."""
+class Phi3RMSNorm(transformers_phi3.Phi3RMSNorm):
+    """RMSNorm with a backward that needs little memory. It runs compiled if `compile_ops` is set."""
 
     compile_ops = False
 
@@ -107,8 +132,8 @@ class Phi3RMSNorm(plain.Phi3RMSNorm):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, compile=self.compile_ops)
 
 
-class Phi3MLP(plain.Phi3MLP):
-    """gate_up_proj, SwiGLU, down_proj; the packed way can drop SwiGLU's output and compute it again."""
+class Phi3MLP(transformers_phi3.Phi3MLP):
+    """gate_up_proj, SwiGLU, down_proj. For packed rows, `rebuild` drops SwiGLU's output and computes it again."""
 
     compile_ops = False
 
@@ -118,12 +143,12 @@ class Phi3MLP(plain.Phi3MLP):
         gate_up = self.gate_up_proj(hidden_states)
         activate = functools.partial(swiglu, compile=self.compile_ops)
         active = activate(gate_up)
-        with _lighter(rebuild, active, activate, gate_up):
+        with _recomputed_if(rebuild, active, activate, gate_up):
             return self.down_proj(active)  # type: ignore[no-any-return]
 
 
-class Phi3Attention(plain.Phi3Attention):
-    """qkv_proj, attention within segments, o_proj; `rows` limits the last to positions that are used."""
+class Phi3Attention(transformers_phi3.Phi3Attention):
+    """qkv_proj, attention, o_proj. For packed rows, o_proj is applied only at the positions `rows`, if given."""
 
     def forward(
         self,
@@ -141,14 +166,19 @@ class Phi3Attention(plain.Phi3Attention):
 
     @property
     def heads(self) -> Heads:
+        """How qkv is divided into heads."""
         config = self.config
         window = getattr(config, "sliding_window", None)
         kv_heads = config.num_key_value_heads or config.num_attention_heads
         return Heads(config.num_attention_heads, kv_heads, self.head_dim, self.scaling, window)
 
 
-class Phi3DecoderLayer(plain.Phi3DecoderLayer):
-    """One layer; packed: (tokens, width) in, (tokens, width) or, in the last layer, (labels, width) out."""
+class Phi3DecoderLayer(transformers_phi3.Phi3DecoderLayer):
+    """One decoder layer.
+
+    For packed rows it maps hidden states (tokens, width) to (tokens, width), or to (labels, width) if `rows` is given,
+    as it is for the last layer.
+    """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         nn.Module.__init__(self)
@@ -178,41 +208,48 @@ class Phi3DecoderLayer(plain.Phi3DecoderLayer):
 
     def _packed(self, hidden: Tensor, packed: RowAttention, rows: Tensor | None, rebuild: bool) -> Tensor:
         normed = self.input_layernorm(hidden)
-        with _lighter(rebuild, normed, self.input_layernorm, hidden):
+        with _recomputed_if(rebuild, normed, self.input_layernorm, hidden):
             attended = self.self_attn(normed, packed=packed, rows=rows)
         del normed
         hidden = hidden if rows is None else hidden.index_select(0, rows)
         hidden = hidden + self.resid_attn_dropout(attended)
         normed = self.post_attention_layernorm(hidden)
-        with _lighter(rebuild, normed, self.post_attention_layernorm, hidden):
+        with _recomputed_if(rebuild, normed, self.post_attention_layernorm, hidden):
             fed = self.mlp(normed, packed=True, rebuild=rebuild)
         return hidden + self.resid_mlp_dropout(fed)  # type: ignore[no-any-return]
 
 
-def _lighter(rebuild: bool, tensor: Tensor, make: Callable[[Tensor], Tensor], source: Tensor) -> Any:
-    """Inside, what saves `tensor` keeps its source in its place, if `rebuild` says so."""
+def _recomputed_if(rebuild: bool, tensor: Tensor, make: Callable[[Tensor], Tensor], source: Tensor) -> Any:
+    """A context in which functions that save `tensor` for their backward save `source` instead, if `rebuild` is true.
+
+    In the backward, `make(source)` computes the tensor again.
+    """
     if not rebuild:
         return nullcontext()
-    return rebuilt(tensor, functools.partial(make, source.detach()))
+    return recomputed(tensor, functools.partial(make, source.detach()))
 
 
-class Phi3Model(plain.Phi3Model):
-    """The decoder. `activation_levels` says for a number of tokens what each layer keeps for the backward."""
+class Phi3Model(transformers_phi3.Phi3Model):
+    """The decoder.
+
+    Attributes:
+        activation_levels: given a row's number of tokens, returns what each layer keeps for the backward. None: all.
+    """
 
     def __init__(self, config: Any) -> None:
-        plain.Phi3PreTrainedModel.__init__(self, config)
+        transformers_phi3.Phi3PreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([Phi3DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = plain.Phi3RotaryEmbedding(config=config)
+        self.rotary_emb = transformers_phi3.Phi3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.activation_levels: Callable[[int], Sequence[Level]] | None = None
         self.post_init()  # type: ignore[no-untyped-call]
 
     def compile_operators(self) -> None:
-        """Run norms and SwiGLU compiled from now on."""
+        """From now on, run norms and SwiGLU compiled."""
         for module in self.modules():
             if isinstance(module, (Phi3RMSNorm, Phi3MLP)):
                 module.compile_ops = True
@@ -223,12 +260,18 @@ class Phi3Model(plain.Phi3Model):
         positions: Tensor,
         segments: Tensor,
         predicts: Tensor,
-        keep: Callable[[int, Tensor], None] | None = None,
+        on_qkv: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Normed hidden states at the positions `predicts`: shape (labels, width). See `Phi3ForCausalLM.packed_loss`.
+        """The decoder's output for a packed row, after the last norm.
 
         Args:
-            keep: see `Packed`.
+            input_ids, positions: shape (tokens).
+            segments: shape (segments, 3), see `phinetune.engine.rows`.
+            predicts: positions whose output is wanted, shape (labels).
+            on_qkv: see `Packed`.
+
+        Returns:
+            shape (labels, width).
         """
         hidden = self.embed_tokens(input_ids)
         parts = read_segments(segments)
@@ -236,14 +279,22 @@ class Phi3Model(plain.Phi3Model):
         levels = self._levels(len(positions))
         first: Any = self.layers[0]
         runs = plan(parts, first.self_attn.heads, hidden.dtype, hidden.device)
-        row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels, keep)
+        row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels, on_qkv)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, packed=row, rows=predicts if i == last else None, level=levels[i])
         return self.norm(hidden)  # type: ignore[no-any-return]
 
     def step(self, input_ids: Tensor, row: RowAttention) -> Tensor:
-        """Normed hidden states of one token a conversation, shape (conversations, width); `row` knows what was."""
+        """The decoder's output for the next token of each conversation, after the last norm.
+
+        Args:
+            input_ids: shape (conversations).
+            row: attends to the tokens before.
+
+        Returns:
+            shape (conversations, width).
+        """
         hidden = self.embed_tokens(input_ids)
         for layer in self.layers:
             hidden = layer(hidden, packed=row)
@@ -255,7 +306,7 @@ class Phi3Model(plain.Phi3Model):
         return self.activation_levels(tokens)
 
     def _rotation(self, positions: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        """cos and sin; longrope takes its long factors for the conversations that are longer than its first limit."""
+        """cos and sin. Conversations beyond longrope's first limit get its long factors, together with their tree."""
         cos, sin = self.rotation(positions, long=False)
         limit = rope_limit(self.config)
         if limit is None:
@@ -266,7 +317,7 @@ class Phi3Model(plain.Phi3Model):
         return cos, sin
 
     def rotation(self, positions: Tensor, *, long: bool) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (tokens, m) in float32; `long`: by longrope's long factors."""
+        """cos and sin, each of shape (tokens, m) in float32. `long` takes longrope's long factors."""
         emb = self.rotary_emb
         frequencies: Tensor = emb.original_inv_freq
         if long:
@@ -276,28 +327,33 @@ class Phi3Model(plain.Phi3Model):
 
 
 def _trees(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """The token ranges of roots with all that branches from them."""
+    """The range of tokens of each tree: a root with all its branches."""
     starts = [segment.start for segment in segments if not segment.above]
     return list(zip(starts, [*starts[1:], segments[-1].stop], strict=True))
 
 
-class Phi3ForCausalLM(plain.Phi3ForCausalLM):
-    """transformers' Phi-3; with `segments` it takes a packed row and gives the loss."""
+class Phi3ForCausalLM(transformers_phi3.Phi3ForCausalLM):
+    """transformers' Phi-3. Called with `segments`, it takes a packed row and returns a loss or log-probabilities."""
 
     def __init__(self, config: Any) -> None:
-        plain.Phi3PreTrainedModel.__init__(self, config)
+        transformers_phi3.Phi3PreTrainedModel.__init__(self, config)
         self.model = Phi3Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
-    @functools.wraps(plain.Phi3ForCausalLM.forward)  # `generate` reads the parent's signature
+    @functools.wraps(transformers_phi3.Phi3ForCausalLM.forward)  # `generate` reads the parent's signature
     def forward(self, *args: Any, segments: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As the parent; or, with `segments`, the loss of a packed row (see `packed_loss`)."""
+        """Without `segments`, what the parent does. With `segments`, the loss of a packed row (see `packed_loss`), or
+        with `owners` too the log-probabilities of its conversations (see `packed_log_probs`).
+        """
         if segments is None:
             return super().forward(*args, **kwargs)
-        given = ("input_ids", "position_ids", "predicts", "labels", "weights")
-        return self.packed_loss(segments=segments, **{key: kwargs[key] for key in given})
+        owned = kwargs.get("owners") is not None
+        given = ("input_ids", "position_ids", "predicts", "labels")
+        more = ("owners", "conversations") if owned else ("weights",)
+        chosen = {key: kwargs[key] for key in (*given, *more)}
+        return (self.packed_log_probs if owned else self.packed_loss)(segments=segments, **chosen)
 
     def packed_loss(
         self,
@@ -308,16 +364,49 @@ class Phi3ForCausalLM(plain.Phi3ForCausalLM):
         labels: Tensor,
         weights: Tensor,
     ) -> PackedOutput:
-        """Summed loss of a packed row.
+        """The summed loss of a packed row.
 
         Args:
             input_ids, position_ids: shape (1, tokens).
-            segments: see `phinetune.engine.rows`, shape (segments, 3).
-            predicts: the position whose output predicts a label, shape (labels).
+            segments: shape (segments, 3), see `phinetune.engine.rows`.
+            predicts: for each label the position whose output predicts it, shape (labels).
             labels: token ids, shape (labels).
-            weights: how many rows a label stands for, shape (labels), float32.
+            weights: how many conversations share each label, shape (labels), float32.
         """
         hidden = self.model.packed(input_ids[0], position_ids[0], segments, predicts)
-        head: Any = self.get_output_embeddings()  # type: ignore[no-untyped-call]
-        nll, correct = linear_cross_entropy(hidden, head.weight, labels, weights)
+        nll, correct = linear_cross_entropy(hidden, self._head_weight, labels, weights)
         return PackedOutput(nll=nll, correct=correct, count=weights.sum())
+
+    def packed_log_probs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segments: Tensor,
+        predicts: Tensor,
+        labels: Tensor,
+        owners: Tensor,
+        conversations: Tensor,
+    ) -> ConversationOutput:
+        """The summed log-probabilities of each conversation in a packed row.
+
+        Args:
+            input_ids, position_ids, segments, predicts, labels: see `packed_loss`.
+            owners: pairs of a label's index and the number of a conversation that has this label, shape (pairs, 2); see
+                `phinetune.engine.packing`. A label that several conversations share counts for each of them.
+            conversations: how many conversations there are, a scalar.
+        """
+        hidden = self.model.packed(input_ids[0], position_ids[0], segments, predicts)
+        log_probs, first = linear_log_probs(hidden, self._head_weight, labels)
+        place, owner = owners.unbind(1)
+        zeros = torch.zeros(int(conversations), dtype=torch.float32, device=hidden.device)
+        return ConversationOutput(
+            log_probs=zeros.index_add(0, owner, log_probs[place]),
+            correct=zeros.index_add(0, owner, first[place]),
+            count=zeros.index_add(0, owner, torch.ones_like(first)[place]),
+        )
+
+    @property
+    def _head_weight(self) -> Tensor:
+        head: Any = self.get_output_embeddings()  # type: ignore[no-untyped-call]
+        weight: Tensor = head.weight
+        return weight

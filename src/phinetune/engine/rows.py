@@ -1,7 +1,7 @@
-"""Where conversations lie in a packed row of tokens: a forest of segments.
+"""How conversations lie in a packed row of tokens: as a forest of segments.
 
-A segment is a run of tokens. Its tokens see all of its ancestors' and, causally, its own. Conversations that share
-nothing are roots. Conversations that begin alike are branches over a shared root:
+A segment is a run of tokens. Its tokens see all tokens of its ancestors and, causally, its own. A conversation that
+shares nothing is a root. Conversations that begin with the same tokens are branches of a shared root:
 
     tokens      S S S S A A A B B       S: shared system prompt, A and B: two conversations' own tokens
     positions   0 1 2 3 4 5 6 4 5
@@ -18,12 +18,16 @@ from torch import Tensor
 
 Range = tuple[int, int]
 
-ALIKE = 0.7  # segments at least this long, measured by the longest, are padded to it and computed together
+SHORTEST_SHARED = 16  # tokens; computing fewer tokens again costs less than the products of one more segment
+LEAST_RATIO = 0.7  # segments with at least this share of the longest one's length are padded and computed with it
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, stop) of the row, which see the ranges of `above` (oldest first) and themselves causally."""
+    """Tokens [start, stop) of the row.
+
+    They see the tokens in the ranges `above`, which are the ancestors' from the root down, and causally their own.
+    """
 
     start: int
     stop: int
@@ -33,32 +37,35 @@ class Segment:
         return self.stop - self.start
 
     def moved(self, by: int) -> Segment:
-        """The same segment where the row is cut off `-by` tokens from its start."""
+        """The same segment, with `by` added to all its positions."""
         return Segment(self.start + by, self.stop + by, tuple((start + by, stop + by) for start, stop in self.above))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Segments under one parent and of like length, padded at their ends to the longest.
+    """Segments of the same parent and of similar length, padded at their ends to the longest.
 
     Attributes:
-        above: what they all see before their own tokens.
-        own: each segment's tokens, shape (segments, longest); the first one's again where it has ended.
-        there: which of `own` are tokens; None where all are.
+        above: the ranges that all of them see before their own tokens.
+        own: the positions of each segment's tokens, shape (segments, longest). Padding repeats the first position.
+        real: which entries of `own` are tokens, shape (segments, longest); None if none is padding.
     """
 
     above: tuple[Range, ...]
     own: Tensor
-    there: Tensor | None
+    real: Tensor | None
 
     @property
     def before(self) -> int:
-        """Tokens above."""
+        """How many tokens the ranges `above` have."""
         return sum(stop - start for start, stop in self.above)
 
 
 def read_segments(table: Tensor) -> list[Segment]:
-    """Segments of a table (n, 3) of start, stop and parent's index (-1: none); parents stand before children."""
+    """The segments in a table of start, stop and the parent's index, shape (segments, 3).
+
+    The index -1 is no parent. A parent stands before its children.
+    """
     paths: list[tuple[Range, ...]] = []
     segments = []
     for start, stop, parent in table.tolist():
@@ -68,22 +75,23 @@ def read_segments(table: Tensor) -> list[Segment]:
     return segments
 
 
-def group(segments: Sequence[Segment], device: torch.device) -> list[Group]:
-    """Segments that are computed together: attention over many short ones is a few wide products."""
+def group_segments(segments: Sequence[Segment], device: torch.device) -> list[Group]:
+    """Group the segments that are computed together. Then attention over many short ones takes a few large products."""
     families: dict[tuple[Range, ...], list[Segment]] = {}
     for segment in segments:
         families.setdefault(segment.above, []).append(segment)
-    return [_padded(alike, device) for family in families.values() for alike in _alike(family)]
+    return [_padded(similar, device) for family in families.values() for similar in _by_length(family)]
 
 
-def _alike(family: Sequence[Segment]) -> Iterator[list[Segment]]:
-    alike: list[Segment] = []
+def _by_length(family: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Segments of similar length together, the longest first."""
+    similar: list[Segment] = []
     for segment in sorted(family, key=len, reverse=True):
-        if alike and len(segment) < ALIKE * len(alike[0]):
-            yield alike
-            alike = []
-        alike.append(segment)
-    yield alike
+        if similar and len(segment) < LEAST_RATIO * len(similar[0]):
+            yield similar
+            similar = []
+        similar.append(segment)
+    yield similar
 
 
 def _padded(segments: Sequence[Segment], device: torch.device) -> Group:
@@ -91,6 +99,6 @@ def _padded(segments: Sequence[Segment], device: torch.device) -> Group:
     starts = torch.tensor([segment.start for segment in segments])[:, None]
     lengths = torch.tensor([len(segment) for segment in segments])[:, None]
     place = torch.arange(longest)
-    there = place < lengths
-    own = torch.where(there, starts + place, starts)
-    return Group(segments[0].above, own.to(device), None if bool(there.all()) else there.to(device))
+    real = place < lengths
+    own = torch.where(real, starts + place, starts)
+    return Group(segments[0].above, own.to(device), None if bool(real.all()) else real.to(device))

@@ -1,4 +1,4 @@
-"""Held-out prompts, what a model answers to them, and how good each answer is."""
+"""Lets a model answer held-out prompts, and measures how good each answer is."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.chat.encoder import ChatEncoder
-from phinetune.chat.template import Message
-from phinetune.config.run import EvaluationSection
-from phinetune.data.prepare.build import ChatSet
+from phinetune.chats.encoder import ChatEncoder
+from phinetune.chats.template import Message
+from phinetune.config.evaluation import EvaluationSection
+from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.generate import Answer, answer_prompts
 from phinetune.evaluation.bootstrap import Array
 from phinetune.evaluation.metrics import RowMetric
@@ -22,13 +22,14 @@ from phinetune.evaluation.patterns import repeats
 
 @dataclass(frozen=True)
 class Question:
-    """The turns before a held-out chat's last answer.
+    """The turns before the last answer of a held-out chat.
 
     Attributes:
-        ids: as the model reads them.
+        ids: their token ids, followed by the header of the answer.
+        messages: the turns.
         prompt: the last user turn.
-        reference: the answer that the chat has.
-        row: the chat's place in its set.
+        reference: the chat's own answer.
+        row: the index of the chat's row in its set; -1 for a prompt that comes from the configuration.
     """
 
     ids: list[int]
@@ -40,33 +41,41 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's answers to all questions, and by metric each answer's number: NaN where it says nothing of a row."""
+    """A model's answers to all questions.
+
+    Attributes:
+        numbers: by metric the number of each answer, shape (answers). NaN: the metric has no number for this answer.
+    """
 
     answers: list[Answer]
     numbers: dict[str, Array]
 
     def means(self, chosen: Sequence[int] | None = None) -> dict[str, float]:
-        """Of each metric the mean over (some of) the answers; metrics that say nothing of any are left out."""
-        found = {}
+        """The mean of each metric. Metrics without any number are left out.
+
+        Args:
+            chosen: indexes of the answers to take the mean of; None is all.
+        """
+        means = {}
         for name, numbers in self.numbers.items():
             picked = numbers if chosen is None else numbers[list(chosen)]
             picked = picked[~np.isnan(picked)]
             if len(picked):
-                found[name] = float(picked.mean())
-        return found
+                means[name] = float(picked.mean())
+        return means
 
     def of(self, place: int) -> dict[str, float]:
-        """The numbers of one answer."""
+        """The numbers of the answer at index `place`, by metric."""
         return {name: float(row[place]) for name, row in self.numbers.items() if not math.isnan(row[place])}
 
 
 def questions_of(encoder: ChatEncoder, held_out: ChatSet, limit: int | None) -> list[Question]:
-    """The turns before the last answer of each chat, for the first `limit` chats."""
+    """The question of each held-out chat, for the first `limit` chats (None: all)."""
     questions = []
     for chat, row in list(zip(held_out.chats, held_out.places, strict=True))[:limit]:
         last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
         asked = next((m["content"] for m in reversed(chat[:last]) if m["role"] == "user"), "")
-        reference = chat[last]["content"] or ""  # a turn may be nothing but a tool call
+        reference = chat[last]["content"] or ""  # a turn may consist of a tool call alone
         questions.append(Question(encoder.prompt_ids(chat[:last]), chat[:last], asked or "", reference, row))
     return questions
 
@@ -79,7 +88,13 @@ def answer_all(
     metrics: Mapping[str, RowMetric],
     on_done: Callable[[int], None] = lambda count: None,
 ) -> Answers:
-    """Let the model answer; mark each answer by the metrics, and whether it stopped and whether it goes in circles."""
+    """Let the model answer all questions, and compute numbers for each answer.
+
+    Args:
+        metrics: see `phinetune.evaluation.metrics.row_metrics`. `stopped` and `repeating` are always added: 100 if the
+            answer ended by itself, and 100 if it repeats itself; else 0.
+        on_done: called with the number of answers that have just ended.
+    """
     answers = answer_prompts(
         model,
         tokenizer,

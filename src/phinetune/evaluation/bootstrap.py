@@ -1,4 +1,7 @@
-"""Is the difference between two models more than chance? Paired bootstrap over rows (Efron & Tibshirani 1993)."""
+"""Is the difference between two models more than chance?
+
+The answer comes from a paired bootstrap over the rows (Efron & Tibshirani 1993).
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,24 @@ from phinetune.measures import Measure
 Array = NDArray[np.float64]
 
 SEED = 0
-RESAMPLES = 10_000  # of the rows; fewer where rows are many, but never under FEWEST
-FEWEST = 1_000
-DRAWS = 50_000_000  # rows drawn in all
-AT_ONCE = 2_000_000  # rows drawn at a time: 16 MB
-LEVEL = 95
+RESAMPLES = 10_000  # how often the rows are resampled
+MIN_RESAMPLES = 1_000  # the same, if there are so many rows that DRAWS would be exceeded
+DRAWS = 50_000_000  # rows that are drawn in all resamples together
+AT_ONCE = 2_000_000  # rows that are drawn at a time: 16 MB
+LEVEL = 95  # of the interval, in percent
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A measure's numbers row by row, for both models: each is a ratio of sums over rows, a mean where weights are 1.
+    """A measure's numbers for each row, for both models.
+
+    A model's measure is the sum of its numbers over the rows, divided by the sum of its weights. If all weights are 1,
+    that is the mean.
 
     Attributes:
-        base, tuned: shape (rows), what is summed.
-        base_weights, tuned_weights: shape (rows), what is divided by; 0 leaves a row out.
-        exponential: whether the measure is the exponential of that ratio, as perplexity is.
+        base, tuned: the numbers, shape (rows).
+        base_weights, tuned_weights: the weights, shape (rows). A row with weight 0 does not count.
+        exponential: whether the measure is the exponential of that quotient, as perplexity is.
     """
 
     base: Array
@@ -38,7 +44,14 @@ class Pairs:
     exponential: bool = False
 
     def change(self, counts: Array) -> Array:
-        """Tuned minus base where each row counts `counts` times, shape (…, rows) to (…)."""
+        """Tuned minus base, if each row counts as often as `counts` says.
+
+        Args:
+            counts: shape (…, rows).
+
+        Returns:
+            shape (…).
+        """
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             base = (counts @ self.base) / (counts @ self.base_weights)
             tuned = (counts @ self.tuned) / (counts @ self.tuned_weights)
@@ -48,11 +61,14 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Difference:
-    """Tuned minus base, and the 95% interval of that difference over other rows of the same kind.
+    """The difference between tuned and base, with its 95% interval over other rows of the same kind.
 
     Attributes:
-        verdict: better, worse, or no clear difference where the interval holds zero.
-        rows: that count.
+        change: tuned minus base.
+        low, high: the ends of the interval. They are nan if no resample has a value.
+        rows: how many rows count.
+        verdict: better, worse, or no clear difference if the interval contains zero.
+        text: verdict and numbers in one line.
     """
 
     change: float
@@ -67,7 +83,15 @@ class Difference:
 
 
 def differences(pairs: dict[str, tuple[Measure, Pairs]], rows: int) -> dict[str, Difference]:
-    """The difference in each measure; the same rows are drawn for all. Nothing can be said of fewer than two rows."""
+    """The difference in each measure. All measures use the same resamples.
+
+    Args:
+        pairs: the measures and their numbers, by key.
+        rows: how many rows there are.
+
+    Returns:
+        the differences by key; empty if there are fewer than two rows.
+    """
     if rows < 2 or not pairs:
         return {}
     drawn: dict[str, list[Array]] = {key: [] for key in pairs}
@@ -78,9 +102,9 @@ def differences(pairs: dict[str, tuple[Measure, Pairs]], rows: int) -> dict[str,
 
 
 def _resamples(rows: int) -> Iterator[Array]:
-    """How often each row is drawn, shape (resamples, rows), in parts that fit the memory."""
+    """How often each resample draws each row, shape (resamples, rows), in portions that fit into memory."""
     generator = np.random.default_rng(SEED)
-    left = max(FEWEST, min(RESAMPLES, DRAWS // rows))
+    left = max(MIN_RESAMPLES, min(RESAMPLES, DRAWS // rows))
     while left > 0:
         size = min(left, max(1, AT_ONCE // rows))
         places = generator.integers(0, rows, (size, rows)) + rows * np.arange(size)[:, None]
@@ -92,7 +116,7 @@ def _difference(measure: Measure, pair: Pairs, drawn: Array) -> Difference:
     counted = int(np.count_nonzero(pair.base_weights + pair.tuned_weights))
     change = float(pair.change(np.ones(len(pair.base))))
     tail = (100 - LEVEL) / 2
-    usable = drawn[np.isfinite(drawn)]  # a draw of rows without this measure says nothing
+    usable = drawn[np.isfinite(drawn)]  # a resample without any row that counts has no value
     low, high = np.percentile(usable, [tail, 100 - tail]) if len(usable) else (np.nan, np.nan)
     verdict = _verdict(measure, low, high)
     return Difference(change, float(low), float(high), counted, verdict, _sentence(measure, verdict, change, low, high))
@@ -105,10 +129,10 @@ def _verdict(measure: Measure, low: float, high: float) -> str:
 
 
 def _sentence(measure: Measure, verdict: str, change: float, low: float, high: float) -> str:
-    """`better by 31 points, 95% interval 24 to 38`; the interval runs the way the verdict looks."""
+    """As `better by 31 points, 95% interval 24 to 38`. Like the verdict, the interval has no sign."""
     if verdict == "no clear difference":
         ends = f"{measure.amount(low, sign=True)} to {measure.amount(high, sign=True)}"
         return f"{verdict}, {LEVEL}% interval {ends}"
     near, far = sorted((abs(low), abs(high)))
-    by = f"{measure.amount(abs(change))}{' points' if measure.percent else ''}"
+    by = f"{measure.amount(abs(change))}{' points' if measure.is_percent else ''}"
     return f"{verdict} by {by}, {LEVEL}% interval {measure.amount(near)} to {measure.amount(far)}"

@@ -1,4 +1,4 @@
-"""Base against tuned over the same held-out chats."""
+"""Compares the base model with the tuned model on the same held-out chats."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.chat.encoder import ChatEncoder
-from phinetune.config.run import CustomMetric, EvaluationSection
-from phinetune.data.prepare.build import ChatSet
-from phinetune.engine.scoring import Score
+from phinetune.chats.encoder import ChatEncoder
+from phinetune.config.evaluation import CustomMetric, EvaluationSection
+from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.engine.scoring import Score, score_rows
 from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.json_answers import field_shares
-from phinetune.evaluation.metrics import row_metrics
-from phinetune.evaluation.scoring import score_rows
+from phinetune.evaluation.metrics import RowMetric
 from phinetune.measures import measures_of
 
-FLAGGED = 10.0  # percent of answers that don't stop, or go in circles, from which it is said in words
+FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
 
 Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out prompt (its last user turn), the reference, what was answered by whom, and how good that was."""
+    """One held-out prompt with its answers.
+
+    Attributes:
+        prompt: the last user turn.
+        reference: the chat's own answer.
+        answers: the answer of each model (`base`, `tuned`).
+        scores: by model the numbers of its answer, by metric.
+    """
 
     prompt: str
     reference: str
@@ -42,17 +45,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found, by model (`base`, `tuned`). All of it is plain JSON in `to_tree`.
+    """The result of a comparison. Models are called `base` and `tuned`.
 
     Attributes:
-        results: by model: loss (nats a labelled token), perplexity, token_accuracy and shares in percent, the mean
-            over rows of every metric, and the counts `labelled_tokens` and `prompts`.
-        differences: by measure: tuned minus base with its 95% interval; empty for a model alone.
-        by_tag: by the tag column's values: `rows`, and by model what `results` has.
-        json_fields: by model: percent of answers with a field right, by field; empty without JSON references.
-        flags: what should be looked at, in sentences.
+        results: by model: the loss (nats per labelled token), the perplexity, `token_accuracy` and shares in percent,
+            the mean of every metric over the rows, and the counts `labelled_tokens` and `prompts`.
         examples: every answered prompt.
-        data: what became of the held-out rows, as results.json has it.
+        differences: by measure: tuned minus base, with its 95% interval; empty if there is only one model.
+        by_tag: by value of the tag column: how many `rows` have it, and by model the same numbers as in `results`.
+        json_fields: by model and by field: the percentage of answers in which the field is right; empty if no reference
+            is JSON.
+        flags: sentences about what the user should look at.
+        data: what became of the held-out rows, as in results.json.
     """
 
     results: dict[str, Numbers]
@@ -64,19 +68,23 @@ class Comparison:
     data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Numbers]:
-        """`results`: the part `evaluation` of results.json. JSON has no infinity: null stands for it."""
+        """`results` for the key `evaluation` of results.json. JSON has no infinity, so null replaces it."""
         return {name: _finite(numbers) for name, numbers in self.results.items()}
 
     def to_tree(self, examples: int | None = None) -> dict[str, Any]:
-        """Everything, under the keys that results.json and `phinetune evaluate --out` have; the first examples only."""
+        """Everything but `data`, with the keys of results.json and `phinetune evaluate --out`.
+
+        Args:
+            examples: how many of the examples, from the first; None is all.
+        """
         return {
             "evaluation": self.to_dict(),
             "differences": {
-                key: one.to_dict()
-                for key, one in self.differences.items()
-                if math.isfinite(one.change + one.low + one.high)
+                key: difference.to_dict()
+                for key, difference in self.differences.items()
+                if math.isfinite(difference.change + difference.low + difference.high)
             },
-            "by_tag": {tag: _finite(found) for tag, found in self.by_tag.items()},
+            "by_tag": {tag: _finite(numbers) for tag, numbers in self.by_tag.items()},
             "json_fields": self.json_fields,
             "flags": self.flags,
             "examples": [asdict(example) for example in self.examples[:examples]],
@@ -96,13 +104,13 @@ def _finite(tree: Numbers) -> Numbers:
 
 @dataclass(frozen=True)
 class _Side:
-    """What one model did, row by row and prompt by prompt."""
+    """One model's scores, row by row, and its answers, prompt by prompt."""
 
     scores: list[Score]
     answered: Answers
 
     def numbers(self, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None) -> Numbers:
-        """Over all rows and prompts, or some."""
+        """The numbers over some rows and prompts; None is all of them."""
         score = sum((self.scores[i] for i in rows) if rows is not None else self.scores, Score())
         return {
             "loss": score.loss,
@@ -114,41 +122,63 @@ class _Side:
         }
 
 
+class Watcher(Protocol):
+    """Gets told how far a comparison is."""
+
+    def begin(self, chats: int, prompts: int, sides: Sequence[str]) -> None:
+        """The comparison begins. Each side scores this number of chats and answers this number of prompts."""
+
+    def side(self, name: str) -> None:
+        """The side `base` or `tuned` begins."""
+
+    def advance(self, count: int) -> None:
+        """`count` more chats have been scored, or prompts answered."""
+
+
+class _Unwatched:
+    def begin(self, chats: int, prompts: int, sides: Sequence[str]) -> None: ...
+    def side(self, name: str) -> None: ...
+    def advance(self, count: int) -> None: ...
+
+
 def compare(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     encoder: ChatEncoder,
     held_out: ChatSet,
     section: EvaluationSection,
-    console: Console,
+    metrics: Mapping[str, RowMetric],
+    watcher: Watcher | None = None,
 ) -> Comparison:
-    """Score and question the model without and with its adapter; a model without one is `base` alone.
+    """Score the held-out chats and let the model answer their prompts, without and with its adapter.
+
+    A model without an adapter is `base`, and there is no `tuned`.
+
+    Args:
+        metrics: what `phinetune.evaluation.metrics.row_metrics` returned for the section.
+        watcher: gets told how far the comparison is.
 
     Raises:
-        ConfigError: a metric's function can't be had.
-        RunError: it failed on an answer.
+        RunError: a metric's function failed on an answer.
     """
-    metrics = row_metrics(section) if section.generate else {}
+    watcher = watcher or _Unwatched()
     questions = questions_of(encoder, held_out, section.max_prompts) if section.generate else []
     tuned = hasattr(model, "disable_adapter")
-    ways: dict[str, Callable[[], Any]] = {"base": model.disable_adapter if tuned else contextlib.nullcontext}
+    contexts: dict[str, Callable[[], Any]] = {"base": model.disable_adapter if tuned else contextlib.nullcontext}
     if tuned:
-        ways["tuned"] = contextlib.nullcontext
+        contexts["tuned"] = contextlib.nullcontext
     model.eval()
     sides: dict[str, _Side] = {}
-    asked = f" and letting {' and '.join(ways)} answer {len(questions)} prompts" if questions else ""
-    console.print(f"Scoring {len(held_out)} held-out chats{asked} …", highlight=False)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for name, way in ways.items():
-            task = progress.add_task(f"evaluating {name}", total=len(held_out) + len(questions))
-            advance = partial(progress.advance, task)
-            size = None if section.batch_size == "auto" else section.batch_size
-            with way():
-                scores = score_rows(model, held_out.encoded, size, advance)
-                answered = Answers([], {})
-                if questions:
-                    answered = answer_all(model, tokenizer, questions, section, metrics, advance)
-            sides[name] = _Side(scores, answered)
+    watcher.begin(len(held_out), len(questions), list(contexts))
+    size = None if section.batch_size == "auto" else section.batch_size
+    for name, context in contexts.items():
+        watcher.side(name)
+        with context():
+            scores = score_rows(model, held_out.encoded, size, watcher.advance)
+            answered = Answers([], {})
+            if questions:
+                answered = answer_all(model, tokenizer, questions, section, metrics, watcher.advance)
+        sides[name] = _Side(scores, answered)
     return _compared(sides, questions, held_out, section)
 
 
@@ -180,49 +210,51 @@ def _compared(
 
 
 def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict[str, Difference]:
-    """Tuned against base in every measure: of loss and tokens over rows, of answers over prompts."""
+    """The difference of both models in every measure: of loss and tokens over rows, of answers over prompts."""
     base, tuned = sides["base"], sides["tuned"]
-    own_way = [one.name for one in section.metrics if isinstance(one, CustomMetric) and one.less_is_better]
+    less_is_better = [
+        metric.name for metric in section.metrics if isinstance(metric, CustomMetric) and metric.less_is_better
+    ]
 
-    def ratio(top: str, times: float = 1.0, exponential: bool = False) -> Pairs:
+    def per_token(name: str, factor: float = 1.0, exponential: bool = False) -> Pairs:
         def column(side: _Side, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
             return np.array([getattr(score, name) for score in side.scores], dtype=np.float64)
 
-        tops, tokens = ((column(base, name), column(tuned, name)) for name in (top, "tokens"))
-        return Pairs(times * tops[0], times * tops[1], tokens[0], tokens[1], exponential)
+        sums, tokens = ((column(base, key), column(tuned, key)) for key in (name, "tokens"))
+        return Pairs(factor * sums[0], factor * sums[1], tokens[0], tokens[1], exponential)
 
     def mean(name: str) -> Pairs:
         before, after = base.answered.numbers[name], tuned.answered.numbers[name]
-        there = ~np.isnan(before + after)  # paired: only rows of which both have a number
-        weights = there.astype(np.float64)
-        return Pairs(np.where(there, before, 0.0), np.where(there, after, 0.0), weights, weights)
+        in_both = ~np.isnan(before + after)  # the comparison is paired, so both models must have a number
+        weights = in_both.astype(np.float64)
+        return Pairs(np.where(in_both, before, 0.0), np.where(in_both, after, 0.0), weights, weights)
 
     scored = {
-        "loss": ratio("nll"),
-        "perplexity": ratio("nll", exponential=True),
-        "token_accuracy": ratio("correct", 100.0),
+        "loss": per_token("nll"),
+        "perplexity": per_token("nll", exponential=True),
+        "token_accuracy": per_token("correct", 100.0),
     }
     answered = {name: mean(name) for name in tuned.answered.means()}
-    found: dict[str, Difference] = {}
+    by_measure: dict[str, Difference] = {}
     for pairs, rows in ((scored, len(base.scores)), (answered, len(base.answered.answers))):
-        measures = measures_of(list(pairs), own_way)
-        found |= differences({measure.key: (measure, pairs[measure.key]) for measure in measures}, rows)
-    return found
+        measures = measures_of(list(pairs), less_is_better)
+        by_measure |= differences({measure.key: (measure, pairs[measure.key]) for measure in measures}, rows)
+    return by_measure
 
 
 def _by_tag(sides: Mapping[str, _Side], questions: Sequence[Question], tags: Sequence[str]) -> dict[str, Numbers]:
-    found: dict[str, Numbers] = {}
-    if not any(tags):  # the run's column is not in this file
-        return found
+    by_tag: dict[str, Numbers] = {}
+    if not any(tags):  # the held-out file does not have the run's tag column
+        return by_tag
     for tag in sorted(set(tags)):
-        rows = [i for i, one in enumerate(tags) if one == tag]
+        rows = [i for i, own in enumerate(tags) if own == tag]
         prompts = [i for i, question in enumerate(questions) if tags[question.row] == tag]
-        found[tag] = {"rows": len(rows), **{name: side.numbers(rows, prompts) for name, side in sides.items()}}
-    return found
+        by_tag[tag] = {"rows": len(rows), **{name: side.numbers(rows, prompts) for name, side in sides.items()}}
+    return by_tag
 
 
 def _flags(results: Mapping[str, Numbers], limit: int) -> list[str]:
-    """Sentences on a model that doesn't stop or goes in circles; the last one's, which is the one in question."""
+    """Sentences about answers that don't stop or repeat themselves, for the last model: `tuned` if there is one."""
     name, numbers = list(results.items())[-1]
     if not numbers["prompts"]:
         return []
@@ -235,7 +267,7 @@ def _flags(results: Mapping[str, Numbers], limit: int) -> list[str]:
         )
     if numbers["repeating"] >= FLAGGED:
         flags.append(
-            f"{numbers['repeating']:.0f}% of the answers of {name} go in circles: some four words in a row come three "
+            f"{numbers['repeating']:.0f}% of the answers of {name} go in circles: some four words in a row occur three "
             "times or more"
         )
     return flags

@@ -1,4 +1,4 @@
-"""Metrics of the user's own: a Python function that the configuration names, never one that data names."""
+"""Loads metrics of the user's own: Python functions that the configuration names. Data can't name a function."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from phinetune.chat.template import Message
-from phinetune.config.run import CustomMetric
+from phinetune.chats.template import Message
+from phinetune.config.evaluation import CustomMetric
 from phinetune.errors import ConfigError, RunError
 
 
 def load_all(metrics: Sequence[CustomMetric]) -> dict[str, Callable[[str, str, Sequence[Message]], float | None]]:
-    """The function of each metric that names one.
+    """The function of each metric that names one, by the metric's name.
 
     Raises:
-        ConfigError: no such file, module or function, or not one of two or three arguments; all problems at once.
+        ConfigError: a file, a module or a function does not exist, or a function does not take two or three arguments;
+            the error lists all problems.
     """
-    found: dict[str, Callable[[str, str, Sequence[Message]], float | None]] = {}
+    functions: dict[str, Callable[[str, str, Sequence[Message]], float | None]] = {}
     problems = []
     for metric in metrics:
         if metric.function is None:
             continue
         try:
-            found[metric.name] = _wrapped(metric.name, metric.function)
+            functions[metric.name] = _wrapped(metric.name, metric.function)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return found
+    return functions
 
 
 def _wrapped(name: str, place: str) -> Callable[[str, str, Sequence[Message]], float | None]:
@@ -44,15 +45,15 @@ def _wrapped(name: str, place: str) -> Callable[[str, str, Sequence[Message]], f
     if not callable(function):
         raise ConfigError(f"evaluation.metrics: {place}: there is no function `{attribute}` in {source}")
     try:
-        takes = len([p for p in inspect.signature(function).parameters.values() if p.kind in (0, 1)])
+        arguments = len([p for p in inspect.signature(function).parameters.values() if p.kind in (0, 1)])
     except (TypeError, ValueError):
-        takes = 2
-    if takes not in (2, 3):
+        arguments = 2
+    if arguments not in (2, 3):
         raise ConfigError(
-            f"evaluation.metrics: {place}: it takes {takes} arguments; write it as function(answer, reference) or "
+            f"evaluation.metrics: {place}: it takes {arguments} arguments; write it as function(answer, reference) or "
             "function(answer, reference, messages)"
         )
-    return functools.partial(_call, function, takes, name)
+    return functools.partial(_call, function, arguments, name)
 
 
 def _load(source: str, place: str) -> ModuleType:
@@ -70,19 +71,19 @@ def _load(source: str, place: str) -> ModuleType:
         return module
     except ConfigError:
         raise
-    except Exception as error:  # whatever the user's own file does when it is imported
+    except Exception as error:  # the user's file may raise anything when it is imported
         raise ConfigError(
             f"evaluation.metrics: {place}: could not be imported: {type(error).__name__}: {error}"
         ) from error
 
 
 def _call(
-    function: Callable[..., Any], takes: int, name: str, answer: str, reference: str, messages: Sequence[Message]
+    function: Callable[..., Any], arguments: int, name: str, answer: str, reference: str, messages: Sequence[Message]
 ) -> float | None:
-    """The function's number; true and false are 100 and 0."""
+    """The number that the function gives for an answer. True and false count as 100 and 0."""
     try:
-        value = function(*(answer, reference, messages)[:takes])
-    except Exception as error:  # the user's own code
+        value = function(*(answer, reference, messages)[:arguments])
+    except Exception as error:  # the user's function may raise anything
         raise RunError(
             f"evaluation.metrics: `{name}` failed on the answer {answer[:60]!r}: {type(error).__name__}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on base and tuned model, side by side."""
+"""Runs tasks of EleutherAI's lm-evaluation-harness on the base and the tuned model, and compares the results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.errors import ConfigError, DataError
@@ -28,10 +26,11 @@ class TaskResult:
     """One metric of one task.
 
     Attributes:
-        metric: as the harness names it: metric and filter, `acc,none`.
-        values, errors: by model (`base`, `tuned`); the standard error is None where the harness has none.
-        difference: tuned minus base over the task's documents; None for one model, and for metrics that are no mean
-            over documents.
+        metric: the harness's name: the metric and its filter, for example `acc,none`.
+        values: the metric of each model (`base`, `tuned`).
+        errors: its standard error for each model; None if the harness gives none.
+        difference: tuned minus base, over the task's documents. None if there is only one model, or the metric is not a
+            mean over documents.
     """
 
     task: str
@@ -50,43 +49,54 @@ def run_tasks(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
+    manager: Any,
     *,
-    include_path: str | Path | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
     chat_template: bool = False,
-    console: Console,
+    on_side: Callable[[str], None] = lambda side: None,
 ) -> list[TaskResult]:
-    """Run the harness's tasks without and with the adapter; a model without one is `base` alone.
+    """Run the harness's tasks without and with the adapter.
+
+    A model without an adapter is `base`, and there is no `tuned`.
 
     Args:
-        include_path: a folder of task files (YAML) of the user's own.
-        limit: documents of a task; None is all.
-        chat_template: put every prompt into the checkpoint's chat template.
+        manager: what `open_tasks` returned for these tasks.
+        limit: how many documents of each task to take; None is all.
+        batch_size: how many requests the model computes together; None is 8.
+        chat_template: whether to put every prompt into the checkpoint's chat template.
+        on_side: called with `base` or `tuned` before this model begins.
 
     Raises:
-        ConfigError: the harness is not installed, or a task is unknown.
-        DataError: a task's data can't be had.
+        DataError: a task's data can't be loaded.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or 8)
+    outputs: dict[str, Mapping[str, Any]] = {}
+    for name, context in _sides(model):
+        on_side(name)
+        with context():
+            outputs[name] = _evaluate(language_model, tasks, manager, limit, chat_template)
+    return list(_results(outputs))
+
+
+def open_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """The harness's index of tasks. No model is needed for it.
+
+    The harness's own files are thousands. They are read only if a task is not in the user's folder.
+
+    Args:
+        include_path: a folder with the user's own task files (YAML).
+
+    Raises:
+        ConfigError: the harness is not installed, the folder does not exist, or a task is unknown.
     """
     if find_spec("lm_eval") is None:
         raise ConfigError(f"--tasks needs EleutherAI's lm-evaluation-harness: {NEEDED}")
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise ConfigError(f"--include-path {include_path}: no such folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _manager(tasks, include_path)
-    from lm_eval.models.huggingface import HFLM
-
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or 8)
-    found: dict[str, Mapping[str, Any]] = {}
-    for name, side in _sides(model):
-        console.print(f"Running {', '.join(tasks)} on {name} …", highlight=False)
-        with side():
-            found[name] = _evaluate(language_model, tasks, manager, limit, chat_template)
-    return list(_results(found))
-
-
-def _manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
-    """The harness's index of tasks; its own thousands of files are read only if the user's folder is not enough."""
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else str(Path(include_path).expanduser())
@@ -107,6 +117,7 @@ def _manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
 
 
 def _sides(model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The name of each model, and a function that returns the context to run it in."""
     if not hasattr(model, "disable_adapter"):
         yield "base", contextlib.nullcontext
         return
@@ -120,7 +131,7 @@ def _evaluate(
     from lm_eval import simple_evaluate
 
     try:
-        found: Mapping[str, Any] = simple_evaluate(
+        output: Mapping[str, Any] = simple_evaluate(
             model=language_model,
             tasks=list(tasks),
             task_manager=manager,
@@ -128,39 +139,40 @@ def _evaluate(
             apply_chat_template=chat_template,
             bootstrap_iters=1000,
         )
-    except (OSError, ValueError, KeyError) as error:  # what datasets and the harness raise over data
+    except (OSError, ValueError, KeyError) as error:  # datasets and the harness raise these for problems with data
         raise DataError(f"--tasks {','.join(tasks)}: {type(error).__name__}: {error}") from error
-    return found
+    return output
 
 
-def _results(found: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskResult]:
-    one = next(iter(found.values()))
-    for task, numbers in one["results"].items():
+def _results(outputs: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskResult]:
+    """The result of each task and metric, from the harness's output for each model."""
+    first = next(iter(outputs.values()))
+    for task, numbers in first["results"].items():
         for metric, value in numbers.items():
-            name, _, chosen = metric.partition(",")
-            if not chosen or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            name, _, filter_name = metric.partition(",")
+            if not filter_name or name.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            more = one.get("higher_is_better", {}).get(task, {}).get(name) is not False
-            values = {side: float(all_found["results"][task][metric]) for side, all_found in found.items()}
-            errors = {side: _error(all_found["results"][task], name, chosen) for side, all_found in found.items()}
-            yield TaskResult(task, metric, more, values, errors, _difference(found, task, metric, more, values))
+            more = first.get("higher_is_better", {}).get(task, {}).get(name) is not False
+            values = {side: float(output["results"][task][metric]) for side, output in outputs.items()}
+            errors = {side: _error(output["results"][task], name, filter_name) for side, output in outputs.items()}
+            yield TaskResult(task, metric, more, values, errors, _difference(outputs, task, metric, more, values))
 
 
-def _error(numbers: Mapping[str, Any], name: str, chosen: str) -> float | None:
-    error = numbers.get(f"{name}_stderr,{chosen}")
+def _error(numbers: Mapping[str, Any], name: str, filter_name: str) -> float | None:
+    error = numbers.get(f"{name}_stderr,{filter_name}")
     return float(error) if isinstance(error, (int, float)) else None
 
 
 def _difference(
-    found: Mapping[str, Mapping[str, Any]], task: str, metric: str, more: bool, values: Mapping[str, float]
+    outputs: Mapping[str, Mapping[str, Any]], task: str, metric: str, more: bool, values: Mapping[str, float]
 ) -> Difference | None:
-    """By paired bootstrap over the documents, where the metric is a mean over them."""
-    if len(found) != 2:
+    """The difference by a paired bootstrap over the documents; None if the metric is not a mean over them."""
+    if len(outputs) != 2:
         return None
-    name, _, chosen = metric.partition(",")
+    name, _, filter_name = metric.partition(",")
     rows = []
-    for side, all_found in found.items():
-        samples = [s for s in all_found.get("samples", {}).get(task, []) if s.get("filter", chosen) == chosen]
+    for side, output in outputs.items():
+        samples = [s for s in output.get("samples", {}).get(task, []) if s.get("filter", filter_name) == filter_name]
         numbers = [s.get(name) for s in sorted(samples, key=lambda sample: sample["doc_id"])]
         if not numbers or not all(isinstance(number, (int, float)) for number in numbers):
             return None
@@ -171,22 +183,3 @@ def _difference(
     ones = np.ones(len(base))
     measure = Measure(name, name, "{:.4f}", more, False)
     return differences({name: (measure, Pairs(base, tuned, ones, ones))}, len(ones)).get(name)
-
-
-def show_tasks(results: Sequence[TaskResult], console: Console) -> None:
-    """A line a metric: both models with their standard errors, and whether the difference is more than chance."""
-    sides = list(results[0].values) if results else []
-    table = Table("task", "metric")
-    for name in sides:
-        table.add_column(name, justify="right")
-    if len(sides) == 2:
-        table.add_column("tuned against base")
-    for one in results:
-        cells = [_with_error(one.values[name], one.errors[name]) for name in sides]
-        said = [one.difference.text if one.difference else ""] if len(sides) == 2 else []
-        table.add_row(one.task, one.metric.removesuffix(",none"), *cells, *said)
-    console.print(table)
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -1,4 +1,4 @@
-"""Answers that are, or hold, JSON: can it be read, and which fields are as in the reference."""
+"""Scores answers that are JSON or contain JSON: can it be read, and which fields equal those of the reference?"""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-TRIES = 20  # brackets at which JSON may begin: an answer that goes in circles has thousands
+TRIES = 20  # brackets that are tried as the start of JSON; an answer that repeats itself can have thousands
 FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 class _Nothing:
-    """No JSON there; None would be JSON's null."""
+    """The type of `NOTHING`, which says that there is no JSON. None would mean JSON's null."""
 
 
 NOTHING = _Nothing()
 
 
 def read(text: str) -> Any:
-    """The JSON that a text is, or else the first object or list in it (in a code fence, after a friendly line)."""
-    found = _whole(text)
+    """The JSON value in a text; `NOTHING` if there is none.
+
+    It is the whole text, or the text in the first code fence, or else the first object or list in the text.
+    """
+    found = _parse(text)
     if found is not NOTHING:
         return found
     fenced = FENCE.search(text)
-    if fenced and (found := _whole(fenced.group(1))) is not NOTHING:
+    if fenced and (found := _parse(fenced.group(1))) is not NOTHING:
         return found
     decoder = json.JSONDecoder()
     for match in itertools.islice(re.finditer(r"[{\[]", text), TRIES):
@@ -36,7 +39,8 @@ def read(text: str) -> Any:
     return NOTHING
 
 
-def _whole(text: str) -> Any:
+def _parse(text: str) -> Any:
+    """The JSON value of the whole text; `NOTHING` if it is not JSON."""
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
@@ -44,34 +48,38 @@ def _whole(text: str) -> Any:
 
 
 def valid(answer: str, reference: str) -> float | None:
-    """100 where the answer's JSON can be read; None where the reference holds none.
+    """100 if the answer's JSON can be read, else 0. None if the reference contains no JSON object or list.
 
-    A reference that is JSON from its first letter to its last wants an answer that is; one that holds an object or a
-    list among words wants one that holds some.
+    If the whole reference is JSON, the whole answer must be JSON. If the reference has other text around the JSON, the
+    answer may have too.
     """
-    if not _is_tree(read(reference)):
+    if not _is_object_or_list(read(reference)):
         return None
-    found = _whole(answer) if _whole(reference) is not NOTHING else read(answer)
-    return 100.0 * _is_tree(found)
+    found = _parse(answer) if _parse(reference) is not NOTHING else read(answer)
+    return 100.0 * _is_object_or_list(found)
 
 
 def fields(answer: str, reference: str) -> float | None:
-    """Percent of the reference's fields that the answer has with the same value; None without a JSON object there."""
+    """The percentage of the reference's fields that the answer has with the same value. None if there are no fields."""
     wanted = fields_right(answer, reference)
     return 100.0 * sum(wanted.values()) / len(wanted) if wanted else None
 
 
 def fields_right(answer: str, reference: str) -> dict[str, bool]:
-    """For each field of the reference's JSON object (`a.b` for nested ones): whether the answer's is equal."""
+    """For each field of the reference's JSON object, whether the answer's is equal. Nested fields are named `a.b`."""
     wanted, found = read(reference), read(answer)
     if not isinstance(wanted, Mapping):
         return {}
-    got = dict(_flat(found)) if isinstance(found, Mapping) else {}
-    return {key: key in got and _same(got[key], value) for key, value in _flat(wanted)}
+    got = dict(_flat_fields(found)) if isinstance(found, Mapping) else {}
+    return {key: key in got and _equal_in_json(got[key], value) for key, value in _flat_fields(wanted)}
 
 
 def field_shares(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """Percent of the references with a field whose answer has it right, by field, over (answer, reference) pairs."""
+    """For each field, how many answers have it right, in percent of the references that have the field.
+
+    Args:
+        pairs: (answer, reference) pairs.
+    """
     counts: dict[str, list[bool]] = {}
     for answer, reference in pairs:
         for key, right in fields_right(answer, reference).items():
@@ -79,18 +87,19 @@ def field_shares(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
     return {key: 100.0 * sum(right) / len(right) for key, right in counts.items()}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The (name, value) pairs of an object and of the objects in it."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flat_fields(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _same(left: Any, right: Any) -> bool:
-    """Equal as JSON: true is not 1."""
+def _equal_in_json(left: Any, right: Any) -> bool:
+    """Whether two values are equal as JSON, where true is not 1."""
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
-def _is_tree(value: Any) -> bool:
+def _is_object_or_list(value: Any) -> bool:
     return isinstance(value, (dict, list))

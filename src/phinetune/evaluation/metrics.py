@@ -1,4 +1,4 @@
-"""How good one answer is, by well-kept libraries; every metric gives a number a row, and its mean is the result."""
+"""Metrics that say how good one answer is, from well-known libraries. A metric's result is its mean over the rows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from phinetune.chat.template import Message
-from phinetune.config.run import CustomMetric, EvaluationSection
+from phinetune.chats.template import Message
+from phinetune.config.evaluation import CustomMetric, EvaluationSection
 from phinetune.evaluation import functions, json_answers
 from phinetune.evaluation.patterns import matches
 
-# Of an answer, its reference and the chat before it: a number, or None where the metric says nothing of this row.
+# Called with an answer, its reference and the chat before it. Returns a number, or None to leave the row out.
 RowMetric = Callable[[str, str, Sequence[Message]], float | None]
 
 
@@ -29,7 +29,7 @@ def rouge(kind: str, answer: str, reference: str) -> float:
 
 
 def bleu(answer: str, reference: str) -> float:
-    """Sentence BLEU in percent, by sacrebleu with its defaults (orders that are too long for the answer left out)."""
+    """Sentence BLEU in percent, by sacrebleu with its defaults (n-grams longer than the answer are left out)."""
     return float(sacrebleu.sentence_bleu(answer, [reference]).score)
 
 
@@ -39,7 +39,7 @@ def chrf(answer: str, reference: str) -> float:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """100 for an answer equal to its reference, white space at both ends aside."""
+    """100 if the answer equals its reference apart from white space at both ends, else 0."""
     return 100.0 * (answer.strip() == reference.strip())
 
 
@@ -63,15 +63,15 @@ def row_metrics(section: EvaluationSection) -> dict[str, RowMetric]:
     """The metrics that the section names, in its order.
 
     Raises:
-        ConfigError: functions that can't be had, all of them at once.
+        ConfigError: functions can't be loaded; the error lists all of them.
     """
-    loaded = functions.load_all([one for one in section.metrics if isinstance(one, CustomMetric)])
+    loaded = functions.load_all([metric for metric in section.metrics if isinstance(metric, CustomMetric)])
     chosen: dict[str, RowMetric] = {}
-    for one in section.metrics:
-        if isinstance(one, str):
-            chosen[one] = functools.partial(_pairwise, PAIRWISE[one])
-        elif one.regex is not None:
-            chosen[one.name] = functools.partial(matches, one.regex)
+    for metric in section.metrics:
+        if isinstance(metric, str):
+            chosen[metric] = functools.partial(_pairwise, PAIRWISE[metric])
+        elif metric.regex is not None:
+            chosen[metric.name] = functools.partial(matches, metric.regex)
         else:
-            chosen[one.name] = loaded[one.name]
+            chosen[metric.name] = loaded[metric.name]
     return chosen

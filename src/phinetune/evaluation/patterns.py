@@ -1,4 +1,4 @@
-"""What can be told of an answer by its letters: a pattern in it, and whether it goes in circles."""
+"""Measures of an answer's text alone: whether it contains a pattern, and whether it repeats itself."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import re
 from collections import Counter
 from typing import Any
 
-WORDS = 4  # that make a phrase
-LETTERS = 20  # that make one where there are hardly any spaces
-OFTEN = 3  # times that a phrase must come
+WORDS = 4  # of a phrase
+LETTERS = 20  # of a phrase, in text with hardly any spaces
+OFTEN = 3  # times that a phrase occurs in a text that repeats itself
 
 
 def matches(pattern: str, answer: str, *_: Any) -> float:
-    """100 where the regular expression is found somewhere in the answer."""
+    """100 if the regular expression matches somewhere in the answer, else 0."""
     return 100.0 * bool(re.search(pattern, answer))
 
 
 def repeats(answer: str, reference: str = "") -> bool:
-    """Whether some four words in a row come three times or more, and the reference has nothing of the kind.
+    """Whether the answer contains the same four words in a row three times or more, and the reference does not.
 
-    In text with hardly any spaces (Chinese, say) twenty letters stand for the words.
+    In text with hardly any spaces, for example Chinese, twenty letters take the place of the four words.
     """
-    return _goes_in_circles(answer) and not _goes_in_circles(reference)
+    return _repeats_itself(answer) and not _repeats_itself(reference)
 
 
-def _goes_in_circles(text: str) -> bool:
+def _repeats_itself(text: str) -> bool:
+    """Whether a phrase occurs `OFTEN` times or more."""
     units: list[str] = text.split()
     length = WORDS
     if len(text) > LETTERS * max(1, len(units)):

@@ -1,4 +1,4 @@
-"""What a model that is being trained answers at each evaluation."""
+"""Lets a model answer prompts at each evaluation during training."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.chat.encoder import ChatEncoder
-from phinetune.config.run import EvaluationSection
-from phinetune.data.prepare.build import ChatSet
+from phinetune.chats.encoder import ChatEncoder
+from phinetune.config.evaluation import EvaluationSection
+from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.evaluation.answering import Question, answer_all, questions_of
-from phinetune.evaluation.metrics import RowMetric, row_metrics
+from phinetune.evaluation.metrics import RowMetric
 
 Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class WhileTraining:
-    """Called with the model, it gives the metrics' means and the answers to the fixed prompts.
+    """Called with the model, returns the means of the metrics and the answers to the fixed prompts.
 
     Attributes:
-        questions: held-out prompts to answer for the metrics; empty where none are counted.
-        fixed: prompts whose answers are kept.
+        questions: the held-out prompts to answer for the metrics; empty if no metrics are counted.
+        fixed: the prompts whose answers are kept.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -33,7 +33,12 @@ class WhileTraining:
     fixed: Sequence[Question]
 
     def __call__(self, model: Any) -> tuple[dict[str, float], list[Sample]]:
-        """Every question is answered once. A sample: `prompt`, `reference` (of held-out ones), `answer`, `stopped`."""
+        """Let the model answer every prompt once.
+
+        Returns:
+            the means by metric, and for each fixed prompt a sample with the keys `prompt`, `answer`, `stopped` and, if
+            the prompt is a held-out one, `reference`.
+        """
         more = [question for question in self.fixed if question not in self.questions]
         asked = [*self.questions, *more]
         if not asked:
@@ -53,17 +58,19 @@ def while_training(
     encoder: ChatEncoder,
     held_out: ChatSet | None,
     section: EvaluationSection,
+    metrics: Mapping[str, RowMetric],
     counted: bool,
 ) -> WhileTraining:
-    """What to ask at each evaluation.
+    """Choose what the model answers at each evaluation.
 
     Args:
-        counted: let the model answer all held-out prompts, for the metrics.
+        metrics: see `phinetune.evaluation.metrics.row_metrics`.
+        counted: whether the model answers all held-out prompts, so that the metrics can be counted.
     """
-    there = questions_of(encoder, held_out, section.max_prompts) if held_out and section.generate else []
-    wanted = section.fixed_prompts if section.generate else 0
-    fixed = there[:wanted] if isinstance(wanted, int) else [_question(encoder, text) for text in wanted]
-    return WhileTraining(tokenizer, section, row_metrics(section), there if counted else [], fixed)
+    questions = questions_of(encoder, held_out, section.max_prompts) if held_out and section.generate else []
+    prompts = section.fixed_prompts if section.generate else 0
+    fixed = questions[:prompts] if isinstance(prompts, int) else [_question(encoder, text) for text in prompts]
+    return WhileTraining(tokenizer, section, metrics, questions if counted else [], fixed)
 
 
 def _question(encoder: ChatEncoder, text: str) -> Question:

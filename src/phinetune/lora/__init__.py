@@ -1,11 +1,11 @@
-"""loralib's API on this project's core: `import phinetune.lora as lora`.
+"""LoRA layers with loralib's API: `import phinetune.lora as lora`.
 
     layer = lora.Linear(in_features, out_features, r=16)
     lora.mark_only_lora_as_trainable(model)
     torch.save(lora.lora_state_dict(model), path)
     model.load_state_dict(torch.load(path, weights_only=True), strict=False)
 
-Imports torch, and `phinetune.engine.kernels.matmul`, which imports torch alone.
+This package imports only torch and `phinetune.engine.kernels.matmul`, which imports only torch.
 """
 
 from phinetune.lora.base import LoRALayer

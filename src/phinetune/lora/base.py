@@ -1,4 +1,4 @@
-"""What every LoRA layer shares: its rank and scale, and merging that can be undone to the bit."""
+"""What all LoRA layers share: rank and scale, and a merge that `unmerge` undoes exactly, to the bit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 
 class LoRALayer(nn.Module):
-    """A torch layer with a low-rank update beside its frozen weight. Mixed in before the torch layer's class.
+    """A torch layer with a frozen weight and a low-rank update of it.
+
+    It is a mixin. A subclass names it before the torch layer's class.
 
     Attributes:
-        r: rank; 0 is the plain layer.
-        lora_alpha, scaling: scaling is alpha / r, or alpha / √r with rsLoRA (Kalajdzievski 2023).
-        lora_dropout: dropout on what the adapter sees.
+        r: rank. With 0 the layer has no adapter and computes what torch's own layer does.
+        lora_alpha, scaling: the update is multiplied by scaling, which is alpha / r, or alpha / √r with rsLoRA
+            (Kalajdzievski 2023).
+        lora_dropout: dropout on the adapter's input.
         merge_weights: whether `eval()` merges.
         merged: whether the weight holds the update now. `train()` unmerges.
-        has_adapter: whether there are adapters at all.
+        has_adapter: whether the layer has an adapter.
     """
 
     r: int
@@ -26,7 +29,7 @@ class LoRALayer(nn.Module):
     scaling: float
     merge_weights: bool
     merged: bool
-    has_adapter: bool = False  # torch's constructor asks before `_set_up`
+    has_adapter: bool = False  # torch's constructor reads it before `_set_up` has run
     weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -34,6 +37,7 @@ class LoRALayer(nn.Module):
     def _set_up(
         self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool, use_rslora: bool = False
     ) -> None:
+        """Set the attributes. Each subclass's constructor calls this once, after torch's constructor."""
         if r < 0:
             raise ValueError(f"r must be 0 (no adapter) or more, not {r}")
         if not 0 <= lora_dropout < 1:
@@ -47,52 +51,61 @@ class LoRALayer(nn.Module):
         self._unmerged: Tensor | None = None
 
     def _add_adapter(self, shape_a: tuple[int, int], shape_b: tuple[int, int]) -> None:
+        """Make A and B, filled with zeros, and freeze the weight."""
         self.lora_A = nn.Parameter(self.weight.new_zeros(shape_a))
         self.lora_B = nn.Parameter(self.weight.new_zeros(shape_b))
         self.weight.requires_grad = False
         self.has_adapter = True
 
     def reset_lora_parameters(self) -> None:
-        """A as torch initialises a linear layer, B zero: the layer starts as its base (Hu et al. 2021, section 4.1)."""
+        """Initialise A as torch initialises a linear layer, and B with zeros (Hu et al. 2021, section 4.1).
+
+        So a new layer computes what its base computes.
+        """
         if self.has_adapter:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
 
     def delta_weight(self) -> Tensor:
-        """The update that the adapter stands for, in the weight's shape and at least float32."""
+        """The update that the adapter stands for, in the weight's shape, in float32 or a wider dtype."""
         raise NotImplementedError
 
     def _base_weight(self) -> Tensor:
-        """What the update is added to."""
+        """The weight to which the update is added."""
         return self.weight
 
     def _drops(self) -> bool:
-        """Whether dropout has anything to do now; asked each time, for users put in one of their own."""
+        """Whether dropout is active now. This is checked at each call, as users replace `lora_dropout` later."""
         return self.training and type(self._modules["lora_dropout"]) is not nn.Identity
 
     # -- merging --------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
-        """Put the update into the weight: the sum in float32, cast once. The unmerged weight is kept aside.
+        """Add the update to the weight. Does nothing if it is merged already, or is on the meta device.
+
+        The sum is computed in float32, or the weight's wider dtype, and rounded once. The layer keeps the unmerged
+        weight.
 
         Raises:
-            ValueError: the sum is not finite; FSDP holds the weight.
+            ValueError: the sum has values that are not finite, or FSDP manages the weight. Nothing is merged then.
         """
         if self.merged or not self.has_adapter or self.weight.is_meta:
             return
         if self._is_sharded():
-            raise ValueError("FSDP holds the weight: merge in a model that is not wrapped")
+            raise ValueError("FSDP manages the weight, so it can't be merged: merge in a model that FSDP does not wrap")
         with torch.no_grad():
             base, dtype = self._base_weight(), self.weight.dtype
             total = (base.to(torch.promote_types(dtype, torch.float32)) + self.delta_weight()).to(dtype)
         if not torch.isfinite(total).all():
-            raise ValueError(f"merging gives values that are not finite in {type(self).__name__}; nothing was merged")
+            raise ValueError(
+                f"the merged {type(self).__name__} would have values that are not finite; nothing was merged"
+            )
         self._unmerged = self.weight.data
         self.weight.data = total
         self.merged = True
 
     def unmerge(self) -> None:
-        """Put the weight back as it was, to the bit."""
+        """Restore the weight exactly, to the bit. Does nothing if it is not merged."""
         if self.merged:
             assert self._unmerged is not None
             self.weight.data = self._unmerged
@@ -100,7 +113,13 @@ class LoRALayer(nn.Module):
             self.merged = False
 
     def train(self, mode: bool = True) -> LoRALayer:
-        """Training mode unmerges; evaluation mode merges where `merge_weights` says so."""
+        """Set training or evaluation mode. Training mode unmerges. Evaluation mode merges if `merge_weights` is set.
+
+        If FSDP manages the weight, evaluation mode does not merge.
+
+        Returns:
+            the layer itself.
+        """
         super().train(mode)
         if mode:
             self.unmerge()
@@ -109,23 +128,31 @@ class LoRALayer(nn.Module):
         return self
 
     def _is_sharded(self) -> bool:
-        """Whether FSDP (1 or 2) holds the storage: it would write over the weight kept aside, or never see the sum."""
+        """Whether FSDP (version 1 or 2) manages the weight's storage.
+
+        Merging would fail then: FSDP would overwrite the kept weight, or would not see the sum.
+        """
         return hasattr(self.weight, "_fsdp_flattened") or hasattr(self.weight, "device_mesh")
 
     def unloaded(self) -> nn.Module:
-        """A plain torch layer with the update merged in; this layer stays as it is."""
+        """A new layer of torch's own class, with the update merged into its weight. This layer does not change.
+
+        Raises:
+            ValueError: as `merge`.
+        """
         was_merged = self.merged
         self.merge()
         try:
-            return self._plain(self.weight.detach().clone())
+            return self._torch_layer(self.weight.detach().clone())
         finally:
             if not was_merged:
                 self.unmerge()
 
-    def _plain(self, weight: Tensor) -> nn.Module:
+    def _torch_layer(self, weight: Tensor) -> nn.Module:
+        """A layer of torch's own class with this layer's settings and bias, and with `weight`."""
         raise NotImplementedError
 
-    # -- saving, loading, moving: always the unmerged weight --------------------------------------------------
+    # -- saving, loading and moving use the unmerged weight ---------------------------------------------------
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -153,10 +180,10 @@ class LoRALayer(nn.Module):
 
 
 def adopt(layer: LoRALayer, base: nn.Module) -> None:
-    """Give `layer`, made on the meta device, the base's weight and bias (their storage, no copy) and fresh adapters.
+    """Give `layer`, made on the meta device, the weight and bias of `base`, and a newly initialised adapter.
 
-    The parameters are new objects over the same storage: a tied twin of the base keeps its own, so merging here
-    leaves it alone.
+    The weight and bias share the base's storage; nothing is copied. But the parameters are new objects. If another
+    layer is tied to the base's weight, it keeps the old object, so merging `layer` does not change that other layer.
     """
     source: Any = base
     for name in ("weight", "bias"):

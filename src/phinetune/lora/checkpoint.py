@@ -1,4 +1,7 @@
-"""Marking what trains, and saving and loading LoRA alone: loralib's two functions and a loader that tells all."""
+"""Mark what trains, and save and load only the adapters.
+
+Two functions are loralib's. The loader, `load_lora_state_dict`, is added: it reports everything that does not fit.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,31 @@ BIASES = ("none", "all", "lora_only")
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze everything but the adapters and, as asked, biases.
+    """Freeze all parameters except the adapters and the chosen biases.
 
     Args:
-        bias: `none`, `all` biases of the model, or `lora_only`: those of adapted layers.
+        bias: which biases train. `none`; `all`: those of the whole model; `lora_only`: those of adapted layers.
 
     Raises:
-        ValueError: another `bias`.
+        ValueError: `bias` is none of these.
     """
     _check_bias(bias)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name or (bias == "all" and "bias" in name)
     if bias == "lora_only":
-        # By object: a bias that two layers share has one name of two.
+        # A bias that two layers share has two names, and named_parameters() above gives only one of them.
         for name in _lora_biases(model):
             model.get_parameter(name).requires_grad = True
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The adapters' tensors and, as asked, biases: what to save. Names are loralib's.
+    """The tensors to save: the adapters and the chosen biases, under loralib's names.
+
+    Args:
+        bias: as in `mark_only_lora_as_trainable`.
 
     Raises:
-        ValueError: another `bias`.
+        ValueError: `bias` is none of these.
     """
     _check_bias(bias)
     chosen = _lora_biases(model) if bias == "lora_only" else set()
@@ -52,10 +58,12 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `lora_state_dict` saved, here or in loralib, over a pretrained model; nothing is loaded in part.
+    """Load into a pretrained model what `lora_state_dict` saved, here or in loralib.
+
+    If a tensor does not fit, nothing is loaded.
 
     Raises:
-        ValueError: all missing, unexpected and ill-shaped tensors, each named.
+        ValueError: tensors are missing, unexpected or of another shape. The message names them all.
     """
     renamed = {_torch_name(model, name): tensor for name, tensor in state.items()}
     there = model.state_dict()
@@ -74,6 +82,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _torch_name(model: nn.Module, name: str) -> str:
+    """The name in this package of a parameter that loralib may have named: its convolutions say `conv.weight`."""
     layer, _, last = name.rpartition(f".{LORALIB_PREFIX}")
     if layer:
         try:
@@ -87,6 +96,7 @@ def _torch_name(model: nn.Module, name: str) -> str:
 
 
 def _lora_biases(model: nn.Module) -> set[str]:
+    """The names of the adapted layers' biases. A layer with several names gives several."""
     return {
         f"{name}.bias".lstrip(".")
         for name, layer in model.named_modules(remove_duplicate=False)

@@ -1,10 +1,10 @@
 """Convolutions with a low-rank update, in loralib's parameter shapes.
 
-loralib reads the product B A of two matrices as the kernel's update by laying its numbers out in the kernel's shape.
-For a kernel (k₁, …, kₙ) that asks for A (r·kₙ, in·kₙ) and B (out/groups · k₁…kₙ₋₁, r·kₙ): loralib's own shapes for
-square `Conv2d`, and the ones that fit where loralib's don't (`Conv1d` and `Conv3d` beyond kernel size 1, rectangles).
-Laid out so, the update is no composition of two convolutions, so its kernel is built at each step; it is as small
-as the kernel.
+As in loralib, the update of the kernel is the product B A of two matrices, reshaped to the kernel's shape. For a kernel
+of size (k₁, …, kₙ), A has the shape (r·kₙ, in·kₙ), and B has the shape (out/groups · k₁…kₙ₋₁, r·kₙ). For a square
+`Conv2d` these are loralib's own shapes. They also fit the kernels for which loralib's shapes do not: those that are not
+square, and those of `Conv1d` and `Conv3d` with a size above 1. In this layout the update is not a composition of two
+convolutions. So each step builds the update's kernel, which is as small as the kernel itself.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from torch import Tensor, nn
 
 from phinetune.lora.base import LoRALayer, adopt
 
-# The names under which loralib holds the convolution's own parameters.
+# loralib names a convolution's own parameters `conv.weight` and `conv.bias`.
 LORALIB_PREFIX = "conv."
 
 Made = TypeVar("Made", bound="_ConvBase")
 
 
 class _ConvBase(LoRALayer):
-    """Mixed in before a torch convolution. Parameters are named as torch names them; loralib's `conv.weight` and
-    `conv.bias` are understood when loading.
+    """A mixin for torch's convolutions.
+
+    Parameters have torch's names. Loading also accepts loralib's names, `conv.weight` and `conv.bias`.
 
     Args:
+        in_channels, out_channels, kernel_size: as in torch's convolution.
         r, lora_alpha, merge_weights, use_rslora: as in `Linear`.
-        lora_dropout: dropout on what the update's convolution sees.
-        kwargs: those of the torch convolution.
+        lora_dropout: dropout on the input of the update's convolution.
+        kwargs: the other arguments of torch's convolution.
+
+    Raises:
+        ValueError: a negative rank, or a dropout outside [0, 1).
     """
 
     in_channels: int
@@ -63,16 +68,16 @@ class _ConvBase(LoRALayer):
 
     @classmethod
     def from_base(cls: type[Made], layer: Any, r: int, **options: Any) -> Made:
-        """An adapted layer over `layer`'s kernel and bias: the same storage, no copy."""
+        """An adapted layer that shares the storage of `layer`'s kernel and bias. Nothing is copied."""
         made = cls(
-            layer.in_channels, layer.out_channels, layer.kernel_size, r, **options, **_same(layer), device="meta"
+            layer.in_channels, layer.out_channels, layer.kernel_size, r, **options, **_settings(layer), device="meta"
         )
         adopt(made, layer)
         return made
 
     @property
     def conv(self: Made) -> Made:
-        """loralib's name for the convolution itself: here the layer is one."""
+        """The layer itself. In loralib, this attribute is the convolution that its layer holds."""
         return self
 
     def reset_parameters(self) -> None:
@@ -85,7 +90,7 @@ class _ConvBase(LoRALayer):
         return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).view(self.weight.shape) * self.scaling
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the torch convolution."""
+        """x and the result have the shapes of torch's convolution."""
         if self.merged or not self.has_adapter:
             return self._convolve(x, self.weight, self.bias)
         delta = (self.lora_B @ self.lora_A).view(self.weight.shape).to(self.weight.dtype) * self.scaling
@@ -102,21 +107,21 @@ class _ConvBase(LoRALayer):
                 state[f"{prefix}{name}"] = state.pop(f"{prefix}{LORALIB_PREFIX}{name}")
         super()._load_from_state_dict(state, prefix, *rest)
 
-    def _plain(self, weight: Tensor) -> nn.Module:
+    def _torch_layer(self, weight: Tensor) -> nn.Module:
         kind: Any = next(c for c in type(self).__mro__ if c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        plain: Any = kind(self.in_channels, self.out_channels, self.kernel_size, **_same(self), device="meta")
-        plain.weight = nn.Parameter(weight)
+        layer: Any = kind(self.in_channels, self.out_channels, self.kernel_size, **_settings(self), device="meta")
+        layer.weight = nn.Parameter(weight)
         if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.detach().clone())
-        made: nn.Module = plain.train(self.training)
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        made: nn.Module = layer.train(self.training)
         return made
 
 
-def _same(layer: Any) -> dict[str, Any]:
-    """A convolution's settings as keywords."""
+def _settings(layer: Any) -> dict[str, Any]:
+    """A convolution's settings, as keyword arguments for its constructor."""
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
-    kept = {name: getattr(layer, name) for name in names}
-    return {**kept, "bias": layer.bias is not None, "dtype": layer.weight.dtype}
+    same = {name: getattr(layer, name) for name in names}
+    return {**same, "bias": layer.bias is not None, "dtype": layer.weight.dtype}
 
 
 class Conv1d(_ConvBase, nn.Conv1d):

@@ -1,13 +1,14 @@
 """The base product and its low-rank update in one function with a hand-written backward.
 
-For `x` of shape (..., in), a frozen `weight` W (out, in), and adapters A (r, in) and B (out, r) (LoRA, Hu et al.
-2021, section 4.1):
+For `x` of shape (..., in), a frozen `weight` W of shape (out, in), and an adapter A of shape (r, in) and B of shape
+(out, r) (LoRA, Hu et al. 2021, section 4.1):
 
-    h = x Aᵀ                      (..., r), the only thing kept for the backward besides x
+    h = x Aᵀ                      (..., r), kept for the backward, as x is
     y = x Wᵀ + b + s · h Bᵀ
 
-With `splits`, W stands for several layers stacked by rows (q, k and v, say), each split having adapters of its own
-or none: A holds the adapters' A stacked (g·r, in), B theirs stacked (rows of the adapted splits, r).
+With `spans`, W stands for several layers that are stacked by rows, for example q, k and v. Each of these splits has an
+adapter of its own or none. For g adapted splits, their A are stacked to shape (g·r, in), and their B to shape
+(rows of the adapted splits, r).
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune.engine.kernels import matmul as products
-from phinetune.engine.kernels.matmul import Blocks
+from phinetune.engine.kernels import matmul
+from phinetune.engine.kernels.matmul import BlockReader
 
-# A split with an adapter: the rows of the output it covers, and the rows of B that hold it.
+# A split with an adapter: (start, stop) of its output features, then (start, stop) of its rows in the stacked B.
 Span = tuple[int, int, int, int]
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | Blocks,
+    weight: Tensor | BlockReader,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -41,52 +42,56 @@ def lora_linear(
 
     Args:
         x: shape (..., in).
-        weight: shape (out, in), any strides; trained as well if it requires a gradient. Or a function that gives its
-            rows block by block (expands a quantised one, say; see `phinetune.engine.kernels.matmul`): called here and
-            again in the backward, nothing kept.
+        weight: shape (out, in), any strides. If it requires a gradient, it gets one. Or a function that reads the
+            weight block by block and can expand a quantised one (`BlockReader` of `phinetune.engine.kernels.matmul`).
+            The function is called here and again in the backward; the blocks are not kept.
         bias: shape (out) or None.
         lora_A: shape (r, in), or (g·r, in) with `spans` for g adapters.
         lora_B: shape (out, r), or (rows of the adapted splits, r) with `spans`.
         scaling: alpha / r, or alpha / √r.
-        adapter_input: what the adapter sees in place of x (x after dropout); same shape as x.
-        spans: one (start, stop, B start, B stop) an adapted split; None is one adapter over all rows.
+        adapter_input: what the adapter sees in place of x, for example x after dropout. Same shape as x.
+        spans: one (start, stop, start in B, stop in B) for each adapted split. None: one adapter covers all rows.
 
     Returns:
-        shape (..., out), in x's dtype. Adapters of another dtype (float32 beside a bfloat16 base) are cast once, or
-        not at all where the product goes through float32.
+        shape (..., out), in x's dtype. Adapters may have another dtype, for example float32 with a bfloat16 base. They
+        are cast once, or not at all if the product goes through float32.
+
+    Raises:
+        RuntimeError: in the backward, if it is asked for a second derivative.
     """
     if torch.is_autocast_enabled(x.device.type):
-        # In place, addmm is not among the operators that autocast casts for.
+        # Autocast does not cast the arguments of `addmm_`, so they are cast here.
         kind = torch.get_autocast_dtype(x.device.type)
         x = x.to(kind)
         weight = weight.to(kind) if isinstance(weight, Tensor) else weight
         adapter_input = None if adapter_input is None else adapter_input.to(kind)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     seen = None if adapter_input is None else adapter_input.reshape(rows.shape)
-    source = _by_blocks(rows, weight, spans)
-    kind = x.dtype if source is None else products.work_dtype(x)
+    reader = _block_reader(rows, weight, spans)
+    kind = x.dtype if reader is None else matmul.product_dtype(x)
     if lora_A.dtype != kind or lora_B.dtype != kind:
         lora_A, lora_B = lora_A.to(kind), lora_B.to(kind)
-    if source is None:
+    if reader is None:
         out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
     else:
-        out = _blocked(rows, source, bias, lora_A, lora_B, scaling, seen)
+        out = _linear_by_blocks(rows, reader, bias, lora_A, lora_B, scaling, seen)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])  # type: ignore[no-any-return]
 
 
-def _by_blocks(x: Tensor, weight: Tensor | Blocks, spans: Sequence[Span] | None) -> Blocks | None:
-    """How to read a frozen weight block by block, where that is how its product is taken."""
+def _block_reader(x: Tensor, weight: Tensor | BlockReader, spans: Sequence[Span] | None) -> BlockReader | None:
+    """The reader of the weight's blocks, if its product is taken block by block; else None."""
     if not isinstance(weight, Tensor):
         return weight
-    if x.dtype not in products.HALF or spans is not None or weight.requires_grad or not products.is_wide(x):
+    whole = x.dtype not in matmul.HALF_DTYPES or spans is not None or weight.requires_grad
+    if whole or not matmul.goes_through_float32(x):
         return None
-    return functools.partial(products.blocks, weight)
+    return functools.partial(matmul.read_blocks, weight)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x of shape (rows, in) to (rows, out). Keeps what the adapter saw and h, besides the parameters.
+    """x of shape (rows, in) to (rows, out). Keeps what the adapter saw, h and the parameters for the backward.
 
-    On small layers Python's own time rules, so there is no call here that could be left out.
+    On small layers most of the time is Python's own. So this code makes no call that it can do without.
     """
 
     @staticmethod
@@ -101,7 +106,7 @@ class _LoraLinear(torch.autograd.Function):
         seen: Tensor | None,
         spans: Sequence[Span] | None,
     ) -> Tensor:
-        ctx.scaling, ctx.apart, ctx.spans = scaling, seen is not None, spans
+        ctx.scaling, ctx.separate, ctx.spans = scaling, seen is not None, spans
         if seen is None:
             seen = x
         hidden = torch.mm(seen, a.t())
@@ -109,14 +114,14 @@ class _LoraLinear(torch.autograd.Function):
         if spans is None:
             out.addmm_(hidden, b.t(), alpha=scaling)
         else:
-            for (start, stop, first, last), part in _by_split(spans, hidden, b.shape[1]):
-                out[:, start:stop].addmm_(part, b[first:last].t(), alpha=scaling)
-        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.apart and weight.requires_grad else None)
+            for (start, stop, first, last), split in _by_split(spans, hidden, b.shape[1]):
+                out[:, start:stop].addmm_(split, b[first:last].t(), alpha=scaling)
+        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.separate and weight.requires_grad else None)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # what once_differentiable says, without its time
+        if torch.is_grad_enabled():  # the check of torch's `once_differentiable`, which would take longer
             raise RuntimeError("lora_linear has no second derivative (create_graph=True)")
         seen, hidden, weight, a, b, x = ctx.saved_tensors
         spans = ctx.spans
@@ -124,7 +129,7 @@ class _LoraLinear(torch.autograd.Function):
         d_hidden = _scaled_mm(grad, b, ctx.scaling) if spans is None else _grad_of_hidden(grad, b, ctx.scaling, spans)
         dx = torch.mm(grad, weight) if needs_x else None
         d_b = d_seen = None
-        if not ctx.apart:
+        if not ctx.separate:
             dx = None if dx is None else dx.addmm_(d_hidden, a)
         elif needs_seen:
             d_seen = torch.mm(d_hidden, a)
@@ -144,22 +149,22 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
-def _blocked(
-    x: Tensor, weight: Blocks, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, seen: Tensor | None
+def _linear_by_blocks(
+    x: Tensor, weight: BlockReader, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, seen: Tensor | None
 ) -> Tensor:
     kept = None
     if x.requires_grad and torch.is_grad_enabled():
-        x = _Kept.apply(x, seen, a.detach(), b.detach())  # type: ignore[no-untyped-call]
+        x = _KeepForBackward.apply(x, seen, a.detach(), b.detach())  # type: ignore[no-untyped-call]
         kept = x.grad_fn
-    out: Tensor = _BlockedLoraLinear.apply(x, weight, bias, a, b, scaling, seen, kept)  # type: ignore[no-untyped-call]
+    out: Tensor = _LoraLinearByBlocks.apply(x, weight, bias, a, b, scaling, seen, kept)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Kept(torch.autograd.Function):
-    """x as it is. Keeps what the backward of the product after it needs, before that product is taken.
+class _KeepForBackward(torch.autograd.Function):
+    """Returns x unchanged. Saves what the backward of the product after it needs, before that product is computed.
 
-    `torch.utils.checkpoint` stops to compute again at the last tensor that is kept, so a layer's last product, which
-    nothing in the layer's backward needs, is not taken a second time.
+    `torch.utils.checkpoint` computes a layer again only up to the last tensor that it has saved. The layer's last
+    product comes after that, and no backward in the layer needs its result. So that product is not computed twice.
     """
 
     @staticmethod
@@ -172,17 +177,18 @@ class _Kept(torch.autograd.Function):
         return grad, None, None, None
 
 
-class _BlockedLoraLinear(torch.autograd.Function):
-    """The same over a frozen weight that is read block by block, in `products.work_dtype`; the adapters are in it.
+class _LoraLinearByBlocks(torch.autograd.Function):
+    """`_LoraLinear` over a frozen weight that is read block by block, in the dtype of `matmul.product_dtype`.
 
-    h is computed again in the backward, where what the adapter saw is converted anyway.
+    The adapters have that dtype already. h is not kept: the backward converts what the adapter saw in any case, and
+    computes h again from it.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Blocks,
+        weight: BlockReader,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -190,15 +196,15 @@ class _BlockedLoraLinear(torch.autograd.Function):
         seen: Tensor | None,
         kept: Any,
     ) -> Tensor:
-        ctx.weight, ctx.scaling, ctx.apart, ctx.kept = weight, scaling, seen is not None, kept
-        size, out = products.block_size(x), x.new_empty(len(x), len(b))
-        for part in products.parts(x):
-            wide = products.widened(x[part], a.dtype, "left")
-            hidden = torch.mm(wide if seen is None else products.widened(seen[part], a.dtype, "seen"), a.t())
+        ctx.weight, ctx.scaling, ctx.separate, ctx.kept = weight, scaling, seen is not None, kept
+        size, out = matmul.block_elements(x), x.new_empty(len(x), len(b))
+        for chunk in matmul.rows_at_once(x):
+            left = matmul.converted(x[chunk], a.dtype, "left")
+            hidden = torch.mm(left if seen is None else matmul.converted(seen[chunk], a.dtype, "seen"), a.t())
             for rows, block in weight(size, a.dtype):
-                place = out[part, rows]
-                made = products.product(wide, block.t(), place).addmm_(hidden, b[rows].t(), alpha=scaling)
-                products.settle(made if bias is None else made.add_(bias[rows]), place)
+                place = out[chunk, rows]
+                made = matmul.product(left, block.t(), place).addmm_(hidden, b[rows].t(), alpha=scaling)
+                matmul.round_into(made if bias is None else made.add_(bias[rows]), place)
         if kept is None:
             ctx.save_for_backward(x if seen is None else seen, a, b)
         return out
@@ -212,17 +218,17 @@ class _BlockedLoraLinear(torch.autograd.Function):
         dx = torch.empty_like(seen) if needs_x else None
         d_seen = torch.empty_like(seen) if needs_seen else None
         d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
-        for part in products.parts(grad):
-            total = None if dx is None else products.zeros(dx[part], a.dtype)
-            d_hidden = _through_blocks(ctx, grad[part], seen[part], (a, b), (d_a, d_b), total)
+        for chunk in matmul.rows_at_once(grad):
+            total = None if dx is None else matmul.accumulator(dx[chunk], a.dtype)
+            d_hidden = _backward_by_blocks(ctx, grad[chunk], seen[chunk], (a, b), (d_a, d_b), total)
             if d_seen is not None:
-                products.settle(products.product(d_hidden, a, d_seen[part]), d_seen[part])
+                matmul.round_into(matmul.product(d_hidden, a, d_seen[chunk]), d_seen[chunk])
             if dx is not None and total is not None:
-                products.settle(total if ctx.apart else total.addmm_(d_hidden, a), dx[part])
+                matmul.round_into(total if ctx.separate else total.addmm_(d_hidden, a), dx[chunk])
         return dx, None, grad.sum(0) if needs_bias else None, d_a, d_b, None, d_seen, None
 
 
-def _through_blocks(
+def _backward_by_blocks(
     ctx: Any,
     grad: Tensor,
     seen: Tensor,
@@ -230,45 +236,62 @@ def _through_blocks(
     grads: tuple[Tensor, Tensor],
     dx: Tensor | None,
 ) -> Tensor:
-    """Add what these rows give to A's, B's and x's gradients, x's without the adapter's part; the gradient of h."""
+    """Add the gradients that come from some rows of x.
+
+    Args:
+        grad, seen: the rows of the output's gradient and of what the adapter saw.
+        adapters, grads: A and B, and their gradients, to which is added.
+        dx: the rows' gradient of x, to which is added without the adapter's share; or None.
+
+    Returns:
+        the gradient of h, shape (rows, r).
+    """
     (a, b), (d_a, d_b) = adapters, grads
-    wide = products.widened(seen, a.dtype, "seen")
-    hidden = torch.mm(wide, a.t())
+    inputs = matmul.converted(seen, a.dtype, "seen")
+    hidden = torch.mm(inputs, a.t())
     d_hidden = torch.zeros_like(hidden)
-    for rows, block in ctx.weight(products.block_size(grad), a.dtype):
-        d_out = products.widened(grad[:, rows], a.dtype, "gradient")
+    for rows, block in ctx.weight(matmul.block_elements(grad), a.dtype):
+        d_out = matmul.converted(grad[:, rows], a.dtype, "gradient")
         d_hidden.addmm_(d_out, b[rows], alpha=ctx.scaling)
         d_b[rows].addmm_(d_out.t(), hidden, alpha=ctx.scaling)
         if dx is not None:
             dx.addmm_(d_out, block)
-    d_a.addmm_(d_hidden.t(), wide)
+    d_a.addmm_(d_hidden.t(), inputs)
     return d_hidden
 
 
 def _by_split(spans: Sequence[Span], hidden: Tensor, rank: int) -> Iterator[tuple[Span, Tensor]]:
-    """Each adapted split with its part of h, (rows, r)."""
+    """Each adapted split with its columns of h, shape (rows, r)."""
     return zip(spans, hidden.split(rank, dim=1), strict=True)
 
 
 def _scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """s · left right in one call; with beta 0 the first argument is never read."""
+    """s · left right in one call. With beta 0, torch never reads the first argument, so it may be uninitialised."""
     return torch.addmm(left.new_empty(left.shape[0], right.shape[1]), left, right, beta=0, alpha=scaling)
 
 
 def _grad_of_hidden(grad: Tensor, b: Tensor, scaling: float, spans: Sequence[Span]) -> Tensor:
-    """s · dy B, split by split, side by side: (rows, g·r)."""
-    parts = [_scaled_mm(grad[:, start:stop], b[first:last], scaling) for start, stop, first, last in spans]
-    return torch.cat(parts, dim=1)
+    """s · dy B for each split, side by side: shape (rows, g·r)."""
+    products = [_scaled_mm(grad[:, start:stop], b[first:last], scaling) for start, stop, first, last in spans]
+    return torch.cat(products, dim=1)
 
 
 def _grad_of_b(grad: Tensor, hidden: Tensor, b: Tensor, scaling: float, spans: Sequence[Span]) -> Tensor:
-    """s · dyᵀ h, split by split, stacked as B is."""
-    parts = _by_split(spans, hidden, b.shape[1])
-    return torch.cat([_scaled_mm(grad[:, start:stop].t(), part, scaling) for (start, stop, _, _), part in parts])
+    """s · dyᵀ h for each split, stacked as B is: shape (rows of the adapted splits, r)."""
+    splits = _by_split(spans, hidden, b.shape[1])
+    return torch.cat([_scaled_mm(grad[:, start:stop].t(), split, scaling) for (start, stop, _, _), split in splits])
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float, out: int, spans: Sequence[Span] | None) -> Tensor:
-    """s · B A, the update that the adapters stand for, in at least float32: (out, in), zero where there is none."""
+    """s · B A, the update that the adapters stand for.
+
+    Args:
+        lora_A, lora_B, scaling, spans: as in `lora_linear`.
+        out: rows of the weight.
+
+    Returns:
+        shape (out, in), in float32 or the adapters' wider dtype. Rows of splits without an adapter are zero.
+    """
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     if spans is None:

@@ -1,4 +1,4 @@
-"""`Linear`, `MergedLinear` and `Embedding` with loralib's signatures, attributes and shapes."""
+"""`Linear`, `MergedLinear` and `Embedding`, with loralib's signatures, attributes and shapes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from phinetune.lora.functional import Span, delta_weight, lora_linear
 
 
 class _LinearBase(LoRALayer, nn.Linear):
-    """What `Linear` and `MergedLinear` share: the product, and weights stored as (in, out) on request."""
+    """What `Linear` and `MergedLinear` share: the product, and weights that may be stored as (in, out)."""
 
     fan_in_fan_out: bool
     _spans: tuple[Span, ...] | None
 
-    def _turned(self, weight: Tensor) -> Tensor:
+    def _transposed(self, weight: Tensor) -> Tensor:
+        """The weight, transposed if `fan_in_fan_out`. This turns the stored layout into (out, in), and back."""
         return weight.t() if self.fan_in_fan_out else weight
 
     def reset_parameters(self) -> None:
@@ -27,13 +28,13 @@ class _LinearBase(LoRALayer, nn.Linear):
         self.reset_lora_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of shape (..., in_features) to (..., out_features)."""
+        """Takes x of shape (..., in_features), gives shape (..., out_features)."""
         if self.merged or not self.has_adapter:
-            return F.linear(x, self._turned(self.weight), self.bias)
+            return F.linear(x, self._transposed(self.weight), self.bias)
         held: dict[str, Any] = self._parameters
-        try:  # past nn.Module's attribute lookup, a twentieth of a small layer's time
+        try:  # without nn.Module's attribute lookup, which takes a twentieth of a small layer's time
             weight, bias, a, b = held["weight"], held["bias"], held["lora_A"], held["lora_B"]
-        except KeyError:  # FSDP's flat views and torch's parametrizations are attributes alone
+        except KeyError:  # FSDP's flat views and torch's parametrizations are attributes, not parameters
             weight, bias, a, b = self.weight, self.bias, self.lora_A, self.lora_B
         if self.fan_in_fan_out:
             weight = weight.t()
@@ -42,30 +43,30 @@ class _LinearBase(LoRALayer, nn.Linear):
 
     def delta_weight(self) -> Tensor:
         """s · B A in the weight's shape."""
-        return self._turned(delta_weight(self.lora_A, self.lora_B, self.scaling, self.out_features, self._spans))
+        return self._transposed(delta_weight(self.lora_A, self.lora_B, self.scaling, self.out_features, self._spans))
 
-    def _plain(self, weight: Tensor) -> nn.Module:
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        plain.weight = nn.Parameter(self._turned(weight).contiguous())
+    def _torch_layer(self, weight: Tensor) -> nn.Module:
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(self._transposed(weight).contiguous())
         if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.detach().clone())
-        return plain.train(self.training)
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        return layer.train(self.training)
 
 
 class Linear(_LinearBase):
     """`nn.Linear` with a low-rank update: lora_A (r, in_features), lora_B (out_features, r).
 
     Args:
-        r: rank; 0 is a plain layer.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: dropout on what the adapter sees.
-        fan_in_fan_out: the weight is stored as (in_features, out_features).
-        merge_weights: `eval()` merges, `train()` unmerges.
-        use_rslora: scale by alpha / √r.
-        kwargs: those of `nn.Linear` (bias, device, dtype).
+        r: rank. With 0 the layer has no adapter and computes what `nn.Linear` does.
+        lora_alpha: the update is multiplied by alpha / r.
+        lora_dropout: dropout on the adapter's input.
+        fan_in_fan_out: whether the weight is stored as (in_features, out_features).
+        merge_weights: whether `eval()` merges and `train()` unmerges.
+        use_rslora: whether the update is multiplied by alpha / √r instead.
+        kwargs: the other arguments of `nn.Linear`: bias, device, dtype.
 
     Raises:
-        ValueError: a negative rank, a dropout outside [0, 1).
+        ValueError: a negative rank, or a dropout outside [0, 1).
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Linear(_LinearBase):
 
     @classmethod
     def from_base(cls, layer: nn.Linear, r: int, **options: Any) -> Linear:
-        """An adapted layer over `layer`'s weight and bias: the same storage, no copy."""
+        """An adapted layer that shares the storage of `layer`'s weight and bias. Nothing is copied."""
         kind: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
         made = cls(layer.in_features, layer.out_features, r, **{**options, "fan_in_fan_out": False}, **kind)
         adopt(made, layer)
@@ -101,17 +102,19 @@ class Linear(_LinearBase):
 
 
 class MergedLinear(_LinearBase):
-    """One linear layer that stands for several (q, k and v, say), some of them with adapters of their own.
+    """One linear layer that stands for several, for example q, k and v. Each of these splits may have an adapter.
 
-    lora_A is (r · adapted splits, in_features), lora_B (rows of the adapted splits, r), as in loralib.
+    As in loralib, lora_A has the shape (r · adapted splits, in_features), and lora_B has the shape (rows of the adapted
+    splits, r).
 
     Args:
-        out_features: rows of all splits, cut equally; or a sequence with the rows of each.
+        out_features: the rows of all splits together, which all have the same size; or a sequence of the rows of each.
         enable_lora: which splits have an adapter.
         r, lora_alpha, …: as in `Linear`.
 
     Raises:
-        ValueError: out_features that don't divide by, or don't go with, enable_lora.
+        ValueError: out_features can't be divided into that many equal splits, or names another number of splits than
+            enable_lora; a negative rank, or a dropout outside [0, 1).
     """
 
     def __init__(
@@ -128,13 +131,13 @@ class MergedLinear(_LinearBase):
         use_rslora: bool = False,
         **kwargs: Any,
     ) -> None:
-        self_splits = _split_sizes(out_features, enable_lora)
-        nn.Linear.__init__(self, in_features, sum(self_splits), **kwargs)
+        splits = _split_sizes(out_features, enable_lora)
+        nn.Linear.__init__(self, in_features, sum(splits), **kwargs)
         self._set_up(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
         self.enable_lora = list(enable_lora)
-        self.splits = self_splits
+        self.splits = splits
         self.fan_in_fan_out = fan_in_fan_out
-        self._spans = _spans(self_splits, self.enable_lora)
+        self._spans = _spans(splits, self.enable_lora)
         if r and any(enable_lora):
             self._add_adapter((r * len(self._spans), in_features), (self._spans[-1][3], r))
         self.reset_parameters()
@@ -143,10 +146,14 @@ class MergedLinear(_LinearBase):
 
     @classmethod
     def from_base(cls, layer: nn.Linear, r: int, enable_lora: Sequence[bool], **options: Any) -> MergedLinear:
-        """An adapted layer over `layer`'s weight and bias: the same storage, no copy.
+        """An adapted layer that shares the storage of `layer`'s weight and bias. Nothing is copied.
 
         Args:
-            splits: rows of each split (keyword); equal ones if left out.
+            options: the other arguments of `MergedLinear`, and `splits`: the rows of each split. Without `splits`, all
+                splits have the same size.
+
+        Raises:
+            ValueError: the splits do not add up to the layer's out_features, or as in `MergedLinear`.
         """
         out = options.pop("splits", None) or layer.out_features
         if sum(_split_sizes(out, enable_lora)) != layer.out_features:
@@ -159,7 +166,7 @@ class MergedLinear(_LinearBase):
 
     @property
     def lora_ind(self) -> Tensor:
-        """Which output features have an adapter: booleans (out_features)."""
+        """Which output features have an adapter: booleans of shape (out_features)."""
         return torch.cat(
             [
                 torch.full((rows,), on, dtype=torch.bool, device=self.weight.device)
@@ -168,28 +175,34 @@ class MergedLinear(_LinearBase):
         )
 
     def merge_AB(self) -> Tensor:
-        """B A without its scale, in the weight's shape (loralib's name for it)."""
-        return self._turned(delta_weight(self.lora_A, self.lora_B, 1.0, self.out_features, self._spans))
+        """B A without the scaling, in the weight's shape. The method has loralib's name."""
+        return self._transposed(delta_weight(self.lora_A, self.lora_B, 1.0, self.out_features, self._spans))
 
 
 def _split_sizes(out_features: int | Sequence[int], enable_lora: Sequence[bool]) -> list[int]:
+    """The rows of each split.
+
+    Raises:
+        ValueError: as in `MergedLinear`.
+    """
     if not enable_lora:
-        raise ValueError("enable_lora is empty: give a boolean a split")
+        raise ValueError("enable_lora is empty: give one boolean for each split")
     if isinstance(out_features, int):
         if out_features % len(enable_lora):
             raise ValueError(
-                f"out_features {out_features} can't be cut into {len(enable_lora)} equal splits (enable_lora); give "
-                "the rows of each split as a list"
+                f"out_features {out_features} can't be divided into {len(enable_lora)} equal splits (enable_lora); "
+                "give the rows of each split as a list"
             )
         return [out_features // len(enable_lora)] * len(enable_lora)
     if len(out_features) != len(enable_lora):
-        raise ValueError(f"out_features names {len(out_features)} splits, enable_lora {len(enable_lora)}")
+        raise ValueError(f"out_features names {len(out_features)} splits, but enable_lora names {len(enable_lora)}")
     if min(out_features) < 1:
-        raise ValueError(f"each split needs a row or more, not {list(out_features)}")
+        raise ValueError(f"each split needs one row or more, not {list(out_features)}")
     return list(out_features)
 
 
 def _spans(splits: Sequence[int], enable_lora: Sequence[bool]) -> tuple[Span, ...]:
+    """One span for each adapted split."""
     spans: list[Span] = []
     row = first = 0
     for rows, on in zip(splits, enable_lora, strict=True):
@@ -203,12 +216,15 @@ def _spans(splits: Sequence[int], enable_lora: Sequence[bool]) -> tuple[Span, ..
 class Embedding(LoRALayer, nn.Embedding):
     """`nn.Embedding` with a low-rank update: lora_A (r, num_embeddings), lora_B (embedding_dim, r).
 
-    As in loralib, A starts at zero and B normal. The padding row gets no update. `max_norm` renormalises the base's
-    rows alone.
+    As in loralib, A starts with zeros, and B with normally distributed numbers. The padding row gets no update.
+    `max_norm` renormalises only the base's rows, without the update.
 
     Args:
         r, lora_alpha, merge_weights, use_rslora: as in `Linear`.
-        kwargs: those of `nn.Embedding`.
+        kwargs: the other arguments of `nn.Embedding`.
+
+    Raises:
+        ValueError: a negative rank.
     """
 
     def __init__(
@@ -233,7 +249,7 @@ class Embedding(LoRALayer, nn.Embedding):
 
     @classmethod
     def from_base(cls, layer: nn.Embedding, r: int, **options: Any) -> Embedding:
-        """An adapted layer over `layer`'s weight: the same storage, no copy."""
+        """An adapted layer that shares the storage of `layer`'s weight. Nothing is copied."""
         names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
         same = {name: getattr(layer, name) for name in names}
         kind: dict[str, Any] = {"device": "meta", "dtype": layer.weight.dtype}
@@ -246,21 +262,21 @@ class Embedding(LoRALayer, nn.Embedding):
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """A zero, B normal."""
+        """Initialise A with zeros, and B with normally distributed numbers."""
         if self.has_adapter:
             nn.init.zeros_(self.lora_A)
             nn.init.normal_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Ids of any shape (...) to (..., embedding_dim)."""
+        """Takes ids of any shape (...), gives shape (..., embedding_dim)."""
         if self.merged:
-            # No max_norm: renormalising the sum would cut the update.
+            # Without max_norm: it would renormalise the sum, and so shrink the update.
             same = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
             return F.embedding(x, self.weight, self.padding_idx, **same)
         base = super().forward(x)
         if not self.has_adapter:
             return base
-        # Never sparse: torch can't transpose the sparse gradient back to A's shape.
+        # Never with sparse=True: torch can't transpose a sparse gradient back to A's shape.
         picked = F.embedding(x, self.lora_A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         if self.padding_idx is not None:
             picked = picked.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
@@ -272,15 +288,15 @@ class Embedding(LoRALayer, nn.Embedding):
         return torch.renorm(self.weight, self.norm_type, 0, self.max_norm)
 
     def delta_weight(self) -> Tensor:
-        """s · (B A)ᵀ, shape (num_embeddings, embedding_dim); zero in the padding row."""
+        """s · (B A)ᵀ, shape (num_embeddings, embedding_dim). The padding row is zero."""
         delta = delta_weight(self.lora_A, self.lora_B, self.scaling, self.embedding_dim, None).t()
         if self.padding_idx is not None:
             delta = delta.clone()
             delta[self.padding_idx] = 0
         return delta
 
-    def _plain(self, weight: Tensor) -> nn.Module:
-        plain = nn.Embedding(
+    def _torch_layer(self, weight: Tensor) -> nn.Module:
+        layer = nn.Embedding(
             self.num_embeddings,
             self.embedding_dim,
             padding_idx=self.padding_idx,
@@ -290,5 +306,5 @@ class Embedding(LoRALayer, nn.Embedding):
             sparse=self.sparse,
             device="meta",
         )
-        plain.weight = nn.Parameter(weight)
-        return plain.train(self.training)
+        layer.weight = nn.Parameter(weight)
+        return layer.train(self.training)

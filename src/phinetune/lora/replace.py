@@ -1,4 +1,4 @@
-"""Putting LoRA into a model that is there, and taking it out again."""
+"""Put LoRA layers into an existing model, and take them out again."""
 
 from __future__ import annotations
 
@@ -30,24 +30,27 @@ def apply(
     enable_lora: Sequence[bool] | None = None,
     **options: Any,
 ) -> list[str]:
-    """Replace the layers that match by adapted ones over the same weights, in place, and print what matched.
+    """Replace, in place, the layers that match by adapted layers over the same weights. Print each replaced layer.
+
+    If the options do not fit one of the layers, no layer is replaced.
 
     Args:
-        target_modules: a regular expression for whole names, or a list of names or their ends (`["fc1"]`).
+        target_modules: a regular expression that matches whole names, or a list of names or ends of names (`["fc1"]`).
         r: rank.
-        enable_lora: make linear layers `MergedLinear` with these splits (and `splits=[…]` among the options).
-        options: lora_alpha, lora_dropout, use_rslora, …, as the layers take them.
+        enable_lora: replace linear layers by `MergedLinear` with these splits. `splits=[…]` among the options gives the
+            rows of each split.
+        options: lora_alpha, lora_dropout, use_rslora and other arguments of the layers.
 
     Returns:
         The names of the replaced layers.
 
     Raises:
-        ValueError: nothing matches, or a name in the list matches nothing.
+        ValueError: no layer matches, a name in the list matches no layer, or an option does not fit.
     """
     modules = model.named_modules(remove_duplicate=False)
     layers = {n: m for n, m in modules if n and _kind(m) is not None and not isinstance(m, LoRALayer)}
     names = _matching(list(layers), target_modules)
-    # All are made before any is put in: options that don't fit leave the model as it was.
+    # All layers are made before the first one is replaced. So options that do not fit leave the model unchanged.
     made: dict[nn.Module, nn.Module] = {}
     for name in names:
         layer = layers[name]
@@ -65,7 +68,14 @@ def apply(
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """The model with every adapted layer replaced by a plain torch layer that holds the update, in place."""
+    """Replace, in place, every adapted layer by a layer of torch's own class with the update in its weight.
+
+    Returns:
+        the model. If the model is itself an adapted layer, the new layer.
+
+    Raises:
+        ValueError: as `LoRALayer.merge`.
+    """
     if isinstance(model, LoRALayer):
         return model.unloaded()
     places: dict[LoRALayer, list[str]] = {}
@@ -73,11 +83,11 @@ def unload(model: nn.Module) -> nn.Module:
         if isinstance(layer, LoRALayer):
             places.setdefault(layer, []).append(name)
     while places:
-        # Taken out of the dictionary, so that its memory is free once it is replaced.
+        # The layer leaves the dictionary, so that its memory is freed as soon as it is replaced.
         layer, names = places.popitem()
-        plain = layer.unloaded()
+        torch_layer = layer.unloaded()
         for name in names:
-            _put(model, name, plain)
+            _put(model, name, torch_layer)
     return model
 
 
@@ -87,20 +97,27 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _kind(layer: nn.Module) -> Any:
+    """The adapted class for a layer; None if it can't be adapted."""
     if isinstance(layer, NonDynamicallyQuantizableLinear):
-        # nn.MultiheadAttention's out_proj: its weight is read, it is never called, so an adapter would do nothing.
+        # This is the out_proj of nn.MultiheadAttention, which reads its weight but never calls it. An adapter there
+        # would have no effect.
         return None
     return next((ours for theirs, ours in KINDS if isinstance(layer, theirs)), None)
 
 
 def _matching(names: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    """The names that match.
+
+    Raises:
+        ValueError: as in `apply`.
+    """
     known = f"; layers that can be adapted: {', '.join(names) or 'none'}"
     if isinstance(targets, str):
         found = [name for name in names if re.fullmatch(targets, name)]
         if not found:
             raise ValueError(f"the pattern {targets!r} matches no layer{known}")
         return found
-    lost = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-    if lost or not targets:
-        raise ValueError(f"{', '.join(map(repr, lost)) or 'an empty list'} matches no layer{known}")
+    unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if unmatched or not targets:
+        raise ValueError(f"{', '.join(map(repr, unmatched)) or 'an empty list'} matches no layer{known}")
     return [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]

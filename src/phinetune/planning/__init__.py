@@ -1,1 +1,1 @@
-"""`phinetune plan`: what a run will take, before it begins."""
+"""`phinetune plan`: predicts what a run will take, before it begins."""

@@ -1,4 +1,4 @@
-"""The peak memory of a training step, by part. What the layers keep is `phinetune.engine.memory`'s own estimate."""
+"""Predicts the peak memory of a training step, part by part. `phinetune.engine.memory` estimates what layers keep."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 
 from trl import SFTConfig
 
-from phinetune.engine.choice import BYTES_A_TRAINED_PARAMETER
 from phinetune.engine.kernels.cross_entropy import CHUNK_ELEMENTS
-from phinetune.engine.memory import ActivationMemory, LayerSizes, Level
+from phinetune.engine.memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes, Level
 from phinetune.planning.sizes import Sizes
 
-FLOAT32 = 4
-# Bytes of state a parameter; others are taken for AdamW, which none of them exceeds.
+FLOAT32 = 4  # bytes
+# Bytes of state per parameter. An optimizer that is not listed counts as AdamW; none keeps more than AdamW.
 OPTIMIZERS = {
     "sgd": 0,
     "adagrad": 4,
@@ -29,8 +28,8 @@ ADAMW = 8
 
 
 @dataclass(frozen=True)
-class Step:
-    """The largest micro-batch: tokens in its packed row, and labels among them."""
+class MicroBatch:
+    """The largest micro-batch: how many tokens its packed row has, and how many labels."""
 
     tokens: int
     labels: int
@@ -38,13 +37,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes at the peak of a step.
+    """The memory of a step in bytes, part by part.
 
     Attributes:
-        adapter: its parameters, their gradients, and its copies in the weights' dtype.
+        weights: the base's weights.
+        adapter: the adapter's parameters, their gradients, and their copies in the weights' dtype.
+        optimizer: the optimizer's state.
         activations: what the layers keep from forward to backward.
-        layer: what one layer works with in its backward, a quantised weight expanded included.
-        logits: the chunk of logits alive at a time, and the hidden states at labels with their gradient.
+        layer: what one layer needs besides in its backward, with one quantised weight expanded.
+        logits: the chunk of logits in memory at a time, and the hidden states at labels with their gradient.
     """
 
     weights: int
@@ -56,7 +57,7 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """The peak: the logits are gone when the first layer's backward begins."""
+        """The peak. The logits are freed before the first backward of a layer, so only the larger of both counts."""
         lasting = self.weights + self.adapter + self.optimizer + self.activations
         return lasting + max(self.layer, self.logits)
 
@@ -65,22 +66,24 @@ class Parts:
 
 
 def optimizer_name(args: SFTConfig) -> str:
-    """The optimizer as `training_config.optim` names it."""
+    """The optimizer's name, as in `training_config.optim`."""
     return str(getattr(args.optim, "value", args.optim))
 
 
 def optimizer_bytes(name: str) -> int:
-    """Bytes of state that an optimizer keeps of a parameter."""
+    """Bytes of state that an optimizer keeps per parameter."""
     return OPTIMIZERS.get(name, ADAMW)
 
 
 def predict(
-    sizes: Sizes, step: Step, setting: str | int, dropout: bool, optimizer: str, free: int
+    sizes: Sizes, step: MicroBatch, setting: str | int, dropout: bool, optimizer: str, free: int
 ) -> tuple[Parts, list[Level]]:
-    """Memory by part, and what each layer keeps, as the engine will choose it.
+    """The memory of a step by part, and what each layer keeps. The engine itself will choose the same.
 
     Args:
         setting: engine.activation_memory.
+        dropout: whether LoRA dropout is on.
+        optimizer: its name.
         free: bytes that the run may take.
     """
     vocabulary, hidden, width = sizes.config.vocab_size, sizes.config.hidden_size, sizes.width
@@ -99,7 +102,7 @@ def predict(
         optimizer=sizes.trainable * optimizer_bytes(optimizer),
         activations=layers.kept(step.tokens, levels),
         layer=layers.working(step.tokens, levels) + sizes.expanded,
-        # Half-precision logits have their log-softmax beside them, float32 ones become it.
+        # The log-softmax of half-precision logits takes memory of its own. That of float32 logits overwrites them.
         logits=chunk * (FLOAT32 if width == FLOAT32 else width + FLOAT32) + 2 * step.labels * hidden * width,
     )
     return parts, levels

@@ -1,4 +1,4 @@
-"""The settings nearest to a run's own that the memory is enough for."""
+"""Finds the smallest changes of a run's settings with which the run fits into memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import torch
 
 from phinetune.planning.setup import Setup
 
-SMALLEST_LENGTH = 256  # tokens: below it hardly a chat would be left whole
+SMALLEST_LENGTH = 256  # tokens; with less, hardly any chat would stay whole
 
 Changes = dict[str, Any]
 
 
 def nearest_fitting(run: Setup) -> list[Changes]:
-    """Changes after which the run fits: each kind alone, no greater than it must be; if none does, all together."""
+    """Changes with which the run fits. Each is of one kind and as small as possible.
+
+    If no kind alone is enough, the one entry combines all kinds. The list is empty if that is not enough either.
+    """
     together: Changes = {}
     fitting: list[Changes] = []
     for options in _kinds(run):
-        found = next((one for one in options if fits(run.changed(one))), None)
-        if found:
-            fitting.append(found)
+        smallest = next((changes for changes in options if fits(run.changed(changes))), None)
+        if smallest:
+            fitting.append(smallest)
         elif options:
             together |= options[-1]
     if not fitting and together and fits(run.changed(together)):
@@ -31,12 +34,12 @@ def nearest_fitting(run: Setup) -> list[Changes]:
 
 
 def fits(run: Setup) -> bool:
-    """Whether the memory is enough."""
+    """Whether the run fits into the free memory."""
     return run.need().memory.total <= run.free
 
 
 def _kinds(run: Setup) -> Iterator[list[Changes]]:
-    """Kinds of change, those that cost least first, each from small to large."""
+    """The kinds of change, those that cost least first. Each kind lists its changes from small to large."""
     if run.config.engine.activation_memory != "auto":
         yield [{"engine.activation_memory": "auto"}]
     yield list(_smaller_batches(run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps))
@@ -48,7 +51,7 @@ def _kinds(run: Setup) -> Iterator[list[Changes]]:
 
 
 def _smaller_batches(size: int, batches: int) -> Iterator[Changes]:
-    """As many rows a step, in more micro-batches."""
+    """Smaller micro-batches, and so many more of them that a step keeps its rows."""
     rows = size * batches
     while size > 1:
         size //= 2

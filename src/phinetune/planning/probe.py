@@ -1,4 +1,4 @@
-"""How long a step takes on this machine, from a model with two layers of the real shape and a real micro-batch."""
+"""Measures how long a step takes on this machine, with a real micro-batch and two layers of the model's real shape."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from peft import get_peft_model
 from torch import nn
 from transformers import Phi3Config
 
-from phinetune.checkpoints import random_shapes as synthetic
+from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.adapters import resolve_targets, trainable_parameters
 from phinetune.checkpoints.load import load_base
-from phinetune.config.run import ModelSection
-from phinetune.engine.choice import Engine
+from phinetune.config.model import ModelSection
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.engine.memory import Level
-from phinetune.training.settings import Settings, make_lora_config
+from phinetune.training.objective import Objective
+from phinetune.training.prepare import PreparedRun
+from phinetune.training.settings import make_lora_config
 
 ROUNDS = 3
-LONG = 5.0  # seconds: a round that takes longer is not repeated
+LONG = 5.0  # seconds; after a round that takes longer, there are no more rounds
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds, measured.
+    """Measured times in seconds.
 
     Attributes:
-        tokens: of the micro-batch that was measured.
-        layer: a layer's forward and backward, by what it keeps.
-        rest: everything but the layers: embedding, head, loss.
-        a_parameter: the optimizer's work for one.
+        tokens: how many tokens the measured micro-batch had.
+        layer: the time of one layer's forward and backward, by what the layer keeps.
+        rest: the time of everything but the layers: embedding, head and loss.
+        a_parameter: the time that a step of the optimizer takes per parameter.
     """
 
     tokens: int
@@ -44,66 +46,73 @@ class Speed:
     a_parameter: float
 
     def batch(self, levels: Sequence[Level], tokens: float) -> float:
-        """Seconds of a micro-batch of so many tokens."""
+        """The time in seconds of a micro-batch with this number of tokens.
+
+        Args:
+            levels: what each layer keeps.
+        """
         return (self.rest + sum(self.layer[level] for level in levels)) * tokens / self.tokens
 
 
-def measure(
-    section: ModelSection,
-    config: Phi3Config,
-    settings: Settings,
-    engine: Engine,
-    rows: Sequence[dict[str, Any]],
-    levels: Sequence[Level],
-) -> Speed:
-    """Forward and backward of `rows` through one layer and through two; the difference is a layer."""
-    loaded = load_base(two_layers(section, config), fast=True)
+def measure(prepared: PreparedRun, rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> Speed:
+    """Measure forward and backward of `rows` through one layer and through two. The difference is the time of a layer.
+
+    Args:
+        prepared: the run; it must train on the fast engine.
+        rows: the rows of a micro-batch.
+        levels: what the layers of the run keep.
+    """
+    settings, engine, objective = prepared.settings, prepared.engine.fast, prepared.objective
+    assert engine
+    loaded = load_base(two_layers(prepared.config.model, prepared.shape), fast=True)
     lora = make_lora_config(settings, resolve_targets(loaded.model, settings.peft.get("target_modules")))
     lora.layers_to_transform, lora.init_lora_weights = None, True
     model: Any = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
-    batch = {key: value.to(loaded.device) for key, value in engine.collator(loaded.model)(rows).items()}
+    collate = engine.collator(loaded.model.config, owned=objective.owned, columns=objective.rows.columns)
+    batch = {key: value.to(loaded.device) for key, value in collate(rows).items()}
     engine.set_up(model, loaded.device)
     decoder = model.get_base_model().model
-    both = decoder.layers
+    both_layers = decoder.layers
 
-    def step(kept: Sequence[Level]) -> float:
-        decoder.layers = both[: len(kept)]
-        decoder.activation_levels = lambda tokens: kept
-        return _seconds(lambda: _step(model, batch, loaded.device))
+    def step_seconds(levels: Sequence[Level]) -> float:
+        decoder.layers = both_layers[: len(levels)]
+        decoder.activation_levels = lambda tokens: levels
+        return _seconds(lambda: _step(model, batch, objective, loaded.device))
 
-    one = step([Level.KEEP])
-    layer = {level: step([level, Level.KEEP]) - one for level in sorted({Level.KEEP, *levels})}
-    decoder.layers = both
-    rest = max(0.0, one - layer[Level.KEEP])
+    one_layer = step_seconds([Level.KEEP])
+    layer = {level: step_seconds([level, Level.KEEP]) - one_layer for level in sorted({Level.KEEP, *levels})}
+    decoder.layers = both_layers
+    rest = max(0.0, one_layer - layer[Level.KEEP])
     return Speed(int(batch["row_tokens"]), layer, rest, _optimizer(trained) / trainable_parameters(model)[0])
 
 
 def two_layers(section: ModelSection, config: Phi3Config) -> ModelSection:
-    """A model of this shape with two layers and random weights, held as the section says."""
+    """The section `model` for a model of this shape with two layers and random weights."""
     sizes = {key: value for key, value in config.to_diff_dict().items() if key in Phi3Config().to_dict()}
     drop = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "auto_map")
     shape = {key: value for key, value in sizes.items() if key not in drop} | {"num_hidden_layers": 2}
     text = yaml.safe_dump(shape, default_flow_style=True, width=1 << 30).strip()
-    return section.model_copy(update={"path": synthetic.PREFIX + text, "revision": None, "tokenizer": None})
+    return section.model_copy(update={"path": random_shapes.PREFIX + text, "revision": None, "tokenizer": None})
 
 
-def _step(model: nn.Module, batch: dict[str, Any], device: torch.device) -> None:
-    out = model(**batch)
-    (out.nll / out.count).backward()
+def _step(model: nn.Module, batch: dict[str, Any], objective: Objective, device: torch.device) -> None:
+    row = objective.loss(model, batch)
+    (row.total / row.items).backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _optimizer(trained: Sequence[nn.Parameter]) -> float:
+    """Seconds of one step of AdamW with clipped gradients."""
     optimizer = torch.optim.AdamW(trained, lr=0.0)
     return _seconds(lambda: (nn.utils.clip_grad_norm_(trained, 1.0), optimizer.step()))
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The median of a few rounds after a first."""
+    """The median time of a few rounds. The first round is not counted."""
     times = []
     for _ in range(1 + ROUNDS):
         start = time.perf_counter()
@@ -112,3 +121,11 @@ def _seconds(work: Callable[[], Any]) -> float:
         if times[-1] > LONG:
             return times[-1]
     return statistics.median(times[1:])
+
+
+def sample_batch(lengths: Sequence[int] | np.ndarray[Any, Any], batch: int) -> list[int]:
+    """The places of `batch` rows that together have about as many tokens as a mean micro-batch."""
+    mean = float(np.mean(lengths)) * min(batch, len(lengths))
+    draws = [np.random.default_rng(seed).permutation(len(lengths))[:batch] for seed in range(64)]
+    best = min(draws, key=lambda places: abs(float(np.asarray(lengths)[places].sum()) - mean))
+    return [int(place) for place in best]

@@ -1,4 +1,4 @@
-"""A run as far as its memory goes, and the same run with other settings."""
+"""What decides how much memory a run takes, and the same run with other settings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from trl import SFTConfig
 
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.config.run import RunConfig
+from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.memory import Level
-from phinetune.planning.memory import Parts, Step, optimizer_name, predict
+from phinetune.planning.memory import MicroBatch, Parts, optimizer_name, predict
 from phinetune.planning.sizes import Sizes, count_sizes
-from phinetune.planning.steps import Steps, count_steps
+from phinetune.training.objective import Objective
+from phinetune.training.prepare import PreparedRun
 from phinetune.training.settings import Settings, make_training_args, read_settings
+from phinetune.training.steps import Steps, count_steps
 
 
 class Need(NamedTuple):
-    """What a run takes: sizes of model and adapter, its steps, memory by part, and what each layer keeps."""
+    """What a run takes: the sizes of model and adapter, the steps, the memory by part, and what each layer keeps."""
 
     sizes: Sizes
     steps: Steps
@@ -30,17 +33,18 @@ class Need(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """A run before anything of it is loaded.
+    """A run whose model is not loaded.
 
     Attributes:
         shape: the model's configuration.
-        lengths: tokens of each row that a micro-batch is made of.
-        share: of the tokens that are trained on.
+        lengths: the number of tokens of each row that micro-batches are made of, shape (rows).
+        share: the share of tokens that are trained on.
         free: bytes of memory that the run may take.
     """
 
     config: RunConfig
     settings: Settings
+    objective: Objective
     args: SFTConfig
     dtype: torch.dtype
     shape: Phi3Config
@@ -48,22 +52,42 @@ class Setup:
     share: float
     free: int
 
+    @classmethod
+    def of(cls, prepared: PreparedRun) -> Setup:
+        """The setup of a prepared run, with the memory that is free now."""
+        counts = prepared.chats.train.report
+        return cls(
+            prepared.config,
+            prepared.settings,
+            prepared.objective,
+            prepared.args,
+            prepared.dtype,
+            prepared.shape,
+            prepared.lengths,
+            counts.trainable_tokens / max(1, counts.tokens),
+            free_bytes(prepared.device),
+        )
+
     def need(self) -> Need:
-        """What the run takes on the fast engine."""
+        """What the run takes with the fast engine."""
         sizes = count_sizes(self.shape, self.config.model.quantization, self.settings, self.dtype)
         steps = count_steps(self.lengths, self.args, self.config.data.streaming)
-        step = Step(steps.largest, max(1, round(steps.largest * self.share)))
+        batch = MicroBatch(steps.largest, self.objective.labels(steps.largest, self.share))
         setting, dropout = self.config.engine.activation_memory, bool(self.settings.peft.get("lora_dropout"))
-        return Need(sizes, steps, *predict(sizes, step, setting, dropout, optimizer_name(self.args), self.free))
+        return Need(sizes, steps, *predict(sizes, batch, setting, dropout, optimizer_name(self.args), self.free))
 
     def changed(self, changes: dict[str, Any]) -> Setup:
-        """The run after changes of keys such as `training_config.max_length`; longer rows are taken as cut to it."""
+        """The run with other values for keys such as `training_config.max_length`. Longer rows count as cut to it.
+
+        Raises:
+            ConfigError: the values do not fit together.
+        """
         tree = self.config.model_dump()
         for key, value in changes.items():
             section, name = key.split(".")
             tree[section][name] = value
         if "training_config.max_length" in changes:
-            tree["training_config"].pop("max_seq_length", None)  # its older name
+            tree["training_config"].pop("max_seq_length", None)  # the older name of max_length
         config = RunConfig.model_validate(tree)
         settings = read_settings(config.peft_config, config.training_config)
         device = pick_device(config.model.device)

@@ -12,7 +12,7 @@ from rich.text import Text
 from phinetune.data.check.check import CheckReport
 from phinetune.data.check.findings import KINDS, Found
 from phinetune.data.check.histogram import histogram
-from phinetune.data.check.languages import LOOKED_AT
+from phinetune.data.check.languages import MAX_CHATS
 from phinetune.data.visible import printable
 
 WIDTH = 24
@@ -49,7 +49,7 @@ def _shares(report: CheckReport) -> str:
     if not told:
         return ""
     shares = [f"{code} {count / told:.0%}" for code, count in counts.most_common(6)]
-    first = f"first {LOOKED_AT:,}" if report.languages.chats >= LOOKED_AT else f"{report.languages.chats:,}"
+    first = f"first {MAX_CHATS:,}" if report.languages.chats >= MAX_CHATS else f"{report.languages.chats:,}"
     return f"{', '.join(shares)} (of {told:,} of the {first} chats, whose answers are long enough to tell)"
 
 

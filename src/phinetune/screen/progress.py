@@ -1,8 +1,10 @@
-"""The one line that shows where a run stands."""
+"""Lines and bars that show how far something is: training, a comparison, a look at data."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
@@ -19,6 +22,8 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phinetune.durations import spell_seconds
+from phinetune.measures import RESERVED
+from phinetune.screen.console import say
 
 
 class TimeLeft(ProgressColumn):
@@ -84,11 +89,8 @@ class ProgressLine(TrainerCallback):
                     f"step {state.global_step}/{state.max_steps}  {self._numbers}{tail}", highlight=False
                 )
         elif "eval_loss" in logs:
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}  "
-                f"token accuracy {logs['eval_token_accuracy']:.1%}",
-                highlight=False,
-            )
+            place = f"step {state.global_step}/{state.max_steps}"
+            self.console.print(f"{place}  held-out {spell_evaluation(logs)}", highlight=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
@@ -104,6 +106,54 @@ class ProgressLine(TrainerCallback):
         if done < 2:
             return None
         return (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
+
+
+def spell_evaluation(logs: dict[str, Any]) -> str:
+    """The objective's numbers of an evaluation, for one line. Metrics of answers stand in the report."""
+    parts = [f"loss {logs['eval_loss']:.4f}"]
+    if "eval_token_accuracy" in logs:
+        parts.append(f"token accuracy {logs['eval_token_accuracy']:.1%}")
+    known = {f"eval_{name}" for name in RESERVED}
+    for key, value in logs.items():
+        if key.startswith("eval_") and key not in known and isinstance(value, float):
+            parts.append(f"{key.removeprefix('eval_').replace('_', ' ')} {value:.4g}")
+    return "  ".join(parts)
+
+
+class ComparisonProgress:
+    """What a comparison is at: a line at its beginning, a bar for each model on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._total = 0
+
+    def __enter__(self) -> ComparisonProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, chats: int, prompts: int, sides: Sequence[str]) -> None:
+        self._total = chats + prompts
+        asked = f" and letting {' and '.join(sides)} answer {prompts} prompts" if prompts else ""
+        say(self.console, f"Scoring {chats} held-out chats{asked} …")
+
+    def side(self, name: str) -> None:
+        self._progress.add_task(f"evaluating {name}", total=self._total)
+
+    def advance(self, count: int) -> None:
+        self._progress.advance(self._progress.task_ids[-1], count)
+
+
+@contextmanager
+def counting_rows(console: Console) -> Iterator[Callable[[], None]]:
+    """A count of the rows seen, on a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("checking", total=None)
+        yield lambda: progress.advance(task)
 
 
 def spell_logs(logs: dict[str, Any]) -> str:

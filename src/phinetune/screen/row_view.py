@@ -1,45 +1,27 @@
-"""`phinetune data preview`: a row as the model will see it, token by token."""
+"""A previewed row on the terminal, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
-from phinetune.chat.encoder import ChatEncoder, Encoded
-from phinetune.chat.template import Message, common_prefix, render, tokenize
-from phinetune.data.prepare.encode_rows import RowOutcome
-from phinetune.data.read.rows import Broken
+from phinetune.data.preview import PreviewedRow, TokenText, Turn
 from phinetune.data.visible import printable, visible
-from phinetune.engine.scoring import IGNORED
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
 SHOWN = 400  # tokens of a turn that are shown; the middle of a longer one is left out
 MARGIN = 10
 INDENT = " " * MARGIN + " │ "
-_ANCHOR = "a"  # a letter before a token, so that decoding does not take the token for a text's beginning
 
 
-class TokenText(NamedTuple):
-    """Tokens that make whole characters together: one, or the several that a rare character takes."""
-
-    text: str
-    special: bool
-    trained: bool
+def needs_marks(console: Console) -> bool:
+    """Whether signs have to stand where colours can't."""
+    return console.no_color or not console.is_terminal
 
 
-class Turn(NamedTuple):
-    """The tokens of one turn, and a remark that belongs behind it."""
-
-    role: str
-    pieces: list[TokenText]
-    remark: str = ""
-
-
-def show_row(found: RowOutcome | Broken, encoder: ChatEncoder, console: Console, *, boundaries: bool = False) -> None:
+def show_row(row: PreviewedRow, console: Console, *, boundaries: bool = False) -> None:
     """Print a row: tokens coloured by role, trained ones underlined, special ones reversed, and where it is cut.
 
     Without colours, ⟦ ⟧ stand around what is trained on and « » around special tokens.
@@ -47,16 +29,13 @@ def show_row(found: RowOutcome | Broken, encoder: ChatEncoder, console: Console,
     Args:
         boundaries: set a ¦ between tokens.
     """
-    if isinstance(found, Broken):
-        console.print(
-            f"[bold]{_safe(found.where)}[/] · [red]broken[/]: {_safe(found.problem)}\n", highlight=False, soft_wrap=True
-        )
+    if row.broken:
+        where, problem = _safe(row.where), _safe(row.problem or "")
+        console.print(f"[bold]{where}[/] · [red]broken[/]: {problem}\n", highlight=False, soft_wrap=True)
         return
-    console.print(_heading(found), soft_wrap=True)
-    if found.encoded:
-        marks = console.no_color or not console.is_terminal
-        for turn in turns_of(found, encoder):
-            console.print(_lines(turn, marks, boundaries), soft_wrap=True)
+    console.print(_heading(row), soft_wrap=True)
+    for turn in row.turns:
+        console.print(_lines(turn, needs_marks(console), boundaries), soft_wrap=True)
     console.print()
 
 
@@ -64,74 +43,15 @@ def _safe(text: str) -> str:
     return printable(text).replace("[", "\\[")
 
 
-def _heading(outcome: RowOutcome) -> Text:
-    text = Text(printable(outcome.row.where), style="bold")
-    text.append(f" · {outcome.form or 'no known form'}", style="not bold")
-    if outcome.encoded:
-        tokens = f"{len(outcome.encoded.input_ids):,} tokens, {outcome.encoded.trainable:,} of them trained on"
-        text.append(f" · {tokens}{' · cut to fit' if outcome.cut else ''}", style="not bold")
+def _heading(row: PreviewedRow) -> Text:
+    text = Text(printable(row.where), style="bold")
+    text.append(f" · {row.form or 'no known form'}", style="not bold")
+    if row.problem is None:
+        tokens = f"{row.tokens:,} tokens, {row.trainable:,} of them trained on"
+        text.append(f" · {tokens}{' · cut to fit' if row.cut else ''}", style="not bold")
     else:
-        text.append(f" · dropped: {printable(outcome.reason or '')}", style="red not bold")
+        text.append(f" · dropped: {printable(row.problem)}", style="red not bold")
     return text
-
-
-def turns_of(outcome: RowOutcome, encoder: ChatEncoder) -> list[Turn]:
-    """The row's tokens turn by turn, with remarks where a cut left something out."""
-    row = outcome.encoded or Encoded([], [])
-    chat = outcome.fitted or outcome.chat
-    if not chat:
-        return [Turn(outcome.form or "row", list(pieces(encoder.tokenizer, row)))]
-    remarks = _remarks(outcome.chat, chat) if outcome.cut else {}
-    ends = turn_ends(encoder.tokenizer, chat, row.input_ids)
-    turns = [Turn("", [], remarks[-1])] if -1 in remarks else []
-    for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        part = Encoded(row.input_ids[start:end], row.labels[start:end])
-        turns.append(Turn(chat[i]["role"], list(pieces(encoder.tokenizer, part)), remarks.get(i, "")))
-    return turns
-
-
-def turn_ends(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], ids: Sequence[int]) -> list[int]:
-    """Where each turn's tokens end; a header that announces a turn belongs to it."""
-    ends: list[int] = []
-    for i in range(1, len(chat)):
-        try:
-            part = tokenize(tokenizer, [render(tokenizer, chat[:i])])[0]
-            ends.append(max([*ends[-1:], common_prefix(part, ids)]))
-        except Exception:  # a template that refuses half a chat raises whatever it likes: the turns stay together
-            ends.append(ends[-1] if ends else 0)
-    return [*ends, len(ids)]
-
-
-def _remarks(whole: Sequence[Message], left: Sequence[Message]) -> dict[int, str]:
-    """What a cut left out, by the turn behind which it stood (-1: before the first)."""
-    head = int(left[0]["role"] == "system" and whole[0]["role"] == "system")
-    gone = len(whole) - len(left)
-    remarks = {head - 1: f"✂ {gone} turn{'s' if gone > 1 else ''} left out to fit"} if gone else {}
-    for i in range(head, len(left)):
-        short = len(whole[i + gone]["content"]) - len(left[i]["content"])
-        if short:
-            remarks[i] = f"✂ the last {short:,} characters of this turn cut to fit"
-    return remarks
-
-
-def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> Iterator[TokenText]:
-    """The tokens as text, each by itself; those of one character that takes several together."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    anchor = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
-    before = len(str(tokenizer.decode(anchor)))
-    waiting: list[int] = []
-    for place, token in enumerate(row.input_ids):
-        trained = row.labels[place] != IGNORED
-        if token in special:
-            yield TokenText(str(tokenizer.convert_ids_to_tokens(token)), True, trained)
-            continue
-        waiting.append(token)
-        text = str(tokenizer.decode([*anchor, *waiting]))[before:]
-        following = row.input_ids[place + 1] if place + 1 < len(row.input_ids) else None
-        if "\ufffd" in text and len(waiting) < 4 and following is not None and following not in special:
-            continue
-        yield TokenText(text, False, trained)
-        waiting = []
 
 
 def _lines(turn: Turn, marks: bool, boundaries: bool) -> Text:

@@ -1,4 +1,4 @@
-"""A conversation with a model, and the terminal's side of it."""
+"""A conversation with a model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from threading import Thread
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import TextIteratorStreamer
 
-from phinetune.chat.template import Message
-from phinetune.checkpoints.opened import Tuned, open_model
+from phinetune.chats.template import Message
+from phinetune.checkpoints.opened import Opened
 from phinetune.engine.generate import Answer, Sampling, answer_prompts
-
-HELP = "/reset starts anew, /base switches between tuned and base model, /help shows this, /exit or Ctrl-D leaves"
 
 
 @dataclass
 class Conversation:
     """The turns so far and whom they are with."""
 
-    tuned: Tuned
+    opened: Opened
     sampling: Sampling
     max_new_tokens: int
     system: str | None = None
@@ -37,14 +34,14 @@ class Conversation:
         """Token ids of the conversation with `message` as its next user turn."""
         head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         chat = [*head, *self.turns, {"role": "user", "content": message}]
-        return self.tuned.encoder.prompt_ids(self.tuned.encoder.prepare(chat))
+        return self.opened.encoder.prompt_ids(self.opened.encoder.prepare(chat))
 
     def answer(self, message: str) -> Answer:
         """Answer in one piece; the turn is remembered."""
         with self._side():
             made = answer_prompts(
-                self.tuned.model,
-                self.tuned.loaded.tokenizer,
+                self.opened.model,
+                self.opened.loaded.tokenizer,
                 [self.prompt_ids(message)],
                 max_new_tokens=self.max_new_tokens,
                 batch_size=1,
@@ -55,8 +52,8 @@ class Conversation:
 
     def stream(self, message: str) -> Iterator[str]:
         """Answer piece by piece; the turn is remembered once the answer has ended."""
-        ids = torch.tensor([self.prompt_ids(message)], device=self.tuned.loaded.device)
-        streamer = TextIteratorStreamer(self.tuned.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = torch.tensor([self.prompt_ids(message)], device=self.opened.loaded.device)
+        streamer = TextIteratorStreamer(self.opened.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         pieces: list[str] = []
         with self._side():
             worker = _Worker(lambda stop: self._generate(ids, streamer, stop), streamer)
@@ -69,11 +66,11 @@ class Conversation:
         self._remember(message, "".join(pieces))
 
     def _generate(self, ids: torch.Tensor, streamer: TextIteratorStreamer, stop: Callable[..., Any]) -> None:
-        self.tuned.model.generate(
+        self.opened.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self.max_new_tokens,
-            pad_token_id=self.tuned.loaded.tokenizer.pad_token_id,
+            pad_token_id=self.opened.loaded.tokenizer.pad_token_id,
             streamer=streamer,
             stopping_criteria=[stop],
             **self.sampling.options(),
@@ -81,7 +78,9 @@ class Conversation:
 
     def _side(self) -> Any:
         return (
-            self.tuned.model.disable_adapter() if self.with_base and self.tuned.is_tuned else contextlib.nullcontext()
+            self.opened.model.disable_adapter()
+            if self.with_base and self.opened.has_adapter
+            else contextlib.nullcontext()
         )
 
     def _remember(self, message: str, answer: str) -> None:
@@ -114,67 +113,3 @@ class _Worker:
         self._thread.join()
         if self._error is not None:
             raise self._error
-
-
-def chat(conversation: Conversation, console: Console, read: Callable[[str], str] = input) -> None:
-    """Read messages and stream answers until the user leaves. Ctrl-C stops an answer, not the chat."""
-    console.print(HELP, style="dim", highlight=False)
-    while True:
-        try:
-            message = read("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            console.print()
-            return
-        if message in ("/exit", "/quit"):
-            return
-        if message.startswith("/"):
-            console.print(_command(conversation, message), style="dim", highlight=False)
-        elif message:
-            _show_answer(conversation, message, console)
-
-
-def _command(conversation: Conversation, message: str) -> str:
-    if message == "/reset":
-        conversation.reset()
-        return "a new conversation"
-    if message == "/base":
-        if not conversation.tuned.is_tuned:
-            return "this is a model without an adapter: it is the base"
-        conversation.with_base = not conversation.with_base
-        return "now talking to the base model" if conversation.with_base else "now talking to the tuned model"
-    return HELP if message == "/help" else f"no such command: {message}; {HELP}"
-
-
-def _show_answer(conversation: Conversation, message: str, console: Console) -> None:
-    name = "base" if conversation.with_base or not conversation.tuned.is_tuned else "tuned"
-    console.print(f"{name}> ", end="", style="bold green", highlight=False)
-    pieces = conversation.stream(message)
-    try:
-        for piece in pieces:
-            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-    except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
-        console.print(" [dim](stopped)[/dim]", end="")
-    console.print()
-
-
-def open_conversation(
-    run: str,
-    system: str | None,
-    max_new_tokens: int,
-    sampling: tuple[float, float, int] = (0.0, 1.0, 0),
-    seed: int | None = None,
-    device: str = "auto",
-) -> Conversation:
-    """A conversation with a run, an adapter folder or a model.
-
-    Args:
-        sampling: temperature (0 is greedy), top-p and top-k (0 is all).
-
-    Raises:
-        ModelError: see `phinetune.checkpoints.opened.open_model`.
-    """
-    tuned = open_model(run, device=device)
-    if seed is not None:
-        torch.manual_seed(seed)
-    return Conversation(tuned, Sampling(*sampling), max_new_tokens, system)

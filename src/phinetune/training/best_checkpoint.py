@@ -1,4 +1,4 @@
-"""The best checkpoint, and when to stop: by the loss, or by any metric that an evaluation counts."""
+"""Chooses the best checkpoint and stops a run early: by the loss, or by any metric that an evaluation counts."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from phinetune.config.run import CustomMetric, EvaluationSection, RunConfig
+from phinetune.config.evaluation import CustomMetric, EvaluationSection
+from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError
-from phinetune.measures import MEASURES, measures_of
+from phinetune.measures import keys_of, measures_of
+from phinetune.training.objective import Objective
 from phinetune.training.settings import Settings
 
-SCORED = ("loss", "perplexity", "token_accuracy")  # known at every evaluation; the rest has to be answered for
 PREFIX = "eval_"
 
 
-def settle_best(settings: Settings, config: RunConfig) -> Settings:
-    """The settings with `metric_for_best_model` as it is logged, and which way it is better.
+def settle_best(settings: Settings, config: RunConfig, objective: Objective) -> Settings:
+    """The settings with the metric for the best checkpoint and for early stopping, and with `greater_is_better`.
 
     Raises:
-        ConfigError: a metric that no evaluation counts, or early stopping without evaluations.
+        ConfigError: no evaluation counts the metric, or the run is to stop early but has no evaluations.
     """
     section, training = config.evaluation, dict(settings.training)
     problems = []
@@ -30,11 +31,11 @@ def settle_best(settings: Settings, config: RunConfig) -> Settings:
         if str(training.get("eval_strategy") or "no") == "no" or config.data.eval is None:
             problems.append(
                 "evaluation.early_stopping_patience: there is no evaluation to go by; set data.eval and "
-                "training_config.eval_strategy (steps or epoch)"
+                "training_config.eval_strategy (to steps or epoch)"
             )
     name = best_metric(training)
     if name:
-        known = [*SCORED, *answer_metrics(section)]
+        known = [*objective.metrics, *answer_metrics(section)]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""
@@ -51,28 +52,29 @@ def settle_best(settings: Settings, config: RunConfig) -> Settings:
 
 
 def best_metric(training: dict[str, Any]) -> str | None:
-    """The metric that the best checkpoint is chosen by, without transformers' prefix."""
+    """The metric by which the best checkpoint is chosen, without transformers' prefix; None if there is none."""
     name = training.get("metric_for_best_model")
     return str(name).removeprefix(PREFIX) if name else None
 
 
 def answer_metrics(section: EvaluationSection) -> list[str]:
-    """What is counted of answers."""
+    """The names of the metrics that are counted from answers."""
     own = [one if isinstance(one, str) else one.name for one in section.metrics]
-    always = [m.key for m in MEASURES if m.key in ("stopped", "repeating")]
-    return [*own, *always] if section.generate else []
+    return [*own, *keys_of("answer")] if section.generate else []
 
 
-def needs_answers(settings: Settings, section: EvaluationSection) -> bool:
-    """Whether every evaluation has to let the model answer the held-out prompts."""
+def needs_answers(settings: Settings, section: EvaluationSection, objective: Objective) -> bool:
+    """Whether the model has to answer the held-out prompts at every evaluation."""
     chosen = best_metric(settings.training)
-    return section.generate and (section.metrics_while_training or (chosen is not None and chosen not in SCORED))
+    by_answers = chosen is not None and chosen not in objective.metrics
+    return section.generate and (section.metrics_while_training or by_answers)
 
 
 class EarlyStop(TrainerCallback):
-    """Stops once `patience` evaluations in a row were no better than the best before them, by `threshold`.
+    """Stops the run after `patience` evaluations in a row that were not better than the best one before.
 
-    Counted from the evaluations that the state has kept, so a resumed run stops where an unbroken one does.
+    An evaluation must be better by more than `threshold`. The evaluations are counted from the trainer's state, so a
+    resumed run stops at the same step as one that was never interrupted.
     """
 
     def __init__(self, patience: int, threshold: float) -> None:

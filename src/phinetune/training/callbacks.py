@@ -1,4 +1,4 @@
-"""What happens at each step besides the step: metrics written, gradients checked, a stop on request."""
+"""Callbacks of the trainer: they write metrics and samples, check gradients, and stop the run on request."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phinetune import processes
-from phinetune.engine.memory import used_bytes
+from phinetune.engine.device_memory import used_bytes
 from phinetune.errors import RunError
-from phinetune.program import this_process
+from phinetune.liveness import this_process
 from phinetune.run_folder import RunFolder
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends one JSON object a log step or evaluation to `metrics.jsonl`; counts tokens/s, looks up the memory taken.
+    """Appends one JSON object to `metrics.jsonl` at each log step and at each evaluation.
 
-    Time spent in evaluations and saving does not count. On resume, lines after the checkpoint are dropped: those
-    steps are done again.
+    It also counts tokens per second, without the time of evaluations and saving, and looks up how much memory is taken.
+    When a run is resumed, lines after the checkpoint are deleted, because those steps are done again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restart(state)
         if state.is_world_process_zero:
-            _keep_until(self.path, state.global_step)
+            _drop_lines_after(self.path, state.global_step)
 
     def on_log(
         self,
@@ -50,13 +50,13 @@ class MetricsWriter(TrainerCallback):
         **_: Any,
     ) -> None:
         if not logs or not ({"loss", "eval_loss"} & logs.keys()):
-            return  # the summary at the end of training
+            return  # this is the summary at the end of training
         if "loss" in logs:
             self._count(logs, state)
             logs["memory"] = used_bytes(args.device)
         if state.is_world_process_zero:
             place = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 1)}
-            self._append({**place, **_kept(logs)})
+            self._append({**place, **_entry(logs)})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restart(state)
@@ -81,7 +81,8 @@ class MetricsWriter(TrainerCallback):
             os.fsync(file.fileno())
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Delete the lines of a JSON Lines file that belong to later steps."""
     if not path.is_file():
         return
     kept = []
@@ -89,16 +90,16 @@ def _keep_until(path: Path, step: int) -> None:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            break  # the line that a crash cut
+            break  # a crash left this line incomplete
         if entry["step"] <= step:
             kept.append(line)
     path.write_text("".join(kept), encoding="utf-8")
 
 
 class SamplesWriter(TrainerCallback):
-    """Appends to `samples.jsonl` what the model answers to fixed prompts at each evaluation, one JSON object an answer.
+    """Appends the answers to the fixed prompts to `samples.jsonl` at each evaluation, one JSON object for each answer.
 
-    On resume, lines after the checkpoint are dropped, as in `metrics.jsonl`.
+    When a run is resumed, lines after the checkpoint are deleted, as in `metrics.jsonl`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,22 +107,23 @@ class SamplesWriter(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            _keep_until(self.path, state.global_step)
+            _drop_lines_after(self.path, state.global_step)
 
     def write(self, state: TrainerState, samples: Sequence[dict[str, Any]]) -> None:
-        """Keep the answers of this step."""
+        """Append the answers of this step."""
         if samples and state.is_world_process_zero:
             lines = [json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) for sample in samples]
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(line + "\n" for line in lines))
 
 
-# What transformers and TRL log besides: the same numbers under other names, and times that include the set-up.
+# Entries of transformers' and TRL's logs that are not written: the same numbers under other names, and times that
+# include the set-up.
 UNUSED = {"epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"}
 
 
-def _kept(logs: dict[str, Any]) -> dict[str, Any]:
-    """The entry to write. JSON has no NaN or infinity: null stands for them."""
+def _entry(logs: dict[str, Any]) -> dict[str, Any]:
+    """The entry to write. JSON has no NaN or infinity, so null replaces them."""
     return {
         key.replace("mean_token_accuracy", "token_accuracy"): None
         if isinstance(value, float) and not math.isfinite(value)
@@ -132,7 +134,7 @@ def _kept(logs: dict[str, Any]) -> dict[str, Any]:
 
 
 class StartRecord(TrainerCallback):
-    """Writes start.json once the number of steps is known: what a report of an unfinished run is made from."""
+    """Writes start.json once the number of steps is known. The report of an unfinished run is made from it."""
 
     def __init__(self, folder: RunFolder, facts: dict[str, Any]) -> None:
         self.folder, self.facts = folder, facts
@@ -143,7 +145,7 @@ class StartRecord(TrainerCallback):
 
 
 class GradientCheck(TrainerCallback):
-    """Stops a run whose adapter gets no gradient at its first step: it would train nothing for hours."""
+    """Stops a run if the adapter gets no gradient at the first step. The run would take hours and learn nothing."""
 
     def __init__(self) -> None:
         self._checked = False
@@ -168,13 +170,13 @@ class GradientCheck(TrainerCallback):
 
 
 class StopRequest(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM the run finishes the step, saves a checkpoint and stops. A second one stops it at once."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.requested = processes.any_of(self.requested)  # all stop after the same step
+        self.requested = processes.any_of(self.requested)  # so all processes stop after the same step
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
@@ -186,7 +188,7 @@ class StopRequest(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Take the two signals over inside the block; outside the main thread nothing is taken over."""
+        """A context that handles both signals. Outside the main thread Python can't do that, and nothing is handled."""
         before = {}
         try:
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""The machine and the versions that a run was made with, as its report shows them."""
+"""Describes the machine and the versions of a run, for its report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def describe_environment(args: TrainingArguments) -> dict[str, str]:
         "system": platform.platform(),
         "Python": platform.python_version(),
         "phinetune": VERSION,
-        **{name: found for name in LIBRARIES if (found := _version(name))},
+        **{name: installed for name in LIBRARIES if (installed := _version(name))},
     }
 
 
@@ -37,7 +37,7 @@ def _device(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """The processor's name; Python's own answer is often only its architecture."""
+    """The processor's name from /proc/cpuinfo, because Python often knows only its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

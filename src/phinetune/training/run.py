@@ -1,219 +1,214 @@
-"""Training a run from its configuration: check everything, then load, adapt, train, save."""
+"""Training a prepared run: load, adapt, train, save."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from phinetune import processes
-from phinetune.chat.encoder import ChatEncoder, make_encoder
-from phinetune.checkpoints.adapters import check_base, matched_targets, resolve_targets, trainable_parameters
-from phinetune.checkpoints.device import has_native_bf16, pick_device, pick_dtype
-from phinetune.checkpoints.load import Loaded, has_packed_form, load_base
+from phinetune.checkpoints.adapters import check_base, resolve_targets, trainable_parameters
+from phinetune.checkpoints.device import has_native_bf16
+from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.config.run import RunConfig
-from phinetune.data.prepare.build import Chats, build_chats, check_sources
-from phinetune.engine.choice import Engine, why_plain
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.errors import ConfigError, RunError
 from phinetune.files import is_disk_full
 from phinetune.logs import log_file
 from phinetune.run_folder import LOG, RunFolder
-from phinetune.screen.preview import preview
-from phinetune.screen.progress import ProgressLine
-from phinetune.training.best_checkpoint import EarlyStop, needs_answers, settle_best
+from phinetune.training.best_checkpoint import EarlyStop
 from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.environment import describe_environment
-from phinetune.training.settings import Settings, make_lora_config, make_training_args, read_settings
-from phinetune.training.trainer import ChatTrainer, Look
+from phinetune.training.prepare import PreparedRun
+from phinetune.training.settings import make_lora_config
+from phinetune.training.trainer import FastTrainer, Look, RunTrainer
 
 logger = logging.getLogger(__name__)
 
-PREVIEWS = 3
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where a run is written, and the checkpoint that it goes on from; None for a run that starts anew."""
+
+    folder: RunFolder
+    checkpoint: Path | None = None
 
 
-@dataclass
-class Trained:
+def open_place(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunPlace:
+    """The run's folder, looked at and not touched.
+
+    Raises:
+        RunError: a new run may not be written there, or there is none to go on with.
+    """
+    folder = RunFolder(config.output_dir)
+    if resume:
+        return RunPlace(folder, folder.checkpoint_to_resume(config))
+    folder.check_free(overwrite)
+    return RunPlace(folder)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
     """A run that has been trained, or stopped on request before its end.
 
     Attributes:
         summary: steps, seconds, tokens/s, last loss and sizes, as they go into results.json.
     """
 
+    prepared: PreparedRun
     folder: RunFolder
     loaded: Loaded
     model: PeftModel
-    encoder: ChatEncoder
-    chats: Chats
     summary: dict[str, Any]
     stopped: bool
 
 
-# Makes what looks at the model at every evaluation; told whether it has to count metrics of answers.
-Looking = Callable[[Loaded, ChatEncoder, Chats, bool], Look]
-
-
-def train(
-    config: RunConfig,
-    console: Console,
+def train_run(
+    prepared: PreparedRun,
+    place: RunPlace,
     *,
-    resume: bool = False,
-    overwrite: bool = False,
-    looking: Looking | None = None,
-) -> Trained:
-    """Train `config` into its output_dir. Of several processes the main one prints and writes.
+    look: Look | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_start: Callable[[PeftModel], None] = lambda model: None,
+) -> TrainedRun:
+    """Train a prepared run into its folder. Of several processes the main one writes.
+
+    Args:
+        look: looks at the model at every evaluation.
+        callbacks: more callbacks, a progress line for example.
+        on_start: is given the model with its adapter before the first step.
 
     Raises:
-        PhinetuneError: anything a user can mend; found before the model is loaded where that is possible.
+        PhinetuneError: anything a user can mend.
     """
-    settings = settle_best(read_settings(config.peft_config, config.training_config), config)
-    console = _join_others(config, settings, console)
-    folder = RunFolder(config.output_dir)
-    checkpoint = folder.checkpoint_to_resume(config) if resume else None
-    if not resume:
-        folder.check_free(overwrite)
-    check_sources(config.data)
-    if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
-        raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
-    plain = why_plain(config, settings, pick_dtype(config.model.dtype, pick_device(config.model.device)))
     with processes.main_first():  # also: every process has looked at the folder before the main one writes there
-        loaded = load_base(config.model, fast=plain is None)
-    if checkpoint:
-        check_base(loaded.base, checkpoint)
-    encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
-    chats = build_chats(config.data, encoder, settings.max_length)
-    show_data(chats, loaded, console)
-    engine = Engine.of(config, settings) if has_packed_form(loaded.model) else None
-    look = looking(loaded, encoder, chats, needs_answers(settings, config.evaluation)) if looking else None
-    trainer, callbacks = _make_trainer(settings, config, loaded, chats, engine, look, folder, console)
-    if checkpoint is None and processes.is_main():
-        folder.start(config, loaded.base.revision)
-    trained = Trained(folder, loaded, trainer.peft_model, encoder, chats, {}, False)
-    with log_file(folder.path / LOG) if processes.is_main() else nullcontext():
-        log_engine(engine, plain)
-        log_parameters(config, settings, trainer.args, loaded, trainer.peft_model)
-        show_targets(trainer.peft_model, console)
-        return _run(trainer, callbacks, checkpoint, trained)
-
-
-def _join_others(config: RunConfig, settings: Settings, console: Console) -> Console:
-    """Meet the other processes of the run; the console to print to, which is a silent one in all but the main one."""
-    cpu = pick_device(config.model.device).type == "cpu" or bool(settings.training.get("use_cpu"))
-    processes.join(cpu=cpu, timeout_s=settings.step_timeout)
-    if processes.is_main():
-        return console
-    logging.getLogger("phinetune").setLevel(logging.ERROR)
-    return Console(quiet=True)
+        loaded = load_base(prepared.config.model, fast=prepared.engine.fast is not None)
+    if place.checkpoint:
+        check_base(loaded.base, place.checkpoint)
+    own = _Callbacks.of(prepared, place.folder)
+    trainer = _make_trainer(prepared, loaded, look, own, callbacks)
+    trainer.add_callback(StartRecord(place.folder, _start_facts(trainer, prepared, loaded)))
+    if place.checkpoint is None and processes.is_main():
+        place.folder.start(prepared.config, loaded.base.revision)
+    with log_file(place.folder.path / LOG) if processes.is_main() else nullcontext():
+        _log_run(prepared, trainer, loaded)
+        on_start(trainer.peft_model)
+        began = time.perf_counter()
+        _train(trainer, own.stop, place)
+    stopped = own.stop.requested and trainer.state.global_step < trainer.state.max_steps
+    summary = _summary(trainer, own, time.perf_counter() - began)
+    trainer.peft_model.eval()
+    return TrainedRun(prepared, place.folder, loaded, trainer.peft_model, summary, stopped)
 
 
 @dataclass(frozen=True)
-class Callbacks:
-    """The run's own callbacks, where the job needs them afterwards."""
+class _Callbacks:
+    """The run's own callbacks, which are asked again afterwards."""
 
     metrics: MetricsWriter
-    progress: ProgressLine
+    samples: SamplesWriter
     stop: StopRequest
     early: EarlyStop | None
 
+    @classmethod
+    def of(cls, prepared: PreparedRun, folder: RunFolder) -> _Callbacks:
+        section = prepared.config.evaluation
+        patience, threshold = section.early_stopping_patience, section.early_stopping_threshold
+        early = EarlyStop(patience, threshold) if patience else None
+        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), StopRequest(), early)
+
+    def listed(self) -> list[TrainerCallback]:
+        early = [self.early] if self.early else []
+        return [self.metrics, GradientCheck(), self.stop, self.samples, *early]
+
 
 def _make_trainer(
-    settings: Settings,
-    config: RunConfig,
-    loaded: Loaded,
-    chats: Chats,
-    engine: Engine | None,
-    look: Look | None,
-    folder: RunFolder,
-    console: Console,
-) -> tuple[ChatTrainer, Callbacks]:
-    args = make_training_args(settings, folder.path, loaded.device, loaded.model.dtype, fast=engine is not None)
-    lora = make_lora_config(settings, resolve_targets(loaded.model, settings.peft.get("target_modules")))
+    prepared: PreparedRun, loaded: Loaded, look: Look | None, own: _Callbacks, more: Sequence[TrainerCallback]
+) -> RunTrainer:
+    targets = resolve_targets(loaded.model, prepared.settings.peft.get("target_modules"))
+    lora = make_lora_config(prepared.settings, targets)
     lora.revision = loaded.base.revision
-    rows = chats.train.dataset()
-    if engine:
-        use_fused_layers(lora, loaded.model)
-        rows = engine.prepare(rows)
-    set_seed(args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
-    patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
-    early = EarlyStop(patience, threshold) if patience else None
-    callbacks = Callbacks(MetricsWriter(folder.metrics), ProgressLine(console), StopRequest(), early)
-    samples = SamplesWriter(folder.samples)
+    metrics, *others = own.listed()
+    held_out = prepared.chats.held_out
+    shared: dict[str, Any] = {
+        "loaded": loaded,
+        "args": prepared.args,
+        "objective": prepared.objective,
+        "eval_dataset": held_out.dataset() if held_out else None,
+        "look": look,
+        "samples": own.samples,
+        # What shows the numbers comes after what counts them.
+        "callbacks": [metrics, *more, *others],
+    }
+    set_seed(prepared.args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
     try:
-        trainer = ChatTrainer(
-            loaded=loaded,
-            args=args,
-            engine=engine,
-            train_dataset=rows,
-            eval_dataset=chats.held_out.dataset() if chats.held_out else None,
-            peft_config=lora,
-            look=look,
-            samples=samples,
-            callbacks=[
-                *(callbacks.metrics, callbacks.progress, GradientCheck(), callbacks.stop, samples),
-                *([early] if early else []),
-            ],
-        )
+        trainer = _fast_or_plain(prepared, loaded, lora, shared)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         # Both libraries check much only now: a rank below 1, a tracker that is not installed, odd combinations.
         raise ConfigError(f"PEFT or TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dictionary
-    trainer.add_callback(StartRecord(folder, _start_facts(trainer, loaded, chats)))
-    return trainer, callbacks
+    return trainer
 
 
-def _start_facts(trainer: ChatTrainer, loaded: Loaded, chats: Chats) -> dict[str, Any]:
+def _fast_or_plain(prepared: PreparedRun, loaded: Loaded, lora: LoraConfig, shared: dict[str, Any]) -> RunTrainer:
+    rows, engine = prepared.chats.train.dataset(), prepared.engine.fast
+    if engine is None:
+        kind: Any = prepared.objective.plain_trainer()
+        trainer: RunTrainer = kind(train_dataset=rows, peft_config=lora, **shared)
+        return trainer
+    model = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model))
+    assert isinstance(model, PeftModel)
+    return FastTrainer(model=model, engine=engine, train_dataset=engine.prepare(rows), **shared)
+
+
+def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> dict[str, Any]:
     trains, total = trainable_parameters(trainer.peft_model)
     return {
         "base": asdict(loaded.base),
-        "data": chats.facts(),
+        "data": prepared.chats.facts(),
         "trainable_parameters": trains,
         "parameters": total,
         "environment": describe_environment(trainer.args),
     }
 
 
-def _run(trainer: ChatTrainer, callbacks: Callbacks, checkpoint: Path | None, trained: Trained) -> Trained:
-    began = time.perf_counter()
+def _train(trainer: RunTrainer, stop: StopRequest, place: RunPlace) -> None:
     try:
-        with callbacks.stop.listening():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
         trainer.save_final()
     except (OSError, RuntimeError, ValueError) as error:
         if is_disk_full(error):
             raise RunError(
-                f"no space is left for {trained.folder.path}: the run stopped; checkpoints written before are "
+                f"no space is left for {place.folder.path}: the run stopped; checkpoints written before are "
                 "whole. Make room and go on with --resume"
             ) from error
         raise
-    finally:
-        callbacks.progress.close()
-    trained.stopped = callbacks.stop.requested and trainer.state.global_step < trainer.state.max_steps
-    trained.summary = {
+
+
+def _summary(trainer: RunTrainer, own: _Callbacks, seconds: float) -> dict[str, Any]:
+    return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "train_loss": _mean_loss(trainer),
         "tokens": int(trainer.state.num_input_tokens_seen),
-        "seconds": round(time.perf_counter() - began, 2),
-        "tokens_per_s": callbacks.metrics.tokens_per_s,
-        "trainable_parameters": trainable_parameters(trained.model)[0],
-        "stopped_early": bool(callbacks.early and callbacks.early.stopped),
+        "seconds": round(seconds, 2),
+        "tokens_per_s": own.metrics.tokens_per_s,
+        "trainable_parameters": trainable_parameters(trainer.peft_model)[0],
+        "stopped_early": bool(own.early and own.early.stopped),
         "best": _best(trainer),
     }
-    trained.model.eval()
-    return trained
 
 
-def _best(trainer: ChatTrainer) -> dict[str, Any] | None:
+def _best(trainer: RunTrainer) -> dict[str, Any] | None:
     """The best evaluation: its metric, value and step; `loaded` where the run's adapter is that step's."""
     state, metric = trainer.state, trainer.args.metric_for_best_model
     if metric is None or state.best_metric is None:
@@ -227,28 +222,18 @@ def _best(trainer: ChatTrainer) -> dict[str, Any] | None:
     }
 
 
-def _mean_loss(trainer: ChatTrainer) -> float | None:
+def _mean_loss(trainer: RunTrainer) -> float | None:
     """The mean of the logged losses, those before a resume included."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return sum(losses) / len(losses) if losses else None
 
 
-def log_engine(engine: Engine | None, why_not: str | None) -> None:
-    """One line on how a step is computed."""
-    if engine is None:
-        logger.info("engine: plain (transformers and PEFT as they are)%s", f": {why_not}" if why_not else "")
-        return
-    rows = f"rows filled up to {engine.fill} tokens" if engine.fill else "a step's chats in one row"
-    shared = "common beginnings computed once" if engine.share else "no sharing of common beginnings"
-    logger.info("engine: fast: %s without padding, %s, activation memory %s", rows, shared, engine.activation_memory)
-
-
-def log_parameters(
-    config: RunConfig, settings: Settings, args: TrainingArguments, loaded: Loaded, model: torch.nn.Module
-) -> None:
-    """The guide's log lines: device and precision, all parameters, the share that trains."""
-    for note in settings.notes:
+def _log_run(prepared: PreparedRun, trainer: RunTrainer, loaded: Loaded) -> None:
+    """The guide's log lines: engine, device and precision, all parameters, the share that trains."""
+    logger.info(prepared.engine.describe())
+    for note in prepared.settings.notes:
         logger.info(note)
+    args = trainer.args
     # The engine computes in the weights' dtype, without autocast.
     precision = "bf16" if args.bf16 or loaded.model.dtype == torch.bfloat16 else "fp16" if args.fp16 else "float32"
     logger.info(
@@ -258,36 +243,12 @@ def log_parameters(
         loaded.model.dtype,
         precision,
     )
-    if args.bf16 and not has_packed_form(loaded.model) and not has_native_bf16(loaded.device):
+    if args.bf16 and prepared.engine.fast is None and not has_native_bf16(loaded.device):
         logger.warning("bf16 without the fast engine, on a processor that multiplies it slowly: expect slow steps")
-    logger.info("model: %s", config.model.model_dump())
-    logger.info("data: %s", config.data.model_dump())
-    logger.info("training_config: %s", settings.training)
-    logger.info("peft_config: %s", settings.peft)
-    trains, total = trainable_parameters(model)
+    logger.info("model: %s", prepared.config.model.model_dump())
+    logger.info("data: %s", prepared.config.data.model_dump())
+    logger.info("objective: %s", prepared.config.objective.model_dump())
+    logger.info("training_config: %s", prepared.settings.training)
+    logger.info("peft_config: %s", prepared.settings.peft)
+    trains, total = trainable_parameters(trainer.peft_model)
     logger.info("trainable parameters: %s of %s (%.3f%%)", f"{trains:,}", f"{total:,}", 100 * trains / total)
-
-
-def show_data(chats: Chats, loaded: Loaded, console: Console) -> None:
-    """What became of the rows, and the first chats as the model sees them (the trained part told apart)."""
-    for made in (chats.train, chats.held_out):
-        if made:
-            for line in made.report.lines():
-                console.print(line, highlight=False, soft_wrap=True)
-    marks = not console.is_terminal
-    part = "the part in ⟦ ⟧" if marks else "the green part"
-    console.print(f"The first chats as the model sees them; {part} is trained on:", highlight=False)
-    for row in chats.train.encoded[:PREVIEWS]:
-        console.print(preview(loaded.tokenizer, row, marks), highlight=False)
-
-
-def show_targets(model: PeftModel, console: Console) -> None:
-    """A table of the layers that the adapter sits on."""
-    console.print("LoRA sits on:", highlight=False)
-    table = Table()
-    for column in ("layers", "count", "shape (out × in)", "rank", "parameters"):
-        table.add_column(column, justify="left" if column == "layers" else "right")
-    for target in matched_targets(model):
-        shape = f"{target.out_features} × {target.in_features}"
-        table.add_row(target.name, str(target.count), shape, str(target.rank), f"{target.parameters:,}")
-    console.print(table)

@@ -1,6 +1,6 @@
-"""The guide's two dictionaries, validated and turned into `peft.LoraConfig` and `trl.SFTConfig`.
+"""Validates the guide's two dictionaries and turns them into `peft.LoraConfig` and `trl.SFTConfig`.
 
-Keys of older scripts are taken along: each retired key is translated, or left out, with a line that says so.
+Keys of older scripts are accepted. A retired key is translated or left out, and a line in the log says so.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ from phinetune.errors import ConfigError, unknown_key
 
 logger = logging.getLogger(__name__)
 
-# Where this project departs from SFTConfig's defaults, and why.
+# The defaults that differ from SFTConfig's, and why.
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,  # SFTConfig's 2e-5 is for full fine-tuning; LoRA takes ten times as much
-    "report_to": "none",  # nothing leaves the machine unless asked
-    "logging_nan_inf_filter": False,  # a non-finite loss stops the run; it must not be averaged away
+    "learning_rate": 2e-4,  # SFTConfig's 2e-5 is for full fine-tuning; LoRA needs ten times as much
+    "report_to": "none",  # nothing leaves the machine unless the user asks for it
+    "logging_nan_inf_filter": False,  # a loss that is not finite must stop the run, not be replaced by a mean
 }
 PEFT_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True)
 class Retired:
-    """A key that older versions had: the key in its place (None: no effect any more), and what to say."""
+    """A key that older versions had.
+
+    Attributes:
+        now: the key that has replaced it. None: it has no effect any more.
+        note: what to tell the user.
+    """
 
     now: str | None
     note: str
@@ -75,7 +80,7 @@ RETIRED_TRAINING: dict[str, Retired] = {
     "tpu_num_cores": Retired(None, "it is gone from transformers"),
 }
 
-# Keys of SFTConfig whose job another section does here.
+# Keys of SFTConfig that are not used here, and what to use in their place.
 ELSEWHERE = {
     "model_init_kwargs": "use the section `model`",
     "dataset_text_field": "use the section `data`",
@@ -89,7 +94,7 @@ ELSEWHERE = {
 }
 
 
-# Keys whose annotation lists fewer values than the library takes (`pissa_niter_16`).
+# Keys for which the library takes more values than its annotation lists (`pissa_niter_16`).
 OPEN_ENDED = {"init_lora_weights"}
 
 
@@ -98,9 +103,9 @@ class Settings:
     """Both dictionaries, validated.
 
     Attributes:
-        training: `SFTConfig` arguments, complete but for what the machine decides.
-        peft: `LoraConfig` arguments; `target_modules` not yet looked up in a model.
-        notes: a line for every retired key that was translated or left out.
+        training: the arguments of `SFTConfig`, but for those that depend on the machine.
+        peft: the arguments of `LoraConfig`. `target_modules` is as the user gave it, not yet matched with a model.
+        notes: a line for the log about each key or value that was translated or left out.
     """
 
     training: dict[str, Any]
@@ -109,13 +114,13 @@ class Settings:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens a chat may have; None is no limit."""
+        """How many tokens a chat may have; None is no limit."""
         value = self.training.get("max_length", _field(SFTConfig, "max_length").default)
         return None if value is None else int(value)
 
     @property
     def step_timeout(self) -> float:
-        """Seconds that processes wait for one another in a step."""
+        """How many seconds processes wait for each other in a step."""
         return float(self.training.get("ddp_timeout", _field(SFTConfig, "ddp_timeout").default))
 
 
@@ -123,7 +128,8 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     """Check every key and value of both dictionaries.
 
     Raises:
-        ConfigError: all unknown keys (with the nearest known one) and all ill-typed values at once.
+        ConfigError: there are unknown keys, values of the wrong type, or keys that are not used here; the error lists
+            all of them.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -145,12 +151,14 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes)
 
 
-# Optimizers of bitsandbytes, which scripts for QLoRA name.
+# The names of bitsandbytes' optimizers, which scripts for QLoRA use.
 BITSANDBYTES = re.compile(r"paged_|.*(8bit|_bnb|lion_|ademamix)")
 
 
 def _optimizer(training: dict[str, Any], problems: list[str], notes: list[str]) -> None:
-    """Without bitsandbytes its AdamW is torch's, which takes the same steps with more memory; others are refused."""
+    """Without bitsandbytes, replace its AdamW by torch's, which takes the same steps with more memory. Its other
+    optimizers are refused.
+    """
     name = str(training.get("optim", ""))
     if not BITSANDBYTES.match(name) or find_spec("bitsandbytes"):
         return
@@ -162,46 +170,53 @@ def _optimizer(training: dict[str, Any], problems: list[str], notes: list[str]) 
 
 
 def _translate(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
+    """The dictionary without retired keys. Their replacements have their values."""
+    translated: dict[str, Any] = {}
     for key, value in given.items():
         retired = RETIRED_TRAINING.get(key)
         if retired is None:
-            kept[key] = value
+            translated[key] = value
             continue
         notes.append(f"training_config: `{key}` is retired: {retired.note}")
         if retired.now is None or value is None:
             continue
         if retired.now in given and given[retired.now] != value:
             problems.append(f"training_config: both `{key}` and `{retired.now}` are given; keep `{retired.now}`")
-        kept.setdefault(retired.now, value)
-    return kept
+        translated.setdefault(retired.now, value)
+    return translated
 
 
 def _checked(
     where: str, schema: type, given: Mapping[str, Any], known: set[str], problems: list[str]
 ) -> dict[str, Any]:
+    """The keys that the schema knows, with values of its types. Everything else is added to `problems`."""
     hints = typing.get_type_hints(schema)
-    kept: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
             problems.append(unknown_key(where, key, known))
             continue
         try:
-            kept[key] = value if key in OPEN_ENDED else _coerce(value, hints[key])
+            checked[key] = value if key in OPEN_ENDED else _coerce(value, hints[key])
         except ValidationError as error:
             message = error.errors()[0]["msg"].replace("Input should", "it should")
             problems.append(f"{where}.{key}: {message} (given: {value!r})")
-    return kept
+    return checked
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    """Plain values as the schema types them (YAML reads `5e-6` as text); anything else as it was given."""
+    """The value in the schema's type, if that is a number, a text or a boolean (YAML reads `5e-6` as text). Else the
+    value as it was given.
+    """
     checked = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     return checked if type(checked) in (bool, int, float, str) else value
 
 
 def make_lora_config(settings: Settings, targets: Any) -> LoraConfig:
-    """The adapter's configuration with `target_modules` as found in the model.
+    """The adapter's configuration.
+
+    Args:
+        targets: `target_modules` in the model's names, from `resolve_targets`.
 
     Raises:
         ConfigError: PEFT refuses a value or a combination.
@@ -215,11 +230,11 @@ def make_lora_config(settings: Settings, targets: Any) -> LoraConfig:
 def make_training_args(
     settings: Settings, output_dir: Path, device: torch.device, dtype: torch.dtype, *, fast: bool = False
 ) -> SFTConfig:
-    """TRL's arguments for this device and dtype. `bf16` follows the model's dtype unless given.
+    """TRL's arguments for this device and dtype. If `bf16` is not given, it follows the model's dtype.
 
     Args:
-        fast: the engine computes in the weights' dtype, packs, and saves memory itself, so autocast, TRL's packing
-            and transformers' gradient checkpointing are off.
+        fast: whether the fast engine trains. It computes in the weights' dtype, packs and saves memory itself, so
+            autocast, TRL's packing and transformers' gradient checkpointing are off. Its collator picks its columns.
 
     Raises:
         ConfigError: TRL or transformers refuses a value or a combination.
@@ -230,13 +245,13 @@ def make_training_args(
     given["output_dir"] = str(output_dir)
     given.setdefault("use_cpu", device.type == "cpu")
     if fast:
-        # The plain loss_type keeps TRL 1.14 from putting its own forward in the model's place.
-        off = ("bf16", "packing", "gradient_checkpointing", "torch_compile")
+        # With `loss_type: nll`, TRL 1.14 does not replace the model's forward by its own.
+        off = ("bf16", "packing", "gradient_checkpointing", "torch_compile", "remove_unused_columns")
         given |= {"loss_type": "nll", "dataset_kwargs": {"skip_prepare_dataset": True}, **dict.fromkeys(off, False)}
-    given["disable_tqdm"] = True  # phinetune.screen.progress draws the line
+    given["disable_tqdm"] = True  # phinetune.screen.progress shows the progress
     try:
         with warnings.catch_warnings():
-            # `gradient_checkpointing` is the guide's name for what transformers is renaming.
+            # The guide uses the name `gradient_checkpointing`, which transformers is about to change.
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             args = SFTConfig(**given)
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
@@ -245,16 +260,19 @@ def make_training_args(
 
 
 def one_gpu(args: SFTConfig) -> SFTConfig:
-    """The arguments for one GPU a process. Where a single process sees several, transformers would split each batch
-    among them (`DataParallel`), which packed rows can't be.
+    """The arguments, limited to one GPU per process.
+
+    If a single process sees several GPUs, transformers would split each batch among them (`DataParallel`). Packed rows
+    can't be split.
     """
     if args.n_gpu > 1:
         logger.warning(
-            "%d GPUs are there, and one process trains on the first; `accelerate launch --num_processes %d` takes all",
+            "there are %d GPUs, but one process trains on the first only; `accelerate launch --num_processes %d` uses "
+            "all of them",
             args.n_gpu,
             args.n_gpu,
         )
-        args._n_gpu = 1  # as transformers itself does where the model's place is settled
+        args._n_gpu = 1  # transformers does the same for a model that is already on its device
     return args
 
 

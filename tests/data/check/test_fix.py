@@ -1,4 +1,4 @@
-"""The cleaned set: mended where that can be, without what can't, and then a check finds nothing that would spoil."""
+"""A cleaned set has repaired rows, lacks the rows that can't be repaired, and no longer spoils a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from check_helpers import check
+from data.check.check_helpers import check
 from helpers import chat, write_jsonl
 from phinetune.data.check.findings import KINDS
 from phinetune.data.check.fix import Fixed, write_fixed
@@ -42,7 +42,7 @@ def fixed(folder: Path) -> tuple[Fixed, list[dict[str, Any]]]:
     return made, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-def test_rows_are_mended_or_left_out_and_counted(tmp_path: Path) -> None:
+def test_rows_are_repaired_or_left_out_and_counted(tmp_path: Path) -> None:
     made, rows = fixed(tmp_path)
     assert rows == [
         SOUND,
@@ -56,7 +56,7 @@ def test_rows_are_mended_or_left_out_and_counted(tmp_path: Path) -> None:
         KINDS[kind].title: 1 for kind in ("duplicate", "empty_answer", "secret", "shared", "form", "broken")
     }
     assert made.remaining == []
-    assert made.line().startswith(f"Wrote {tmp_path / 'clean.jsonl'}: 4 rows; mended 1 with ")
+    assert made.line().startswith(f"Wrote {tmp_path / 'clean.jsonl'}: 4 rows; repaired 1 with ")
 
 
 def test_a_cleaned_set_spoils_no_run(tmp_path: Path) -> None:
@@ -78,17 +78,22 @@ def test_a_sound_set_stays_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "b.jsonl").read_text() == file.read_text()
 
 
-def test_nothing_that_stands_there_is_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param("a.jsonl", "stands there already", id="the checked file"),
+        pytest.param("folder.jsonl", "stands there already", id="a folder"),
+        pytest.param("b.csv", r"ends in \.jsonl", id="another kind of file"),
+    ],
+)
+def test_nothing_is_overwritten_and_only_json_lines_are_written(tmp_path: Path, name: str, words: str) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [SOUND])
+    (tmp_path / "folder.jsonl").mkdir()
     before = file.read_bytes()
-    for out in (file, tmp_path / "folder.jsonl"):
-        if out != file:
-            out.mkdir()
-        with pytest.raises(DataError, match="stands there already"):
-            write_fixed(check(file), out)
+    with pytest.raises(DataError, match=words):
+        write_fixed(check(file), tmp_path / name)
     assert file.read_bytes() == before
-    with pytest.raises(DataError, match=r"ends in \.jsonl"):
-        write_fixed(check(file), tmp_path / "b.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "folder.jsonl"]
 
 
 def test_an_empty_set_is_not_written(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ def test_every_row_is_in_one_bin() -> None:
     bins = histogram(lengths)
     assert len(bins) <= BINS
     assert sum(b.rows for b in bins) == sum(b.rows_by_trainable_tokens for b in bins) == 500
-    for one in bins:
-        assert one.rows == sum(one.first <= n <= one.last for n, _ in lengths)
-        assert one.rows_by_trainable_tokens == sum(one.first <= t <= one.last for _, t in lengths)
+    assert [one.rows for one in bins] == [sum(one.first <= n <= one.last for n, _ in lengths) for one in bins]
+    assert [one.rows_by_trainable_tokens for one in bins] == [
+        sum(one.first <= trainable <= one.last for _, trainable in lengths) for one in bins
+    ]
 
 
 def test_a_few_far_longer_rows_share_the_last_bin() -> None:

@@ -1,4 +1,4 @@
-"""Many files, each spoiled in one way: each gets its finding with the right line and status, and none a traceback."""
+"""Many files, each spoiled in one way. Each gets its finding, with the right line and exit status, and no traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cli_helpers import run
+from cli.cli_helpers import run
 from helpers import TINY, chat
 from phinetune.data.check.findings import KINDS
 
@@ -234,6 +234,14 @@ def test_there_are_forty_and_more_of_every_kind_that_a_file_alone_can_show() -> 
         ("lines.json", lines()),
         ("mark.csv", codecs.BOM_UTF8 + b"prompt,completion\r\nHow far?,Five\r\nHow long?,Six\r\n"),
         ("flag.jsonl", lines(json.dumps(chat("Which flag?", "\U0001f3f4\U000e0067\U000e0062\U000e007f")).encode())),
+    ],
+    ids=[
+        "byte order mark",
+        "line ends of Windows",
+        "JSON list named JSON Lines",
+        "JSON Lines named JSON",
+        "CSV with a byte order mark",
+        "a flag of invisible letters",
     ],
 )
 def test_what_is_sound_in_an_unusual_way_is_no_finding(tmp_path: Path, check: Any, name: str, content: bytes) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from check_helpers import ENCODER
+from data.check.check_helpers import ENCODER
 from helpers import chat
 from phinetune.data.check.text_checks import (
     call_troubles,
     letter_troubles,
     markup_troubles,
-    mend,
+    repair,
     text_troubles,
     turn_troubles,
 )
@@ -43,9 +43,27 @@ USER, ANSWER = ("user", "Well, how far is it?"), ("assistant", "Five miles, more
         (turns(USER, ("assistant", "Yes."), ("user", "And?"), ("assistant", "Yes.")), []),
         (turns(USER, ("user", "Well?"), ANSWER), [("order", "turns 1 and 2 are both the user's")]),
         (turns(USER, ANSWER, ("assistant", "Or six.")), [("order", "turns 2 and 3 are both the assistant's")]),
-        (turns(USER, ("tool", "5"), ANSWER), [("order", "turn 2 is a tool's, and no call stands before it")]),
+        (turns(USER, ("tool", "5"), ANSWER), [("order", "turn 2 is a tool's, and no tool call comes before it")]),
         (turns(("system", "x"), ANSWER), [("order", "turn 2 answers no question")]),
         (turns(USER, ANSWER, ("user", "So?")), [("order", "the last turn is the user's, and nothing answers it")]),
+    ],
+    ids=[
+        "question and answer",
+        "system message and two exchanges",
+        "empty question",
+        "empty system message",
+        "system message that carries tools",
+        "empty answer",
+        "empty answer without loss",
+        "tool call without words",
+        "answer that repeats the question",
+        "long answer twice",
+        "short answer twice",
+        "two questions in a row",
+        "two answers in a row",
+        "tool turn without a call",
+        "answer without a question",
+        "question without an answer",
     ],
 )
 def test_turns(messages: list[dict[str, Any]], wanted: list[tuple[str, str]]) -> None:
@@ -61,6 +79,7 @@ def test_turns(messages: list[dict[str, Any]], wanted: list[tuple[str, str]]) ->
         (chat("[INST] x [/INST]", "y"), [("foreign_markup", "turn 1: [INST] [/INST]")]),
         (chat("x", "y<|eot_id|>"), [("foreign_markup", "turn 2: <|eot_id|>")]),
     ],
+    ids=["none", "typed token", "rendered answer", "Llama 2's", "Llama 3's"],
 )
 def test_markup(messages: dict[str, Any], wanted: list[tuple[str, str]]) -> None:
     assert list(markup_troubles(messages["messages"], ENCODER)) == wanted
@@ -71,9 +90,9 @@ def garbled(text: str, encoding: str = "cp1252") -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted", "mended"),
+    ("text", "wanted", "repaired"),
     [
-        ("plain\ttext\r\n", [], "plain\ttext\r\n"),
+        ("simple\ttext\r\n", [], "simple\ttext\r\n"),
         ("Größe, naïve “quotes”, 日本語, ответ, 🙂 👩‍👩‍👧", [], None),
         ("Ça coûte 5 € à l’Élysée", [], None),
         ("bell\x07 and \x1b[31mred\x00", ["control"], "bell and [31mred"),
@@ -84,14 +103,26 @@ def garbled(text: str, encoding: str = "cp1252") -> str:
         (garbled("it’s naïve – “so”".replace("”", "“")), ["mojibake"], None),
         (garbled("Größe", "latin-1"), ["mojibake"], "Größe"),
     ],
+    ids=[
+        "ASCII",
+        "other languages and emoji",
+        "French",
+        "control characters",
+        "reading direction",
+        "byte order mark",
+        "lost letters",
+        "garbled German",
+        "garbled quotes",
+        "garbled by Latin-1",
+    ],
 )
-def test_letters(text: str, wanted: list[str], mended: str | None) -> None:
+def test_letters(text: str, wanted: list[str], repaired: str | None) -> None:
     assert [kind for kind, _ in letter_troubles(text)] == wanted
     kinds = {kind for kind in wanted if kind != "replaced"}
-    if mended is not None:
-        assert mend(text) == (mended, kinds)
+    if repaired is not None:
+        assert repair(text) == (repaired, kinds)
     elif not wanted:
-        assert mend(text) == (text, set())
+        assert repair(text) == (text, set())
 
 
 def test_hidden_letters_are_named() -> None:
@@ -109,7 +140,7 @@ def test_calls_tools_and_answers_belong_together() -> None:
     assert list(call_troubles([])) == []
     other = turns(head, USER, ("assistant", "", called("g", id="1")), USER, ("tool", "5", {"tool_call_id": "2"}))
     assert [detail for _, detail in call_troubles(other)] == [
-        "turn 3 calls `g`, which the row's tools do not have",
+        "turn 3 calls `g`, which is not among the row's tools",
         "turn 3 calls a tool, and no answer follows",
         "turn 5 answers a call that no turn makes",
     ]

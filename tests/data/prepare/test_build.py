@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 
 from helpers import chat, write_jsonl
-from phinetune.chat.encoder import make_encoder
+from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
-from phinetune.config.run import DataSection
-from phinetune.data.prepare.build import Chats, build_chats
+from phinetune.config.data import DataSection
+from phinetune.data.prepare.build import build_chats
+from phinetune.data.prepare.chat_sets import Chats
+from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.errors import DataError
 
 ENCODER = make_encoder(byte_tokenizer(300))
 
 
 def build(max_length: int | None = None, **section: Any) -> Chats:
-    return build_chats(DataSection(**section), ENCODER, max_length)
+    return build_chats(RowEncoder(DataSection(**section), ENCODER, max_length))
 
 
 def questions(made: Any) -> list[str]:
@@ -85,7 +87,7 @@ def test_a_template_that_refuses_a_chat_is_named_with_the_row(tmp_path: Path) ->
     )
     file = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b"), chat("bad", "b"), chat("c", "d")])
     with pytest.raises(DataError) as caught:
-        build_chats(DataSection(train=str(file)), make_encoder(tokenizer), None)
+        build_chats(RowEncoder(DataSection(train=str(file)), make_encoder(tokenizer), None))
     assert caught.value.problems[0] == f"{file}:2: the chat template refuses it: no bad words"
 
 
@@ -98,7 +100,7 @@ def test_long_chats_are_cut_or_dropped_and_counted(tmp_path: Path) -> None:
     assert len(build(60, train=str(file), overlong="drop").train) == 1
 
 
-@pytest.mark.parametrize("rows", [[], [chat("a", "long " * 50)]])
+@pytest.mark.parametrize("rows", [[], [chat("a", "long " * 50)]], ids=["empty file", "all rows too long"])
 def test_a_set_with_nothing_to_use_is_refused(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match="no chat to use"):
@@ -112,7 +114,7 @@ def test_a_set_that_never_ends_a_turn_is_refused(chats: Path) -> None:
         "{{ '<|assistant|>' if add_generation_prompt else '' }}"
     )
     with pytest.raises(DataError, match="never learn to stop"):
-        build_chats(DataSection(train=str(chats)), make_encoder(tokenizer), None)
+        build_chats(RowEncoder(DataSection(train=str(chats)), make_encoder(tokenizer), None))
 
 
 def numbered(tmp_path: Path, name: str, count: int) -> Path:
@@ -144,8 +146,8 @@ def test_a_repeated_row_stands_on_one_side_of_the_split(tmp_path: Path) -> None:
 
 def test_the_split_is_the_same_with_and_without_weights(tmp_path: Path) -> None:
     file = str(numbered(tmp_path, "a.jsonl", 20))
-    plain, by_weight = build(train=file, eval=0.25), build(train=[{"path": file, "weight": 2}], eval=0.25)
-    assert questions(plain.held_out) == questions(by_weight.held_out)
+    once, twice = build(train=file, eval=0.25), build(train=[{"path": file, "weight": 2}], eval=0.25)
+    assert questions(once.held_out) == questions(twice.held_out)
 
 
 def test_a_weight_that_draws_nothing_leaves_an_empty_set(tmp_path: Path) -> None:

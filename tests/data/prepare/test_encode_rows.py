@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from helpers import chat
-from phinetune.chat.encoder import make_encoder
+from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
-from phinetune.config.run import DataSection
-from phinetune.data.prepare.encode_rows import RowOutcome, outcomes
+from phinetune.config.data import DataSection
+from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
 from phinetune.data.read.rows import Row
+from phinetune.engine.examples import Encoded
 
 TOKENIZER = byte_tokenizer(300)
 ENCODER = make_encoder(TOKENIZER)
@@ -19,7 +20,7 @@ ENCODER = make_encoder(TOKENIZER)
 
 def outcome(fields: dict[str, Any], max_length: int | None = None, **section: Any) -> RowOutcome:
     encoder = make_encoder(TOKENIZER, section.get("loss_on", "assistant"))
-    return next(outcomes([Row("a.jsonl:1", fields)], DataSection(**section), encoder, max_length))
+    return next(RowEncoder(DataSection(**section), encoder, max_length)([Row("a.jsonl:1", fields)]))
 
 
 def trained(made: RowOutcome) -> str:
@@ -41,8 +42,8 @@ def test_ids_above_a_gap_in_the_vocabulary_are_taken() -> None:
     top = max(sparse.get_vocab().values())
     assert top > len(sparse)
     rows = [Row("a:1", {"input_ids": [5, top]}), Row("a:2", {"input_ids": [5, top + 1]})]
-    taken, refused = outcomes(rows, DataSection(), make_encoder(sparse), None)
-    assert taken.encoded == ([5, top], [5, top])
+    taken, refused = RowEncoder(DataSection(), make_encoder(sparse), None)(rows)
+    assert taken.encoded == Encoded([5, top], [5, top])
     assert refused.error is not None
 
 
@@ -56,17 +57,17 @@ def test_text_that_ends_a_turn_is_not_ended_again(end: str) -> None:
 def test_a_rendered_chat_given_as_text_has_the_ids_of_the_chat() -> None:
     row = chat("Hi", "Ho", system="Be brief.")
     text = TOKENIZER.apply_chat_template(row["messages"], tokenize=False)
-    made, plain = outcome({"text": text}), outcome(row)
-    assert made.encoded
-    assert plain.encoded
-    assert made.encoded.input_ids == plain.encoded.input_ids
+    from_text, from_chat = outcome({"text": text}), outcome(row)
+    assert from_text.encoded
+    assert from_chat.encoded
+    assert from_text.encoded.input_ids == from_chat.encoded.input_ids
 
 
 def test_ids_and_labels_are_taken_as_they_stand() -> None:
     made = outcome({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
-    assert (made.form, made.encoded) == ("tokens", ([5, 6, 7], [-100, 6, 7]))
+    assert (made.form, made.encoded) == ("tokens", Encoded([5, 6, 7], [-100, 6, 7]))
     whole = outcome({"input_ids": [5, 6, 7]})
-    assert whole.encoded == ([5, 6, 7], [5, 6, 7])
+    assert whole.encoded == Encoded([5, 6, 7], [5, 6, 7])
 
 
 @pytest.mark.parametrize(
@@ -93,10 +94,10 @@ def test_ready_made_rows_that_cannot_be_right_are_refused(fields: dict[str, Any]
     assert made.encoded is None
 
 
-def test_ready_made_rows_are_dropped_and_never_cut() -> None:
-    for fields in ({"text": "long " * 20}, {"input_ids": [5] * 60}):
-        made = outcome(fields, 50)
-        assert (made.reason, made.error, made.cut) == ("longer than 50 tokens", None, False)
+@pytest.mark.parametrize("fields", [{"text": "long " * 20}, {"input_ids": [5] * 60}], ids=["text", "ids"])
+def test_ready_made_rows_are_dropped_and_never_cut(fields: dict[str, Any]) -> None:
+    made = outcome(fields, 50)
+    assert (made.reason, made.error, made.cut) == ("longer than 50 tokens", None, False)
 
 
 def left_out(row: dict[str, Any], *turns: int) -> dict[str, Any]:
@@ -113,14 +114,15 @@ def left_out(row: dict[str, Any], *turns: int) -> dict[str, Any]:
         ("all", (3,), "<|user|>a<|end|><|assistant|>One.<|end|><|user|>b<|end|><|assistant|>"
          "<|user|>c<|end|><|assistant|>Three.<|end|><|endoftext|>"),
     ],
+    ids=["none", "the second", "the first and the last", "last: the first", "all: the second"],
 )  # fmt: skip
 def test_turns_left_out_of_the_loss_have_no_labels(loss_on: str, turns: tuple[int, ...], wanted: str) -> None:
     row = chat("a", "One.", "b", "Two.", "c", "Three.")
-    made, plain = outcome(left_out(row, *turns), loss_on=loss_on), outcome(row, loss_on=loss_on)
+    made, whole = outcome(left_out(row, *turns), loss_on=loss_on), outcome(row, loss_on=loss_on)
     assert trained(made) == wanted
     assert made.encoded
-    assert plain.encoded
-    assert made.encoded.input_ids == plain.encoded.input_ids
+    assert whole.encoded
+    assert made.encoded.input_ids == whole.encoded.input_ids
 
 
 def test_a_chat_whose_every_turn_is_left_out_is_refused() -> None:
@@ -140,7 +142,7 @@ def test_a_cut_leaves_what_fits_and_says_so() -> None:
 def test_outcomes_come_in_order_whatever_becomes_of_the_rows() -> None:
     rows = [chat("a", "b"), {"nothing": 1}, {"text": "x"}, {"input_ids": [5]}, chat("c" * 90, "d" * 90), chat("e", "f")]
     numbered = [Row(f"a:{i}", fields) for i, fields in enumerate(rows)]
-    made = list(outcomes(numbered, DataSection(), ENCODER, 60))
+    made = list(RowEncoder(DataSection(), ENCODER, 60)(numbered))
     assert [one.row.where for one in made] == [f"a:{i}" for i in range(6)]
     assert [one.form for one in made] == ["messages", None, "text", "tokens", "messages", "messages"]
     assert [one.encoded is not None for one in made] == [True, False, True, True, False, True]

@@ -16,13 +16,15 @@ import pytest
 from datasets import Dataset
 
 from helpers import chat, write_jsonl
-from phinetune.chat.encoder import make_encoder
+from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
-from phinetune.config.run import DataSection
+from phinetune.config.data import DataSection
 from phinetune.data.prepare import build, cache, table
-from phinetune.data.prepare.build import Chats, ChatSet, build_chats
+from phinetune.data.prepare.build import build_chats
+from phinetune.data.prepare.chat_sets import Chats, ChatSet
+from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.read import sources
-from phinetune.engine.choice import fill_rows
+from phinetune.engine.packing import fill_rows
 from phinetune.errors import DataError
 
 ENCODER = make_encoder(byte_tokenizer(300))
@@ -59,10 +61,10 @@ ROWS = [{**a_row(i), **({"kind": i % 3} if i % 4 else {})} for i in range(60)]
 
 def both(monkeypatch: pytest.MonkeyPatch, **section: Any) -> tuple[Chats, Chats]:
     """The section's sets by way of files, and in memory."""
-    large = build_chats(DataSection(**section), ENCODER, LONGEST)
+    large = build_chats(RowEncoder(DataSection(**section), ENCODER, LONGEST))
     with monkeypatch.context() as patch:
         patch.setattr(build, "SMALL", 10**9)
-        return large, build_chats(DataSection(**section), ENCODER, LONGEST)
+        return large, build_chats(RowEncoder(DataSection(**section), ENCODER, LONGEST))
 
 
 def same(large: ChatSet | None, small: ChatSet | None) -> None:
@@ -102,37 +104,63 @@ def test_processes_give_the_same_rows_in_the_same_order(monkeypatch: pytest.Monk
     assert len(list(entries(tmp_path)[0].glob("rows*.arrow"))) == 3
 
 
-def test_weights_limits_and_held_out_files_are_the_same_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = str(write_jsonl(tmp_path / "a.jsonl", ROWS[:25]))
-    second = str(write_jsonl(tmp_path / "b.jsonl", ROWS[25:]))
-    files = [{"path": first, "weight": 2.5}, {"path": second, "weight": 0.4}]
-    for section in (
-        {"train": files, "eval": 0.2, "tag": "kind"},
-        {"train": [first, second], "limit": 31, "eval": second},
-        {"train": first, "limit": 17, "invalid_rows": "drop", "loss_on": "last"},
-    ):
-        large, small = both(monkeypatch, **section)
-        same(large.train, small.train)
-        if "eval" in section:
-            same(large.held_out, small.held_out)
-
-
-def test_every_kind_of_source_gives_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rows = [chat(f"What is {i}?", "This!") for i in range(23)]
-    made = [tmp_path / name for name in ("a.json", "a.csv", "a.parquet", "folder", "wide.ndjson")]
-    made[0].write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    with made[1].open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["prompt", "completion"])
-        writer.writerows([f"two\nlines {i}", "yes"] for i in range(23))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), made[2], row_group_size=9)
-    Dataset.from_list(rows).save_to_disk(str(made[3]))
-    made[4].write_text("\n \n" + "".join(json.dumps(row) + "\r\n\r\n" for row in rows) + "  ", encoding="utf-8-sig")
-    for source in made:
-        large, small = both(monkeypatch, train=str(source), eval=0.3)
-        same(large.train, small.train)
+@pytest.mark.parametrize(
+    "section",
+    [
+        {
+            "train": [{"path": "a.jsonl", "weight": 2.5}, {"path": "b.jsonl", "weight": 0.4}],
+            "eval": 0.2,
+            "tag": "kind",
+        },
+        {"train": ["a.jsonl", "b.jsonl"], "limit": 31, "eval": "b.jsonl"},
+        {"train": "a.jsonl", "limit": 17, "invalid_rows": "drop", "loss_on": "last"},
+    ],
+    ids=["weights", "limit over files", "limit in a file"],
+)
+def test_weights_limits_and_held_out_files_are_the_same_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, section: dict[str, Any]
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ROWS[:25])
+    write_jsonl(tmp_path / "b.jsonl", ROWS[25:])
+    monkeypatch.chdir(tmp_path)
+    large, small = both(monkeypatch, **section)
+    same(large.train, small.train)
+    if "eval" in section:
         same(large.held_out, small.held_out)
-        assert not list(entries(tmp_path)[0].glob("source.*"))
+
+
+def write_source(path: Path) -> Path:
+    """Twenty-three chats in the kind of source that the name asks for."""
+    rows = [chat(f"What is {i}?", "This!") for i in range(23)]
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["prompt", "completion"])
+            writer.writerows([f"two\nlines {i}", "yes"] for i in range(23))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=9)
+    elif path.suffix == ".ndjson":
+        lines = "".join(json.dumps(row) + "\r\n\r\n" for row in rows)
+        path.write_text("\n \n" + lines + "  ", encoding="utf-8-sig")
+    else:
+        Dataset.from_list(rows).save_to_disk(str(path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "folder", "wide.ndjson"])
+def test_every_kind_of_source_gives_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    large, small = both(monkeypatch, train=str(write_source(tmp_path / name)), eval=0.3)
+    same(large.train, small.train)
+    same(large.held_out, small.held_out)
+    assert not list(entries(tmp_path)[0].glob("source.*"))
+
+
+def problems_of(file: Path) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        build_chats(RowEncoder(DataSection(train=str(file)), ENCODER, LONGEST))
+    return caught.value.problems
 
 
 def test_broken_places_are_all_told_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -140,72 +168,93 @@ def test_broken_places_are_all_told_and_nothing_is_kept(monkeypatch: pytest.Monk
     lines = file.read_bytes().splitlines(keepends=True)
     lines[2], lines[40], lines[59] = b"{\n", b'{"text": "caf\xe9"}\n', b"[1]"
     file.write_bytes(b"".join(lines))
-    found: list[list[str]] = []
-    for small in (10, 10**9):
-        monkeypatch.setattr(build, "SMALL", small)
-        with pytest.raises(DataError) as caught:
-            build_chats(DataSection(train=str(file)), ENCODER, LONGEST)
-        found.append(caught.value.problems)
-    assert found[0] == found[1]
-    assert [problem.partition(": ")[0] for problem in found[0]] == [f"{file}:3", f"{file}:41", f"{file}:60"]
+    problems = problems_of(file)
+    assert [problem.partition(": ")[0] for problem in problems] == [f"{file}:3", f"{file}:41", f"{file}:60"]
     assert not entries(tmp_path)
+    monkeypatch.setattr(build, "SMALL", 10**9)
+    assert problems_of(file) == problems
 
 
 def test_rows_that_cannot_be_used_are_all_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [{"nothing": 1} if i in (7, 50) else row for i, row in enumerate(ROWS)]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError) as caught:
-        build_chats(DataSection(train=str(file)), ENCODER, LONGEST)
-    assert [one.partition(": ")[0] for one in caught.value.problems[:2]] == [f"{file}:8", f"{file}:51"]
-    assert "invalid_rows" in caught.value.problems[-1]
+    problems = problems_of(file)
+    assert [problem.partition(": ")[0] for problem in problems[:2]] == [f"{file}:8", f"{file}:51"]
+    assert "invalid_rows" in problems[-1]
     assert not entries(tmp_path)
     large, small = both(monkeypatch, train=str(file), invalid_rows="drop")
     same(large.train, small.train)
-    with pytest.raises(DataError):  # what is kept now does not hide them
-        build_chats(DataSection(train=str(file)), ENCODER, LONGEST)
+    assert problems_of(file) == problems  # the cached table does not hide them
 
 
-def test_a_set_is_prepared_once_until_something_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    runs: list[str] = []
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sources of which a table was written, in order."""
+    written: list[str] = []
     write = build.write_table
-    monkeypatch.setattr(build, "write_table", lambda path, *rest: (runs.append(path), write(path, *rest)))
+    monkeypatch.setattr(build, "write_table", lambda path, *rest: (written.append(path), write(path, *rest)))
+    return written
 
-    def build_again(max_length: int = LONGEST, **section: Any) -> Chats:
-        return build_chats(DataSection(**{"train": str(file), **section}), ENCODER, max_length)
 
-    first = build_again()
-    for section in ({}, {"eval": 0.5}, {"seed": 3}, {"invalid_rows": "drop"}):
-        build_again(**section)
-    assert len(runs) == 1
-    moved = tmp_path / "b.jsonl"
-    moved.write_bytes(file.read_bytes())
-    build_again(train=str(moved))
-    assert len(runs) == 1
-    for n, changed in enumerate(({"loss_on": "last"}, {"overlong": "drop"}, {"limit": 12}, {"system": "fold"}), 2):
-        build_again(**changed)
-        assert len(runs) == n
-    build_again(80)
+def build_file(file: Path, max_length: int = LONGEST, **section: Any) -> ChatSet:
+    return build_chats(RowEncoder(DataSection(train=str(file), **section), ENCODER, max_length)).train
+
+
+@pytest.mark.parametrize("changed", [{}, {"eval": 0.5}, {"seed": 3}, {"invalid_rows": "drop"}], ids=str)
+def test_a_set_is_prepared_once(tables: list[str], tmp_path: Path, changed: dict[str, Any]) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    build_file(file)
+    build_file(file, **changed)
+    assert tables == [str(file)]
+
+
+def test_a_file_that_was_moved_is_not_prepared_again(tables: list[str], tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    build_file(file)
+    build_file(file.rename(tmp_path / "b.jsonl"))
+    assert tables == [str(file)]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"loss_on": "last"}, {"overlong": "drop"}, {"limit": 12}, {"system": "fold"}, {"max_length": 80}],
+    ids=str,
+)
+def test_other_settings_have_a_table_of_their_own(tables: list[str], tmp_path: Path, changed: dict[str, Any]) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    build_file(file)
+    build_file(file, **changed)
+    assert tables == [str(file)] * 2
+
+
+def test_a_file_that_has_changed_is_prepared_again(tables: list[str], tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    before = build_file(file).encoded[-1]
     write_jsonl(file, [*ROWS[:-1], chat("new", "row")])
-    again = build_again()
-    assert len(runs) == 7
-    assert again.train.encoded[-1] != first.train.encoded[-1]
+    assert build_file(file).encoded[-1] != before
+    assert len(tables) == 2
+
+
+@pytest.mark.parametrize("folder", cache.CODE)
+def test_the_code_that_a_key_depends_on_is_there(folder: str) -> None:
+    package = Path(cache.__file__).parents[2]
+    assert list((package / folder).glob("*.py"))
 
 
 def test_a_tokenizer_or_template_of_its_own_has_an_entry_of_its_own() -> None:
     one, other, third = byte_tokenizer(300), byte_tokenizer(300), byte_tokenizer()
-    key = cache.key_of({}, one)
+    key = cache.cache_key({}, one)
     one("cut", truncation=True, max_length=1)
-    assert cache.key_of({}, one) == cache.key_of({}, other) == key
+    assert cache.cache_key({}, one) == cache.cache_key({}, other) == key
     other.chat_template += " "
-    keys = [cache.key_of({}, other), cache.key_of({}, third), cache.key_of({"a": 1}, one)]
+    keys = [cache.cache_key({}, other), cache.cache_key({}, third), cache.cache_key({"a": 1}, one)]
     assert len({key, *keys}) == 4
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "manifest", "missing"])
 def test_a_damaged_entry_is_made_anew(tmp_path: Path, harm: str) -> None:
     section = DataSection(train=str(write_jsonl(tmp_path / "a.jsonl", ROWS)))
-    rows = list(build_chats(section, ENCODER, LONGEST).train.encoded)
+    rows = list(build_chats(RowEncoder(section, ENCODER, LONGEST)).train.encoded)
     entry = entries(tmp_path)[0]
     file = next(entry.glob("rows*.arrow"))
     content = bytearray(file.read_bytes())
@@ -218,7 +267,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, harm: str) -> None:
     elif harm == "manifest":
         file.write_bytes(content)
         (entry / cache.MANIFEST).write_text("[")
-    again = build_chats(section, ENCODER, LONGEST).train
+    again = build_chats(RowEncoder(section, ENCODER, LONGEST)).train
     assert list(again.encoded) == rows
     assert entries(tmp_path) == [entry]
 
@@ -233,13 +282,13 @@ def test_a_failure_leaves_no_entry_and_rests_of_a_killed_process_go(tmp_path: Pa
         raise OSError(28, "No space left on device")
 
     with pytest.raises(DataError, match="no space is left"):
-        cache.kept("key", fail)
+        cache.cached_folder("key", fail)
     assert not entries(tmp_path)
     assert not left.exists()
 
 
 def _prepare(file: str, answers: Any) -> None:
-    made = build_chats(DataSection(train=file), ENCODER, LONGEST).train
+    made = build_chats(RowEncoder(DataSection(train=file), ENCODER, LONGEST)).train
     answers.put([row.input_ids for row in made.encoded])
 
 
@@ -260,8 +309,13 @@ def test_two_processes_at_once_read_one_entry(tmp_path: Path) -> None:
 def test_a_small_set_keeps_nothing_and_starts_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build, "write_table", None)
     file = write_jsonl(tmp_path / "a.jsonl", ROWS[:10])
-    assert build_chats(DataSection(train=str(file)), ENCODER, LONGEST).train.report.rows == 10
-    assert build_chats(DataSection(train=str(write_jsonl(file, ROWS)), limit=10), ENCODER, None).train.report.rows == 10
+    assert build_chats(RowEncoder(DataSection(train=str(file)), ENCODER, LONGEST)).train.report.rows == 10
+    assert (
+        build_chats(
+            RowEncoder(DataSection(train=str(write_jsonl(file, ROWS)), limit=10), ENCODER, None)
+        ).train.report.rows
+        == 10
+    )
     assert not (tmp_path / "home").exists()
 
 

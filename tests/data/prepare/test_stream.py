@@ -10,15 +10,15 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from helpers import chat, tiny_config, write_jsonl
-from phinetune.chat.encoder import make_encoder
+from helpers import chat, tiny_config, train_only, write_jsonl
+from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
-from phinetune.config.run import DataSection
+from phinetune.config.data import DataSection
 from phinetune.data.prepare import stream
 from phinetune.data.prepare.build import build_chats
-from phinetune.engine.choice import fill_rows
+from phinetune.data.prepare.encode_rows import RowEncoder
+from phinetune.engine.packing import fill_rows
 from phinetune.errors import ConfigError, DataError
-from phinetune.training import run as job
 
 ENCODER = make_encoder(byte_tokenizer(300))
 
@@ -31,12 +31,14 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def streamed(section: dict[str, Any]) -> Any:
-    return build_chats(DataSection(streaming=True, **section), ENCODER, None).train
+    return build_chats(RowEncoder(DataSection(streaming=True, **section), ENCODER, None)).train
 
 
 def test_a_stream_has_the_rows_of_the_set_drawn_among_neighbours(many: Path) -> None:
     rows = [row["input_ids"] for row in streamed({"train": str(many)}).dataset()]
-    whole = [row.input_ids for row in build_chats(DataSection(train=str(many)), ENCODER, None).train.encoded]
+    whole = [
+        row.input_ids for row in build_chats(RowEncoder(DataSection(train=str(many)), ENCODER, None)).train.encoded
+    ]
     assert sorted(rows) == sorted(whole)
     assert rows != whole
     assert rows == [row["input_ids"] for row in streamed({"train": str(many)}).dataset()]
@@ -50,14 +52,16 @@ def test_a_stream_is_told_by_its_first_rows(many: Path) -> None:
     assert "(streamed; its first 5 rows)" in made.report.lines()[0]
 
 
-def test_folders_stream_too(many: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["saved by datasets", "files"])
+def test_folders_stream_too(many: Path, tmp_path: Path, kind: str) -> None:
     rows = [json.loads(line) for line in many.read_text().splitlines()]
-    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
-    (tmp_path / "files").mkdir()
-    write_jsonl(tmp_path / "files" / "a.jsonl", rows)
-    wanted = list(streamed({"train": str(many)}).dataset())
-    for folder in ("saved", "files"):
-        assert list(streamed({"train": str(tmp_path / folder)}).dataset()) == wanted
+    folder = tmp_path / "folder"
+    if kind == "files":
+        folder.mkdir()
+        write_jsonl(folder / "a.jsonl", rows)
+    else:
+        Dataset.from_list(rows).save_to_disk(str(folder))
+    assert list(streamed({"train": str(folder)}).dataset()) == list(streamed({"train": str(many)}).dataset())
 
 
 @pytest.mark.parametrize(("line", "message"), [("{", "broken JSON"), ('{"nothing": 1}', "keys \\(nothing\\)")])
@@ -75,7 +79,7 @@ def test_what_takes_all_rows_at_once_is_refused(many: Path, tmp_path: Path, cons
     config = tiny_config(many, tmp_path / "run", max_steps=-1)
     config.data.streaming, config.data.eval = True, None
     with pytest.raises(ConfigError, match="max_steps"):
-        job.train(config, console)
+        train_only(config)
 
 
 def test_a_stream_fills_rows(many: Path) -> None:
@@ -94,8 +98,8 @@ def test_a_run_trains_on_a_stream_and_goes_on_to_the_bit(
             settings = {"save_strategy": "steps", "save_steps": 12, "lr_scheduler_type": "constant"}
             config = tiny_config(many, tmp_path / f"{kind}-{name}", **settings, max_steps=most)
             config.data.streaming, config.data.eval, config.engine.kind = True, str(chats), kind
-            made = job.train(config, console, resume=n > 0)
-        assert made.summary["steps"] == 20  # more than one time through
+            made = train_only(config, resume=n > 0)
+        assert made.summary["steps"] == 20, name  # more than one time through
         file = made.folder.metrics.read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in file])
     assert losses[0] == losses[1]

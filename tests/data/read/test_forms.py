@@ -33,7 +33,15 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("form", "fields"), FORMS)
+@pytest.mark.parametrize(
+    ("form", "fields"),
+    FORMS,
+    ids=[
+        *("messages", "messages as text", "messages of text parts"),
+        *("sharegpt", "sharegpt with a system key", "conversations of messages"),
+        *("alpaca", "prompt and completion", "prompt and completion of messages"),
+    ],
+)
 def test_each_form_is_detected_and_read(form: str, fields: dict[str, Any]) -> None:
     assert detect_form(fields) == form
     assert to_messages(fields) == WANTED
@@ -45,10 +53,10 @@ def test_alpaca_joins_instruction_and_input_by_a_line_break() -> None:
     assert messages[0]["content"] == "Add\n1 and 2"
 
 
-def test_tool_turns_of_both_kinds_are_tool_messages() -> None:
-    for name in ("tool", "observation"):
-        turns = [{"from": "human", "value": "?"}, {"from": name, "value": "22"}, {"from": "gpt", "value": "22 °C"}]
-        assert to_messages({"conversations": turns})[1] == {"role": "tool", "content": "22"}
+@pytest.mark.parametrize("name", ["tool", "observation"])
+def test_tool_turns_of_both_kinds_are_tool_messages(name: str) -> None:
+    turns = [{"from": "human", "value": "?"}, {"from": name, "value": "22"}, {"from": "gpt", "value": "22 °C"}]
+    assert to_messages({"conversations": turns})[1] == {"role": "tool", "content": "22"}
 
 
 @pytest.mark.parametrize(
@@ -82,18 +90,23 @@ def test_a_bad_row_says_what_is_wrong(fields: dict[str, Any], words: str) -> Non
     assert words in str(caught.value)
 
 
-def test_a_turn_can_be_left_out_of_the_loss() -> None:
-    for key, value in (("train", False), ("weight", 0)):
-        turns = [*WANTED[:2], {**WANTED[2], key: value}]
-        assert to_messages({"messages": turns})[2] == {**WANTED[2], "train": False}
-        shares = [{"from": m["role"], "value": m["content"], **({key: value} if m is turns[2] else {})} for m in turns]
-        assert to_messages({"conversations": shares})[2] == {**WANTED[2], "train": False}
-    for key, value in (("train", True), ("weight", 1), ("train", None), ("weight", None)):
-        assert to_messages({"messages": [*WANTED[:2], {**WANTED[2], key: value}]}) == WANTED
+@pytest.mark.parametrize(("key", "value"), [("train", False), ("weight", 0)])
+def test_a_turn_can_be_left_out_of_the_loss(key: str, value: object) -> None:
+    turns = [*WANTED[:2], {**WANTED[2], key: value}]
+    assert to_messages({"messages": turns})[2] == {**WANTED[2], "train": False}
+    shares = [{"from": m["role"], "value": m["content"], **({key: value} if m is turns[2] else {})} for m in turns]
+    assert to_messages({"conversations": shares})[2] == {**WANTED[2], "train": False}
+
+
+@pytest.mark.parametrize(("key", "value"), [("train", True), ("weight", 1), ("train", None), ("weight", None)])
+def test_a_turn_stays_in_the_loss_if_nothing_takes_it_out(key: str, value: object) -> None:
+    assert to_messages({"messages": [*WANTED[:2], {**WANTED[2], key: value}]}) == WANTED
 
 
 @pytest.mark.parametrize(
-    ("form", "fields"), [("text", {"text": "x"}), ("tokens", {"input_ids": [1], "labels": [1], "text": "x"})]
+    ("form", "fields"),
+    [("text", {"text": "x"}), ("tokens", {"input_ids": [1], "labels": [1], "text": "x"})],
+    ids=["text", "tokens"],
 )
 def test_rows_that_are_text_or_ids_are_told(form: str, fields: dict[str, Any]) -> None:
     assert detect_form(fields) == form

@@ -97,18 +97,19 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, words
     assert words in str(caught.value)
 
 
-def test_rows_of_a_json_list_know_their_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ('[\n {"a": 1},\n\n {"a": [1,\n 2]}, {"a": 3}]', [2, 4, 5]),
+        ('{"n": 1,\n"data" : [{"a": 1},\n\n{"a": 2}, {"a": 3}]}', [2, 4, 4]),
+    ],
+    ids=["list", "list inside an object"],
+)
+def test_rows_of_a_json_list_know_their_line(tmp_path: Path, text: str, lines: list[int]) -> None:
     file = tmp_path / "a.json"
-    for text in (
-        '[\n {"a": 1},\n\n {"a": [1,\n 2]}, {"a": 3}]',
-        '{"n": 1,\n"data" : [{"a": 1},\n\n{"a": 2}, {"a": 3}]}',
-    ):
-        file.write_text(text)
-        assert [where for where, _ in read_rows(str(file))] == [
-            f"{file}:2: row 1",
-            f"{file}:4: row 2",
-            f"{file}:{5 if text[0] == '[' else 4}: row 3",
-        ]
+    file.write_text(text)
+    wanted = [f"{file}:{line}: row {number}" for number, line in enumerate(lines, 1)]
+    assert [where for where, _ in read_rows(str(file))] == wanted
 
 
 def test_a_scan_goes_on_behind_broken_places(tmp_path: Path) -> None:

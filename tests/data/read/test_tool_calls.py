@@ -67,10 +67,10 @@ def test_several_calls_ids_and_words_are_kept() -> None:
     assert chat[2] == answer
 
 
-def test_empty_tools_are_none() -> None:
-    for tools in ([], "", "[]", None):
-        row: dict[str, Any] = {"messages": [USER, {**YES, "tool_calls": None}], "tools": tools}
-        assert to_messages(row) == [USER, YES]
+@pytest.mark.parametrize("tools", [[], "", "[]", None], ids=["empty list", "empty text", "empty list as text", "null"])
+def test_empty_tools_are_none(tools: Any) -> None:
+    row: dict[str, Any] = {"messages": [USER, {**YES, "tool_calls": None}], "tools": tools}
+    assert to_messages(row) == [USER, YES]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from phinetune.engine.attention_plan import Heads, plan
-from phinetune.engine.kernels.attention import _parts, attention
+from phinetune.engine.kernels.attention import _key_head_chunks, attention
 from phinetune.engine.kernels.matmul import scratch
 from phinetune.engine.rows import read_segments
 
@@ -20,7 +20,7 @@ Table = tuple[tuple[int, int, int], ...]
 
 CPU = torch.device("cpu")
 SIZE = 8
-GROUPED, NINE, PLAIN = (Heads(heads, kv, SIZE, 0.4) for heads, kv in [(4, 2), (9, 3), (3, 3)])
+GROUPED, NINE, UNGROUPED = (Heads(heads, kv, SIZE, 0.4) for heads, kv in [(4, 2), (9, 3), (3, 3)])
 
 # Each segment's length and parent.
 FORESTS: dict[str, list[tuple[int, int]]] = {
@@ -34,7 +34,7 @@ FORESTS: dict[str, list[tuple[int, int]]] = {
     "trees among roots": [(12, -1), (30, -1), (9, 1), (8, 1), (12, -1), (11, -1), (3, 5)],
 }
 each_forest = pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS.keys())
-each_heads = pytest.mark.parametrize("heads", [GROUPED, NINE, PLAIN], ids=["4 over 2", "9 over 3", "3 over 3"])
+each_heads = pytest.mark.parametrize("heads", [GROUPED, NINE, UNGROUPED], ids=["4 over 2", "9 over 3", "3 over 3"])
 
 
 @pytest.fixture(autouse=True)
@@ -155,8 +155,8 @@ def test_a_part_of_each_head_is_rotated(name: str, rotated: int) -> None:
 def test_small_blocks_and_parts_change_nothing(
     forest: list[tuple[int, int]], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK", 16)
-    monkeypatch.setattr("phinetune.engine.kernels.attention.SCORES", 1)  # each key head on its own
+    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK_QUERIES", 16)
+    monkeypatch.setattr("phinetune.engine.kernels.attention.MAX_SCORES", 1)  # each key head on its own
     assert_equal_to_the_reference(forest, Heads(4, 2, SIZE, 0.4, window))
 
 
@@ -166,11 +166,11 @@ def test_heads_are_computed_together_as_far_as_the_scores_allow(
 ) -> None:
     """Two key heads of three, then the last one."""
     heads = Heads(9, 3, SIZE, 0.4, window)
-    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK", 16)
-    monkeypatch.setattr("phinetune.engine.kernels.attention.SCORES", 2 * heads.shared * 16 * keys)
+    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK_QUERIES", 16)
+    monkeypatch.setattr("phinetune.engine.kernels.attention.MAX_SCORES", 2 * heads.shared * 16 * keys)
     (run,) = plan(read_segments(torch.tensor(table(FORESTS["one root"]))), heads, torch.float32, CPU)
     assert run.groups is not None
-    assert [list(_parts(one, heads)) for one in run.groups.placed] == [[slice(0, 2), slice(2, 3)]]
+    assert [list(_key_head_chunks(one, heads)) for one in run.groups.members] == [[slice(0, 2), slice(2, 3)]]
     assert_equal_to_the_reference(FORESTS["one root"], heads)
 
 
@@ -179,10 +179,10 @@ def test_segments_are_computed_together_as_far_as_the_scores_allow(monkeypatch: 
 
     (run,) = plan(segments, GROUPED, torch.float32, CPU)
     assert run.groups is not None
-    (group,) = run.groups.placed
-    assert list(_parts(group, GROUPED)) == [slice(0, 10)]  # five segments of two key heads
-    monkeypatch.setattr("phinetune.engine.kernels.attention.SCORES", 2 * GROUPED.heads * 10 * 10)
-    assert list(_parts(group, GROUPED)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    (group,) = run.groups.members
+    assert list(_key_head_chunks(group, GROUPED)) == [slice(0, 10)]  # five segments of two key heads
+    monkeypatch.setattr("phinetune.engine.kernels.attention.MAX_SCORES", 2 * GROUPED.heads * 10 * 10)
+    assert list(_key_head_chunks(group, GROUPED)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
 
 
 # -- torch's fused attention, for long roots ----------------------------------------------------------------------
@@ -199,13 +199,13 @@ MIXTURES = {
 @pytest.mark.parametrize("forest", MIXTURES.values(), ids=MIXTURES.keys())
 @each_heads
 @pytest.mark.parametrize("window", [None, 45])
+@pytest.mark.parametrize("rotated", [SIZE, 4])
 def test_the_fused_attention_gives_the_same(
-    forest: list[tuple[int, int]], heads: Heads, window: int | None, monkeypatch: pytest.MonkeyPatch
+    forest: list[tuple[int, int]], heads: Heads, window: int | None, rotated: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", 32)
     limited = Heads(heads.heads, heads.kv_heads, SIZE, 0.4, window)
-    assert_equal_to_the_reference(forest, limited, torch.float32)
-    assert_equal_to_the_reference(forest, limited, torch.float32, rotated=4)
+    assert_equal_to_the_reference(forest, limited, torch.float32, rotated)
 
 
 def test_fused_and_grouped_bfloat16_are_both_near(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +239,8 @@ def test_other_segments_tokens_change_no_bit(
         other = qkv.clone()
         other[start:stop] += 1.0
         after = attend(other, cos, sin, segments, GROUPED)
-        for j, (first, last, _) in enumerate(segments):
-            same = torch.equal(before[first:last], after[first:last])
-            assert same is (j not in below(segments, i))
+        changed = {j for j, (a, b, _) in enumerate(segments) if not torch.equal(before[a:b], after[a:b])}
+        assert changed == below(segments, i), f"after a change in segment {i}"
 
 
 @each_forest
@@ -252,8 +251,8 @@ def test_a_segment_gives_no_gradient_beside_and_below_itself(forest: list[tuple[
         leaf = qkv.clone().requires_grad_()
         attend(leaf, cos, sin, segments, GROUPED)[start:stop].sum().backward()
         assert leaf.grad is not None
-        for j, (first, last, _) in enumerate(segments):
-            assert bool(leaf.grad[first:last].any()) is (i in below(segments, j))
+        reached = {j for j, (first, last, _) in enumerate(segments) if leaf.grad[first:last].any()}
+        assert reached == {j for j in range(len(segments)) if i in below(segments, j)}, f"from segment {i}"
 
 
 @pytest.mark.parametrize("flash_from", [1000, 32])
@@ -271,7 +270,8 @@ def test_without_gradients_the_output_is_the_same(flash_from: int, monkeypatch: 
 
 
 def test_training_goes_on_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK", 23)  # of a size that nothing has cached a mask for
+    # No test before this one has cached a mask of this size.
+    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK_QUERIES", 23)
     monkeypatch.setattr(scratch, "held", {})
     segments = table([(23, -1)])
     with torch.inference_mode():
@@ -290,7 +290,7 @@ def test_training_goes_on_after_inference_mode(monkeypatch: pytest.MonkeyPatch) 
 def test_gradcheck(
     forest: list[tuple[int, int]], window: int | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK", 2)
+    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK_QUERIES", 2)
     heads = Heads(2, kv_heads, 2, 0.7, window)
     segments = table(forest)
     tokens = segments[-1][1]

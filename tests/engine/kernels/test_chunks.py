@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phinetune.engine.kernels.chunks import parts
+from phinetune.engine.kernels.chunks import row_chunks
 
 
 @pytest.mark.parametrize(
@@ -22,10 +22,10 @@ from phinetune.engine.kernels.chunks import parts
 def test_every_row_is_in_one_part(
     shape: tuple[int, ...], most: int, wanted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.engine.kernels.chunks.PART", most)
-    assert [(p.start, min(p.stop, shape[0])) for p in parts(torch.empty(shape))] == wanted
+    monkeypatch.setattr("phinetune.engine.kernels.chunks.MAX_ELEMENTS", most)
+    assert [(p.start, min(p.stop, shape[0])) for p in row_chunks(torch.empty(shape))] == wanted
 
 
 def test_other_devices_take_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.engine.kernels.chunks.PART", 1)
-    assert list(parts(torch.empty(7, 3, device="meta"))) == [slice(0, 7)]
+    monkeypatch.setattr("phinetune.engine.kernels.chunks.MAX_ELEMENTS", 1)
+    assert list(row_chunks(torch.empty(7, 3, device="meta"))) == [slice(0, 7)]

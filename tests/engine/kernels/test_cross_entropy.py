@@ -1,4 +1,4 @@
-"""The fused head and loss equal the cross-entropy over all logits, in chunks of any size, and keep no logits."""
+"""The fused head gives the loss, and each label's log-probability, of all logits; in chunks of any size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
+from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
 
 LABELS, WIDTH, VOCABULARY = 7, 5, 11
 each_chunk = pytest.mark.parametrize("rows", [1, 3, LABELS, 100])
@@ -27,7 +27,7 @@ def draw(dtype: torch.dtype = torch.float32, count: int = LABELS) -> tuple[Tenso
     return hidden.requires_grad_(), head.requires_grad_(), labels, weights
 
 
-def plain(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def reference(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     logits = (hidden @ head.t()).float()
     nll = F.cross_entropy(logits, labels, reduction="none")
     return (nll * weights).sum(), ((logits.argmax(-1) == labels) * weights).sum()
@@ -38,11 +38,11 @@ def in_chunks_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_chunk
-def test_loss_count_and_gradients_are_the_plain_ones(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_count_and_gradients_are_those_of_all_logits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     in_chunks_of(rows, monkeypatch)
     hidden, head, labels, weights = draw()
     found, correct = linear_cross_entropy(hidden, head, labels, weights)
-    wanted, right = plain(hidden, head, labels, weights)
+    wanted, right = reference(hidden, head, labels, weights)
     torch.testing.assert_close(found, wanted)
     assert correct == right
     assert 0 < correct < weights.sum()
@@ -62,7 +62,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(
     for state, trains in zip(states, trained, strict=True):
         state.requires_grad_(trains)
     leaves = [state for state in states if state.requires_grad]
-    found, wanted = linear_cross_entropy(*states, labels, weights)[0], plain(*states, labels, weights)[0]
+    found, wanted = linear_cross_entropy(*states, labels, weights)[0], reference(*states, labels, weights)[0]
     torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves))
 
 
@@ -99,7 +99,7 @@ def test_bfloat16_is_near_and_its_gradients_are_bfloat16(monkeypatch: pytest.Mon
     hidden, head, labels, weights = draw(torch.bfloat16)
     found, _ = linear_cross_entropy(hidden, head, labels, weights)
     exact = [state.detach().double().requires_grad_() for state in (hidden, head)]
-    wanted, _ = plain(*exact, labels, weights)
+    wanted, _ = reference(*exact, labels, weights)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(wanted.item(), rel=0.01)
     ours = torch.autograd.grad(found, (hidden, head))
@@ -130,6 +130,64 @@ def test_without_gradients_the_numbers_are_the_same() -> None:
 def test_the_count_has_no_gradient() -> None:
     _, correct = linear_cross_entropy(*draw())
     assert not correct.requires_grad
+
+
+# -- a number a label ---------------------------------------------------------------------------------------------
+
+
+@each_chunk
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=["both", "hidden", "head"])
+def test_log_probabilities_and_their_gradients_are_those_of_all_logits(
+    rows: int, trained: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is made of them: here every label pulls with another weight, some of them backwards."""
+    in_chunks_of(rows, monkeypatch)
+    *states, labels, weights = draw()
+    for state, trains in zip(states, trained, strict=True):
+        state.requires_grad_(trains)
+    hidden, head = states
+    found, first = linear_log_probs(hidden, head, labels)
+    logits = (hidden @ head.t()).float()
+    wanted = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(first, (logits.argmax(-1) == labels).float())
+    assert found.dtype == first.dtype == torch.float32
+    assert not first.requires_grad
+    pulls, leaves = weights - 2.5, [state for state in states if state.requires_grad]
+    ours, theirs = (torch.autograd.grad((found_ * pulls).sigmoid().sum(), leaves) for found_ in (found, wanted))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_sum_of_log_probabilities_is_the_loss() -> None:
+    hidden, head, labels, weights = draw()
+    nll, correct = linear_cross_entropy(hidden, head, labels, weights)
+    log_probs, first = linear_log_probs(hidden, head, labels)
+    torch.testing.assert_close(-(log_probs * weights).sum(), nll)
+    assert (first * weights).sum() == correct
+    ours = torch.autograd.grad(-(log_probs * weights).sum(), (hidden, head))
+    torch.testing.assert_close(ours, torch.autograd.grad(nll, (hidden, head)))
+
+
+def test_bfloat16_log_probabilities_are_near_and_their_gradients_are_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_chunks_of(3, monkeypatch)
+    hidden, head, labels, weights = draw(torch.bfloat16)
+    exact = [state.detach().double().requires_grad_() for state in (hidden, head)]
+    wanted = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    found, _ = linear_log_probs(hidden, head, labels)
+    torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0.02)
+    ours = torch.autograd.grad((found * weights).sum(), (hidden, head))
+    for a, b in zip(ours, torch.autograd.grad((wanted * weights).sum(), exact), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+def test_no_labels_have_no_log_probabilities() -> None:
+    hidden, head, labels, _ = draw(count=0)
+    found, first = linear_log_probs(hidden, head, labels)
+    assert found.shape == first.shape == (0,)
+    found.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, WIDTH)
 
 
 # -- what a step keeps and makes ----------------------------------------------------------------------------------
@@ -163,5 +221,6 @@ def test_logits_are_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     hidden, head, labels, weights = draw()
     with MadeShapes() as mode:
         linear_cross_entropy(hidden, head, labels, weights)[0].backward()
+        linear_log_probs(hidden, head, labels)[0].sum().backward()
     # The head is seen as (width, vocabulary).
     assert {shape[0] for shape in mode.shapes if shape[1:] == (VOCABULARY,)} <= {1, 2, WIDTH}

@@ -1,4 +1,4 @@
-"""Half-precision products that go through float32: the exact product, rounded once."""
+"""Half-precision matmul that go through float32: the exact product, rounded once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phinetune.checkpoints.device import has_native_bf16
 from phinetune.engine.attention_plan import Heads, plan
-from phinetune.engine.kernels import matmul as products
+from phinetune.engine.kernels import matmul
 from phinetune.engine.kernels.attention import attention
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
 from phinetune.engine.rows import Segment
@@ -25,17 +25,17 @@ ULP = 2.0**-8  # bfloat16's rounding, relative
 
 @pytest.fixture(params=[True, False], ids=["slow", "fast"])
 def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A processor whose half-precision products are slow, and one where they are fast; whatever this one is."""
-    monkeypatch.setattr(products, "is_slow", lambda dtype: request.param)
+    """A processor whose half-precision matmul are slow, and one where they are fast; whatever this one is."""
+    monkeypatch.setattr(matmul, "is_slower_than_float32", lambda dtype: request.param)
     return bool(request.param)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that every product has many, the last ones ragged."""
-    monkeypatch.setattr(products, "is_slow", lambda dtype: True)
-    monkeypatch.setattr(products, "BLOCK", 100)
-    monkeypatch.setattr(products, "ROWS", 13)
+    monkeypatch.setattr(matmul, "is_slower_than_float32", lambda dtype: True)
+    monkeypatch.setattr(matmul, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(matmul, "MAX_ROWS", 13)
 
 
 def layer(rows: int, inner: int, out: int, rank: int, bias: bool, apart: bool) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def lora(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Tensor, a
     return lora_linear(x, weight, bias, lora_A, lora_B, 0.75, adapter_input)
 
 
-def plain(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Tensor, adapter_input: Any) -> Tensor:
+def reference(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Tensor, adapter_input: Any) -> Tensor:
     seen = x if adapter_input is None else adapter_input
     return F.linear(x, weight, bias) + 0.75 * F.linear(F.linear(seen, lora_A), lora_B)
 
@@ -85,7 +85,7 @@ def test_an_adapted_product_is_float32s_rounded_once(
     small: None, rows: int, inner: int, out: int, rank: int, bias: bool, apart: bool
 ) -> None:
     given = layer(rows, inner, out, rank, bias, apart)
-    found, wanted = results(lora, given, BF16), results(plain, given, torch.float64)
+    found, wanted = results(lora, given, BF16), results(reference, given, torch.float64)
     for name, value in found.items():
         exact = name in ("lora_A", "lora_B")
         assert value.dtype == (torch.float32 if exact else BF16), name
@@ -94,10 +94,10 @@ def test_an_adapted_product_is_float32s_rounded_once(
 
 def test_it_is_nearer_the_truth_than_the_native_product(monkeypatch: pytest.MonkeyPatch) -> None:
     given = layer(80, 64, 48, 8, bias=False, apart=False)
-    wanted = results(plain, given, torch.float64)
+    wanted = results(reference, given, torch.float64)
     distance = []
     for slow in (True, False):
-        monkeypatch.setattr(products, "is_slow", lambda dtype, slow=slow: slow)
+        monkeypatch.setattr(matmul, "is_slower_than_float32", lambda dtype, slow=slow: slow)
         found = results(lora, given, BF16)
         distance.append([far(found[name], wanted[name]) for name in ("output", "x", "lora_A", "lora_B")])
     assert all(ours < native for ours, native in zip(*distance, strict=True))
@@ -105,16 +105,16 @@ def test_it_is_nearer_the_truth_than_the_native_product(monkeypatch: pytest.Monk
 
 def test_few_rows_are_multiplied_as_they_are(slow: bool) -> None:
     """Where converting the weight would take longer than the product: a step of generation, say."""
-    x, weight = torch.randn(products.FEW - 1, 24).to(BF16), torch.randn(40, 24).to(BF16)
-    assert torch.equal(products.linear(x, weight), F.linear(x, weight))
-    assert products.is_wide(torch.cat([x, x])) is slow
+    x, weight = torch.randn(matmul.MIN_ROWS - 1, 24).to(BF16), torch.randn(40, 24).to(BF16)
+    assert torch.equal(matmul.linear(x, weight), F.linear(x, weight))
+    assert matmul.goes_through_float32(torch.cat([x, x])) is slow
 
 
-def test_a_fast_processor_and_float32_take_the_plain_product(slow: bool) -> None:
+def test_a_fast_processor_and_float32_take_torchs_own_product(slow: bool) -> None:
     x, weight = torch.randn(100, 24), torch.randn(40, 24)
-    assert torch.equal(products.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(matmul.linear(x, weight), F.linear(x, weight))
     half = x.to(BF16), weight.to(BF16)
-    assert torch.equal(products.linear(*half), F.linear(*half)) or slow
+    assert torch.equal(matmul.linear(*half), F.linear(*half)) or slow
 
 
 @pytest.mark.parametrize("shape", [(90, 24), (3, 30, 24)])
@@ -122,7 +122,7 @@ def test_the_base_alone(small: None, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(shape).to(BF16).requires_grad_(), torch.randn(40, 24).to(BF16), torch.randn(40)
     twin = x.detach().double().requires_grad_()
-    found, wanted = products.linear(x, weight, bias.to(BF16)), F.linear(twin, weight.double(), bias.to(BF16).double())
+    found, wanted = matmul.linear(x, weight, bias.to(BF16)), F.linear(twin, weight.double(), bias.to(BF16).double())
     grad = torch.randn(wanted.shape).to(BF16)
     found.backward(grad)
     wanted.backward(grad.double())
@@ -135,14 +135,14 @@ def test_the_base_alone(small: None, shape: tuple[int, ...]) -> None:
 def test_autocast_casts_the_base_alone_as_it_does_any_product(slow: bool) -> None:
     x, weight, bias = torch.randn(70, 24), torch.randn(40, 24), torch.randn(40)
     with torch.autocast("cpu", BF16):
-        found, wanted = products.linear(x, weight, bias), F.linear(x, weight, bias)
+        found, wanted = matmul.linear(x, weight, bias), F.linear(x, weight, bias)
     assert found.dtype == wanted.dtype == BF16
     assert far(found, wanted) < 2 * ULP
 
 
 def test_a_weight_that_trains_gets_its_gradient(small: None) -> None:
     x, weight = torch.randn(70, 12).to(BF16), torch.randn(9, 12).to(BF16).requires_grad_()
-    products.linear(x, weight).sum().backward()
+    matmul.linear(x, weight).sum().backward()
     assert weight.grad is not None
     a, b = torch.randn(2, 12), torch.randn(9, 2)
     before = weight.grad.clone()
@@ -167,24 +167,24 @@ def test_rows_do_not_see_each_other(small: None) -> None:
     assert torch.equal(lora(**{**given, "x": changed})[20:], found[20:])
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(BF16, ULP), (torch.float32, 1e-5)], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [3, 100])
-def test_a_weight_given_by_its_blocks(small: None, rows: int) -> None:
-    """A quantised one is: read again for the backward, in float32 or in x's dtype, many rows or few."""
+def test_a_weight_given_by_its_blocks(small: None, rows: int, dtype: torch.dtype, tolerance: float) -> None:
+    """As a quantised one is. It is read again for the backward, in float32 or in x's dtype, for many rows or few."""
     given = layer(rows, 24, 40, 2, bias=True, apart=False)
-    for dtype in (BF16, torch.float32):
-        weight, asked = given["weight"].to(dtype), set()
+    weight, asked = given["weight"].to(dtype), set()
 
-        def read(most: int | None, kind: torch.dtype, weight: Tensor = weight, asked: set[Any] = asked) -> Any:
-            asked.add(most)
-            return products.blocks(weight, most, kind)
+    def read(most: int | None, kind: torch.dtype) -> Any:
+        asked.add(most)
+        return matmul.read_blocks(weight, most, kind)
 
-        def by_blocks(weight: Tensor, read: Any = read, **given: Any) -> Tensor:
-            return lora(weight=read, **given)
+    def by_blocks(weight: Tensor, **given: Any) -> Tensor:
+        return lora(weight=read, **given)
 
-        found, wanted = results(by_blocks, given, dtype), results(plain, given, torch.float64)
-        for name, value in found.items():
-            assert far(value, wanted[name]) < (1e-5 if dtype == torch.float32 else ULP), name
-        assert asked == {products.BLOCK}
+    found, wanted = results(by_blocks, given, dtype), results(reference, given, torch.float64)
+    errors = {name: far(value, wanted[name]) for name, value in found.items()}
+    assert {name: error for name, error in errors.items() if error >= tolerance} == {}
+    assert asked == {matmul.BLOCK_ELEMENTS}
 
 
 def test_computing_again_leaves_the_last_product_out(small: None) -> None:
@@ -192,10 +192,10 @@ def test_computing_again_leaves_the_last_product_out(small: None) -> None:
     given = layer(70, 24, 24, 2, bias=True, apart=False)
     passes: dict[str, int] = {}
 
-    def read(name: str) -> products.Blocks:
+    def read(name: str) -> matmul.BlockReader:
         def blocks(most: int | None, kind: torch.dtype) -> Any:
             passes[name] = passes.get(name, 0) + 1
-            return products.blocks(given["weight"], most, kind)
+            return matmul.read_blocks(given["weight"], most, kind)
 
         return blocks
 
@@ -209,8 +209,8 @@ def test_computing_again_leaves_the_last_product_out(small: None) -> None:
         out = checkpoint(two, *leaves, use_reentrant=False) if again else two(*leaves)
         out.sum().backward()
         found.append([leaf.grad for leaf in leaves])
-    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))
-    rounds = len(list(products.parts(given["x"])))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    rounds = len(list(matmul.rows_at_once(given["x"])))
     # Forward and backward without, then forward, backward and what is computed again.
     assert passes == {"first": (2 + 3) * rounds, "last": (2 + 2) * rounds}
 

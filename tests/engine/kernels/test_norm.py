@@ -1,4 +1,4 @@
-"""The norm is transformers' norm, and its gradients are autograd's of the plain formula."""
+"""The norm is transformers' norm, and its gradients are autograd's of the formula."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def by_transformers(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.func.functional_call(norm, {"weight": weight}, (x,))  # type: ignore[no-any-return]
 
 
-def plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
@@ -50,17 +50,17 @@ def test_bfloat16_is_transformers_but_for_a_rounding(shape: tuple[int, ...]) -> 
     torch.testing.assert_close(found, wanted, rtol=2**-7, atol=0)
     ours = torch.autograd.grad(found, (x, weight), grad)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
-    theirs = torch.autograd.grad(plain(*exact, 1e-5), exact, grad.double())
+    theirs = torch.autograd.grad(reference(*exact, 1e-5), exact, grad.double())
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, rtol=0.03, atol=0.03)
 
 
 @each_shape
-def test_gradients_are_those_of_the_plain_formula(shape: tuple[int, ...]) -> None:
+def test_gradients_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
     x, weight, grad = leaves(shape, torch.float32)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
-    theirs = torch.autograd.grad(plain(*exact, 1e-5), exact, grad.double())
+    theirs = torch.autograd.grad(reference(*exact, 1e-5), exact, grad.double())
     for a, b in zip(torch.autograd.grad(rms_norm(x, weight, 1e-5), (x, weight), grad), theirs, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
@@ -69,7 +69,7 @@ def test_bfloat16_is_rounded_before_it_is_weighed_as_in_transformers() -> None:
     x, weight, _ = leaves((64, 96), torch.bfloat16)
     equal = rms_norm(x, weight, 1e-5) == by_transformers(x, weight, 1e-5)
     assert equal.double().mean() > 0.999  # the statistics may differ in their last bit
-    once = (plain(x.double(), weight.double(), 1e-5)).bfloat16()
+    once = (reference(x.double(), weight.double(), 1e-5)).bfloat16()
     assert (once == by_transformers(x, weight, 1e-5)).double().mean() < 0.9
 
 

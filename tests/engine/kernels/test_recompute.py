@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.engine.kernels.norm import rms_norm
-from phinetune.engine.kernels.recompute import rebuilt
+from phinetune.engine.kernels.recompute import recomputed
 
 
 def leaf(*shape: int) -> Tensor:
@@ -35,7 +35,7 @@ def product(x: Tensor, weight: Tensor, rebuild: bool) -> tuple[Tensor, weakref.r
     made = x.sin()
     recipe = Counted(functools.partial(torch.sin, x.detach()))
     if rebuild:
-        with rebuilt(made, recipe):
+        with recomputed(made, recipe):
             out = made @ weight
     else:
         out = made @ weight
@@ -61,12 +61,12 @@ def test_other_tensors_are_left_alone() -> None:
     x, weight, other = leaf(6, 4), leaf(4, 4), leaf(6, 4)
     made = x.sin()
     recipe = Counted(functools.partial(torch.full, (6, 4), float("nan")))
-    with rebuilt(made, recipe):
+    with recomputed(made, recipe):
         beside = other.cos() @ weight
         turned = made.t() @ other  # keeps a view of other strides
         part = made[:5].square()  # of another shape
-    plain = x.sin()
-    outs = other.cos() @ weight, plain.t() @ other, plain[:5].square()
+    again = x.sin()
+    outs = other.cos() @ weight, again.t() @ other, again[:5].square()
     wanted = torch.autograd.grad(outs[0].sum() + outs[1].sum() + outs[2].sum(), (x, other, weight))
     found = torch.autograd.grad(beside.sum() + turned.sum() + part.sum(), (x, other, weight))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -78,7 +78,7 @@ def test_what_is_saved_outside_the_block_is_kept() -> None:
     made = x.sin()
     recipe = Counted(functools.partial(torch.sin, x.detach()))
     before = made @ weight
-    with rebuilt(made, recipe):
+    with recomputed(made, recipe):
         inside = made @ weight
     after = made @ weight
     torch.autograd.grad(before.sum() + after.sum(), weight)
@@ -91,7 +91,7 @@ def test_every_place_that_saved_it_calls_the_recipe() -> None:
     x, first, second = leaf(6, 4), leaf(4, 3), leaf(4, 2)
     made = x.sin()
     recipe = Counted(functools.partial(torch.sin, x.detach()))
-    with rebuilt(made, recipe):
+    with recomputed(made, recipe):
         outs = made @ first, made @ second
     found = torch.autograd.grad([out.sum() for out in outs], (x, first, second))
     assert recipe.calls == 2
@@ -108,7 +108,7 @@ def test_a_linear_layer_after_a_norm_trains_as_before() -> None:
         normed = rms_norm(x, scale, 1e-5)
         if not rebuild:
             return layer(normed), weakref.ref(normed)
-        with rebuilt(normed, functools.partial(rms_norm, x.detach(), scale, 1e-5)):
+        with recomputed(normed, functools.partial(rms_norm, x.detach(), scale, 1e-5)):
             return layer(normed), weakref.ref(normed)
 
     (light, dead), (kept, alive) = run(True), run(False)

@@ -110,5 +110,5 @@ def test_tables_are_scaled() -> None:
 def test_tokens_are_rotated_a_part_at_a_time(rotated: int, monkeypatch: pytest.MonkeyPatch) -> None:
     states, cos, sin = draw(rotated)
     wanted = rotate_(states.clone(), cos, sin)
-    monkeypatch.setattr("phinetune.engine.kernels.chunks.PART", 2 * HEADS * SIZE)
+    monkeypatch.setattr("phinetune.engine.kernels.chunks.MAX_ELEMENTS", 2 * HEADS * SIZE)
     assert torch.equal(rotate_(states.clone(), cos, sin), wanted)

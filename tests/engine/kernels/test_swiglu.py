@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune.engine.kernels.swiglu import _formula, swiglu
+from phinetune.engine.kernels.swiglu import _backward_to_compile, swiglu
 
 SHAPES = [(5, 12), (1, 2), (2, 3, 8), (6,)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def plain(gate_up: Tensor) -> Tensor:
+def reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -25,9 +25,9 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @each_shape
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_outputs_and_gradients_are_the_plain_ones(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_outputs_and_gradients_are_those_of_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = draw(shape, dtype)
-    found, wanted = swiglu(x), plain(x)
+    found, wanted = swiglu(x), reference(x)
     assert torch.equal(found, wanted)
     grad = torch.randn(found.shape, dtype=torch.float64).to(dtype)
     (ours,), (theirs,) = (torch.autograd.grad(out, x, grad) for out in (found, wanted))
@@ -44,12 +44,12 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 def test_the_compilers_formula_is_the_same_gradient(shape: tuple[int, ...]) -> None:
     x = draw(shape, torch.float64)
     grad = torch.randn(*shape[:-1], shape[-1] // 2, dtype=torch.float64)
-    torch.testing.assert_close(_formula(grad, x), *torch.autograd.grad(plain(x), x, grad))
+    torch.testing.assert_close(_backward_to_compile(grad, x), *torch.autograd.grad(reference(x), x, grad))
 
 
 def test_rows_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.engine.kernels.chunks.PART", 2 * 12)  # two rows, two, one
-    test_outputs_and_gradients_are_the_plain_ones((5, 12), torch.float32)
+    monkeypatch.setattr("phinetune.engine.kernels.chunks.MAX_ELEMENTS", 2 * 12)  # two rows, two, one
+    test_outputs_and_gradients_are_those_of_torch((5, 12), torch.float32)
 
 
 def test_strided_inputs_and_gradients_pass() -> None:

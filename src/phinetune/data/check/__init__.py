@@ -1,1 +1,1 @@
-"""A look at every row before a run: what stands out, and what can be mended."""
+"""Checks every row before a run: reports what is unusual or wrong, and repairs what can be repaired."""

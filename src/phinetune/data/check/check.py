@@ -1,4 +1,4 @@
-"""`phinetune data check`: every row looked at before a run is, and what stands out, with file and line."""
+"""`phinetune data check`: looks at every row before a run does, and says what stands out, with file and line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phinetune.chat.encoder import ChatEncoder
-from phinetune.config.run import DataSection
+from phinetune.chats.encoder import ChatEncoder
 from phinetune.data.check.findings import KINDS, Findings
 from phinetune.data.check.histogram import histogram
 from phinetune.data.check.languages import Languages
@@ -23,8 +22,8 @@ from phinetune.data.check.text_checks import (
     text_troubles,
     turn_troubles,
 )
-from phinetune.data.prepare.build import Report
-from phinetune.data.prepare.encode_rows import RowOutcome, outcomes
+from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
+from phinetune.data.prepare.report import DataReport
 from phinetune.data.prepare.splits import held_out_places
 from phinetune.data.read.forms import strings
 from phinetune.data.read.rows import Broken, Row
@@ -38,19 +37,21 @@ class CheckReport:
     """What was found in the files.
 
     Attributes:
-        files: the training files, of data sets their `split`.
-        counts: rows of the training files; `held_out` those of the held-out ones.
-        lengths: (tokens, trainable tokens) of each kept row.
-        turns: turns by role, and tool calls.
-        longest: the longest rows' (tokens, trainable tokens, place).
-        sensitive: how often each kind of personal data or secret stands in the rows.
-        checkpoint: what its template does with system messages, tool turns, tools and calls.
-        left_out: why `--fix` leaves a row out, by its number among the rows of `files` that could be looked at.
+        files: the training files. Of a data set, `split` is read.
+        counts: what became of the rows of the training files.
+        checkpoint: what its template does with system messages, tool turns, tools and tool calls.
+        lengths: the tokens and the trainable tokens of each kept row.
+        longest: the tokens, the trainable tokens and the place of each of the longest rows.
+        turns: how many turns there are of each role, and how many tool calls.
+        sensitive: how often each kind of personal data or secret occurs in the rows.
+        left_out: why `--fix` leaves a row out, by the row's number among the rows of `files` that could be checked.
+        ends_a_turn: whether any label is an end-of-turn token.
+        held_out: what became of the rows of the held-out files; None without such files.
     """
 
     files: Sequence[str]
     split: str
-    counts: Report
+    counts: DataReport
     max_length: int | None
     checkpoint: dict[str, str]
     findings: Findings = field(default_factory=Findings)
@@ -61,10 +62,11 @@ class CheckReport:
     sensitive: Counter[str] = field(default_factory=Counter)
     left_out: dict[int, str] = field(default_factory=dict)
     ends_a_turn: bool = False
-    held_out: Report | None = None
+    held_out: DataReport | None = None
 
     @property
     def spoiled(self) -> bool:
+        """Whether a finding would spoil a run."""
         return self.findings.spoil
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,11 +77,11 @@ class CheckReport:
             "max_length": self.max_length,
             "checkpoint": self.checkpoint,
             "turns": dict(self.turns),
-            "rows_by_tokens": [one._asdict() for one in histogram(self.lengths)],
+            "rows_by_tokens": [bar._asdict() for bar in histogram(self.lengths)],
             "longest_rows": longest,
             "languages": dict(self.languages.counts),
             "sensitive": dict(self.sensitive),
-            "findings": [found.to_dict() for found in self.findings.in_order()],
+            "findings": [finding.to_dict() for finding in self.findings.in_order()],
             "spoiled": self.spoiled,
         }
 
@@ -87,37 +89,36 @@ class CheckReport:
 def check_files(
     files: Sequence[str],
     held_out: Sequence[str],
-    section: DataSection,
-    encoder: ChatEncoder,
-    max_length: int | None,
+    encode: RowEncoder,
     on_row: Callable[[], None] = lambda: None,
 ) -> CheckReport:
-    """Look at every row of `files` and `held_out`, and whether one stands in both; a few rows are held at a time.
+    """Look at every row of `files` and `held_out`, and find rows that are in both. Few rows are in memory at a time.
 
     Args:
-        section: how the rows become tokens; its `eval`, where it is a fraction, splits the rows as a run would.
-        max_length: tokens that a row may have; None is no limit.
+        encode: how the rows become examples. If `eval` of its section is a fraction, the rows are split as in a run.
         on_row: called after each row.
     """
-    report = CheckReport(files, section.split, Report(", ".join(files)), max_length, describe_template(encoder))
-    look = _Look(section, encoder, report)
-    compared = Overlap(report.findings, section.format, report.left_out)
+    section, encoder = encode.section, encode.encoder
+    counts, template = DataReport(", ".join(files)), describe_template(encoder)
+    report = CheckReport(files, section.split, counts, encode.max_length, template)
+    checker = _RowChecker(encode, report)
+    overlap = Overlap(report.findings, section.format, report.left_out)
     count = 0
-    for count, (outcome, why) in enumerate(look.at(files, report.counts), 1):
+    for count, (outcome, title) in enumerate(checker.check(files, report.counts), 1):
         on_row()
-        if why:
-            report.left_out[count - 1] = why
+        if title:
+            report.left_out[count - 1] = title
         _measure(outcome, encoder, report)
         if not outcome.error:
-            compared.take_in(count - 1, outcome.row)
+            overlap.take_in(count - 1, outcome.row)
     if isinstance(section.eval, float) and not held_out:
         count = min(count, section.limit or count)
-        compared.split(_held_out(count, section.eval, section.seed), section.eval, count)
+        overlap.split(_held_out(count, section.eval, section.seed), section.eval, count)
     if held_out:
-        report.held_out = Report(", ".join(held_out))
-        for outcome, _ in look.at(held_out, report.held_out):
+        report.held_out = DataReport(", ".join(held_out))
+        for outcome, _ in checker.check(held_out, report.held_out):
             on_row()
-            compared.hold_out(outcome.row)
+            overlap.hold_out(outcome.row)
     if report.lengths and not report.ends_a_turn:
         report.findings.add("no_stop", ", ".join(files), "no label is an end-of-turn token")
     return report
@@ -126,12 +127,12 @@ def check_files(
 def _held_out(count: int, share: float, seed: int) -> set[int]:
     try:
         return held_out_places(count, share, seed)
-    except DataError:  # too few rows to split: the run says so
+    except DataError:  # there are too few rows to split, and the run itself will say so
         return set()
 
 
 def _measure(outcome: RowOutcome, encoder: ChatEncoder, report: CheckReport) -> None:
-    """Turns of a row, and lengths where it is kept."""
+    """Add a row's turns to the report, and its lengths if it is kept."""
     report.turns.update(m["role"] for m in outcome.messages if m["content"] or "tools" not in m)
     report.turns["tool call"] += sum(len(m.get("tool_calls", [])) for m in outcome.messages)
     if not outcome.encoded:
@@ -145,7 +146,7 @@ def _measure(outcome: RowOutcome, encoder: ChatEncoder, report: CheckReport) -> 
 
 
 def describe_template(encoder: ChatEncoder) -> dict[str, str]:
-    """What the checkpoint's template does with what not every template knows."""
+    """What the checkpoint's template does with the parts of a chat that not every template supports."""
     kept = {role: "dropped" if role in encoder.dropped_roles else "kept" for role in ("system", "tool")}
     treated = {"fold": "folded into the first question (data.system)", "drop": "left out (data.system)"}
     tools = {"argument": "kept", "message": "kept, in the system message", None: "dropped"}[encoder.tools.tools]
@@ -159,48 +160,52 @@ def describe_template(encoder: ChatEncoder) -> dict[str, str]:
 
 
 @dataclass
-class _Look:
-    """The look at the rows of one set of files, one after the other."""
+class _RowChecker:
+    """Checks rows one after the other, and adds findings to the report."""
 
-    section: DataSection
-    encoder: ChatEncoder
+    encode: RowEncoder
     report: CheckReport
 
-    def at(self, files: Sequence[str], counts: Report) -> Iterator[tuple[RowOutcome, str | None]]:
-        """What becomes of each row, with all that stands out about it noted, and why it should not stay, if so."""
-        for outcome in outcomes(self._rows(files, counts), self.section, self.encoder, self.report.max_length):
+    def check(self, files: Sequence[str], counts: DataReport) -> Iterator[tuple[RowOutcome, str | None]]:
+        """What becomes of each row, and the title of the finding because of which it should be left out, if any.
+
+        Args:
+            counts: counts the rows of these files.
+        """
+        for outcome in self.encode(self._rows(files, counts)):
             counts.count(outcome)
-            why = None
+            title = None
             for kind, detail in self._troubles(outcome):
-                forgiven = self.section.invalid_rows == "drop" and outcome.error and kind == outcome.error.kind
+                forgiven = self.encode.section.invalid_rows == "drop" and outcome.error and kind == outcome.error.kind
                 self.report.findings.add(kind, outcome.row.where, detail, spoils=False if forgiven else None)
                 if KINDS[kind].left_out:
-                    why = why or KINDS[kind].title
-            yield outcome, why
+                    title = title or KINDS[kind].title
+            yield outcome, title
 
-    def _rows(self, files: Sequence[str], counts: Report) -> Iterator[Row]:
-        """The rows that can be looked at; the rest becomes findings."""
+    def _rows(self, files: Sequence[str], counts: DataReport) -> Iterator[Row]:
+        """The rows that can be checked. For all other places a finding is added."""
         for file in files:
             empty = True
-            for found in scan_file(file, self.section.split):
+            for item in scan_file(file, self.encode.section.split):
                 empty = False
-                row = as_row(found, self.report.max_length)
+                row = as_row(item, self.report.max_length)
                 if row is None:
-                    self._pass_over(found, counts)
+                    self._skip(item, counts)
                     continue
-                if isinstance(found, Broken):
-                    self.report.findings.add(found.kind, found.where, found.problem)
+                if isinstance(item, Broken):
+                    self.report.findings.add(item.kind, item.where, item.problem)
                 yield row
             if empty:
                 self.report.findings.add("nothing", file)
 
-    def _pass_over(self, found: Row | Broken, counts: Report) -> None:
-        kind, detail = unreadable(found)
-        self.report.findings.add(kind, found.where, detail)
+    def _skip(self, item: Row | Broken, counts: DataReport) -> None:
+        kind, detail = unreadable(item)
+        self.report.findings.add(kind, item.where, detail)
         counts.rows += 1
         counts.dropped[KINDS[kind].title] += 1
 
     def _troubles(self, outcome: RowOutcome) -> Iterator[tuple[str, str]]:
+        """The kind and the detail of each finding in a row."""
         if outcome.error:
             yield outcome.error.kind, str(outcome.error)
         elif outcome.reason:
@@ -209,15 +214,15 @@ class _Look:
             yield "cut", ""
         yield from turn_troubles(outcome.messages)
         yield from call_troubles(outcome.messages)
-        yield from markup_troubles(outcome.messages, self.encoder)
-        yield from text_troubles(outcome.text or "", self.encoder)
+        yield from markup_troubles(outcome.messages, self.encode.encoder)
+        yield from text_troubles(outcome.text or "", self.encode.encoder)
         texts = list(strings(outcome.row.fields))
-        # Each kind once a row.
+        # Each kind at most once for a row.
         yield from {kind: detail for text in texts for kind, detail in letter_troubles(text)}.items()
         sensitive: Counter[str] = sum(map(count_sensitive, texts), Counter())
         self.report.sensitive += sensitive
         for kind, count in sensitive.items():
             yield ("secret" if kind in SECRETS else "personal"), f"{kind} × {count}" if count > 1 else kind
-        odd = self.report.languages.add(outcome.messages)
-        if odd:
-            yield "language", odd
+        note = self.report.languages.add(outcome.messages)
+        if note:
+            yield "language", note

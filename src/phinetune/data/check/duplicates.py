@@ -1,4 +1,7 @@
-"""Rows that are alike: exactly (but for white space and case), or nearly, by MinHash."""
+"""Finds rows that are alike: equal apart from white space and case, or nearly equal.
+
+Nearly equal rows are found by MinHash with locality-sensitive hashing (Broder 1997).
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,24 @@ from typing import Any
 
 import numpy as np
 
-ALIKE = 0.8  # of the shingles of both rows together
-LOOKED_AT = 50_000  # rows that are compared with each other; more are compared with these only
-HELD = 50_000_000  # shingles held of them, 4 bytes each
-LONGEST = 20_000  # characters of a row that are compared
-_FEWEST = 8  # shingles: shorter rows are alike by chance
+ALIKE = 0.8  # least Jaccard similarity of nearly equal rows: the share of their shingles that both have
+MAX_ROWS = 50_000  # rows kept for comparison; further rows are compared only with these
+MAX_SHINGLES = 50_000_000  # shingles kept for comparison, 4 bytes each
+MAX_CHARACTERS = 20_000  # of a row; the rest is not compared
+_MIN_SHINGLES = 8  # rows with fewer shingles can be alike by chance
 _PERMUTATIONS = 128
-_WEIGHTS = (0.2, 0.8)  # of candidates too many against candidates missed: each is looked at again
+# What a false positive and a false negative of the index cost. Misses cost more: each candidate is checked exactly.
+_WEIGHTS = (0.2, 0.8)
 
 
 def exact_key(text: str) -> bytes:
-    """The same for texts that differ in white space and case only."""
+    """A key of 16 bytes. Texts that differ only in white space and case have the same key."""
     return hashlib.blake2b(" ".join(text.split()).casefold().encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def shingles(text: str) -> set[bytes]:
-    """Word triples; runs of five letters where words are not set apart, as in Chinese."""
-    words = re.findall(r"\w+", text[:LONGEST].casefold())
+    """The overlapping pieces of a text: three words each, or five letters if words are not separated, as in Chinese."""
+    words = re.findall(r"\w+", text[:MAX_CHARACTERS].casefold())
     letters = sum(map(len, words))
     if words and letters / len(words) > 15:
         joined = "".join(words)
@@ -34,7 +38,7 @@ def shingles(text: str) -> set[bytes]:
 
 
 class NearDuplicates:
-    """Finds, for a row, one that came before and is nearly like it. Holds 4 bytes a shingle, not the texts."""
+    """Finds for a row an earlier row that is nearly equal. Keeps 4 bytes for each shingle, but no texts."""
 
     def __init__(self) -> None:
         from datasketch import MinHash, MinHashLSH
@@ -45,18 +49,19 @@ class NearDuplicates:
         self._held = 0
 
     def find(self, text: str) -> int | None:
-        """The number of the first row taken in that is nearly like `text`."""
+        """The number of the first added row that is nearly equal to `text`; None if there is none."""
         mine = shingles(text)
-        return None if len(mine) < _FEWEST else self._match(mine, self._sketch(mine))
+        return None if len(mine) < _MIN_SHINGLES else self._match(mine, self._sketch(mine))
 
     def add(self, number: int, text: str) -> int | None:
-        """`find`; a row like none before is taken in under its number."""
+        """As `find`. If it finds no row, `text` is added under `number`."""
         mine = shingles(text)
-        if len(mine) < _FEWEST:
+        if len(mine) < _MIN_SHINGLES:
             return None
         sketch = self._sketch(mine)
         match = self._match(mine, sketch)
-        if match is None and len(self._shingles) < LOOKED_AT and self._held < HELD:  # one of each cluster stands for it
+        # Of rows that are alike only the first is added. It stands for the others.
+        if match is None and len(self._shingles) < MAX_ROWS and self._held < MAX_SHINGLES:
             self._index.insert(number, sketch)
             self._shingles[number] = _hashes(mine)
             self._held += len(mine)
@@ -77,5 +82,5 @@ class NearDuplicates:
 
 
 def _hashes(mine: set[bytes]) -> np.ndarray[Any, Any]:
-    """The shingles as numbers, shape (shingles); two of a row are hardly ever one number."""
+    """The shingles as numbers, shape (shingles). Two shingles of a row hardly ever get the same number."""
     return np.fromiter(map(zlib.crc32, mine), np.uint32, len(mine))

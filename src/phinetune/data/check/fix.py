@@ -1,4 +1,4 @@
-"""`phinetune data check --fix`: the set without what can't be mended, and mended where it can."""
+"""`phinetune data check --fix`: writes a cleaned set, with rows repaired if possible, and left out if not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from phinetune.data.check.check import CheckReport
 from phinetune.data.check.findings import KINDS, Found
 from phinetune.data.check.scan import as_row, scan_file, unreadable
-from phinetune.data.check.text_checks import mend
+from phinetune.data.check.text_checks import repair
 from phinetune.data.read.rows import Broken
 from phinetune.errors import DataError
 from phinetune.files import write_lines
@@ -22,7 +22,14 @@ MENDED = ("encoding", "mojibake", "nothing")
 
 @dataclass
 class Fixed:
-    """What was written: rows, why others were left out, rows mended by kind, and what is left to the user."""
+    """What was written.
+
+    Attributes:
+        rows: how many rows were written.
+        left_out: how many rows were left out, by reason.
+        mended: how many rows were repaired, by kind of finding.
+        remaining: what still spoils a run, with advice.
+    """
 
     path: str
     rows: int = 0
@@ -31,13 +38,14 @@ class Fixed:
     remaining: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
         return {**vars(self), "left_out": dict(self.left_out), "mended": dict(self.mended)}
 
     def line(self) -> str:
-        """The result in a sentence."""
+        """The result in one sentence."""
         parts = [f"Wrote {self.path}: {self.rows:,} rows"]
         if self.mended:
-            parts.append("mended " + ", ".join(f"{count} with {kind}" for kind, count in self.mended.most_common()))
+            parts.append("repaired " + ", ".join(f"{count} with {kind}" for kind, count in self.mended.most_common()))
         if self.left_out:
             parts.append("left out " + ", ".join(f"{count}: {why}" for why, count in self.left_out.most_common()))
         return "; ".join(parts)
@@ -47,21 +55,21 @@ def check_target(out: Path) -> None:
     """Make sure that the cleaned set can be written, before anything slow begins.
 
     Raises:
-        DataError: something stands there, or the name does not say JSON Lines.
+        DataError: `out` exists already, or its name does not end in .jsonl.
     """
     if out.suffix.lower() != ".jsonl":
-        raise DataError(f"--fix {out}: the cleaned set is JSON Lines; give it a name that ends in .jsonl")
+        raise DataError(f"--fix {out}: the cleaned set is written as JSON Lines; give a name that ends in .jsonl")
     if out.exists():
         raise DataError(f"--fix {out}: something stands there already; give another name, or move it away")
 
 
 def write_fixed(report: CheckReport, out: Path) -> Fixed:
-    """Write the rows of a checked set that are sound or can be mended, each in its own form, as JSON Lines.
+    """Write the good and the repaired rows of a checked set to `out`, as JSON Lines. Each row keeps its form.
 
-    The files are read again, a row at a time.
+    The files are read again, one row at a time.
 
     Raises:
-        DataError: `out` exists, or no row would be left.
+        DataError: `out` exists already, its name does not end in .jsonl, or no row would be left.
     """
     check_target(out)
     made = Fixed(str(out))
@@ -71,7 +79,7 @@ def write_fixed(report: CheckReport, out: Path) -> Fixed:
 
 
 def _lines(report: CheckReport, made: Fixed) -> Iterator[str]:
-    """The rows that stay, counted as they go by."""
+    """The rows that stay, as lines of JSON. Counts rows in `made` while they are read."""
     number = -1
     for found in (one for file in report.files for one in scan_file(file, report.split)):
         row = as_row(found, report.max_length)
@@ -83,7 +91,7 @@ def _lines(report: CheckReport, made: Fixed) -> Iterator[str]:
         if why:
             made.left_out[why] += 1
             continue
-        fields, kinds = _mended(row.fields)
+        fields, kinds = _repaired(row.fields)
         if isinstance(found, Broken):
             kinds.add("encoding")
         made.mended.update(KINDS[kind].title for kind in kinds)
@@ -94,7 +102,7 @@ def _lines(report: CheckReport, made: Fixed) -> Iterator[str]:
 
 
 def _stays(found: Found) -> bool:
-    """Whether a finding spoils a run on the cleaned set too: what the checkpoint or the settings bring about."""
+    """Whether a finding also spoils a run on the cleaned set: one that comes from the checkpoint or the settings."""
     return found.spoils and not KINDS[found.kind].left_out and found.kind not in MENDED
 
 
@@ -102,19 +110,19 @@ def _line(fields: Any) -> str:
     line = json.dumps(fields, ensure_ascii=False, default=str)
     try:
         line.encode()
-    except UnicodeEncodeError:  # half a character in a field that no one reads stays escaped
+    except UnicodeEncodeError:  # a field that is not used contains half of a character, which stays escaped
         line = json.dumps(fields, default=str)
     return line + "\n"
 
 
-def _mended(value: Any) -> tuple[Any, set[str]]:
-    """The value with every text in it mended, and what was mended."""
+def _repaired(value: Any) -> tuple[Any, set[str]]:
+    """The value with every text in it repaired, and the kinds of what was repaired."""
     if isinstance(value, str):
-        return mend(value)
+        return repair(value)
     if isinstance(value, Mapping):
-        pairs = {key: _mended(item) for key, item in value.items()}
+        pairs = {key: _repaired(item) for key, item in value.items()}
         return {key: item for key, (item, _) in pairs.items()}, set().union(*(kinds for _, kinds in pairs.values()))
     if isinstance(value, (list, tuple)):
-        items = [_mended(item) for item in value]
+        items = [_repaired(item) for item in value]
         return [item for item, _ in items], set().union(*(kinds for _, kinds in items))
     return value, set()

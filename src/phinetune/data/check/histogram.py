@@ -1,4 +1,4 @@
-"""Rows by their lengths, in bins of equal width and one for the few that are far longer."""
+"""Counts rows by their lengths: in bins of equal width, and in one more bin for a few rows that are far longer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 BINS = 8
-USUAL = 0.975  # of the rows: where the others are more than twice as long, they share the last bin
+USUAL = 0.975  # share of the rows for the bins of equal width, if the longest row is more than twice as long as these
 
 
 class Bin(NamedTuple):
-    """Lengths `first` to `last`: rows with so many tokens, and rows with so many trainable ones."""
+    """The rows with lengths from `first` to `last`: by their tokens, and by their trainable tokens."""
 
     first: int
     last: int
@@ -19,7 +19,11 @@ class Bin(NamedTuple):
 
 
 def histogram(lengths: Sequence[tuple[int, int]]) -> list[Bin]:
-    """Bins of (tokens, trainable tokens) of rows; as many as the longest row needs."""
+    """The bins for rows of these lengths, up to the bin of the longest row.
+
+    Args:
+        lengths: (tokens, trainable tokens) of each row.
+    """
     if not lengths:
         return []
     tokens = sorted(n for n, _ in lengths)
@@ -36,7 +40,7 @@ def histogram(lengths: Sequence[tuple[int, int]]) -> list[Bin]:
 
 
 def bin_width(longest: int) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, … with which all lengths fit into the bins."""
+    """The smallest of 1, 2, 5, 10, 20, 50, … with which `BINS` bins cover all lengths up to `longest`."""
     width = 1
     while True:
         for digit in (1, 2, 5):

@@ -1,4 +1,4 @@
-"""Which languages a set is written in, by py3langid's model, for texts long enough to tell."""
+"""Recognises the languages of chats, by py3langid's model. Texts that are too short are not counted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from phinetune.chat.template import Message
+from phinetune.chats.template import Message
 
-SHORTEST = 60  # letters: below it the guess is poor
-SURE = 0.9
-LOOKED_AT = 2_000  # chats; a millisecond each
-READ = 800  # characters of a text that are read
+MIN_LETTERS = 60  # of a text; with fewer letters the model is often wrong
+MIN_CONFIDENCE = 0.9  # of the model's answer, from 0 to 1
+MAX_CHATS = 2_000  # only these first chats are examined, which takes one millisecond each
+MAX_CHARACTERS = 800  # of a text; the rest is not read
 _CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`|https?://\S+", re.DOTALL)
 
 
@@ -21,28 +21,37 @@ _CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`|https?://\S+", re.DOTALL)
 def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=SURE)
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=MIN_CONFIDENCE)
 
 
 def language_of(text: str) -> str | None:
-    """The two-letter code of a text's language; None where it is too short or too mixed to tell."""
-    words = _CODE.sub(" ", text[:READ])
-    if sum(letter.isalpha() for letter in words) < (SHORTEST if words.isascii() else SHORTEST // 2):
+    """The two-letter code of a text's language. None if the text is too short, or its language is not clear."""
+    words = _CODE.sub(" ", text[:MAX_CHARACTERS])
+    if sum(letter.isalpha() for letter in words) < (MIN_LETTERS if words.isascii() else MIN_LETTERS // 2):
         return None
     code, _ = _identifier().classify(words)
-    return None if code in ("und", "zxx") else str(code)  # undetermined; no language at all
+    return None if code in ("und", "zxx") else str(code)  # undetermined; no linguistic content
 
 
 class Languages:
-    """Counts languages chat by chat."""
+    """Counts the languages of chats.
+
+    Attributes:
+        counts: how many chats have answers in each language.
+        chats: how many chats were examined.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.chats = 0
 
     def add(self, messages: Sequence[Message]) -> str | None:
-        """Count a chat by its answers; what is odd about its languages, or None."""
-        if self.chats >= LOOKED_AT:
+        """Count a chat by the language of its answers.
+
+        Returns:
+            a note if the answers have another language than the questions, else None.
+        """
+        if self.chats >= MAX_CHATS:
             return None
         self.chats += 1
         answers = [m["content"] for m in messages if m["role"] == "assistant"]

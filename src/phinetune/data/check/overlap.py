@@ -1,12 +1,12 @@
-"""Rows against each other: twice in the training files, and in training and held-out chats."""
+"""Compares rows with each other: finds copies in the training files, and copies in training and held-out chats."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
-from phinetune.chat.row_error import RowError
-from phinetune.chat.template import Message
+from phinetune.chats.row_error import RowError
+from phinetune.chats.template import Message
 from phinetune.data.check.duplicates import NearDuplicates, exact_key
 from phinetune.data.check.findings import KINDS, Findings
 from phinetune.data.read.forms import detect_form, to_messages
@@ -14,7 +14,7 @@ from phinetune.data.read.rows import Row
 
 
 def text_of(messages: Sequence[Message]) -> str:
-    """A chat as one text, to be compared."""
+    """A chat as one text, for comparison."""
     turns = []
     for message in messages:
         calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
@@ -23,6 +23,7 @@ def text_of(messages: Sequence[Message]) -> str:
 
 
 def _text_of_row(row: Row, form: str) -> str:
+    """A row as one text, for comparison. Empty if the row is not of a known form."""
     try:
         form = detect_form(row.fields) if form == "auto" else form
         if form == "tokens":
@@ -33,10 +34,20 @@ def _text_of_row(row: Row, form: str) -> str:
 
 
 class Overlap:
-    """Takes in training rows one by one, each under its number, then held-out ones. Keeps places and keys, no rows."""
+    """Finds equal and nearly equal rows.
+
+    First `take_in` gets the training rows one by one, then `hold_out` the held-out rows. It keeps the rows' places and
+    keys, but not the rows.
+    """
 
     def __init__(self, findings: Findings, form: str, left_out: dict[int, str]) -> None:
-        """`left_out` gets the numbers of rows that should not stay, with the reason."""
+        """Make an empty comparison.
+
+        Args:
+            findings: gets what is found.
+            form: the form of the rows, or `auto`.
+            left_out: gets the numbers of rows that `--fix` leaves out, with the reason.
+        """
         self._findings, self._form, self._left_out = findings, form, left_out
         self._where: dict[int, str] = {}
         self._first: dict[bytes, int] = {}
@@ -45,7 +56,7 @@ class Overlap:
         self._near = NearDuplicates()
 
     def take_in(self, number: int, row: Row) -> None:
-        """Compare a row with those before it."""
+        """Compare a training row with the rows before it. Its number counts the training rows from 0."""
         self._where[number] = row.where
         text = _text_of_row(row, self._form)
         first = self._first.setdefault(exact_key(text), number)
@@ -60,7 +71,7 @@ class Overlap:
             self._findings.add("near", row.where, f"like {self._where[match]}")
 
     def hold_out(self, row: Row) -> None:
-        """Compare a held-out row with all rows taken in."""
+        """Compare a held-out row with all training rows."""
         text = _text_of_row(row, self._form)
         if not text:
             return
@@ -75,7 +86,13 @@ class Overlap:
             self._left_out[number] = KINDS["shared"].title
 
     def split(self, held_out: set[int], share: float, count: int) -> None:
-        """Compare the two sides of a split by fraction: of the first `count` rows, the numbers of those held out."""
+        """Compare the two sides of a split by fraction (`data.eval`).
+
+        Args:
+            held_out: the numbers of the rows that the split holds out.
+            share: the fraction.
+            count: how many rows, from the first, the split divides.
+        """
         for copies in self._copies.values():
             numbers = [number for number in copies if number < count]
             sides = [number in held_out for number in numbers]

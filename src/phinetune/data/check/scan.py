@@ -1,4 +1,4 @@
-"""What a look at a file takes in: rows, rows that only look like one, and places that hold none."""
+"""Reads the rows of a file for a check, also where a place is broken or a row is far too long to be a chat."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from phinetune.errors import DataError
 
 
 def scan_file(file: str, split: str) -> Iterator[Row | Broken]:
-    """Rows and broken places in order; a source that can't be read at all is one broken place."""
+    """The rows and broken places of a file, in order. A source that can't be read at all is one broken place."""
     try:
         yield from scan_rows(file, split)
     except DataError as error:
         yield Broken(file, str(error))
 
 
-def as_row(found: Row | Broken, max_length: int | None) -> Row | None:
-    """The row to look at, as if its bytes were mended where they are no UTF-8; None where no chat stands there."""
-    if isinstance(found, Row):
-        row = found
-    elif found.salvaged is not None:
-        row = Row(found.where, found.salvaged)
+def as_row(item: Row | Broken, max_length: int | None) -> Row | None:
+    """The row to check. For a broken place, it is the row that was salvaged from it.
+
+    None if there is no row, or it is far too long to be a chat.
+    """
+    if isinstance(item, Row):
+        row = item
+    elif item.salvaged is not None:
+        row = Row(item.where, item.salvaged)
     else:
         return None
     return None if is_huge(row, max_length) else row
 
 
-def unreadable(found: Row | Broken) -> tuple[str, str]:
-    """Of what is no row to look at: the kind of finding, and its detail."""
-    if isinstance(found, Row):
-        return "huge", describe_size(found)
-    return ("huge" if found.salvaged is not None else found.kind), found.problem
+def unreadable(item: Row | Broken) -> tuple[str, str]:
+    """The kind of finding and its detail, for an item that `as_row` makes no row of."""
+    if isinstance(item, Row):
+        return "huge", describe_size(item)
+    return ("huge" if item.salvaged is not None else item.kind), item.problem

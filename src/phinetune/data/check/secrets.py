@@ -1,4 +1,4 @@
-"""Personal data and secrets, found by their form. Only kinds and numbers leave this module, never what was found."""
+"""Finds personal data and secrets by their form. This module returns only kinds and counts, never the text it found."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 
 class Pattern(NamedTuple):
-    """One form.
+    """The form of one kind of personal data or secret.
 
     Attributes:
-        hint: something that every match holds, quick to look for.
-        valid: a closer look at a match.
+        secret: whether it is a secret; if not, it is personal data.
+        hint: something that every match contains. It is faster to search for than `form`.
+        form: matches the data.
+        valid: a further check of a match, for example of its check digits.
     """
 
     kind: str
@@ -25,7 +27,7 @@ class Pattern(NamedTuple):
 
 
 def luhn(number: str) -> bool:
-    """Whether the digits of a card number add up."""
+    """Whether the check digit of a card number is right (Luhn's algorithm)."""
     digits = [int(letter) for letter in number if letter.isdigit()]
     doubled = [2 * digit - 9 * (digit > 4) for digit in digits[-2::-2]]
     return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
@@ -39,7 +41,7 @@ def iban(text: str) -> bool:
 
 
 def public_address(text: str) -> bool:
-    """Whether an IP address is one of the open internet: not private, local or kept for examples."""
+    """Whether an IP address is public: not private, not local and not reserved for examples."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -48,17 +50,18 @@ def public_address(text: str) -> bool:
 
 
 def _person(address: str) -> bool:
-    """Whether a mail domain can be somebody's (RFC 2606 keeps some for examples)."""
+    """Whether the domain of an e-mail address can belong to somebody. RFC 2606 reserves some domains for examples."""
     domain = address.rpartition("@")[2].lower()
     return not re.search(r"(^|\.)(example(\.com|\.net|\.org)?|test|invalid|localhost)$", domain)
 
 
 def _phone(text: str) -> bool:
+    """Whether there are as many digits as a phone number has (at most 15 by E.164)."""
     return 8 <= sum(letter.isdigit() for letter in text) <= 15
 
 
-_ASSIGNED = ipaddress.ip_network("2000::/3")  # all of IPv6 that is in use; `a::b` is valid too
-_KEYS = (  # providers' documented prefixes
+_ASSIGNED = ipaddress.ip_network("2000::/3")  # all public IPv6 addresses; others, as `a::b`, are valid but not in use
+_KEYS = (  # the prefixes that providers document
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     r"\bgh[pousr]_[A-Za-z0-9]{36,}",
     r"\bgithub_pat_[A-Za-z0-9_]{22,}",
@@ -129,7 +132,7 @@ SECRETS = frozenset(pattern.kind for pattern in PATTERNS if pattern.secret)
 
 
 def count_sensitive(text: str) -> Counter[str]:
-    """How often each kind stands in a text."""
+    """How often each kind occurs in a text."""
     counts: Counter[str] = Counter()
     for pattern in PATTERNS:
         if not pattern.hint.search(text):
@@ -137,6 +140,7 @@ def count_sensitive(text: str) -> Counter[str]:
         found = [match.span() for match in pattern.form.finditer(text) if pattern.valid(match[0])]
         if found:
             counts[pattern.kind] += len(found)
-        for start, end in reversed(found):  # what is counted once is no longer there for the patterns to come
+        # What is counted is taken out of the text, so that no later pattern counts it again.
+        for start, end in reversed(found):
             text = f"{text[:start]} {text[end:]}"
     return counts

@@ -1,22 +1,22 @@
-"""What may be wrong with a chat's turns and with the letters in them."""
+"""Checks a chat's turns, and the letters in its texts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
-from phinetune.chat.control import control_tokens
-from phinetune.chat.encoder import ChatEncoder
-from phinetune.chat.template import Message, typed_tokens
+from phinetune.chats.control import control_tokens
+from phinetune.chats.encoder import ChatEncoder
+from phinetune.chats.template import Message, typed_tokens
 
-# Control characters but tab and line ends; marks that turn the reading direction; a byte order mark inside a text;
-# code points that are no characters; tags (an invisible alphabet), but for those that make a flag.
+# Hidden letters: control characters, except tabs and line ends; marks that change the reading direction; a byte order
+# mark inside a text; code points that are not characters; tags (an invisible alphabet), except those of a flag.
 HIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufdd0-\ufdef\ufffe\uffff]"
     "|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]+"
 )
-LOST = "\ufffd"
-# What renders a chat in the templates that data sets are usually made for.
+LOST = "\ufffd"  # the replacement character: a letter that could not be decoded earlier
+# The tokens by which common chat templates mark turns.
 MARKUP = re.compile(
     r"<\|(?:im_start|im_end|im_sep|eot_id|start_header_id|end_header_id|begin_of_text|system|user|assistant|end)\|>"
     r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<\|endoftext\|>"
@@ -24,7 +24,7 @@ MARKUP = re.compile(
 
 
 def turn_troubles(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
-    """(kind, detail) of what is unusual about the turns of a chat."""
+    """(kind, detail) of each unusual turn of a chat."""
     for number, message in enumerate(messages, 1):
         before = messages[number - 2] if number > 1 else None
         yield from _empty(number, message)
@@ -62,13 +62,13 @@ def _misplaced(number: int, message: Message, before: Message) -> Iterator[tuple
     if role == before["role"] and role in ("user", "assistant") and "tool_calls" not in {*message, *before}:
         yield "order", f"turns {number - 1} and {number} are both the {role}'s"
     elif role == "tool" and before["role"] != "tool" and "tool_calls" not in before:
-        yield "order", f"turn {number} is a tool's, and no call stands before it"
+        yield "order", f"turn {number} is a tool's, and no tool call comes before it"
     elif role == "assistant" and before["role"] == "system":
         yield "order", f"turn {number} answers no question"
 
 
 def markup_troubles(messages: Sequence[Message], encoder: ChatEncoder) -> Iterator[tuple[str, str]]:
-    """(kind, detail) of template tokens in the turns: this checkpoint's, or another template's."""
+    """(kind, detail) of template tokens inside the turns: this checkpoint's own, or another template's."""
     control = control_tokens(encoder.tokenizer)
     for number, message in enumerate(messages, 1):
         answers = message["role"] == "assistant"
@@ -82,7 +82,7 @@ def markup_troubles(messages: Sequence[Message], encoder: ChatEncoder) -> Iterat
 
 
 def text_troubles(text: str, encoder: ChatEncoder) -> Iterator[tuple[str, str]]:
-    """(kind, detail) of another template's tokens in a ready-made text, where this checkpoint's own are welcome."""
+    """(kind, detail) of another template's tokens in a ready-made text. It may contain this checkpoint's own tokens."""
     own = control_tokens(encoder.tokenizer).ids
     foreign = [token for token in MARKUP.findall(text) if token not in own]
     if foreign:
@@ -90,14 +90,14 @@ def text_troubles(text: str, encoder: ChatEncoder) -> Iterator[tuple[str, str]]:
 
 
 def call_troubles(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
-    """(kind, detail) of tool calls that call no tool of the row, and of calls and answers without each other."""
+    """(kind, detail) of calls of tools that the row lacks, of calls without answer, and of answers without call."""
     tools = {tool["function"]["name"] for tool in messages[0].get("tools", [])} if messages else set()
     known: set[str] = set()
     for number, message in enumerate(messages, 1):
         calls = message.get("tool_calls", [])
         for name in dict.fromkeys(call["function"]["name"] for call in calls):
             if tools and name not in tools:
-                yield "calls", f"turn {number} calls `{name}`, which the row's tools do not have"
+                yield "calls", f"turn {number} calls `{name}`, which is not among the row's tools"
         known |= {call["id"] for call in calls if "id" in call}
         after = messages[number]["role"] if number < len(messages) else None
         if calls and after not in ("tool", None):
@@ -107,8 +107,9 @@ def call_troubles(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
 
 
 def _listed(tokens: Sequence[str]) -> str:
-    unlike = list(dict.fromkeys(tokens))
-    return " ".join(unlike[:3]) + (" …" if len(unlike) > 3 else "")
+    """The first three different tokens."""
+    different = list(dict.fromkeys(tokens))
+    return " ".join(different[:3]) + (" …" if len(different) > 3 else "")
 
 
 def letter_troubles(text: str) -> Iterator[tuple[str, str]]:
@@ -126,15 +127,19 @@ def letter_troubles(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _ungarble(text: str) -> str:
-    """The text, letters that were read in a wrong encoding read anew by ftfy."""
+    """The text, with letters repaired by ftfy that were decoded by a wrong encoding."""
     import ftfy
     from ftfy.badness import is_bad
 
     return str(ftfy.fix_encoding(text)) if not text.isascii() and is_bad(text) else text
 
 
-def mend(text: str) -> tuple[str, set[str]]:
-    """The text with garbled letters read anew and hidden ones taken out, and which of these kinds it had."""
+def repair(text: str) -> tuple[str, set[str]]:
+    """Repair garbled letters, and remove hidden ones.
+
+    Returns:
+        the repaired text, and which kinds of findings it had: `mojibake`, `control`.
+    """
     ungarbled = _ungarble(text)
     clean = HIDDEN.sub("", ungarbled)
     pairs = (("mojibake", text, ungarbled), ("control", ungarbled, clean))

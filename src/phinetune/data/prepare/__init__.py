@@ -1,1 +1,1 @@
-"""From rows to encoded sets, in memory, on disk or as a stream."""
+"""Makes sets of encoded examples from rows: in memory, on disk or as a stream."""

@@ -1,7 +1,8 @@
-"""Prepared sets kept on disk, found again by what they were made of and how.
+"""A cache of prepared sets on disk.
 
-An entry is a folder named by its key. It is written beside its place and renamed, under a lock, and holds the SHA-256
-of its files: one that is damaged is made anew.
+An entry is a folder. Its name is a key, computed from the data, the settings and the code that the entry is made with.
+The entry is written beside its place and then renamed, under a lock. It holds the SHA-256 of its files, so a damaged
+entry is noticed and made again.
 """
 
 from __future__ import annotations
@@ -28,21 +29,25 @@ from phinetune.files import is_disk_full, staged_folder
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-# What a row's ids may depend on besides the data and the settings: this package's code that makes them, and libraries.
-CODE = ("data", "chat", "checkpoints")
+# The folders of this package and the libraries whose code decides what a row's token ids are.
+CODE = ("data/read", "data/prepare", "chats", "checkpoints", "training/objectives")
 LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
-def key_of(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The name of what `settings` (values of JSON) and this state of the program make with a tokenizer."""
-    made_by = [_code_digest(), *(f"{name} {version(name)}" for name in LIBRARIES)]
-    tree = {"made by": made_by, "tokenizer": _fingerprint(tokenizer), **settings}
+def cache_key(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The key of an entry, 32 hexadecimal digits.
+
+    Args:
+        settings: the source's digest and the settings, as JSON can hold them.
+    """
+    code = [_code_digest(), *(f"{name} {version(name)}" for name in LIBRARIES)]
+    tree = {"made by": code, "tokenizer": _fingerprint(tokenizer), **settings}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @functools.cache
 def _code_digest() -> str:
-    """SHA-256 of the code that rows go through: it says more than a version, and counts in a checkout too."""
+    """SHA-256 of the code that rows go through. Unlike a version number, it changes whenever someone edits the code."""
     package = Path(__file__).resolve().parents[2]
     total = hashlib.sha256()
     for folder in CODE:
@@ -52,9 +57,9 @@ def _code_digest() -> str:
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides how it renders and encodes."""
+    """SHA-256 of all that decides how a tokenizer renders and encodes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if isinstance(backend, Tokenizer):  # how it was last asked to cut and pad does not matter
+    if isinstance(backend, Tokenizer):  # truncation and padding come from the last call, so they are left out
         core: Any = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
     else:
         core = sorted(tokenizer.get_vocab().items())
@@ -63,25 +68,28 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def kept(key: str, make: Callable[[Path], None]) -> Path:
-    """The folder of an entry, filled by `make` unless it is there and whole.
+def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
+    """The folder of an entry. If it is missing or damaged, it is made first.
+
+    Args:
+        fill: writes the entry into an empty folder.
 
     Raises:
-        DataError: there is no room for it, or `make` finds the data unusable; nothing is kept then.
+        DataError: the disk is full, or `fill` raised it. Then the cache does not change.
     """
     target = cache_folder() / "data" / key
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):  # another process may be at the same work: wait for it, then read
+    with FileLock(target.with_suffix(".lock")):  # another process may make the same entry: wait for it
         if target.is_dir():
             if _is_whole(target):
                 logger.info("prepared before: %s", target)
                 return target
-            logger.warning("%s is damaged and is made anew", target)
-        for left in target.parent.glob(f".{key}.partial-*"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+            logger.warning("%s is damaged and is made again", target)
+        for remains in target.parent.glob(f".{key}.partial-*"):  # of a process that was killed
+            shutil.rmtree(remains, ignore_errors=True)
         try:
             with staged_folder(target) as stage:
-                make(stage)
+                fill(stage)
                 _write_manifest(stage)
         except OSError as error:
             if not is_disk_full(error):
@@ -90,7 +98,7 @@ def kept(key: str, make: Callable[[Path], None]) -> Path:
                 f"no space is left for prepared data in {target.parent}; delete older entries there, set "
                 "PHINETUNE_HOME to a folder with more room, or set data.streaming: true"
             ) from error
-        logger.info("kept in %s (delete it when you like)", target)
+        logger.info("kept in %s for later runs (it may be deleted)", target)
     return target
 
 
@@ -100,6 +108,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether the files of an entry are those that its manifest lists."""
     try:
         digests: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return all(file_digest(folder / name) == digest for name, digest in digests.items())

@@ -1,25 +1,27 @@
-"""What becomes of each row: read, checked, rendered, encoded, cut or dropped."""
+"""Reads, checks, renders and encodes each row, and cuts or drops it if it is too long."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from jinja2 import TemplateError
 
-from phinetune.chat.encoder import ChatEncoder, Encoded
-from phinetune.chat.row_error import RowError
-from phinetune.chat.template import Message
-from phinetune.config.run import DataSection
-from phinetune.data.read.forms import READY, check_letters, detect_form, size_of, strings, to_messages
+from phinetune.chats.encoder import ChatEncoder
+from phinetune.chats.row_error import RowError
+from phinetune.chats.template import Message
+from phinetune.config.data import DataSection
+from phinetune.config.row_forms import READY
+from phinetune.data.read.forms import check_letters, detect_form, size_of, strings, to_messages
 from phinetune.data.read.rows import Row
-from phinetune.engine.scoring import IGNORED
+from phinetune.engine.examples import IGNORED, Encoded
 
-BATCH = 512  # chats tokenised in one call; the tokenizer spreads a call over the cores
-HUGE = 400_000  # letters and numbers: beyond it (and beyond 40 a token of max_length) no row is a chat
-TURNS = 1_000  # nor beyond so many turns
+BATCH = 512  # chats that are tokenised in one call; the tokenizer uses all cores for a call
+# A row is no chat if it has more letters and numbers than this and than 40 per token of max_length, or more turns.
+HUGE = 400_000
+TURNS = 1_000
 NOTHING_TRAINED = "no token to train on"
 
 
@@ -28,13 +30,15 @@ class RowOutcome:
     """What became of one row.
 
     Attributes:
-        form: as detected or configured; None where no form fits.
-        messages: the chat as the row has it; empty for rows that are text or ids.
-        chat: the chat as it is rendered, before any cut.
-        fitted: what a cut left of it.
-        encoded: ids and labels, None where the row was dropped.
-        reason: why it was dropped.
-        error: set where the row can't be used at all, as against being too long.
+        form: the row's form, detected or configured; None if the row could not be read.
+        messages: the chat as it stands in the row; empty for rows of text or ids.
+        chat: the chat as it is rendered, before it is cut.
+        fitted: what is left of the chat after it was cut; empty if it was not.
+        text: the text of a row of text.
+        encoded: token ids and labels; None if the row is dropped.
+        reason: why the row is dropped; None if it is kept.
+        error: why the row can't be used; None if it can, or is only too long.
+        cut: whether the chat's prompt was cut.
     """
 
     row: Row
@@ -49,16 +53,17 @@ class RowOutcome:
     cut: bool = False
 
     def refuse(self, error: RowError) -> None:
+        """Drop the row because it can't be used."""
         self.encoded, self.error, self.reason = None, error, str(error)
 
 
 def tag_of(row: Row, column: str) -> str:
-    """What a row has in the column that results are split by; nothing where it has none."""
+    """What a row has in the column that results are split by; an empty text if it lacks this column."""
     return str(row.fields.get(column, ""))
 
 
 def is_huge(row: Row, max_length: int | None) -> bool:
-    """Whether a row is far too long to be a chat, so that a look at its words would take minutes."""
+    """Whether a row is far too long to be a chat. Checks of its text would take minutes."""
     return _turns(row) > TURNS or size_of(row.fields) > max(HUGE, 40 * (max_length or 0))
 
 
@@ -72,40 +77,70 @@ def _turns(row: Row) -> int:
     return max((len(value) for value in lists if value and isinstance(value[0], Mapping)), default=0)
 
 
-def outcomes(
-    rows: Iterable[Row], section: DataSection, encoder: ChatEncoder, max_length: int | None
-) -> Iterator[RowOutcome]:
-    """The outcome of each row, in order; the rows are taken a batch at a time."""
-    waiting = iter(rows)
-    while batch := [_read(row, section, encoder) for row in itertools.islice(waiting, BATCH)]:
-        _encode(batch, encoder)
-        for made in batch:
-            _fit(made, section, encoder, max_length)
-            yield made
+@dataclass(frozen=True)
+class RowEncoder:
+    """Turns rows into encoded examples. Each row is one conversation, as supervised fine-tuning takes it.
+
+    An objective whose rows are different, or that needs more of a row, has a subclass.
+
+    Attributes:
+        section: how rows become tokens.
+        encoder: the checkpoint's encoder of chats.
+        max_length: how many tokens an example may have; None is no limit.
+        columns: the names of the numbers that an example has besides its tokens.
+        joins: whether an example holds several conversations.
+    """
+
+    section: DataSection
+    encoder: ChatEncoder
+    max_length: int | None
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    joins: ClassVar[bool] = False
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[RowOutcome]:
+        """What becomes of each row, in order. Rows are read `BATCH` at a time."""
+        waiting = iter(rows)
+        while batch := [_read(row, self.section, self.encoder) for row in itertools.islice(waiting, BATCH)]:
+            _encode(batch, self.encoder)
+            for outcome in batch:
+                _fit(outcome, self.section, self.encoder, self.max_length)
+                yield outcome
+
+    def identity(self) -> dict[str, Any]:
+        """What makes its examples different from those of other row encoders, as JSON can hold it.
+
+        It is part of the keys of cached sets.
+        """
+        return {"rows": type(self).__qualname__}
+
+    def with_section(self, **changes: Any) -> RowEncoder:
+        """The same row encoder with other values in its section."""
+        return replace(self, section=self.section.model_copy(update=changes))
 
 
 def _read(row: Row, section: DataSection, encoder: ChatEncoder) -> RowOutcome:
-    made = RowOutcome(row)
+    outcome = RowOutcome(row)
     try:
         form = detect_form(row.fields) if section.format == "auto" else section.format
         if form == "tokens":
-            made.encoded = read_ids(row.fields, encoder.vocabulary)
+            outcome.encoded = read_ids(row.fields, encoder.vocabulary)
         elif form == "text":
-            made.text = read_text(row.fields)
+            outcome.text = read_text(row.fields)
         else:
-            made.messages = to_messages(row.fields, form)
-            made.chat = encoder.prepare(made.messages)
-        made.form = form
+            outcome.messages = to_messages(row.fields, form)
+            outcome.chat = encoder.prepare(outcome.messages)
+        outcome.form = form
     except RowError as error:
-        made.refuse(error)
-    return made
+        outcome.refuse(error)
+    return outcome
 
 
 def read_text(fields: Mapping[str, Any]) -> str:
     """The text of a row `{"text": …}`.
 
     Raises:
-        RowError: there is none, or it can't be encoded.
+        RowError: the text is missing or empty, or it can't be encoded.
     """
     text = fields.get("text")
     if not isinstance(text, str) or not text.strip():
@@ -115,10 +150,14 @@ def read_text(fields: Mapping[str, Any]) -> str:
 
 
 def read_ids(fields: Mapping[str, Any], vocabulary: int) -> Encoded:
-    """The ids of a row `{"input_ids": …, "labels": …}`; without labels, every token is trained on.
+    """The ids and labels of a row `{"input_ids": …, "labels": …}`. Without labels, every token is trained on.
+
+    Args:
+        vocabulary: the highest id of the tokenizer, plus one.
 
     Raises:
-        RowError: no list of ids of this vocabulary, or labels that are not -100 or the id at the same place.
+        RowError: `input_ids` is not a list of ids of this vocabulary, or a label is neither -100 nor the id at the same
+            place.
     """
     ids, labels = fields.get("input_ids"), fields.get("labels")
     if not _are_ids(ids) or not ids:
@@ -148,39 +187,39 @@ def _are_ids(value: Any) -> bool:
 
 
 def _encode(batch: Sequence[RowOutcome], encoder: ChatEncoder) -> None:
-    texts = [made for made in batch if made.text is not None and made.error is None]
-    for made, encoded in zip(texts, encoder.encode_texts([made.text or "" for made in texts]), strict=True):
-        made.encoded = encoded
-    chats = [made for made in batch if made.error is None and made.form not in READY]
+    texts = [outcome for outcome in batch if outcome.text is not None and outcome.error is None]
+    for outcome, encoded in zip(texts, encoder.encode_texts([one.text or "" for one in texts]), strict=True):
+        outcome.encoded = encoded
+    chats = [outcome for outcome in batch if outcome.error is None and outcome.form not in READY]
     try:
-        for made, encoded in zip(chats, encoder.encode([made.chat for made in chats]), strict=True):
-            made.encoded = encoded
+        for outcome, encoded in zip(chats, encoder.encode([one.chat for one in chats]), strict=True):
+            outcome.encoded = encoded
     except (RowError, TemplateError, TypeError, ValueError):
-        for made in chats:
-            _encode_alone(made, encoder)
+        for outcome in chats:
+            _encode_alone(outcome, encoder)
 
 
-def _encode_alone(made: RowOutcome, encoder: ChatEncoder) -> None:
-    """Encode one chat, to find out which of a batch the template refuses."""
+def _encode_alone(outcome: RowOutcome, encoder: ChatEncoder) -> None:
+    """Encode one chat by itself, to find the chats of a batch that the template refuses."""
     try:
-        made.encoded = encoder.encode([made.chat])[0]
+        outcome.encoded = encoder.encode([outcome.chat])[0]
     except RowError as error:
-        made.refuse(error)
+        outcome.refuse(error)
     except (TemplateError, TypeError, ValueError) as error:
-        made.refuse(RowError(f"the chat template refuses it: {error}", "template"))
+        outcome.refuse(RowError(f"the chat template refuses it: {error}", "template"))
 
 
-def _fit(made: RowOutcome, section: DataSection, encoder: ChatEncoder, max_length: int | None) -> None:
-    """Cut or drop what is too long, and drop what trains nothing."""
-    if made.encoded is None:
+def _fit(outcome: RowOutcome, section: DataSection, encoder: ChatEncoder, max_length: int | None) -> None:
+    """Cut or drop an example that is too long. Drop one without a label."""
+    if outcome.encoded is None:
         return
-    if max_length and len(made.encoded.input_ids) > max_length:
-        can_cut = section.overlong == "cut" and made.form not in READY
-        fitted = encoder.fit_chat(made.chat, max_length) if can_cut else None
+    if max_length and len(outcome.encoded.input_ids) > max_length:
+        can_cut = section.overlong == "cut" and outcome.form not in READY
+        fitted = encoder.fit_chat(outcome.chat, max_length) if can_cut else None
         if fitted is None:
-            made.encoded, made.reason = None, f"longer than {max_length} tokens"
+            outcome.encoded, outcome.reason = None, f"longer than {max_length} tokens"
             return
-        made.fitted, made.encoded = fitted
-        made.cut = True
-    if not made.encoded.trainable:
-        made.refuse(RowError(NOTHING_TRAINED, "untrained"))
+        outcome.fitted, outcome.encoded = fitted
+        outcome.cut = True
+    if not outcome.encoded.trainable:
+        outcome.refuse(RowError(NOTHING_TRAINED, "untrained"))

@@ -1,26 +1,39 @@
-"""Chats and tokens that lie on disk, read when they are asked for."""
+"""Chats and examples on disk, which are read only when they are needed."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 from datasets import Dataset
 
-from phinetune.chat.encoder import Encoded
-from phinetune.chat.template import Message
+from phinetune.chats.template import Message
+from phinetune.data.prepare.encode_rows import RowEncoder
+from phinetune.engine.examples import Encoded
 
-TRAINED = ["input_ids", "labels", "length"]
+
+def trained_columns(encode: RowEncoder) -> list[str]:
+    """The columns of a table that training reads."""
+    return ["input_ids", "labels", "length", *(["seq_lengths"] if encode.joins else []), *encode.columns]
 
 
 class StoredRows(Sequence[Encoded]):
-    """Ids and labels of kept rows; `data` has them as columns, and `length`."""
+    """The examples of kept rows.
 
-    def __init__(self, data: Dataset) -> None:
-        self.data = data
+    Args:
+        data: the columns of `trained_columns`.
+        columns: the names of the numbers that an example has besides its tokens.
+    """
+
+    def __init__(self, data: Dataset, columns: Sequence[str] = ()) -> None:
+        self.data, self.columns = data, tuple(columns)
+
+    def _example(self, row: Mapping[str, Any]) -> Encoded:
+        values = {column: row[column] for column in self.columns} or None
+        return Encoded(row["input_ids"], row["labels"], tuple(row.get("seq_lengths") or ()), values)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -31,17 +44,17 @@ class StoredRows(Sequence[Encoded]):
     def __getitem__(self, place: slice) -> list[Encoded]: ...
     def __getitem__(self, place: int | slice) -> Encoded | list[Encoded]:
         if isinstance(place, int):
-            row = self.data[place]
-            return Encoded(row["input_ids"], row["labels"])
+            return self._example(self.data[place])
         columns = self.data[place]
-        return [Encoded(*row) for row in zip(columns["input_ids"], columns["labels"], strict=True)]
+        rows = zip(*columns.values(), strict=True)
+        return [self._example(dict(zip(columns, row, strict=True))) for row in rows]
 
     def __iter__(self) -> Iterator[Encoded]:
-        return (Encoded(row["input_ids"], row["labels"]) for row in self.data)
+        return (self._example(row) for row in self.data)
 
 
 class StoredChats(Sequence[list[Message]]):
-    """The messages of rows that are chats; `data` has them as JSON in the column `chat`."""
+    """The messages of the rows that are chats. `data` holds them as JSON in the column `chat`."""
 
     def __init__(self, data: Dataset) -> None:
         self.data = data
@@ -54,33 +67,33 @@ class StoredChats(Sequence[list[Message]]):
     @overload
     def __getitem__(self, place: slice) -> list[list[Message]]: ...
     def __getitem__(self, place: int | slice) -> list[Message] | list[list[Message]]:
-        found = self.data[place]["chat"]
-        return json.loads(found) if isinstance(place, int) else [json.loads(one) for one in found]
+        text = self.data[place]["chat"]  # a list of texts for a slice
+        return json.loads(text) if isinstance(place, int) else [json.loads(one) for one in text]
 
     def __iter__(self) -> Iterator[list[Message]]:
         return (json.loads(row["chat"]) for row in self.data)
 
 
 class Columns:
-    """The small columns of a table: what became of its rows, without their tokens."""
+    """The small columns of a table. They say what became of its rows; the tokens are not read."""
 
     def __init__(self, table: Dataset) -> None:
         self.table = table
 
     def numbers(self, name: str) -> np.ndarray[Any, Any]:
-        """A column of numbers or truths, shape (rows)."""
-        made: np.ndarray[Any, Any] = self.table.data.column(name).to_numpy()
-        return made
+        """A column of numbers or booleans, shape (rows)."""
+        values: np.ndarray[Any, Any] = self.table.data.column(name).to_numpy()
+        return values
 
     def texts(self, name: str, places: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """(place, text) of the rows at `places` that have one, in order."""
+        """The place and the text of each row at `places` that has a text in this column, in order."""
         column = self.table.data.column(name)
-        there = column.is_valid().to_numpy()
+        has_text = column.is_valid().to_numpy()
         for place in places:
-            if there[place]:
+            if has_text[place]:
                 yield place, column[place].as_py()
 
     def counts(self, name: str, places: Sequence[int]) -> Counter[str]:
-        """How often each text of a column stands at `places`."""
+        """How many of the rows at `places` have each text of this column."""
         taken = self.table.data.column(name).take(np.asarray(places, dtype=np.int64))
         return Counter({one["values"]: one["counts"] for one in taken.value_counts().to_pylist() if one["values"]})

@@ -1,4 +1,4 @@
-"""Chats read and encoded while training goes on: for sets that the disk has no room for."""
+"""Reads and encodes chats during training, for sets that do not fit on the disk."""
 
 from __future__ import annotations
 
@@ -9,78 +9,79 @@ from typing import Any
 
 from datasets import Features, IterableDataset, List, Value
 
-from phinetune.chat.encoder import ChatEncoder, Encoded
-from phinetune.config.run import DataSection, WeightedFile
-from phinetune.data.prepare.encode_rows import BATCH, outcomes
+from phinetune.config.data import DataSection, WeightedFile
+from phinetune.data.prepare.encode_rows import BATCH, RowEncoder
 from phinetune.data.read.rows import Broken, Row, number_rows, open_dataset, scan_rows
 from phinetune.errors import ConfigError, DataError
 
-DRAWN_FROM = 1000  # rows held, of which the next is drawn: the order of a stream is its file's but for that
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+DRAWN_FROM = 1000  # rows in memory, from which the next one is drawn; a stream is shuffled no further than that
+IDS = List(Value("int32"))
 
 
 def check_stream(section: DataSection) -> None:
-    """Make sure that the section asks for nothing that takes all rows at once.
+    """Make sure that the section asks for nothing that needs all rows at once.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the section asks for a fraction of held-out rows, or for weights.
     """
     problems = []
     if isinstance(section.eval, float):
         problems.append(f"data.eval: {section.eval} of a stream can't be held out; give a file of held-out chats")
-    if isinstance(section.train, list) and any(isinstance(one, WeightedFile) for one in section.train):
+    if isinstance(section.train, list) and any(isinstance(entry, WeightedFile) for entry in section.train):
         problems.append("data.train: a stream takes each row once; leave the weights out")
     if problems:
         raise ConfigError([f"{problem} (data.streaming is on)" for problem in problems])
 
 
 def first_rows(section: DataSection) -> list[Row]:
-    """As many rows as are read and encoded together.
+    """The first `BATCH` rows.
 
     Raises:
-        DataError: a source can't be opened, or is broken there.
+        DataError: a source can't be opened, or one of these rows is broken.
     """
     return list(itertools.islice(_rows(section), BATCH))
 
 
-def stream(section: DataSection, encoder: ChatEncoder, max_length: int | None) -> IterableDataset:
-    """`input_ids` and `labels` of the rows as they come, in an order that `data.seed` draws among neighbours.
+def stream(encode: RowEncoder) -> IterableDataset:
+    """The examples of all rows, shuffled among neighbours by `data.seed`.
 
-    Going over it raises DataError at the first row that can't be used, unless `invalid_rows` is `drop`.
+    The iterator over the stream raises DataError at the first broken place, and at the first row that can't be used
+    unless `invalid_rows` is `drop`.
     """
-    given = {"section": section, "encoder": encoder, "max_length": max_length}
-    made: IterableDataset = IterableDataset.from_generator(_encoded, features=FEATURES, gen_kwargs=given)
-    return made.shuffle(seed=section.seed, buffer_size=DRAWN_FROM)
+    columns = {"input_ids": IDS, "labels": IDS, **({"seq_lengths": IDS} if encode.joins else {})}
+    features = Features({**columns, **dict.fromkeys(encode.columns, Value("float64"))})
+    data: IterableDataset = IterableDataset.from_generator(_encoded, features=features, gen_kwargs={"encode": encode})
+    return data.shuffle(seed=encode.section.seed, buffer_size=DRAWN_FROM)
 
 
-def _encoded(section: DataSection, encoder: ChatEncoder, max_length: int | None) -> Iterator[dict[str, list[int]]]:
-    for made in outcomes(_rows(section), section, encoder, max_length):
-        if made.error and section.invalid_rows == "fail":
+def _encoded(encode: RowEncoder) -> Iterator[dict[str, Any]]:
+    for outcome in encode(_rows(encode.section)):
+        if outcome.error and encode.section.invalid_rows == "fail":
             raise DataError(
-                f"{made.row.where}: {made.error} (data.invalid_rows: drop leaves such rows out; `phinetune data check` "
-                "finds them before training)"
+                f"{outcome.row.where}: {outcome.error} (data.invalid_rows: drop leaves such rows out; `phinetune data "
+                "check` finds them before training)"
             )
-        if made.encoded:
-            yield Encoded._asdict(made.encoded)
+        if outcome.encoded:
+            yield outcome.encoded.to_row()
 
 
 def _rows(section: DataSection) -> Iterator[Row]:
     sources = [section.train] if isinstance(section.train, str) else section.train or []
     return itertools.islice(
-        itertools.chain.from_iterable(_sound(str(source), section.split) for source in sources), section.limit
+        itertools.chain.from_iterable(_unbroken(str(source), section.split) for source in sources), section.limit
     )
 
 
-def _sound(source: str, split: str) -> Iterator[Row]:
-    """The rows of a source one after the other.
+def _unbroken(source: str, split: str) -> Iterator[Row]:
+    """The rows of a source, one after the other.
 
     Raises:
-        DataError: at the first broken place.
+        DataError: the source has a broken place. It is raised when that place is reached.
     """
-    for found in _scan(source, split):
-        if isinstance(found, Broken):
-            raise DataError(f"{found.where}: {found.problem}")
-        yield found
+    for item in _scan(source, split):
+        if isinstance(item, Broken):
+            raise DataError(f"{item.where}: {item.problem}")
+        yield item
 
 
 def _scan(source: str, split: str) -> Any:

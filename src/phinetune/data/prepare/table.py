@@ -1,7 +1,8 @@
-"""Large sets as Arrow files: a line for each row of the source, what became of it, and its ids and labels if kept.
+"""Writes large sets as tables in Arrow files.
 
-Which rows are trained on, held out, repeated or refused is decided afterwards, over the small columns alone, so one
-table serves every split, weight and seed.
+A table has one line for each row of the source: what became of the row and, if it is kept, its token ids and labels.
+Which rows are trained on, held out, repeated or refused is decided later, from the small columns alone. So one table
+serves every split, weight and seed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, concatenate_datasets
 
-from phinetune.chat.encoder import ChatEncoder, ends_a_turn
-from phinetune.config.run import DataSection
-from phinetune.data.prepare.encode_rows import RowOutcome, outcomes, tag_of
+from phinetune.chats.encoder import ends_a_turn
+from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
 from phinetune.data.read.rows import Broken, Row
 from phinetune.data.read.sources import PIECE, Source, SourcePart, open_source
 from phinetune.errors import DataError
@@ -25,34 +25,36 @@ from phinetune.errors import DataError
 logger = logging.getLogger(__name__)
 
 IDS = pyarrow.list_(pyarrow.int32())
-SCHEMA = pyarrow.schema(
-    {
-        "input_ids": IDS,
-        "labels": IDS,
-        "length": pyarrow.int32(),  # 0 where the row is dropped
-        "trainable": pyarrow.int32(),
-        "ends": pyarrow.bool_(),  # a label is an end-of-turn token
-        "cut": pyarrow.bool_(),
-        "form": pyarrow.string(),
-        "reason": pyarrow.string(),
-        "error": pyarrow.string(),  # with the row's place
-        "broken": pyarrow.string(),  # of a place that holds no row
-        "tag": pyarrow.string(),
-        "chat": pyarrow.string(),  # the messages as JSON, where the row has any
-    }
-)
+FIELDS = {
+    "input_ids": IDS,
+    "labels": IDS,
+    "seq_lengths": IDS,  # tokens of each conversation, if the example holds several
+    "length": pyarrow.int32(),  # tokens; 0 if the row is dropped
+    "trainable": pyarrow.int32(),
+    "ends": pyarrow.bool_(),  # whether any label is an end-of-turn token
+    "cut": pyarrow.bool_(),
+    "form": pyarrow.string(),
+    "reason": pyarrow.string(),
+    "error": pyarrow.string(),  # begins with the row's place
+    "broken": pyarrow.string(),  # for a place that holds no row: what is wrong there
+    "tag": pyarrow.string(),
+    "chat": pyarrow.string(),  # the messages as JSON, if the row is a chat
+}
 
 
-def write_table(
-    source: str, section: DataSection, encoder: ChatEncoder, max_length: int | None, limit: int | None, folder: Path
-) -> None:
-    """Encode a source into Arrow files in `folder`, with a process for each core.
+def schema(encode: RowEncoder) -> pyarrow.Schema:
+    """The columns of a table: `FIELDS`, and the numbers that an example has besides its tokens."""
+    return pyarrow.schema({**FIELDS, **dict.fromkeys(encode.columns, pyarrow.float64())})
+
+
+def write_table(source: str, encode: RowEncoder, folder: Path) -> None:
+    """Encode a source into Arrow files in `folder`, with up to one process for each core.
 
     Raises:
         DataError: the source can't be opened, or a process was killed.
     """
-    opened = open_source(source, section.split, folder)
-    pieces = opened.pieces(limit)
+    opened = open_source(source, encode.section.split, folder)
+    pieces = opened.pieces(encode.section.limit)
     processes = max(1, min(cores(), len(pieces)))
     logger.info("preparing %s: about %s rows, %d processes", source, f"{len(pieces) * PIECE:,}", processes)
     index = Dataset.from_dict({key: [getattr(piece, key) for piece in pieces] for key in SourcePart._fields})
@@ -61,62 +63,65 @@ def write_table(
             encode_pieces,
             batched=True,
             batch_size=1,
-            fn_kwargs={"source": opened, "section": section, "encoder": encoder, "max_length": max_length},
+            fn_kwargs={"source": opened, "encode": encode},
             remove_columns=list(SourcePart._fields),
             num_proc=processes if processes > 1 else None,
             cache_file_name=str(folder / "rows.arrow"),
-            new_fingerprint="0",  # the folder's name says what it holds
+            new_fingerprint="0",  # `datasets` needs none, because the name of the cache's folder identifies the table
         )
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise
         raise DataError(
-            f"{source}: a process that prepared it was killed, most likely for want of memory; close other programs, "
-            "or set data.streaming: true"
+            f"{source}: a process that prepared it was killed, most likely because memory ran out; close other "
+            "programs, or set data.streaming: true"
         ) from error
-    for laid_down in folder.glob("source.*"):
-        laid_down.unlink()
+    for copy in folder.glob("source.*"):
+        copy.unlink()
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_pieces(
-    batch: pyarrow.Table, source: Source, section: DataSection, encoder: ChatEncoder, max_length: int | None
-) -> pyarrow.Table:
-    """The rows of pieces as lines of the table. Runs in a process of its own."""
+def encode_pieces(batch: pyarrow.Table, source: Source, encode: RowEncoder) -> pyarrow.Table:
+    """The rows of some pieces as lines of the table. Runs in a process of its own.
+
+    Args:
+        batch: the pieces, with the fields of `SourcePart` as columns.
+    """
     lines: list[dict[str, Any]] = []
     for piece in batch.to_pylist():
-        found = list(source.read(SourcePart(**piece)))
-        rows = [row for row in found if isinstance(row, Row)]
-        made = outcomes(rows, section, encoder, max_length)
-        lines += [_broken(row) if isinstance(row, Broken) else _line(next(made), encoder, section.tag) for row in found]
-    return pyarrow.Table.from_pylist(lines, schema=SCHEMA)
+        items = list(source.read(SourcePart(**piece)))
+        outcomes = encode([item for item in items if isinstance(item, Row)])
+        lines += [_broken(item) if isinstance(item, Broken) else _line(next(outcomes), encode) for item in items]
+    return pyarrow.Table.from_pylist(lines, schema=schema(encode))
 
 
 def _broken(place: Broken) -> dict[str, Any]:
     return {"length": 0, "trainable": 0, "broken": f"{place.where}: {place.problem}"}
 
 
-def _line(made: RowOutcome, encoder: ChatEncoder, tag: str | None) -> dict[str, Any]:
-    row = made.encoded
+def _line(outcome: RowOutcome, encode: RowEncoder) -> dict[str, Any]:
+    example, tag = outcome.encoded, encode.section.tag
     return {
-        "input_ids": row.input_ids if row else [],
-        "labels": row.labels if row else [],
-        "length": len(row.input_ids) if row else 0,
-        "trainable": row.trainable if row else 0,
-        "ends": bool(row) and ends_a_turn(encoder, [row]) if row else False,
-        "cut": made.cut,
-        "form": made.form,
-        "reason": made.reason,
-        "error": f"{made.row.where}: {made.error}" if made.error else None,
-        "tag": tag_of(made.row, tag) if tag else None,
-        "chat": json.dumps(made.chat) if row and made.chat else None,
+        "input_ids": example.input_ids if example else [],
+        "labels": example.labels if example else [],
+        "seq_lengths": list(example.lengths) if example else [],
+        "length": len(example.input_ids) if example else 0,
+        "trainable": example.trainable if example else 0,
+        "ends": bool(example) and ends_a_turn(encode.encoder, [example]) if example else False,
+        "cut": outcome.cut,
+        "form": outcome.form,
+        "reason": outcome.reason,
+        "error": f"{outcome.row.where}: {outcome.error}" if outcome.error else None,
+        "tag": tag_of(outcome.row, tag) if tag else None,
+        "chat": json.dumps(outcome.chat) if example and outcome.chat else None,
+        **((example.values if example else None) or {}),
     }
 
 
 def read_table(folder: Path) -> Dataset:
-    """The table of a source, mapped into memory and not read."""
+    """The table in a folder. Its files are mapped into memory, so nothing is read yet."""
     return concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("rows*.arrow"))])

@@ -1,4 +1,4 @@
-"""Bytes that should be UTF-8 text: lines of a file, and what is wrong where they are not."""
+"""Reads files that should be UTF-8 text, line by line, and says what is wrong if they are not."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
-MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
+# Byte order marks. The longer ones come first: UTF-32's begins like UTF-16's.
+BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-# Without a mark: where the zero bytes of two (or one) plain letters stand.
-BARE: dict[tuple[bool, ...], str] = {
+# For files without a mark: which of the first four bytes are zero, if they encode one or two ASCII letters.
+ZERO_BYTES: dict[tuple[bool, ...], str] = {
     (False, True, True, True): "utf-32-le",
     (True, True, True, False): "utf-32-be",
     (False, True, False, True): "utf-16-le",
     (True, False, True, False): "utf-16-be",
 }
+# How files of other kinds begin, and what to tell the user.
 OTHER_KINDS = {
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"PK\x03\x04": "a zip archive (or an Office file); unpack or export it",
@@ -33,47 +35,50 @@ OTHER_KINDS = {
 
 
 class NotText(Exception):
-    """A file that is no UTF-8 text at all; `line` is where to look."""
+    """The file is not text. `line` is the number of the line to show."""
 
     line = 1
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Make sure that a file does not begin like one of another kind: an archive, a web page, …
+    """Make sure that a file is not of another kind, for example an archive or a web page, judged by its first bytes.
 
     Raises:
-        NotText: it does.
+        NotText: it is of another kind.
     """
     with path.open("rb") as file:
         head = file.read(32)
     for mark, kind in OTHER_KINDS.items():
         if head.startswith(mark) and not (mark == b"PAR1" and path.suffix.lower() == ".parquet"):
-            raise NotText(f"this is not what its name says but {kind}")
+            raise NotText(f"the file is not what its name says; it is {kind}")
 
 
-def is_wide(path: Path) -> bool:
-    """Whether a file is UTF-16 or UTF-32."""
-    return _wide(path) is not None
+def is_utf16_or_utf32(path: Path) -> bool:
+    """Whether a file is UTF-16 or UTF-32, judged by its first bytes."""
+    return _utf16_or_utf32(path) is not None
 
 
-def _wide(path: Path) -> str | None:
-    """UTF-16 or UTF-32, if the file begins that way."""
+def _utf16_or_utf32(path: Path) -> str | None:
+    """The name of the file's encoding, if that is UTF-16 or UTF-32; else None."""
     with path.open("rb") as file:
         head = file.read(4)
-    marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-    return marked or BARE.get(tuple(byte == 0 for byte in head))
+    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    return marked or ZERO_BYTES.get(tuple(byte == 0 for byte in head))
 
 
 def lines_of(path: Path, start: int = 0, stop: int | None = None, first: int = 1) -> Iterator[tuple[int, bytes | str]]:
-    """Numbered lines: bytes, or text where the whole file is UTF-16 or UTF-32.
+    """Numbered lines: as bytes, or as text if the file is UTF-16 or UTF-32.
+
+    A UTF-16 or UTF-32 file is always read whole.
 
     Args:
-        start, stop: bytes of a file in UTF-8 between which to read; `first` is the number of the line at `start`.
+        start, stop: the bytes of another file from which and up to which to read. Each begins a line; None is the end.
+        first: the number of the line at `start`.
     """
-    name = _wide(path)
+    name = _utf16_or_utf32(path)
     if name:
         text = path.read_bytes().decode(name, errors="replace").removeprefix("\ufeff")
-        yield from enumerate((_Wide(line, name) for line in text.split("\n")), 1)
+        yield from enumerate((_DecodedLine(line, name) for line in text.split("\n")), 1)
         return
     with path.open("rb") as file:
         place = file.seek(start)
@@ -84,23 +89,26 @@ def lines_of(path: Path, start: int = 0, stop: int | None = None, first: int = 1
                 return
 
 
-class _Wide(str):
-    """A line of a file in another encoding, named."""
+class _DecodedLine(str):
+    """A line of a file that is not UTF-8. `name` is the file's encoding."""
 
     name: str
 
-    def __new__(cls, line: str, name: str) -> _Wide:
+    def __new__(cls, line: str, name: str) -> _DecodedLine:
         made = super().__new__(cls, line)
         made.name = name
         return made
 
 
 def decode_line(line: bytes | str) -> tuple[str | None, str | None]:
-    """The line as text and what is wrong with its encoding; either may be None.
+    """Decode a line.
 
-    Bytes that are not UTF-8 are read as Windows-1252, the usual culprit, if that gives text at all.
+    Bytes that are not UTF-8 are decoded as Windows-1252, the most likely other encoding.
+
+    Returns:
+        the text, or None if the bytes are not Windows-1252 either; and what is wrong with the encoding, or None.
     """
-    if isinstance(line, _Wide):
+    if isinstance(line, _DecodedLine):
         return str(line), f"the file is {line.name.upper()[:6]}, not UTF-8; save it as UTF-8"
     if isinstance(line, str):
         return line, None
@@ -115,7 +123,7 @@ def decode_line(line: bytes | str) -> tuple[str | None, str | None]:
 
 
 def bad_place(path: Path) -> tuple[int, str]:
-    """(line, problem) of the first bytes in a file that are not UTF-8."""
+    """The number of the first line that is not UTF-8, and what is wrong with it."""
     for number, line in lines_of(path):
         problem = decode_line(line)[1]
         if problem:

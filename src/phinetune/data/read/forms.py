@@ -1,4 +1,4 @@
-"""The usual forms of chat data, each turned into the same list of messages; and rows that are text or ids already."""
+"""Turns the usual forms of chat data into one kind of list of messages, and detects rows that are text or token ids."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from phinetune.chat.row_error import RowError
-from phinetune.chat.template import Message
+from phinetune.chats.row_error import RowError
+from phinetune.chats.template import Message
+from phinetune.config.row_forms import READY, ROW_FORMS, expected_keys
 from phinetune.data.read.json_text import load_json
 from phinetune.data.read.tool_calls import FUNCTION_CALL, read_calls, read_tools
 
-__all__ = ["FORMS", "READY", "ROLES", "RowError", "detect_form", "size_of", "strings", "to_messages"]
+__all__ = ["READY", "ROLES", "RowError", "detect_form", "size_of", "strings", "to_messages"]
 
-# What the roles of each tool that writes chat data mean.
+# The names that tools which write chat data use for roles, and the roles that they mean.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -31,43 +32,30 @@ ROLES = {
     "function_response": "tool",
 }
 KEYS_SHOWN = 12
-READY = ("text", "tokens")  # forms that no template renders: text as it stands, and `input_ids` with `labels`
 
 
 def detect_form(fields: Mapping[str, Any]) -> str:
-    """The form of a row: messages, conversations, alpaca, prompt_completion, text or tokens.
+    """The name of the first form in `ROW_FORMS` that has a row's keys.
 
     Raises:
         RowError: no form has these keys.
     """
-    if "messages" in fields:
-        return "messages"
-    if "conversations" in fields or "conversation" in fields:
-        return "conversations"
-    if "instruction" in fields and "output" in fields:
-        return "alpaca"
-    if "prompt" in fields and "completion" in fields:
-        return "prompt_completion"
-    if "input_ids" in fields:
-        return "tokens"
-    if "text" in fields:
-        return "text"
+    form = next((form.name for form in ROW_FORMS if form.fits(fields)), None)
+    if form:
+        return form
     keys = ", ".join([*map(_shown, list(fields)[:KEYS_SHOWN]), *(["…"] if len(fields) > KEYS_SHOWN else [])])
-    raise RowError(
-        f"the keys ({keys or 'none'}) are those of no known form; expected `messages`, "
-        "`conversations`, `instruction` and `output`, `prompt` and `completion`, `text`, or `input_ids`"
-    )
+    raise RowError(f"the keys ({keys or 'none'}) are those of no known form; expected {expected_keys()}")
 
 
 def to_messages(fields: Mapping[str, Any], form: str = "auto") -> list[Message]:
     """The row's chat as messages with `role` (system, user, assistant, tool) and `content`.
 
-    The row's tools ride on the first message, made a system message where the row has none.
+    The row's tools become the key `tools` of its system message. If there is no system message, an empty one is added.
 
     Raises:
-        RowError: the row is not of that form, or has no assistant turn that something comes before.
+        RowError: the row is not of this form, has no assistant turn, or begins with one.
     """
-    messages = FORMS[detect_form(fields) if form == "auto" else form](fields)
+    messages = MESSAGES_OF[detect_form(fields) if form == "auto" else form](fields)
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no assistant turn, so there is nothing to learn from it", "roles")
     if messages[0]["role"] == "assistant":
@@ -88,7 +76,7 @@ def check_letters(text: str) -> None:
     """Make sure that a text can be encoded at all.
 
     Raises:
-        RowError: it holds half a character (`"\\ud83d"` in a JSON file), which no tokenizer takes.
+        RowError: the text holds half a character (`"\\ud83d"` in a JSON file), which no tokenizer accepts.
     """
     try:
         text.isascii() or text.encode()
@@ -97,7 +85,7 @@ def check_letters(text: str) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text inside a row in order, keys left out."""
+    """Every text inside a row, in order. Keys are left out."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -109,7 +97,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def size_of(value: Any) -> int:
-    """How much there is in a row: letters, keys included, and items of lists."""
+    """The size of a row: the number of its letters, those of keys too, plus the number of its values."""
     total, waiting = 0, [value]
     while waiting:
         item = waiting.pop()
@@ -156,7 +144,8 @@ def _from_prompt_completion(fields: Mapping[str, Any]) -> list[Message]:
     return messages
 
 
-FORMS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
+# The function that turns a row of each form into messages. Rows of the forms `READY` never become messages.
+MESSAGES_OF: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
     "messages": _from_messages,
     "conversations": _from_conversations,
     "alpaca": _from_alpaca,
@@ -198,7 +187,7 @@ def _turn(turn: Any, role_key: str, text_key: str, where: str) -> Message:
 
 
 def _is_trained(turn: Mapping[str, Any], where: str) -> bool:
-    """`train: false`, or `weight: 0` as OpenAI writes it, leaves a turn out of the loss."""
+    """Whether a turn is trained on. `train: false`, or OpenAI's `weight: 0`, leaves it out of the loss."""
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
         raise RowError(f"{where}: `train` must be true or false")
@@ -234,18 +223,18 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
     if isinstance(value, list) and all(map(_is_text_part, value)):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
-        found = "missing" if value is None else type(value).__name__
-        raise RowError(f"{where}: `{key}` must be text, not {found}", "content")
+        given = "missing" if value is None else type(value).__name__
+        raise RowError(f"{where}: `{key}` must be text, not {given}", "content")
     return value
 
 
 def _is_text_part(part: Any) -> bool:
-    """One of the parts that OpenAI's content may be a list of."""
+    """Whether this is a text part. OpenAI's `content` may be a list of parts."""
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _shown(value: Any) -> str:
-    """A word of the row as an error may print it: short, and without control characters."""
+    """A value of the row for an error message: short, and without control characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in str(value))
     return text if len(text) <= 40 else text[:37] + "…"
 

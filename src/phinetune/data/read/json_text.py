@@ -1,11 +1,11 @@
-"""JSON text, with what is wrong with it in words."""
+"""Reads JSON text, and says in words what is wrong with it."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-DEEPEST = 100  # levels; what walks a row (templates, writers) gives up at some hundreds
+DEEPEST = 100  # levels of nesting; templates and writers fail at some hundreds, as they are recursive
 TOO_DEEP = "nested too deeply"
 
 
@@ -13,7 +13,7 @@ def load_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: no JSON, or nested so deeply that nothing could be done with it.
+        ValueError: the text is not JSON, or its value is nested too deeply to be used.
     """
     try:
         value = json.loads(text)
@@ -28,7 +28,7 @@ def load_json(text: str) -> Any:
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other beyond `DEEPEST` levels."""
+    """Whether lists and objects are nested more than `DEEPEST` levels deep."""
     level = [value]
     for _ in range(DEEPEST):
         level = [

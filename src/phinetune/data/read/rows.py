@@ -1,4 +1,4 @@
-"""Rows of a data source, each with the place it came from, and the places where there should be one and is none."""
+"""Reads the rows of a data source, each with its place, and reports the places where no row can be read."""
 
 from __future__ import annotations
 
@@ -10,23 +10,36 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from phinetune.data.read.encodings import NotText, bad_place, decode_line, is_wide, lines_of, refuse_other_kinds
+from phinetune.data.read.encodings import (
+    NotText,
+    bad_place,
+    decode_line,
+    is_utf16_or_utf32,
+    lines_of,
+    refuse_other_kinds,
+)
 from phinetune.data.read.json_text import TOO_DEEP, is_deep, load_json
 from phinetune.errors import DataError, at_most
 
-BATCH = 1024  # rows of a Parquet file held at a time
+BATCH = 1024  # rows of a Parquet file in memory at a time
 PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".tar", ".tgz")
 
 
 class Row(NamedTuple):
-    """One record and where it stands, for example `chats.jsonl:17`."""
+    """One record. `where` is its place, for example `chats.jsonl:17`."""
 
     where: str
     fields: dict[str, Any]
 
 
 class Broken(NamedTuple):
-    """A place that holds no row one can read, and why; `salvaged` is the row that it looks like."""
+    """A place where no row can be read.
+
+    Attributes:
+        problem: the reason.
+        kind: `encoding` if the bytes are not UTF-8, else `broken`.
+        salvaged: the row as it is probably meant, if it can be guessed.
+    """
 
     where: str
     problem: str
@@ -35,10 +48,10 @@ class Broken(NamedTuple):
 
 
 def read_rows(source: str, split: str = "train") -> list[Row]:
-    """Rows of a file, a folder that `datasets` can load, or a hub id.
+    """The rows of a file, of a folder that `datasets` can load, or of a hub id.
 
     Raises:
-        DataError: not there, not readable, or broken; broken JSON Lines are listed with their lines.
+        DataError: the source is missing or can't be read. The error lists every broken line of JSON Lines.
     """
     rows, broken = read_first(source, split, None)
     if broken:
@@ -47,30 +60,30 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
 
 
 def read_first(source: str, split: str, most: int | None) -> tuple[list[Row], list[str]]:
-    """The first `most` rows, all if that is None, and what is broken up to there.
+    """The first `most` rows, or all if `most` is None; and what is broken up to there, a sentence for each place.
 
     Raises:
-        DataError: not there, or a folder or hub id that can't be loaded.
+        DataError: the source is missing, or a folder or hub id can't be loaded.
     """
     rows: list[Row] = []
     broken: list[str] = []
-    found = scan_rows(source, split)
+    items = scan_rows(source, split)
     while most is None or len(rows) < most:
-        one = next(found, None)
-        if one is None:
+        item = next(items, None)
+        if item is None:
             break
-        if isinstance(one, Row):
-            rows.append(one)
+        if isinstance(item, Row):
+            rows.append(item)
         else:
-            broken.append(f"{one.where}: {one.problem}")
+            broken.append(f"{item.where}: {item.problem}")
     return rows, broken
 
 
 def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
-    """Rows of a source and its broken places, in order.
+    """The rows of a source and its broken places, in order.
 
     Raises:
-        DataError: not there, or a hub id that can't be loaded.
+        DataError: the source is missing or of an unknown kind, or a hub id can't be loaded.
     """
     problem = check_source(source)
     if problem:
@@ -85,7 +98,7 @@ def _file(path: Path) -> Iterator[Row | Broken]:
     try:
         kind = path.suffix.lower()
         refuse_other_kinds(path)
-        if kind in (".json", ".csv") and is_wide(path):
+        if kind in (".json", ".csv") and is_utf16_or_utf32(path):
             line, problem = bad_place(path)
             yield Broken(f"{path}:{line}", problem, "encoding")
             return
@@ -100,7 +113,9 @@ def _file(path: Path) -> Iterator[Row | Broken]:
 
 
 def check_source(source: str) -> str | None:
-    """What is wrong with a source as far as a glance can tell, or None. A hub id is not looked up."""
+    """What is wrong with a source, judged by its name and whether it exists; None if nothing is. A hub id is not
+    looked up.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         kind = path.suffix.lower()
@@ -112,40 +127,40 @@ def check_source(source: str) -> str | None:
 
 
 def _json_lines(path: Path) -> Iterator[Row | Broken]:
-    # A list under the name of JSON Lines is read as what it is.
+    # A file with the name of JSON Lines may hold one JSON list.
     return _json(path) if is_list(path) else read_lines(path, lines_of(path))
 
 
 def is_list(path: Path) -> bool:
-    """Whether a file holds a JSON list, whatever its name says."""
+    """Whether a file holds one JSON list, whatever its name says."""
     with path.open("rb") as file:
         listed = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    return listed and not is_wide(path)
+    return listed and not is_utf16_or_utf32(path)
 
 
 def read_lines(path: Path, lines: Iterable[tuple[int, bytes | str]]) -> Iterator[Row | Broken]:
-    """The rows of numbered lines of JSON."""
+    """The rows in numbered lines of JSON, and the broken lines."""
     for number, raw in lines:
-        line, problem = decode_line(raw)
+        line, not_utf8 = decode_line(raw)
         where = f"{path}:{number}"
         if line is None:
-            yield Broken(where, problem or "", "encoding")
+            yield Broken(where, not_utf8 or "", "encoding")
             continue
         if not line.strip():
             continue
-        fields, trouble = _load(line.rstrip("\r\n"))
-        if trouble:
-            yield Broken(where, trouble)
+        fields, not_json = _load(line.rstrip("\r\n"))
+        if not_json:
+            yield Broken(where, not_json)
         elif not isinstance(fields, dict):
             yield Broken(where, f"expected a JSON object, found {_kind(fields)}")
-        elif problem:
-            yield Broken(where, problem, "encoding", fields)
+        elif not_utf8:
+            yield Broken(where, not_utf8, "encoding", fields)
         else:
             yield Row(where, fields)
 
 
 def _load(text: str) -> tuple[Any, str | None]:
-    """The value, or what is wrong with the JSON."""
+    """The value of a JSON text, and what is wrong with the text (None if nothing is)."""
     try:
         return load_json(text), None
     except ValueError as error:
@@ -171,8 +186,8 @@ def _json(path: Path) -> Iterator[Row | Broken]:
         lists = {k: v for k, v in tree.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
         wrapped = len(lists) == 1 and "messages" not in tree and "conversations" not in tree
         key, tree = next(iter(lists.items())) if wrapped else ("", [tree])
-        found = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*\[", text) if wrapped else None
-        start = found.end() - 1 if found else 0
+        opening = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*\[", text) if wrapped else None
+        start = opening.end() - 1 if opening else 0
     if not isinstance(tree, list):
         yield Broken(str(path), f"expected a list of objects, found {_kind(tree)}")
         return
@@ -186,7 +201,7 @@ def _json(path: Path) -> Iterator[Row | Broken]:
 
 
 def _lines_of_items(text: str, start: int, count: int) -> list[int]:
-    """The line on which each item of the list at `start` begins; zeros where that can't be told."""
+    """The line on which each item of the list at `start` begins; zeros if that can't be found out."""
     decoder, blank = json.JSONDecoder(), re.compile(r"[\s,\[]*")
     lines: list[int] = []
     place, line, counted = start, 1, 0
@@ -255,10 +270,13 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
 
 
 def open_dataset(source: str, split: str, *, streaming: bool = False) -> Any:
-    """The split of a folder that `datasets` can load, or of a hub id; with `streaming`, read as it is asked for.
+    """A split of a folder that `datasets` can load, or of a hub id.
+
+    Args:
+        streaming: read rows only when they are needed.
 
     Raises:
-        DataError: it can't be loaded, or has no such split.
+        DataError: the source can't be loaded, or has no such split.
     """
     path = Path(source).expanduser()
     return _folder(path, split, streaming) if path.is_dir() else _hub(source, split, streaming)
@@ -292,7 +310,7 @@ def _dataset_folder(path: Path, split: str) -> Iterator[Row | Broken]:
 
 
 def _broken_folder(path: Path, problem: str) -> Iterator[Row | Broken]:
-    """What stands in the way of `datasets`, and what its files hold, each read by itself to find the place."""
+    """Why `datasets` can't load a folder, then the rows and broken places of each file in it. They show the line."""
     yield Broken(str(path), problem)
     for file in sorted(path.rglob("*")):
         if file.is_file() and file.suffix.lower() in READERS:
@@ -306,8 +324,8 @@ def _hub(source: str, split: str, streaming: bool) -> Any:
     try:
         return datasets.load_dataset(source, split=split, streaming=streaming)
     except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{source}: no such file, and not to be had from the hub as a data set ({first})") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{source}: no such file, and can't be loaded from the hub as a data set ({reason})") from error
 
 
 def _pick_split(where: str, data: Any, split: str) -> Any:
@@ -319,7 +337,7 @@ def _pick_split(where: str, data: Any, split: str) -> Any:
 
 
 def number_rows(where: str, data: Any) -> Iterator[Row]:
-    """The rows of a data set of `datasets`."""
+    """The rows of a data set of `datasets`. Row numbers begin at 1."""
     return (Row(f"{where}: row {number}", dict(fields)) for number, fields in enumerate(data, 1))
 
 

@@ -1,7 +1,7 @@
-"""Large sources in pieces that processes read by themselves, each row with the place it came from.
+"""Divides large sources into pieces that processes read by themselves. Each row comes with its place.
 
-JSON Lines are read where they lie; a data set of `datasets` too. Parquet, CSV and JSON can't be entered in the middle,
-so they are read once and laid down beside the cache in a form that can.
+JSON Lines and data sets of `datasets` are read where they are. Reading of a Parquet, CSV or JSON file can't begin in
+its middle, so such a file is read once and copied to a temporary file whose reading can.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow
 import pyarrow.parquet
 
-from phinetune.data.read.encodings import NotText, is_wide, lines_of, refuse_other_kinds
+from phinetune.data.read.encodings import NotText, is_utf16_or_utf32, lines_of, refuse_other_kinds
 from phinetune.data.read.rows import Broken, Row, is_list, open_dataset, read_lines, scan_rows
 
-PIECE = 2048  # rows: enough to spread over processes, few enough to hold
+PIECE = 2048  # rows in a piece; small enough for all processes to get some, and to hold in memory
 LINES = (".jsonl", ".ndjson")
 
 
 class SourcePart(NamedTuple):
-    """A part of a source: where it begins and ends (bytes, batches or rows), and its first line or row."""
+    """A piece of a source: where it begins and ends (in bytes, batches or rows), and the number of its first line or
+    row.
+    """
 
     start: int
     stop: int
@@ -32,17 +34,17 @@ class SourcePart(NamedTuple):
 
 
 class Source(Protocol):
-    """A source that can be entered at any of its pieces. Goes to other processes, so it holds no open file."""
+    """A source that can be read piece by piece in any order. It goes to other processes, so it holds no open file."""
 
     def pieces(self, limit: int | None) -> list[SourcePart]:
-        """Its pieces in order, so many that they hold `limit` rows."""
+        """The pieces in order: as many as hold `limit` rows, all if `limit` is None."""
 
     def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
-        """The rows of a piece, and its broken places."""
+        """The rows and the broken places of a piece, in order."""
 
 
 def digest(source: str, split: str) -> str:
-    """SHA-256 of a source's content: the file's, or of the files that a data set lies in."""
+    """SHA-256 of a source's content: of the file, or of the split's name and the files of a data set."""
     path = Path(source).expanduser()
     if path.is_file():
         return file_digest(path)
@@ -60,15 +62,19 @@ def file_digest(path: Path) -> str:
 
 
 def open_source(source: str, split: str, work: Path) -> Source:
-    """The source, what can't be read in pieces laid down in the folder `work` first."""
+    """The source, ready to be read in pieces.
+
+    Args:
+        work: a folder for a copy, named `source.*`, if the source itself can't be read in pieces.
+    """
     path = Path(source).expanduser()
     if not path.is_file():
         return DatasetSource(source, open_dataset(source, split))
     if path.suffix.lower() in LINES and _is_text(path):
         return LineSource(path)
     if path.suffix.lower() == ".parquet":
-        return _lay_down_parquet(path, work / "source.arrow")
-    return _lay_down_rows(source, split, work / "source.jsonl")
+        return _copy_parquet(path, work / "source.arrow")
+    return _copy_rows(source, split, work / "source.jsonl")
 
 
 def _is_text(path: Path) -> bool:
@@ -76,18 +82,18 @@ def _is_text(path: Path) -> bool:
         refuse_other_kinds(path)
     except NotText:
         return False
-    return not is_wide(path) and not is_list(path)
+    return not is_utf16_or_utf32(path) and not is_list(path)
 
 
 @dataclass(frozen=True)
 class LineSource:
-    """A file of lines; `laid_down` where each is a row that `_lay_down_rows` wrote."""
+    """A file of lines of JSON. `is_copy`: `_copy_rows` wrote it."""
 
     path: Path
-    laid_down: bool = False
+    is_copy: bool = False
 
     def pieces(self, limit: int | None) -> list[SourcePart]:
-        made: list[SourcePart] = []
+        pieces: list[SourcePart] = []
         start = place = rows = total = 0
         first = number = 1
         with self.path.open("rb") as file:
@@ -95,38 +101,38 @@ class LineSource:
                 place += len(line)
                 rows += not line.isspace()
                 if rows == PIECE:
-                    made.append(SourcePart(start, place, first))
+                    pieces.append(SourcePart(start, place, first))
                     total += rows
                     start, first, rows = place, number + 1, 0
                     if limit is not None and total >= limit:
-                        return made
-        return [*made, SourcePart(start, place, first)] if place > start else made
+                        return pieces
+        return [*pieces, SourcePart(start, place, first)] if place > start else pieces
 
     def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
         lines = lines_of(self.path, *piece)
-        if not self.laid_down:
+        if not self.is_copy:
             return read_lines(self.path, lines)
-        return (_taken_up(json.loads(line)) for _, line in lines)
+        return (_from_copy(json.loads(line)) for _, line in lines)
 
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Record batches of an Arrow file, whose rows go by the name of the file they came from."""
+    """The record batches of an Arrow file. `name` is the file that they were copied from; it stands in rows' places."""
 
     path: Path
     name: str
 
     def pieces(self, limit: int | None) -> list[SourcePart]:
-        made: list[SourcePart] = []
+        pieces: list[SourcePart] = []
         total = 0
         with pyarrow.memory_map(str(self.path)) as file:
             reader = pyarrow.ipc.open_file(file)
             for i in range(reader.num_record_batches):
-                made.append(SourcePart(i, i + 1, total + 1))
+                pieces.append(SourcePart(i, i + 1, total + 1))
                 total += reader.get_batch(i).num_rows
                 if limit is not None and total >= limit:
                     break
-        return made
+        return pieces
 
     def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
         with pyarrow.memory_map(str(self.path)) as file:
@@ -136,7 +142,7 @@ class BatchSource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A data set of `datasets`, on disk."""
+    """A data set of `datasets` on disk."""
 
     name: str
     data: Any
@@ -150,7 +156,8 @@ class DatasetSource:
         return (Row(f"{self.name}: row {number}", dict(fields)) for number, fields in enumerate(rows, piece.first))
 
 
-def _lay_down_parquet(path: Path, target: Path) -> Source:
+def _copy_parquet(path: Path, target: Path) -> Source:
+    """Copy a Parquet file to an Arrow file with `PIECE` rows in each record batch."""
     try:
         with (
             pyarrow.parquet.ParquetFile(path) as file,
@@ -160,17 +167,18 @@ def _lay_down_parquet(path: Path, target: Path) -> Source:
             for batch in file.iter_batches(PIECE):
                 writer.write_batch(batch)
     except (pyarrow.ArrowException, OSError):
-        return _lay_down_rows(str(path), "", target.with_suffix(".jsonl"))  # which says where it is broken
+        return _copy_rows(str(path), "", target.with_suffix(".jsonl"))  # this records where the file is broken
     return BatchSource(target, str(path))
 
 
-def _lay_down_rows(source: str, split: str, target: Path) -> Source:
+def _copy_rows(source: str, split: str, target: Path) -> Source:
+    """Copy the rows and the broken places of a source to JSON Lines."""
     with target.open("w", encoding="ascii") as file:
-        for found in scan_rows(source, split):
-            kept = (*found,) if isinstance(found, Row) else (found.where, found.problem, found.kind)
-            file.write(json.dumps(kept) + "\n")
-    return LineSource(target, laid_down=True)
+        for item in scan_rows(source, split):
+            values = (*item,) if isinstance(item, Row) else (item.where, item.problem, item.kind)
+            file.write(json.dumps(values) + "\n")
+    return LineSource(target, is_copy=True)
 
 
-def _taken_up(kept: list[Any]) -> Row | Broken:
-    return Row(*kept) if len(kept) == len(Row._fields) else Broken(*kept)
+def _from_copy(values: list[Any]) -> Row | Broken:
+    return Row(*values) if len(values) == len(Row._fields) else Broken(*values)

@@ -1,7 +1,8 @@
-"""Tools and tool calls of a row, in OpenAI's form and ShareGPT's, as the one form that chat templates know.
+"""Reads the tools and tool calls of a row, and gives them the form that chat templates expect.
 
-A call becomes `{"type": "function", "function": {"name": …, "arguments": {…}}}` with its arguments as an object, a
-tool `{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}`.
+Rows have them in OpenAI's form or in ShareGPT's. A call becomes `{"type": "function", "function": {"name": …,
+"arguments": {…}}}`, with its arguments as an object. A tool becomes `{"type": "function", "function": {"name": …,
+"description": …, "parameters": {…}}}`.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phinetune.chat.row_error import RowError
+from phinetune.chats.row_error import RowError
 from phinetune.data.read.json_text import load_json
 
 FUNCTION_CALL = "function_call"  # ShareGPT's role, and the key of OpenAI's older form
 
 
 def read_tools(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The row's `tools` (or OpenAI's older `functions`): a list, or JSON text that holds one.
+    """The tools of a row: its `tools`, or its `functions` as in OpenAI's older form.
 
     Raises:
-        RowError: not a list of tools with names.
+        RowError: they are not a list of tools with names, nor JSON text of such a list.
     """
     key = "tools" if fields.get("tools") else "functions"
     value = _from_json(fields.get(key), f"`{key}`")
@@ -38,14 +39,15 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
 
 
 def read_calls(turn: Mapping[str, Any], role: str, text: Any, where: str) -> list[dict[str, Any]]:
-    """The tool calls of a turn, in whichever form; empty where there are none.
+    """The tool calls of a turn. Empty if there are none.
 
     Args:
-        role: the turn's role as the row has it.
-        text: the turn's text, which holds the call where the role is `function_call`.
+        role: the turn's role, as in the row.
+        text: the turn's text. It holds the call if the role is `function_call`.
+        where: the place of the turn, for messages.
 
     Raises:
-        RowError: calls without a name, or with arguments that are no JSON object.
+        RowError: a call has no name, or its arguments are not a JSON object.
     """
     if role == FUNCTION_CALL:
         value = _from_json(text, where)
@@ -75,6 +77,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _from_json(value: Any, where: str) -> Any:
+    """The value of a JSON text. A value that is not text is returned as it is; an empty text gives None."""
     if not isinstance(value, str) or not value.strip():
         return None if value == "" else value
     try:

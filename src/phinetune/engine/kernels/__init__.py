@@ -1,1 +1,1 @@
-"""Functions on tensors, each with its own backward. They know torch alone."""
+"""Functions on tensors, each with its own backward. They know nothing about models."""

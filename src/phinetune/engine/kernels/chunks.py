@@ -1,4 +1,4 @@
-"""Work a part at a time, so that what lies between its steps stays in the processor's cache."""
+"""Element-wise work on a CPU, a chunk of rows at a time, so that the steps' results stay in the processor's cache."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from phinetune.engine.kernels.matmul import cut
+from phinetune.engine.kernels.matmul import row_slices
 
-PART = 1 << 19  # elements: 2 MB in float32
+MAX_ELEMENTS = 1 << 19  # of a chunk: 2 MB in float32
 
 
-def parts(x: Tensor) -> Iterator[slice]:
-    """Runs of rows with at most `PART` elements, one row at least; a GPU takes all at once."""
+def row_chunks(x: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of `x` in order, with at most `MAX_ELEMENTS` elements each but at least one row.
+
+    On a GPU one slice covers all rows.
+    """
     width = max(1, x.numel() // max(1, len(x)))
-    return cut(len(x), width, PART if x.device.type == "cpu" else None)
+    return row_slices(len(x), width, MAX_ELEMENTS if x.device.type == "cpu" else None)

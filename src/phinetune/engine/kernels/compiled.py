@@ -1,4 +1,4 @@
-"""torch.compile for the element-wise operators, where there is a compiler."""
+"""torch.compile for the element-wise kernels, on machines where torch finds a compiler."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ F = TypeVar("F", bound=Callable[..., object])
 
 @functools.lru_cache
 def compiled(function: F) -> F:
-    """`function`, compiled once for all sizes."""
+    """`function`, compiled once for tensors of every size."""
     made: F = torch.compile(function, dynamic=True)  # type: ignore[assignment]
     return made
 
 
 @functools.lru_cache
 def why_not() -> str | None:
-    """Why nothing can be compiled here, found by compiling a sum; None if it works."""
+    """Why torch.compile does not work on this machine; None if it works. A small sum is compiled to find out."""
     try:
         compiled(torch.add)(torch.ones(2), torch.ones(2))
-    except Exception as error:  # the compiler's errors share no class
+    except Exception as error:  # the compiler's errors have no common class
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None

@@ -1,7 +1,9 @@
-"""The language-model head and its cross-entropy in one, a chunk of logits at a time.
+"""The language-model head and its log-softmax in one, a chunk of logits at a time.
 
-The gradient with respect to the hidden state is computed in the forward, while a chunk's logits are there
-(Hsu et al. 2024, Liger Kernel, section 3.2). Only positions that have a label are given at all.
+Only positions that have a label are given at all. `linear_cross_entropy` gives one sum. It computes the gradient of
+the hidden states in the forward, while a chunk's logits are there (Hsu et al. 2024, Liger Kernel, section 3.2).
+`linear_log_probs` gives a number a label. What their gradients will be is not known in the forward, so the backward
+computes the logits again.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phinetune.engine.kernels.matmul import BLOCK, blocks, settle, work_dtype, zeros
+from phinetune.engine.kernels.matmul import BLOCK_ELEMENTS, accumulator, product_dtype, read_blocks, round_into
 
 CHUNK_ELEMENTS = 1 << 25  # logits alive at a time: 128 MB in float32
 
@@ -34,6 +36,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights
     return out
 
 
+def linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probability of each label under softmax(hidden weightᵀ), and whether it was the first choice.
+
+    Args:
+        hidden: shape (labels, width).
+        weight: the head, shape (vocabulary, width).
+        labels: token ids, shape (labels).
+
+    Returns:
+        shape (labels), float32, differentiable in hidden and in a head that trains; shape (labels), float32, 1 or 0.
+    """
+    out: tuple[Tensor, Tensor] = _LinearLogProbs.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Keeps the gradient of hidden, and of the head where it trains; no logits."""
 
@@ -47,29 +64,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros_like(nll)
-        work = work_dtype(hidden)
-        rows = min(len(labels), max(1, CHUNK_ELEMENTS // weight.shape[0]))
-        # Once: fresh pages for every chunk take longer than softmax.
-        logits = hidden.new_empty(rows, weight.shape[0], dtype=work)
-        # float32 logits are turned into their log-softmax where they lie.
-        log_p = logits if work == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-        for start in range(0, len(labels), max(1, rows)):
-            part = slice(start, start + rows)
-            count = len(labels[part])
-            seen = hidden[part].to(work)
-            for columns, block in _blocks(weight, work):
-                torch.mm(seen, block.t(), out=logits[:count, columns])
-            torch.log_softmax(logits[:count], dim=-1, dtype=torch.float32, out=log_p[:count])
-            picked = log_p[:count].gather(1, labels[part, None]).squeeze(1)
+        for part, seen, log_p, logits in _chunks(hidden, weight, len(labels)):
+            picked = log_p.gather(1, labels[part, None]).squeeze(1)
             nll -= torch.dot(picked, weights[part])
-            correct += torch.dot((log_p[:count].argmax(-1) == labels[part]).float(), weights[part])
-            if d_hidden is None and d_weight is None:
-                continue
-            d_logits = _gradient(log_p[:count], labels[part], weights[part], logits[:count])
-            if d_hidden is not None:
-                _times(d_logits, weight, d_hidden[part])
-            if d_weight is not None:
-                d_weight += d_logits.t() @ seen
+            correct += torch.dot((log_p.argmax(-1) == labels[part]).float(), weights[part])
+            if d_hidden is not None or d_weight is not None:
+                d_logits = _gradient(log_p, labels[part], weights[part], logits)
+                _add_gradients(d_logits, seen, weight, d_hidden, d_weight, part)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(correct)
@@ -87,17 +88,74 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+class _LinearLogProbs(torch.autograd.Function):
+    """Keeps what it was given; the backward computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        first = torch.empty_like(found)
+        for part, _, log_p, _ in _chunks(hidden, weight, len(labels)):
+            found[part] = log_p.gather(1, labels[part, None]).squeeze(1)
+            first[part] = (log_p.argmax(-1) == labels[part]).float()
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.mark_non_differentiable(first)
+        return found, first
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for part, seen, log_p, logits in _chunks(hidden, weight, len(labels)):
+            d_logits = _gradient(log_p, labels[part], -grad[part], logits)
+            _add_gradients(d_logits, seen, weight, d_hidden, d_weight, part)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(labels, their hidden states in the products' dtype, log-softmax in float32, logits) of a chunk at a time.
+
+    The next chunk overwrites the last two. Where products are taken in float32 they are one tensor.
+    """
+    work = product_dtype(hidden)
+    rows = min(count, max(1, CHUNK_ELEMENTS // weight.shape[0]))
+    # Made once: fresh pages for every chunk take longer than softmax.
+    logits = hidden.new_empty(rows, weight.shape[0], dtype=work)
+    # float32 logits are turned into their log-softmax where they lie.
+    log_p = logits if work == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+    for start in range(0, count, max(1, rows)):
+        part = slice(start, min(start + rows, count))
+        size = part.stop - start
+        seen = hidden[part].to(work)
+        for columns, block in _blocks(weight, work):
+            torch.mm(seen, block.t(), out=logits[:size, columns])
+        torch.log_softmax(logits[:size], dim=-1, dtype=torch.float32, out=log_p[:size])
+        yield part, seen, log_p[:size], logits[:size]
+
+
+def _add_gradients(
+    d_logits: Tensor, seen: Tensor, weight: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, part: slice
+) -> None:
+    """A chunk's gradients into their places."""
+    if d_hidden is not None:
+        _times(d_logits, weight, d_hidden[part])
+    if d_weight is not None:
+        d_weight += d_logits.t() @ seen
+
+
 def _blocks(weight: Tensor, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The head's rows in the dtype of the products: at once if it is in it, else block by block."""
-    return blocks(weight, None if weight.dtype == work else BLOCK, work)
+    return read_blocks(weight, None if weight.dtype == work else BLOCK_ELEMENTS, work)
 
 
 def _times(d_logits: Tensor, weight: Tensor, into: Tensor) -> None:
     """d_logits · weight, rounded into its place."""
-    total = zeros(into, d_logits.dtype)
+    total = accumulator(into, d_logits.dtype)
     for rows, block in _blocks(weight, d_logits.dtype):
         total.addmm_(d_logits[:, rows], block)
-    settle(total, into)
+    round_into(total, into)
 
 
 def _gradient(log_p: Tensor, labels: Tensor, weights: Tensor, logits: Tensor) -> Tensor:

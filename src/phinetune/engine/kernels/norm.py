@@ -1,4 +1,4 @@
-"""Root-mean-square norm (Zhang and Sennrich 2019) with a small backward."""
+"""Root-mean-square norm (RMSNorm, arXiv 1910.07467) with its own backward, which keeps little memory."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phinetune.engine.kernels.chunks import parts
+from phinetune.engine.kernels.chunks import row_chunks
 from phinetune.engine.kernels.compiled import compiled
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, compile: bool = False) -> Tensor:
     """`weight · x / √(mean(x²) + eps)` over the last dimension.
 
-    The statistics are float32 and the normalised x is rounded to x's dtype before it is weighed, as in transformers.
+    As in transformers, the mean square is computed in float32, and the normalised x is rounded to x's dtype before it
+    is multiplied by the weight.
 
     Args:
         x: shape (..., width).
         weight: shape (width).
-        compile: run the compiled form of forward and backward.
+        compile: whether forward and backward are compiled.
+
+    Returns:
+        shape (..., width).
     """
     out: Tensor = _RMSNorm.apply(x, weight, eps, compile)  # type: ignore[no-untyped-call]
     return out
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one float32 number a token."""
+    """Keeps x, the weight and one float32 number per token for the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compile: bool) -> Tensor:
@@ -36,8 +40,8 @@ class _RMSNorm(torch.autograd.Function):
             out, scale = compiled(_forward)(x, weight, eps)
         else:
             out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-            for part in parts(x):
-                out[part], scale[part] = _forward(x[part], weight, eps)
+            for rows in row_chunks(x):
+                out[rows], scale[rows] = _forward(x[rows], weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -51,19 +55,20 @@ class _RMSNorm(torch.autograd.Function):
             dx = compiled(_backward)(grad, x, weight, scale)
         elif ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
-            for part in parts(x):
-                dx[part] = _backward(grad[part], x[part], weight, scale[part])
+            for rows in row_chunks(x):
+                dx[rows] = _backward(grad[rows], x[rows], weight, scale[rows])
         return dx, d_weight, None, None
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The output, shape (..., width), and scale = 1 / √(mean(x²) + eps), shape (..., 1)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = (length.square() / x.shape[-1] + eps).rsqrt()
     return (x * scale).to(x.dtype) * weight, scale
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """With n = x · scale and g = grad · weight: dx = scale · (g − n · mean(g · n))."""
+    """dx = scale · (g − n · mean(g · n)), where n = x · scale and g = grad · weight."""
     g = (grad * weight).float()
-    pull = (g * x).sum(-1, keepdim=True) * scale.square() / x.shape[-1]
-    return g.addcmul_(x.float(), pull, value=-1).mul_(scale).to(x.dtype)
+    share = (g * x).sum(-1, keepdim=True) * scale.square() / x.shape[-1]
+    return g.addcmul_(x.float(), share, value=-1).mul_(scale).to(x.dtype)

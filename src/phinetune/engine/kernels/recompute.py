@@ -1,4 +1,4 @@
-"""Keep a recipe for the backward in place of a tensor that is cheap to compute again."""
+"""Compute a cheap tensor again in the backward, so that it need not be kept for it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch import Tensor
 
 
 @contextmanager
-def rebuilt(tensor: Tensor, recipe: Callable[[], Tensor]) -> Iterator[None]:
-    """Whatever inside the block saves `tensor` for its backward keeps `recipe` instead, and calls it then.
+def recomputed(tensor: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """Operators inside this block that would save `tensor` for their backward save `compute`, and call it then.
 
-    Not for use under `torch.utils.checkpoint`: of nested hooks only the innermost see what is saved.
+    Do not use it under `torch.utils.checkpoint`. Both work by hooks on saved tensors, and of nested hooks torch calls
+    only the innermost.
 
     Args:
-        recipe: gives the tensor's value again, without a graph; must not hold `tensor` itself.
+        compute: gives the tensor's value again. It is called without a graph, and must not hold `tensor` itself.
     """
     place = (tensor.data_ptr(), tensor.shape, tensor.stride())
 
     def pack(saved: Tensor) -> Any:
         same = (saved.data_ptr(), saved.shape, saved.stride()) == place
-        return recipe if same else saved
+        return compute if same else saved
 
     def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):

@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020): the gate and the value lie side by side in one tensor."""
+"""SwiGLU (Shazeer 2020). The two projections, gate and up, lie side by side in one tensor."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune.engine.kernels.chunks import parts
+from phinetune.engine.kernels.chunks import row_chunks
 from phinetune.engine.kernels.compiled import compiled
 
 
 def swiglu(gate_up: Tensor, *, compile: bool = False) -> Tensor:
-    """`silu(gate) · up` of shape (..., 2 · width) to (..., width), the gate being the first half.
+    """`silu(gate) · up`.
 
     Args:
-        compile: run the compiled form of forward and backward.
+        gate_up: shape (..., 2 · width). The first half is the gate, the second half is up.
+        compile: whether forward and backward are compiled.
+
+    Returns:
+        shape (..., width).
     """
     rows = gate_up if gate_up.dim() == 2 else gate_up.reshape(-1, gate_up.shape[-1])
     out: Tensor = _SwiGLU.apply(rows, compile)  # type: ignore[no-untyped-call]
@@ -24,7 +28,7 @@ def swiglu(gate_up: Tensor, *, compile: bool = False) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps its input alone, and computes silu again."""
+    """Keeps only its input for the backward, which computes silu again."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, compile: bool) -> Tensor:
@@ -33,18 +37,18 @@ class _SwiGLU(torch.autograd.Function):
         if compile:
             return compiled(_forward)(gate_up)  # type: ignore[no-any-return]
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        for part in parts(gate_up):
-            out[part] = _forward(gate_up[part])
+        for rows in row_chunks(gate_up):
+            out[rows] = _forward(gate_up[rows])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         if ctx.compile:
-            return compiled(_formula)(grad, gate_up), None
+            return compiled(_backward_to_compile)(grad, gate_up), None
         out = torch.empty_like(gate_up)
-        for part in parts(gate_up):
-            _backward(grad[part], gate_up[part], out[part])
+        for rows in row_chunks(gate_up):
+            _backward(grad[rows], gate_up[rows], out[rows])
         return out, None
 
 
@@ -53,15 +57,18 @@ def _forward(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _formula(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """For the compiler, which fuses it into one loop."""
+def _backward_to_compile(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of gate_up, shape (rows, 2 · width). The compiler makes one loop of this formula."""
     gate, up = gate_up.chunk(2, dim=-1)
-    open_ = torch.sigmoid(gate)
-    return torch.cat([grad * up * open_ * (1 + gate * (1 - open_)), grad * gate * open_], dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    return torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], dim=-1)
 
 
 def _backward(grad: Tensor, gate_up: Tensor, out: Tensor) -> None:
-    """The same by the operators that torch has fused already, each in its place: fresh memory costs as much time."""
+    """Write the same gradient to `out`, by operators that torch has fused already.
+
+    Each operator writes into `out` itself: new memory would cost as much time as the operators take.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate, d_up = out.chunk(2, dim=-1)
     torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)

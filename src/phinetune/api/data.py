@@ -1,0 +1,137 @@
+"""`check` and `preview`: chats looked at before a run does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phinetune.api.held_out import row_encoder
+from phinetune.api.sections import DataSource, Section, make_sections
+from phinetune.config.run import RunConfig
+from phinetune.data.check.check import CheckReport, check_files
+from phinetune.data.check.fix import Fixed, check_target, write_fixed
+from phinetune.data.prepare.build import weighted
+from phinetune.data.preview import PreviewedRow, preview_rows
+from phinetune.data.read.rows import check_source
+from phinetune.errors import DataError, PhinetuneError
+from phinetune.logs import quiet_libraries
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What a check found, and what was written from it.
+
+    Attributes:
+        files: the files that were looked at.
+        report: all findings.
+        fixed: the cleaned set; None where none was asked for or could be written.
+        failure: why the cleaned set could not be written.
+    """
+
+    files: Sequence[str]
+    report: CheckReport
+    fixed: Fixed | None = None
+    failure: DataError | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        fixed = self.fixed.to_dict() if self.fixed else None
+        return {"files": list(self.files), **self.report.to_dict(), "fixed": fixed}
+
+
+def check(
+    data: DataSource,
+    held_out: str | Sequence[str] = (),
+    *,
+    model: Section = None,
+    training_config: Mapping[str, Any] | None = None,
+    objective: Section = None,
+    fix: str | Path | None = None,
+) -> DataCheck:
+    """Look at every row: what is kept, cut and dropped, and what stands out.
+
+    Args:
+        data: file of chats, a list of them, or the section `data`.
+        held_out: files of held-out chats; those of the section `data` if left out.
+        model, training_config, objective: the run's sections, for its checkpoint and its lengths.
+        fix: write the rows that are sound or can be mended to this new .jsonl file.
+
+    Raises:
+        PhinetuneError: a file is not there, or the cleaned set can't be written.
+    """
+    config = make_sections(model=model, data=data, training_config=training_config, objective=objective)
+    others = [held_out] if isinstance(held_out, str) else list(held_out)
+    made = check_config(config, held_out=others, fix=Path(fix) if fix else None)
+    if made.failure:
+        raise made.failure
+    return made
+
+
+def check_config(
+    config: RunConfig,
+    files: Sequence[str] = (),
+    held_out: Sequence[str] = (),
+    fix: Path | None = None,
+    on_row: Callable[[], None] = lambda: None,
+) -> DataCheck:
+    """`check` for a validated configuration. A cleaned set that can't be written does not lose the report.
+
+    Args:
+        files: what to look at in place of the configuration's `data.train`.
+        on_row: called after each row.
+    """
+    quiet_libraries()
+    chosen = list(files) or [path for path, _ in weighted(config.data.train)]
+    if not chosen:
+        raise PhinetuneError("no file of chats: name one, or a configuration with data.train (--config CONFIG)")
+    others = list(held_out) or [file for file in _held_out(config) if file not in files]
+    _check_sources([*chosen, *others])
+    if fix:
+        check_target(fix)
+    report = check_files(chosen, others, row_encoder(config), on_row)
+    if not fix:
+        return DataCheck(chosen, report)
+    try:
+        return DataCheck(chosen, report, write_fixed(report, fix))
+    except DataError as error:
+        return DataCheck(chosen, report, failure=error)
+
+
+def preview(
+    file: str,
+    rows: int = 3,
+    *,
+    model: Section = None,
+    data: Mapping[str, Any] | None = None,
+    training_config: Mapping[str, Any] | None = None,
+    objective: Section = None,
+) -> list[PreviewedRow]:
+    """The first rows as the model will see them: by role, what is trained on, special tokens, where a row is cut.
+
+    Args:
+        file: a file of chats.
+        model, data, training_config, objective: the run's sections, for its checkpoint, lengths and data settings.
+
+    Raises:
+        PhinetuneError: the file is not there.
+    """
+    config = make_sections(model=model, data=data, training_config=training_config, objective=objective)
+    return preview_config(config, file, rows)
+
+
+def preview_config(config: RunConfig, file: str, rows: int = 3) -> list[PreviewedRow]:
+    """`preview` for a validated configuration."""
+    quiet_libraries()
+    _check_sources([file])
+    return list(preview_rows(file, row_encoder(config), rows))
+
+
+def _held_out(config: RunConfig) -> list[str]:
+    return [] if isinstance(config.data.eval, float) else [path for path, _ in weighted(config.data.eval)]
+
+
+def _check_sources(sources: Sequence[str]) -> None:
+    problems = [problem for source in sources if (problem := check_source(source))]
+    if problems:
+        raise DataError(problems)

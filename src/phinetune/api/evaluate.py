@@ -1,0 +1,141 @@
+"""`evaluate`: a run against its base on held-out chats, or on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phinetune.api.held_out import chats_of, held_out_chats
+from phinetune.api.report import write_page
+from phinetune.api.train import EXAMPLES
+from phinetune.checkpoints.opened import open_model, opened_config
+from phinetune.config.evaluation import CustomMetric, EvaluationSection
+from phinetune.config.run import make_config
+from phinetune.errors import DataError, ModelError
+from phinetune.evaluation.compare import Comparison, compare
+from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
+from phinetune.evaluation.metrics import row_metrics
+from phinetune.logs import quiet_libraries
+from phinetune.run_folder import RunFolder
+from phinetune.screen.comparison import show_comparison
+from phinetune.screen.console import Console, say, stderr
+from phinetune.screen.progress import ComparisonProgress
+from phinetune.screen.tasks import show_tasks
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    path: str | Path,
+    data: str | Sequence[str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    *,
+    tag: str | None = None,
+    console: Console | None = None,
+    **model_options: Any,
+) -> Comparison:
+    """Compare a run (or an adapter folder) with its base on held-out chats; a model without an adapter stands alone.
+
+    Args:
+        path: a run, an adapter folder or a model.
+        data: file of chats; None takes the run's own held-out chats, a file's or the share of its training chats.
+        evaluation: the section `evaluation`.
+        tag: column of the data by whose values the results are split as well; None takes the run's `data.tag`.
+        console: where to print; standard error if left out.
+        model_options: keys of the section `model` (`device`, `dtype`, …).
+
+    Raises:
+        PhinetuneError: the model or the data can't be used.
+    """
+    console = console or stderr()
+    quiet_libraries()
+    config = opened_config(path, **model_options)
+    options = _options(config.evaluation, evaluation or {}, console)
+    metrics = row_metrics(options)  # functions that can't be had are told before anything slow begins
+    if tag:
+        config.data.tag = tag
+    held_out = chats_of(config, data) if data else held_out_chats(config, Path(path).expanduser())
+    if held_out is None:
+        raise ModelError(f"{path}: no held-out chats are recorded there; name a file with --data FILE")
+    if tag and not any(held_out.tags):
+        raise DataError(f"--tag {tag}: no row of {held_out.report.source} has a column of that name")
+    opened = open_model(path, config)
+    with ComparisonProgress(console) as watcher:
+        tokenizer = opened.loaded.tokenizer
+        comparison = compare(opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher)
+    show_comparison(comparison, console)
+    return comparison
+
+
+def _options(recorded: EvaluationSection, given: Mapping[str, Any], console: Console) -> EvaluationSection:
+    """The run's own section with what is given now on top. Functions that only the run names are not called: a run
+    may be anyone's.
+    """
+    kept = [one for one in recorded.metrics if not isinstance(one, CustomMetric) or one.function is None]
+    if len(kept) < len(recorded.metrics) and "metrics" not in given:
+        names = ", ".join(one.name for one in recorded.metrics if one not in kept and isinstance(one, CustomMetric))
+        say(
+            console,
+            f"Left out: {names}. A function that a run's config.yaml names is called only if you name it yourself, "
+            "with --metrics",
+        )
+    tree = {**recorded.model_dump(), "metrics": kept, **given}
+    return make_config({"evaluation": tree}, where="evaluate").evaluation
+
+
+def record_evaluation(path: str | Path, comparison: Comparison) -> Path | None:
+    """Keep a comparison made after the run in its folder, and renew its report.
+
+    Returns:
+        The report; None where `path` is no run, or nothing could be written there.
+    """
+    folder = RunFolder(Path(path).expanduser())
+    if not folder.is_run:
+        return None
+    try:
+        folder.write_evaluation({"data": {"held_out": comparison.data}, **comparison.to_tree(examples=EXAMPLES)})
+    except OSError as error:
+        logger.warning("%s: the evaluation was not kept there: %s", folder.path, error)
+        return None
+    return write_page(folder)
+
+
+def evaluate_tasks(
+    path: str | Path,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    chat_template: bool = False,
+    console: Console | None = None,
+    **model_options: Any,
+) -> list[TaskResult]:
+    """Run tasks of lm-evaluation-harness on a run and on its base; a model without an adapter stands alone.
+
+    Args:
+        path: a run, an adapter folder or a model.
+        tasks, include_path, limit, batch_size, chat_template: see `phinetune.evaluation.harness.run_tasks`.
+        console, model_options: see `evaluate`.
+
+    Raises:
+        PhinetuneError: the model, the harness or a task can't be had.
+    """
+    console = console or stderr()
+    config = opened_config(path, **model_options)
+    manager = open_tasks(tasks, include_path)
+    opened = open_model(path, config)
+    results = run_tasks(
+        opened.model,
+        opened.loaded.tokenizer,
+        tasks,
+        manager,
+        limit=limit,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        on_side=lambda side: say(console, f"Running {', '.join(tasks)} on {side} …"),
+    )
+    show_tasks(results, console)
+    return results

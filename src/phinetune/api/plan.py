@@ -1,0 +1,49 @@
+"""`plan`: what a run will take, before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phinetune.api.sections import DataSource, Section, make_sections
+from phinetune.config.run import RunConfig
+from phinetune.logs import quiet_libraries
+from phinetune.planning.plan import Plan, make_plan
+
+
+def plan(
+    model: Section = None,
+    data: DataSource = None,
+    peft_config: Mapping[str, Any] | None = None,
+    training_config: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    *,
+    objective: Section = None,
+    engine: Section = None,
+    probe: bool = True,
+) -> Plan:
+    """Say what a run will take of memory, time and disk, and what would fit if it does not.
+
+    Args:
+        model, data, peft_config, training_config, evaluation, objective, engine: see `train`.
+        probe: measure a layer of the model on this machine, for the time.
+
+    Raises:
+        PhinetuneError: what the run itself would stop at before it trains.
+    """
+    config = make_sections(
+        model=model,
+        data=data,
+        peft_config=peft_config,
+        training_config=training_config,
+        evaluation=evaluation,
+        objective=objective,
+        engine=engine,
+    )
+    return plan_config(config, probe=probe)
+
+
+def plan_config(config: RunConfig, *, probe: bool = True) -> Plan:
+    """`plan` for a validated configuration."""
+    quiet_libraries()
+    return make_plan(config, probe=probe)

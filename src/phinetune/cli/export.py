@@ -1,0 +1,38 @@
+"""`phinetune export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from phinetune.cli.options import RunPath
+from phinetune.cli.program import program
+from phinetune.screen.console import say, stdout
+
+app = typer.Typer()
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[str, typer.Option(help="gguf, gguf-lora (the adapter alone), ollama or onnx")],
+    kind: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--type",
+            help="of the numbers: f32, f16, bf16 or q8_0, for onnx int4 or f32; what suits the target if left out",
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="the file (ollama, onnx: the folder) to write; named after the run if left out"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
+) -> None:
+    """Write a run or a model for another program: llama.cpp, Ollama, onnxruntime-genai."""
+    from phinetune.exporting.targets import export as export_run
+
+    done = export_run(run, to, kind=kind, out=out, overwrite=overwrite)
+    say(stdout(), done.report(program()))

@@ -1,0 +1,86 @@
+"""The section `data`: which chats, and how they become tokens and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from phinetune.config.row_forms import FORM_NAMES
+from phinetune.config.section import Section, checked_entry, one_of
+
+
+class WeightedFile(Section):
+    """One of several training files, and how often its rows are taken."""
+
+    path: str = Field(description="file, datasets folder or hub id")
+    weight: float = Field(1.0, gt=0, le=100, description="2 takes every row twice, 0.5 a drawn half of them")
+
+
+class DataSection(Section):
+    """Which chats, and how they become tokens and labels."""
+
+    train: str | list[str | WeightedFile] | None = Field(
+        None,
+        description="file (.jsonl .json .csv .parquet), datasets folder or hub id; or a list of them, where "
+        "{path: …, weight: 2} takes a file's rows twice and weight 0.5 half of them",
+    )
+    eval: float | str | list[str] | None = Field(
+        None, description="held-out chats: a file like `train`, or the fraction of `train` to hold out"
+    )
+    split: str = Field("train", description="split to read of a datasets folder or hub id")
+    format: Annotated[str, one_of("auto", *FORM_NAMES)] = Field(
+        "auto",
+        description=f"form of the rows: {', '.join(FORM_NAMES)}; auto looks at each row's keys. text and tokens "
+        "(input_ids, labels) are taken as they stand",
+    )
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="tokens trained on: every assistant turn, the last one, or all tokens"
+    )
+    system: Literal["keep", "fold", "drop"] = Field(
+        "keep",
+        description="system messages: keep (refused where the template drops them), "
+        "fold into the first user turn, or drop",
+    )
+    overlong: Literal["cut", "drop"] = Field(
+        "cut",
+        description="a chat over training_config.max_length: cut its prompt (oldest turns first, answers "
+        "never), or drop the chat",
+    )
+    invalid_rows: Literal["fail", "drop"] = Field(
+        "fail", description="rows that can't be used: stop and list them, or drop and count them"
+    )
+    limit: int | None = Field(None, ge=1, description="use the first N rows only")
+    streaming: bool = Field(
+        False,
+        description="read and encode rows while training, for sets that the disk has no room for; needs "
+        "training_config.max_steps, and held-out chats from a file",
+    )
+    packing: Literal["conversations", "tokens"] = Field(
+        "conversations",
+        description="what per_device_train_batch_size counts: conversations, or rows filled up to "
+        "training_config.max_length tokens with as many conversations as fit",
+    )
+    tag: str | None = Field(
+        None, description="column of the rows; evaluations are also split by its values (a task, a language, …)"
+    )
+    seed: int = Field(0, description="seed of the split by fraction and of the rows drawn by weight")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _weighted_files(cls, value: Any) -> Any:
+        """Check each entry by itself. pydantic's own errors would name the types of the union, not the mistake."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [
+            checked_entry(WeightedFile, entry, f"entry {i}") if isinstance(entry, Mapping) else entry
+            for i, entry in enumerate(value, 1)
+        ]
+
+    @field_validator("eval")
+    @classmethod
+    def _fraction(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError(f"the fraction held out must lie between 0 and 1, not {value}")
+        return value

@@ -1,0 +1,43 @@
+"""The table of the forms that a row of chat data may have. The configuration, detection and error messages use it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+
+class RowForm(NamedTuple):
+    """One form of rows.
+
+    Attributes:
+        name: the form's name in `data.format`.
+        keys: groups of keys. A row that has all keys of one group has this form.
+        is_ready: whether such a row is text or token ids already, so that no template renders it.
+    """
+
+    name: str
+    keys: tuple[tuple[str, ...], ...]
+    is_ready: bool = False
+
+    def fits(self, keys: Collection[str]) -> bool:
+        """Whether a row with these keys has this form."""
+        return any(all(key in keys for key in group) for group in self.keys)
+
+
+# In the order of detection: the first form that fits a row is taken.
+ROW_FORMS = (
+    RowForm("messages", (("messages",),)),
+    RowForm("conversations", (("conversations",), ("conversation",))),
+    RowForm("alpaca", (("instruction", "output"),)),
+    RowForm("prompt_completion", (("prompt", "completion"),)),
+    RowForm("tokens", (("input_ids",),), is_ready=True),
+    RowForm("text", (("text",),), is_ready=True),
+)
+FORM_NAMES = tuple(form.name for form in ROW_FORMS)
+READY = tuple(form.name for form in ROW_FORMS if form.is_ready)
+
+
+def expected_keys() -> str:
+    """The keys of all forms, for an error message: "`messages`, …, or `text`"."""
+    shown = [" and ".join(f"`{key}`" for key in form.keys[0]) for form in ROW_FORMS]
+    return f"{', '.join(shown[:-1])}, or {shown[-1]}"

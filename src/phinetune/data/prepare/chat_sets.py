@@ -1,0 +1,76 @@
+"""Sets of encoded chats, which a run trains on and evaluates: in memory, on disk or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from phinetune.chats.encoder import ChatEncoder, ends_a_turn
+from phinetune.chats.template import Message
+from phinetune.data.prepare.report import DataReport
+from phinetune.data.prepare.stored import StoredRows
+from phinetune.engine.examples import Encoded
+
+
+@dataclass
+class ChatSet:
+    """One set of examples.
+
+    Attributes:
+        chats: the messages of the examples that are chats. Rows of text or ids have none.
+        encoded: the examples as token ids and labels.
+        report: what became of the set's rows.
+        places: for each of `chats`, its index in `encoded`.
+        tags: for each of `encoded`, what its row has in the column `data.tag`; empty without such a column.
+        stored_end: for rows on disk, whether any label is an end-of-turn token.
+        stream: all rows, if the set is a stream; then the rest of the set is only the stream's beginning.
+    """
+
+    chats: Sequence[list[Message]]
+    encoded: Sequence[Encoded]
+    report: DataReport
+    places: Sequence[int] = field(default_factory=list)
+    tags: Sequence[str] = field(default_factory=list)
+    stored_end: bool = False
+    stream: IterableDataset | None = None
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def ends_a_turn(self, encoder: ChatEncoder) -> bool:
+        """Whether any label is an end-of-turn token."""
+        return self.stored_end if isinstance(self.encoded, StoredRows) else ends_a_turn(encoder, self.encoded)
+
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """The number of tokens of each example, shape (examples)."""
+        if isinstance(self.encoded, StoredRows):
+            return np.asarray(self.encoded.data.with_format("numpy")["length"][:])
+        return np.asarray([len(row.input_ids) for row in self.encoded])
+
+    def dataset(self) -> Dataset | IterableDataset:
+        """The examples as the trainer takes them: `input_ids`, `labels` and what the objective adds. Examples on disk
+        have their `length` too.
+        """
+        if self.stream is not None:
+            return self.stream
+        if isinstance(self.encoded, StoredRows):
+            return self.encoded.data
+        rows = [row.to_row() for row in self.encoded]
+        return Dataset.from_dict({column: [row[column] for row in rows] for column in rows[0]})
+
+
+@dataclass
+class Chats:
+    """A run's training chats and its held-out chats; `held_out` is None if there are none."""
+
+    train: ChatSet
+    held_out: ChatSet | None
+
+    def facts(self) -> dict[str, Any]:
+        """The reports of both sets, as JSON can hold them; `held_out` is None without held-out chats."""
+        sets = {"train": self.train, "held_out": self.held_out}
+        return {name: chat_set.report.to_dict() if chat_set else None for name, chat_set in sets.items()}

@@ -1,0 +1,149 @@
+"""Shows a row as the model will see it: its tokens turn by turn, which are trained on, and what was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from phinetune.chats.encoder import ChatEncoder
+from phinetune.chats.template import Message, render, tokenize
+from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, describe_size, is_huge
+from phinetune.data.read.rows import Broken, scan_rows
+from phinetune.engine.examples import IGNORED, Encoded, common_prefix
+
+_ANCHOR = "a"  # put before tokens when they are decoded, because decoding treats the beginning of a text in another way
+
+
+class TokenText(NamedTuple):
+    """One token as text, or the several tokens of one rare character.
+
+    Attributes:
+        special: whether it is a special or an added token.
+        trained: whether it is trained on.
+    """
+
+    text: str
+    special: bool
+    trained: bool
+
+
+class Turn(NamedTuple):
+    """The tokens of one turn, and a remark to show after it."""
+
+    role: str
+    pieces: list[TokenText]
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class PreviewedRow:
+    """One row as the model will see it.
+
+    Attributes:
+        where: file and line.
+        form: the row's form; None if the row could not be read.
+        tokens, trainable: how many tokens it has, and how many of them are trained on; 0 if the row is dropped.
+        cut: whether its prompt was cut to fit.
+        turns: its tokens, turn by turn.
+        problem: why the row is dropped or can't be read; None for a row that is kept.
+        broken: whether the place holds no row that can be read.
+    """
+
+    where: str
+    form: str | None = None
+    tokens: int = 0
+    trainable: int = 0
+    cut: bool = False
+    turns: Sequence[Turn] = ()
+    problem: str | None = None
+    broken: bool = False
+
+
+def preview_rows(source: str, encode: RowEncoder, rows: int) -> Iterator[PreviewedRow]:
+    """The first `rows` rows of a source.
+
+    Raises:
+        DataError: the source does not exist, or is of an unknown kind.
+    """
+    for row in islice(scan_rows(source, encode.section.split), rows):
+        if not isinstance(row, Broken) and is_huge(row, encode.max_length):
+            row = Broken(row.where, f"far too long to be a chat: {describe_size(row)}")
+        yield preview_row(row if isinstance(row, Broken) else next(encode([row])), encode.encoder)
+
+
+def preview_row(outcome: RowOutcome | Broken, encoder: ChatEncoder) -> PreviewedRow:
+    """What became of one row, for a person to look at."""
+    if isinstance(outcome, Broken):
+        return PreviewedRow(outcome.where, problem=outcome.problem, broken=True)
+    if not outcome.encoded:
+        return PreviewedRow(outcome.row.where, outcome.form, problem=outcome.reason or "")
+    size = (len(outcome.encoded.input_ids), outcome.encoded.trainable)
+    return PreviewedRow(outcome.row.where, outcome.form, *size, outcome.cut, turns_of(outcome, encoder))
+
+
+def turns_of(outcome: RowOutcome, encoder: ChatEncoder) -> list[Turn]:
+    """The row's tokens turn by turn. A remark says where something was cut."""
+    row = outcome.encoded or Encoded([], [])
+    chat = outcome.fitted or outcome.chat
+    if not chat:
+        return [Turn(outcome.form or "row", list(pieces(encoder.tokenizer, row)))]
+    remarks = _remarks(outcome.chat, chat) if outcome.cut else {}
+    ends = turn_ends(encoder.tokenizer, chat, row.input_ids)
+    turns = [Turn("", [], remarks[-1])] if -1 in remarks else []
+    for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        part = Encoded(row.input_ids[start:end], row.labels[start:end])
+        turns.append(Turn(chat[i]["role"], list(pieces(encoder.tokenizer, part)), remarks.get(i, "")))
+    return turns
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], ids: Sequence[int]) -> list[int]:
+    """For each turn, the index after its last token. The header before a turn's content belongs to the turn."""
+    ends: list[int] = []
+    for i in range(1, len(chat)):
+        try:
+            part = tokenize(tokenizer, [render(tokenizer, chat[:i])])[0]
+            ends.append(max([*ends[-1:], common_prefix(part, ids)]))
+        except Exception:  # a template may refuse half a chat with any error; then these turns are shown as one
+            ends.append(ends[-1] if ends else 0)
+    return [*ends, len(ids)]
+
+
+def _remarks(whole: Sequence[Message], left: Sequence[Message]) -> dict[int, str]:
+    """What was cut, by the index of the turn after which to say it (-1: before the first).
+
+    Args:
+        whole: the chat before it was cut.
+        left: what is left of it.
+    """
+    head = int(left[0]["role"] == "system" and whole[0]["role"] == "system")
+    gone = len(whole) - len(left)
+    remarks = {head - 1: f"✂ {gone} turn{'s' if gone > 1 else ''} left out to fit"} if gone else {}
+    for i in range(head, len(left)):
+        short = len(whole[i + gone]["content"]) - len(left[i]["content"])
+        if short:
+            remarks[i] = f"✂ the last {short:,} characters of this turn cut to fit"
+    return remarks
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> Iterator[TokenText]:
+    """A row's tokens as text, each by itself. Several tokens that make one character stay together."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    anchor = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
+    before = len(str(tokenizer.decode(anchor)))
+    waiting: list[int] = []
+    for place, token in enumerate(row.input_ids):
+        trained = row.labels[place] != IGNORED
+        if token in special:
+            yield TokenText(str(tokenizer.convert_ids_to_tokens(token)), True, trained)
+            continue
+        waiting.append(token)
+        text = str(tokenizer.decode([*anchor, *waiting]))[before:]
+        following = row.input_ids[place + 1] if place + 1 < len(row.input_ids) else None
+        if "\ufffd" in text and len(waiting) < 4 and following is not None and following not in special:
+            continue
+        yield TokenText(text, False, trained)
+        waiting = []

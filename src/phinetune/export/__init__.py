@@ -1,1 +1,0 @@
-"""A run written for others: merged, converted, for other programs, on the hub."""

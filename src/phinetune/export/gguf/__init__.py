@@ -1,1 +1,0 @@
-"""GGUF files for llama.cpp: the model, the adapter alone, the tokenizer."""

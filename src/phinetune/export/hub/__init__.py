@@ -1,1 +1,0 @@
-"""A run on the hub: what is published, and its cards."""

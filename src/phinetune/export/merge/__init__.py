@@ -1,1 +1,0 @@
-"""A base and its adapter as one model."""

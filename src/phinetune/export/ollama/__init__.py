@@ -1,1 +1,0 @@
-"""Folders that ollama create takes."""

@@ -1,1 +1,0 @@
-"""ONNX folders for onnxruntime-genai."""

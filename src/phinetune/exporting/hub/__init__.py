@@ -1,0 +1,1 @@
+"""Pushing a run to the hub: which files, and the model cards."""

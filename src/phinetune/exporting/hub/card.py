@@ -1,0 +1,114 @@
+"""The model card of a run: its base, its data, its results and how to use it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phinetune.config.run import RunConfig
+from phinetune.exporting.hub.card_usage import adapter_usage
+from phinetune.measures import measured
+
+SECRETS = ("hub_token", "push_to_hub_token")  # keys of training_config that never appear in a card or an upload
+
+
+def write_card(
+    config: RunConfig, results: Mapping[str, Any], lora: Mapping[str, Any], *, repo: str | None = None
+) -> str:
+    """The card as Markdown, with the front matter that the hub reads.
+
+    Args:
+        results: as in results.json: `base` and, if they are known, `data`, `training` and `evaluation`.
+        lora: PEFT's configuration of the adapter, defaults filled in.
+        repo: the repository that the card is for; None if it is for the run's folder on this machine.
+    """
+    base = results["base"]
+    name = repo or config.output_dir.resolve().name
+    parts = [
+        front_matter("peft", ["lora", "phi3", "phinetune"], base),
+        f"# {name}\n\nA LoRA adapter for {described_base(base)}, trained with phinetune.",
+        *training_sections(results),
+        "## Use\n\n" + adapter_usage(hub_id(base), base["path"], repo, config.output_dir),
+        settings_section(config, lora),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(library: str, tags: Sequence[str], base: Mapping[str, Any], relation: str | None = None) -> str:
+    """The front matter, which the hub reads. It names the base if the base is on the hub."""
+    matter: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(tags)}
+    if hub_id(base):
+        matter |= {"base_model": base["path"]} | ({"base_model_relation": relation} if relation else {})
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
+
+
+def hub_id(base: Mapping[str, Any]) -> str | None:
+    """The id of a base on the hub; None for a base that is not there.
+
+    A base with a revision is on the hub. Other tools record no revision; for theirs, a name of the form `owner/name`
+    is an id if there is no such folder.
+    """
+    path = str(base["path"])
+    is_id = base["revision"] or (re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not Path(path).exists())
+    return path if is_id else None
+
+
+def described_base(base: Mapping[str, Any]) -> str:
+    """The base and its revision, in Markdown."""
+    return f"`{base['path']}`" + (f" (revision `{base['revision']}`)" if base["revision"] else "")
+
+
+def training_sections(results: Mapping[str, Any]) -> list[str]:
+    """The sections on data, training and results on held-out chats. What is not known is left out."""
+    parts = []
+    if results.get("data"):
+        parts.append("## Data\n\n" + "\n".join(f"- {line}" for line in _data_lines(results["data"])))
+    if results.get("training"):
+        parts.append("## Training\n\n" + _training_lines(results["training"]))
+        parts.append("## Results on held-out chats\n\n" + _results_table(results.get("evaluation")))
+    return parts
+
+
+def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
+    return [
+        f"{part.replace('_', ' ')}: `{report['source']}`, {report['kept']} of {report['rows']} chats, "
+        f"{report['tokens']:,} tokens, {report['trainable_tokens']:,} of them trained on or scored"
+        for part, report in data.items()
+        if report
+    ]
+
+
+def _training_lines(training: Mapping[str, Any]) -> str:
+    speed = f" ({training['tokens_per_s']:.0f} tokens/s)" if training["tokens_per_s"] else ""
+    return (
+        f"{training['steps']} steps, {training['epochs']:.2f} epochs, {training['tokens']:,} tokens in "
+        f"{training['seconds']:.0f} s{speed}; {training['trainable_parameters']:,} trainable parameters."
+    )
+
+
+def _results_table(evaluation: Mapping[str, Any] | None) -> str:
+    if not evaluation:
+        return "Not measured."
+    lines = ["| | " + " | ".join(evaluation) + " |", "|---|" + "---:|" * len(evaluation)]
+    for measure in measured(evaluation):
+        values = [measure.amount(side[measure.key]) for side in evaluation.values()]
+        lines.append(f"| {measure.heading} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def settings_section(config: RunConfig, lora: Mapping[str, Any]) -> str:
+    """The section with `model`, `peft_config` and `training_config`. Target modules have the model's own names."""
+    targets = lora["target_modules"]
+    shown = {
+        "model": config.model.model_dump(mode="json"),
+        "peft_config": {
+            **(config.peft_config or {"r": lora["r"], "lora_alpha": lora["lora_alpha"]}),
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        },
+        "training_config": {key: value for key, value in config.training_config.items() if key not in SECRETS},
+    }
+    return "## Settings\n\n```yaml\n" + str(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)) + "```"

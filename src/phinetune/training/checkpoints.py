@@ -1,0 +1,108 @@
+"""How a run is saved and resumed, over any of transformers' trainers."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from phinetune.checkpoints.adapters import BASE_FILE
+from phinetune.checkpoints.load import Loaded
+from phinetune.files import publish_files, publish_folder
+
+
+class CheckpointTrainer(Trainer):
+    """Saves checkpoints whole or not at all, without pickled arguments, and resumes from them.
+
+    Attributes:
+        folder: the run's.
+    """
+
+    def __init__(self, *, loaded: Loaded, **kwargs: Any) -> None:
+        self.base, self.tokenizer = loaded.base, loaded.tokenizer
+        self.generation = loaded.model.generation_config
+        self.folder = Path(str(kwargs["args"].output_dir))
+        self._stage: Path | None = None
+        super().__init__(processing_class=loaded.tokenizer, **kwargs)
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The model with its adapter, out of whatever a launcher wrapped around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, PeftModel)
+        return model
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Let the parent fill a staging folder, then rename what it made to `checkpoint-N`."""
+        final = self.folder / f"checkpoint-{self.state.global_step}"
+        self._stage = final.parent / f".{final.name}.partial-0"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish_checkpoint(self._stage / final.name, final)
+            self.accelerator.wait_for_everyone()
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._stage, ignore_errors=True)
+            self._stage = None
+
+    def _publish_checkpoint(self, staged: Path, final: Path) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)  # the parent wrote the staging folder's name
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        publish_folder(staged, final)
+        rotate_checkpoints(
+            output_dir=str(self.folder),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage or super()._get_output_dir(trial))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write adapter, tokenizer, stop ids, and which base the adapter belongs to."""
+        if not self.args.should_save:
+            return
+        folder, model = Path(output_dir or self.folder), self.peft_model
+        # Tokens are never added, so there is no embedding to save (and no hub to ask about it).
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run's own comes at its end
+        self.tokenizer.save_pretrained(str(folder))
+        self.generation.save_pretrained(str(folder))
+        (folder / BASE_FILE).write_text(self.base.to_json(), encoding="utf-8")
+
+    def save_final(self) -> None:
+        """Write the adapter as it is now into the run folder itself: staged, then each file renamed into place."""
+        if self.args.should_save:
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.partial-") as stage:
+                self.save_model(stage, _internal_call=True)
+                publish_files(Path(stage), self.folder)
+        else:
+            self.save_model(str(self.folder), _internal_call=True)  # writes nothing, and gives a sharded model's part
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: the run's card is written once, at its end, with its results (`phinetune.exporting.hub.card`)."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the parent, but a checkpoint at the last step is loaded and not trained one step further."""
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+            if state.global_step >= max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        self.before_training()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def before_training(self) -> None:
+        """What has to be done before the first step."""

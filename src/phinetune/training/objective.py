@@ -1,0 +1,95 @@
+"""What an objective is: the rows it takes, the loss of a packed row, the metrics, and what a plan must know of it.
+
+A run's trainer, checkpoints, callbacks, report and plan know objectives by this class alone. A new objective is one
+file here and one entry in the registry (`phinetune.training.objectives.OBJECTIVES`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import Trainer
+
+from phinetune.chats.encoder import ChatEncoder
+from phinetune.config.data import DataSection
+from phinetune.config.section import Section
+from phinetune.data.prepare.encode_rows import RowEncoder
+
+PackedRow = Mapping[str, Any]  # what `phinetune.engine.packing.pack` makes, on the model's device
+Sums = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """What an objective makes of one packed row.
+
+    Attributes:
+        total: the loss summed over the row's items, a float32 scalar with a gradient. The trainer divides it by the
+            items of the whole step, over all micro-batches and processes.
+        items: how many there are, as `Objective.items` counts them.
+        metrics: numbers of this row for the log, scalars. A log step shows their mean over its micro-batches.
+    """
+
+    total: Tensor
+    items: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(ABC):
+    """What a run trains for.
+
+    Class attributes:
+        kind: its name in the configuration.
+        Options: its knobs beside `kind`.
+        rows: how rows become encoded examples.
+        owned: whether it needs the log-probabilities of each conversation, and not only one sum a packed row.
+        can_fill: whether rows may be filled with several examples (`data.packing: tokens`).
+        sums: the names of what `score` gives.
+        metrics: what every evaluation counts; `loss` is always among them.
+    """
+
+    kind: ClassVar[str]
+    Options: ClassVar[type[Section]] = Section
+    rows: ClassVar[type[RowEncoder]] = RowEncoder
+    owned: ClassVar[bool] = False
+    can_fill: ClassVar[bool] = True
+    sums: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __init__(self, options: Section) -> None:
+        self.options = options
+
+    def row_encoder(self, section: DataSection, encoder: ChatEncoder, max_length: int | None) -> RowEncoder:
+        """How this run's rows become examples."""
+        return self.rows(section, encoder, max_length)
+
+    @abstractmethod
+    def items(self, row: PackedRow) -> Tensor:
+        """What a packed row's loss is averaged over, a scalar: labels, say, or pairs."""
+
+    @abstractmethod
+    def loss(self, model: Any, row: PackedRow) -> RowLoss:
+        """The loss of a packed row. `model` is called as `model(**row)`; see `phinetune.engine.phi3`.
+
+        A plan times this very function, so it knows of every forward pass that it makes.
+        """
+
+    @abstractmethod
+    def score(self, model: Any, batch: Mapping[str, Any]) -> Sums:
+        """The `sums` over a held-out batch, without gradients. Those of all batches and processes are added up."""
+
+    @abstractmethod
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        """The numbers of `metrics` from the sums over all held-out rows."""
+
+    def labels(self, tokens: int, share: float) -> int:
+        """Labels in a packed row of so many tokens, where this share of all tokens is trained on; for a plan."""
+        return max(1, round(tokens * share))
+
+    def plain_trainer(self) -> type[Trainer] | None:
+        """The trainer of the plain engine: a `RunTrainer` over one of TRL's. None where there is none."""
+        return None

@@ -1,0 +1,120 @@
+"""A run prepared from its configuration, without a weight loaded: the one way for training, plans and servers.
+
+`settle` looks at the configuration alone. `prepare_run` also reads the checkpoint's small files and the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from transformers import Phi3Config, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from phinetune import processes
+from phinetune.chats.encoder import make_encoder
+from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.checkpoints.tokenizer import open_config, open_tokenizer
+from phinetune.config.run import RunConfig
+from phinetune.data.prepare.build import build_chats, check_sources
+from phinetune.data.prepare.chat_sets import Chats
+from phinetune.data.prepare.encode_rows import RowEncoder
+from phinetune.engine.choice import EngineChoice, choose_engine
+from phinetune.errors import ConfigError
+from phinetune.training.best_checkpoint import settle_best
+from phinetune.training.objective import Objective
+from phinetune.training.objectives import make_objective
+from phinetune.training.settings import Settings, make_training_args, read_settings
+from phinetune.training.steps import Steps, count_steps, row_lengths
+
+
+@dataclass(frozen=True)
+class SettledRun:
+    """A configuration that has been looked at as a whole."""
+
+    config: RunConfig
+    settings: Settings
+    objective: Objective
+
+    def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+        """How the run's rows become examples."""
+        data = self.config.data
+        encoder = make_encoder(tokenizer, data.loss_on, data.system)
+        return self.objective.row_encoder(data, encoder, self.settings.max_length)
+
+
+@dataclass(frozen=True)
+class PreparedRun(SettledRun):
+    """All that a run has before its weights are loaded.
+
+    Attributes:
+        device, dtype: of the weights.
+        shape: the model's configuration.
+        engine: fast or plain, with the reason.
+        args: TRL's arguments for this device and engine.
+        rows: how rows become examples.
+        chats: the encoded training chats and held-out chats.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: Phi3Config
+    engine: EngineChoice
+    args: SFTConfig
+    tokenizer: PreTrainedTokenizerBase
+    rows: RowEncoder
+    chats: Chats
+
+    @cached_property
+    def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Tokens of each row that a micro-batch is made of, shape (rows)."""
+        return row_lengths(self.chats.train, self.engine.fast)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """The optimizer steps that the run will take."""
+        return count_steps(self.lengths, self.args, self.config.data.streaming)
+
+
+def settle(config: RunConfig) -> SettledRun:
+    """Check a configuration as a whole: both dictionaries, the objective, the best checkpoint, the data's sources.
+
+    Raises:
+        PhinetuneError: what can be said without reading a row.
+    """
+    objective = make_objective(config.objective)
+    settings = settle_best(read_settings(config.peft_config, config.training_config), config, objective)
+    check_sources(config.data)
+    if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
+        raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
+    return SettledRun(config, settings, objective)
+
+
+def prepare_run(settled: SettledRun) -> PreparedRun:
+    """Choose the engine, read and encode the chats. Every process of a run calls it.
+
+    Raises:
+        PhinetuneError: anything that would stop the run before its first step, as far as the weights don't matter.
+    """
+    config, settings, objective = settled.config, settled.settings, settled.objective
+    device = pick_device(config.model.device)
+    dtype = pick_dtype(config.model.dtype, device)
+    with processes.main_first():  # a starter model is made once
+        shape, tokenizer = open_config(config.model), open_tokenizer(config.model)
+    engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
+    _check_engine(objective, engine)
+    args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)
+    rows = settled.row_encoder(tokenizer)
+    chats = build_chats(rows)
+    return PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
+
+
+def _check_engine(objective: Objective, engine: EngineChoice) -> None:
+    if engine.fast is None and objective.plain_trainer() is None:
+        raise ConfigError(
+            f"objective: {objective.kind} trains on the fast engine only, and {engine.reason} needs the plain one"
+        )
+    if engine.fast and engine.fast.fill and not objective.can_fill:
+        raise ConfigError(f"data.packing: {objective.kind} does not fill rows; leave packing at `conversations`")

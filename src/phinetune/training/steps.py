@@ -1,0 +1,98 @@
+"""Counts the steps of a run and their tokens. The lengths of the rows are enough for that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
+from trl import SFTConfig
+
+from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.engine.fast_engine import FastEngine
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The optimizer steps of a run.
+
+    Attributes:
+        count: how many steps there are.
+        rows: how many rows micro-batches are made of. A row is a chat, or is filled with several chats.
+        batches: how many micro-batches each process computes in a step.
+        tokens: the tokens of all steps together.
+        largest: the tokens of the largest micro-batch.
+        mean: the mean number of tokens of a micro-batch.
+    """
+
+    count: int
+    rows: int
+    batches: int
+    tokens: int
+    largest: int
+    mean: float
+
+
+def row_lengths(chats: ChatSet, engine: FastEngine | None) -> np.ndarray[Any, Any]:
+    """The number of tokens of each row that micro-batches are made of, shape (rows).
+
+    Args:
+        engine: the fast engine, which may fill rows with several chats; None is the plain engine.
+    """
+    lengths = chats.lengths()
+    if engine is None or not engine.fill:
+        return lengths
+    # Filling depends on nothing but lengths, so rows of zeros with the same lengths are filled in the same way.
+    ids = [[0] * int(n) for n in lengths]
+    filled = engine.prepare(Dataset.from_dict({"input_ids": ids, "labels": ids}))
+    tokens: np.ndarray[Any, Any] = pyarrow.compute.list_value_length(filled.data.column("input_ids")).to_numpy()
+    return tokens
+
+
+def count_steps(lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = False) -> Steps:
+    """Count the steps of a run, with the rows in the order in which the run will draw them.
+
+    Args:
+        lengths: the number of tokens of each row, shape (rows).
+        endless: whether the rows are only the beginning of a stream.
+    """
+    batch, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    processes = max(1, args.world_size)
+    per_epoch = max(1, math.ceil(math.ceil(len(lengths) / (batch * processes)) / batches))
+    count = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    mean = float(lengths.mean()) * batch
+    if endless:
+        tokens, own = round(count * batches * processes * mean), _sums(lengths, batch)
+    else:
+        drawn = _drawn(lengths, args, count, per_epoch)
+        tokens, own = int(drawn.sum()), drawn[::processes]
+    return Steps(count, len(lengths), batches, tokens, int(own.max()), mean)
+
+
+def _drawn(lengths: np.ndarray[Any, Any], args: SFTConfig, count: int, per_epoch: int) -> np.ndarray[Any, Any]:
+    """The number of tokens of each micro-batch in `count` steps. The processes take micro-batches in turn.
+
+    transformers draws rows with the same sampler of accelerate, from the run's seed.
+
+    Args:
+        per_epoch: how many steps an epoch has.
+    """
+    sampler = SeedableRandomSampler(
+        range(len(lengths)), data_seed=args.seed if args.data_seed is None else args.data_seed
+    )
+    epochs = []
+    for done in range(0, count, per_epoch):
+        sums = _sums(lengths[list(sampler)], args.per_device_train_batch_size)
+        part = (count - done) * args.gradient_accumulation_steps * max(1, args.world_size)
+        epochs.append(sums if count - done >= per_epoch else sums[:part])
+    return np.concatenate(epochs)
+
+
+def _sums(lengths: np.ndarray[Any, Any], batch: int) -> np.ndarray[Any, Any]:
+    """The number of tokens of each micro-batch of `batch` rows, with the rows in this order."""
+    sums: np.ndarray[Any, Any] = np.add.reduceat(lengths, range(0, len(lengths), batch))
+    return sums

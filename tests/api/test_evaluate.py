@@ -1,0 +1,120 @@
+"""`evaluate` in the library: the run's own held-out chats, options before weights, metrics read once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from helpers import TINY, chat, tiny_config, write_jsonl
+from phinetune import evaluate, generate, load, train
+from phinetune.api.train import train_config
+from phinetune.errors import ConfigError, DataError, PhinetuneError
+
+
+@pytest.fixture
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.checkpoints.opened.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+def test_a_run_that_held_out_a_share_is_evaluated_on_that_share(tiny_run: Path, quiet: Console) -> None:
+    """`eval: 0.25`: the very rows that it was compared on at its end."""
+    recorded = json.loads((tiny_run / "results.json").read_text())
+    found = evaluate(tiny_run, console=quiet)
+    assert found.data == recorded["data"]["held_out"]
+    for side in ("base", "tuned"):
+        assert found.results[side]["loss"] == pytest.approx(recorded["evaluation"][side]["loss"], rel=1e-6)
+    answers = [example.answers for example in found.examples]
+    assert answers == [example["answers"] for example in recorded["examples"]]
+
+
+def test_a_share_of_a_file_that_has_changed_is_refused(
+    rows: list[dict[str, Any]], tmp_path: Path, quiet: Console
+) -> None:
+    """Another share would hold chats that the run was trained on."""
+    file = write_jsonl(tmp_path / "chats.jsonl", rows)
+    train_config(tiny_config(file, tmp_path / "run", max_steps=1), quiet)
+    write_jsonl(file, [*rows, chat("One more?", "One more.")])
+    with pytest.raises(DataError, match="not the one that the run was trained on") as caught:
+        evaluate(tmp_path / "run", console=quiet)
+    assert "--data FILE" in str(caught.value)
+    assert evaluate(tmp_path / "run", data=str(file), console=quiet).data["rows"] == 13
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"evaluation": {"max_promts": 1}}, "there is no key `max_promts`"),
+        ({"evaluation": {"metrics": ["bleuu"]}}, "there is no metric `bleuu`"),
+        ({"evaluation": {"metrics": [{"name": "own", "function": "nowhere.py:score"}]}}, "no such file: nowhere.py"),
+        ({"tag": "topic"}, "--tag topic: no row of"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"dtype": "float61"}, "model.dtype"),
+    ],
+    ids=["key", "metric", "metric file", "tag", "data", "dtype"],
+)
+def test_options_are_looked_at_before_weights_are_loaded(
+    tiny_run: Path, quiet: Console, no_weights: None, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(PhinetuneError) as caught:
+        evaluate(tiny_run, console=quiet, **options)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": -1.0}, "temperature: -1.0"),
+        ({"top_p": 1.5}, "top_p: 1.5"),
+        ({"top_k": -2}, "top_k: -2"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0"),
+        ({"prompt": "  "}, "the prompt is empty"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_an_answer_that_can_not_be_had_is_refused_before_weights_are_loaded(
+    no_weights: None, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        generate(TINY, **{"prompt": "Hi", **options})
+    assert words in str(caught.value)
+
+
+def test_a_metric_file_is_run_once_a_run(chats: Path, tmp_path: Path, quiet: Console) -> None:
+    """It may load a judge of its own, or write somewhere."""
+    log = tmp_path / "ran.txt"
+    own = tmp_path / "own.py"
+    own.write_text(f"open({str(log)!r}, 'a').write('once\\n')\ndef score(answer, reference):\n    return len(answer)\n")
+    config = tiny_config(chats, tmp_path / "run", max_steps=2, eval_strategy="steps", eval_steps=1)
+    tree = config.model_dump()
+    tree["evaluation"] |= {"metrics": [{"name": "own", "function": f"{own}:score"}], "metrics_while_training": True}
+    tree["evaluation"]["fixed_prompts"] = 1
+    made = train(
+        model=tree["model"],
+        data=tree["data"],
+        peft_config=tree["peft_config"],
+        training_config=tree["training_config"],
+        evaluation=tree["evaluation"],
+        console=quiet,
+    )
+    assert "own" in made.results["evaluation"]["tuned"]
+    assert log.read_text() == "once\n"
+
+
+def test_an_answer_is_the_models_own(tiny_run: Path) -> None:
+    answer = generate(tiny_run, "How many?", max_new_tokens=4)
+    model, tokenizer = load(tiny_run)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "How many?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert answer.text == tokenizer.decode(made, skip_special_tokens=True)
+    assert generate(tiny_run, "How many?", max_new_tokens=4, base=True).text != answer.text

@@ -92,7 +92,10 @@ def test_a_metric_file_is_run_once_a_run(chats: Path, tmp_path: Path, quiet: Con
     """It may load a judge of its own, or write somewhere."""
     log = tmp_path / "ran.txt"
     own = tmp_path / "own.py"
-    own.write_text(f"open({str(log)!r}, 'a').write('once\\n')\ndef score(answer, reference):\n    return len(answer)\n")
+    own.write_text(
+        f"with open({str(log)!r}, 'a') as file:\n    file.write('once ')\n"
+        "def score(answer, reference):\n    return len(answer)\n"
+    )
     config = tiny_config(chats, tmp_path / "run", max_steps=2, eval_strategy="steps", eval_steps=1)
     tree = config.model_dump()
     tree["evaluation"] |= {"metrics": [{"name": "own", "function": f"{own}:score"}], "metrics_while_training": True}
@@ -106,7 +109,7 @@ def test_a_metric_file_is_run_once_a_run(chats: Path, tmp_path: Path, quiet: Con
         console=quiet,
     )
     assert "own" in made.results["evaluation"]["tuned"]
-    assert log.read_text() == "once\n"
+    assert log.read_text() == "once "
 
 
 def test_an_answer_is_the_models_own(tiny_run: Path) -> None:

@@ -1,0 +1,90 @@
+"""A run is prepared in one way: what stops a run stops its plan, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from helpers import chat, tiny_config, train_only, write_jsonl
+from phinetune.api.plan import plan_config
+from phinetune.api.train import train_config
+from phinetune.config.run import RunConfig, make_config
+from phinetune.errors import PhinetuneError
+from phinetune.training.prepare import prepare_run, settle
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("training.run", "planning.probe"):
+        monkeypatch.setattr(f"phinetune.{place}.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+def train(config: RunConfig) -> Any:
+    return train_config(config, Console(quiet=True))
+
+
+STOPS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+    "unknown metric": ({"training_config": {"metric_for_best_model": "bleuu"}}, "no evaluation counts `bleuu`"),
+    "early stopping": ({"evaluation": {"early_stopping_patience": 2}}, "there is no evaluation to go by"),
+    "endless stream": (
+        {"data": {"streaming": True, "eval": None}, "training_config": {"max_steps": -1}},
+        "a stream has no known end",
+    ),
+    "missing file": ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
+    "unknown key": ({"training_config": {"learning_rat": 1}}, "there is no key `learning_rat`"),
+    "nothing ends a turn": ({"training_config": {"max_length": 3}}, "no chat to use"),
+}
+
+
+@pytest.mark.parametrize("way", [train, plan_config], ids=["train", "plan"])
+@pytest.mark.parametrize(("changes", "words"), STOPS.values(), ids=STOPS)
+def test_what_stops_a_run_stops_its_plan(
+    chats: Path,
+    tmp_path: Path,
+    no_weights: None,
+    way: Callable[[RunConfig], Any],
+    changes: dict[str, dict[str, Any]],
+    words: str,
+) -> None:
+    tree = tiny_config(chats, tmp_path / "run").model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    with pytest.raises(PhinetuneError) as caught:
+        way(make_config(tree))
+    assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_row_is_told_before_weights_are_loaded(tmp_path: Path, no_weights: None) -> None:
+    file = write_jsonl(tmp_path / "bad.jsonl", [chat("a", "b"), {"nothing": 1}, *[chat("c", "d")] * 8])
+    with pytest.raises(PhinetuneError, match=r"bad.jsonl:2: the keys \(nothing\)"):
+        train(tiny_config(file, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2},
+        {"packing": True, "max_length": 200},
+    ],
+    ids=["max_steps", "epochs", "filled rows"],
+)
+def test_a_prepared_run_knows_the_steps_that_the_trainer_takes(
+    chats: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = tiny_config(chats, tmp_path / "run", **changes)
+    prepared = prepare_run(settle(config))
+    summary = train_only(config).summary
+    assert (prepared.steps.count, prepared.steps.tokens) == (summary["steps"], summary["tokens"])
+
+
+def test_a_prepared_run_says_why_it_is_plain(chats: Path, tmp_path: Path) -> None:
+    config = tiny_config(chats, tmp_path / "run", neftune_noise_alpha=5.0)
+    engine = prepare_run(settle(config)).engine
+    assert engine.fast is None
+    assert engine.reason == "training_config.neftune_noise_alpha"

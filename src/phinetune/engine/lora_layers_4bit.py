@@ -63,5 +63,5 @@ def _expand(
             quant_type=state.quant_type,
             dtype=state.dtype,
         )
-        values = dequantize_4bit(packed[first // 2 : -(-last // 2), None], part_state).to(rounded)
-        yield part, converted(values, dtype, "weight")
+        codes = packed[first // 2 : -(-last // 2), None]
+        yield part, converted(dequantize_4bit(codes, part_state).to(rounded), dtype, "weight")

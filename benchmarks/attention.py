@@ -19,7 +19,7 @@ from rich.table import Table
 
 from phinetune.engine.attention_plan import Heads, fused_run, grouped_run
 from phinetune.engine.kernels.attention import attention
-from phinetune.engine.rows import Segment
+from phinetune.engine.segments import Segment
 
 HEADS = Heads(heads=32, kv_heads=32, size=96, scaling=96**-0.5)
 TOKENS = 4096

@@ -51,7 +51,7 @@ def ours(tokenizer: str, file: str, processes: int) -> Row:
     from phinetune.checkpoints.tokenizer import open_tokenizer
     from phinetune.config.data import DataSection
     from phinetune.config.model import ModelSection
-    from phinetune.data.prepare.build import build_chats
+    from phinetune.data.prepare.build_sets import build_chats
     from phinetune.data.prepare.encode_rows import RowEncoder
     from phinetune.logs import quiet_libraries
 

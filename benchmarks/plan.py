@@ -68,7 +68,7 @@ def measured(tree: Row) -> Row:
     from phinetune.chats.encoder import make_encoder
     from phinetune.checkpoints.tokenizer import open_tokenizer
     from phinetune.config.run import make_config
-    from phinetune.data.prepare.build import build_chats
+    from phinetune.data.prepare.build_sets import build_chats
     from phinetune.data.prepare.encode_rows import RowEncoder
     from phinetune.logs import quiet_libraries
     from phinetune.training.prepare import prepare_run, settle

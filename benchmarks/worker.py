@@ -324,7 +324,7 @@ def generate(
 def _by_phinetune(
     model: Any, asked: list[list[int]], limit: int, batch: int | None, stops: set[int]
 ) -> list[list[int]]:
-    from phinetune.engine.decode import decode
+    from phinetune.engine.greedy_decode import decode
 
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     return decode(core, asked, stops=stops, limit=limit, rows=batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 
 class PhinetuneError(Exception):
@@ -31,6 +32,21 @@ class ModelError(PhinetuneError):
 
 class RunError(PhinetuneError):
     """A run's folder can't be used, or a run can't go on."""
+
+
+Trouble = Literal["form", "roles", "content", "tools", "system", "template", "labels", "untrained", "letters"]
+
+
+class RowError(DataError):
+    """Says what is wrong with one row. The caller knows which row it is.
+
+    Attributes:
+        kind: what the problem is about. `phinetune data check` groups findings by it.
+    """
+
+    def __init__(self, problem: str, kind: Trouble = "form") -> None:
+        super().__init__(problem)
+        self.kind: Trouble = kind
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from phinetune.chats.encoder import ChatEncoder, ends_a_turn, make_encoder
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.model import ModelSection
-from phinetune.data.read.forms import RowError
+from phinetune.data.read.messages import RowError
 from phinetune.engine.examples import common_prefix
 
 USER = {"role": "user", "content": "How are you?"}
@@ -148,14 +148,14 @@ def test_cutting_drops_the_oldest_turns_and_keeps_system_and_answers(tokenizer: 
     encoder = make_encoder(tokenizer)
     chat = [SYSTEM, USER, FINE, AGAIN, YES]
     whole = len(encoder.encode([chat])[0].input_ids)
-    row = encoder.fit(chat, whole - 1)
+    _, row = encoder.fit(chat, whole - 1) or ([], None)
     assert row == encoder.encode([[SYSTEM, AGAIN, YES]])[0]
 
 
 def test_cutting_shortens_the_longest_prompt_before_it_gives_up(tokenizer: Any) -> None:
     encoder = make_encoder(tokenizer)
     chat = [{"role": "user", "content": "word " * 200 + "end"}, FINE]
-    row = encoder.fit(chat, 60)
+    _, row = encoder.fit(chat, 60) or ([], None)
     assert row is not None
     assert len(row.input_ids) <= 60
     answer = encoder.encode([[USER, FINE]])[0]
@@ -168,7 +168,7 @@ def test_no_more_is_cut_than_needed(tokenizer: Any) -> None:
     chat = [SYSTEM, *[turn for i in range(12) for turn in ({**USER, "content": f"{i} " * (i + 3)}, FINE)]]
     whole = len(encoder.encode([chat])[0].input_ids)
     for max_length in range(60, whole + 5, 7):
-        made, at = encoder.fit_chat(chat, max_length), f"max_length {max_length}"
+        made, at = encoder.fit(chat, max_length), f"max_length {max_length}"
         assert made is not None, at
         left, row = made
         assert len(row.input_ids) <= max_length, at

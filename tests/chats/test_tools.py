@@ -10,10 +10,10 @@ import pytest
 
 from chats.template_helpers import NAMES, byte_level, template_tokenizer
 from phinetune.chats.encoder import make_encoder
-from phinetune.chats.row_error import RowError
 from phinetune.chats.template import render
 from phinetune.chats.tools import ToolStyle, tool_style
 from phinetune.checkpoints.random_shapes import byte_tokenizer
+from phinetune.errors import RowError
 
 # In the way of templates that take transformers' `tools=` and read `tool_calls`.
 BOTH = (
@@ -114,6 +114,6 @@ def test_tools_survive_a_dropped_or_folded_system_message(system: Any, first: st
 def test_tools_survive_a_cut() -> None:
     encoder = make_encoder(template_tokenizer("phi-4-mini"))
     chat = [CHAT[0], {"role": "user", "content": "old " * 50}, {"role": "assistant", "content": "ok"}, *CHAT[1:]]
-    fitted = encoder.fit_chat(chat, len(encoder.encode([CHAT])[0].input_ids))
+    fitted = encoder.fit(chat, len(encoder.encode([CHAT])[0].input_ids))
     assert fitted is not None
     assert fitted[0] == CHAT

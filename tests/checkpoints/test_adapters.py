@@ -12,14 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from helpers import TINY
-from phinetune.checkpoints.adapters import (
-    attach_adapter,
-    linear_layers,
-    matched_targets,
-    resolve_targets,
-    trainable_parameters,
-)
+from phinetune.checkpoints.adapters import attach_adapter
 from phinetune.checkpoints.load import Loaded, load_base
+from phinetune.checkpoints.target_modules import linear_layers, matched_targets, resolve_targets, trainable_parameters
 from phinetune.config.model import ModelSection
 from phinetune.errors import ConfigError, ModelError
 

@@ -8,7 +8,7 @@ import pytest
 
 from phinetune.config.row_forms import FORM_NAMES, READY, ROW_FORMS, RowForm, expected_keys
 from phinetune.config.run import describe_config, make_config
-from phinetune.data.read.forms import MESSAGES_OF, detect_form
+from phinetune.data.read.messages import MESSAGES_OF, detect_form
 from phinetune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,9 +17,9 @@ from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 
 from helpers import SHARED
 from phinetune.engine import phi3
+from phinetune.engine.activation_memory import Level
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.engine.lora_layers import use_fused_layers
-from phinetune.engine.memory import Level
 from phinetune.engine.packing import pack
 from phinetune.engine.phi3 import rope_limit
 

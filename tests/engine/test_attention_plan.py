@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phinetune.engine.attention_plan import Groups, Heads, grouped_run, plan
-from phinetune.engine.rows import Segment
+from phinetune.engine.segments import Segment
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 8, 0.4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phinetune.engine.examples import Encoded
 from phinetune.engine.packing import WORTH, PackedCollator, fill_rows, pack
-from phinetune.engine.rows import SHORTEST_SHARED
+from phinetune.engine.segments import SHORTEST_SHARED
 
 Prediction = tuple[tuple[int, ...], int]
 

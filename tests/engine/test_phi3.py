@@ -21,8 +21,8 @@ from engine.engine_helpers import LIMIT, SHAPES, distance, keep, make_pair, make
 from phinetune.checkpoints.load import load_base
 from phinetune.config.model import ModelSection
 from phinetune.engine import phi3
+from phinetune.engine.activation_memory import Level
 from phinetune.engine.choice import has_packed_form
-from phinetune.engine.memory import Level
 from phinetune.engine.packing import pack
 from phinetune.engine.phi3 import missing_form, rope_limit
 

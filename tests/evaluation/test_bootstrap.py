@@ -7,7 +7,7 @@ import pytest
 
 from phinetune.evaluation import bootstrap
 from phinetune.evaluation.bootstrap import Array, Difference, Pairs, differences
-from phinetune.measures import MEASURES, Measure
+from phinetune.metric_table import MEASURES, Measure
 
 BY_KEY = {measure.key: measure for measure in MEASURES}
 

@@ -11,19 +11,20 @@ import pytest
 import torch
 from rich.console import Console
 
+from helpers import read_rows
 from phinetune.checkpoints.adapters import attach_adapter
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.opened import Opened, open_model
 from phinetune.config.data import DataSection
 from phinetune.config.evaluation import EvaluationSection
-from phinetune.data.prepare.build import build_set
+from phinetune.data.prepare.build_sets import build_set
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
-from phinetune.data.read.rows import Row, read_rows
+from phinetune.data.read.row import Row
 from phinetune.engine.scoring import score_rows
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.metrics import row_metrics
-from phinetune.measures import measured
+from phinetune.metric_table import measured
 from phinetune.screen.comparison import show_comparison
 
 

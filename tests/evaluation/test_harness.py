@@ -15,7 +15,7 @@ from helpers import write_jsonl
 from phinetune.checkpoints.opened import Opened, open_model
 from phinetune.errors import ConfigError, DataError
 from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
-from phinetune.screen.tasks import show_tasks
+from phinetune.screen.harness_tasks import show_tasks
 
 pytest.importorskip("lm_eval")
 

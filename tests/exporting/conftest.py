@@ -15,9 +15,9 @@ from exporting.export_helpers import TunedStarter
 @pytest.fixture(scope="session")
 def tuned_starter(starter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TunedStarter:
     """The starter after enough steps to answer in the demo's form: a friendly line, then JSON."""
+    from helpers import read_rows
     from phinetune.api.talk import load
     from phinetune.api.train import train_config
-    from phinetune.data.read.rows import read_rows
     from phinetune.demo_data.demo_config import demo_config
 
     torch.set_num_threads(2)

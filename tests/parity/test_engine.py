@@ -35,9 +35,9 @@ from engine.engine_helpers import (
     windowed,
     with_prompt,
 )
+from phinetune.engine.activation_memory import LayerSizes, Level
 from phinetune.engine.attention_plan import FLASH_FROM
 from phinetune.engine.examples import Encoded
-from phinetune.engine.memory import LayerSizes, Level
 from phinetune.engine.packing import pack
 from phinetune.engine.phi3 import rope_limit
 

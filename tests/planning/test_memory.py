@@ -12,10 +12,10 @@ from peft import get_peft_model
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.tokenizer import open_config
 from phinetune.config.model import ModelSection
+from phinetune.engine.activation_memory import SLACK, LayerSizes, Level
 from phinetune.engine.examples import Encoded
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
 from phinetune.engine.lora_layers import use_fused_layers
-from phinetune.engine.memory import SLACK, LayerSizes, Level
 from phinetune.engine.packing import pack
 from phinetune.planning import memory as planning_memory
 from phinetune.planning.memory import MicroBatch, optimizer_bytes, predict

@@ -11,7 +11,7 @@ import pytest
 from cli.cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
 from phinetune.config.run import RunConfig, dump_config, load_config
-from phinetune.planning.nearest import nearest_fitting
+from phinetune.planning.fitting_settings import nearest_fitting
 from phinetune.planning.plan import make_plan
 from phinetune.planning.setup import Setup
 from phinetune.screen.plan import as_options

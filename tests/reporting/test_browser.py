@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phinetune.reporting.page import write_comparison, write_report
+from phinetune.reporting.render import write_comparison, write_report
 from phinetune.reporting.watch import make_server
 from phinetune.run_folder import RunFolder
 from reporting.browser import LOW_CONTRAST, MISSING_CURVES, Browser, chromium

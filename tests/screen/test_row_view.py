@@ -15,7 +15,7 @@ from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
 from phinetune.data.preview import pieces, preview_row, turn_ends, turns_of
-from phinetune.data.read.rows import Broken, Row
+from phinetune.data.read.row import Broken, Row
 from phinetune.screen.row_view import show_row
 
 ENCODER = make_encoder(byte_tokenizer(300))

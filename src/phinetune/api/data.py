@@ -12,7 +12,7 @@ from phinetune.api.sections import DataSource, Section, make_sections
 from phinetune.config.run import RunConfig
 from phinetune.data.check.check import CheckReport, check_files
 from phinetune.data.check.fix import Fixed, check_target, write_fixed
-from phinetune.data.prepare.build import weighted
+from phinetune.data.prepare.build_sets import weighted
 from phinetune.data.preview import PreviewedRow, preview_rows
 from phinetune.data.read.rows import check_source
 from phinetune.errors import DataError, PhinetuneError

@@ -21,8 +21,8 @@ from phinetune.logs import quiet_libraries
 from phinetune.run_folder import RunFolder
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, stderr
+from phinetune.screen.harness_tasks import show_tasks
 from phinetune.screen.progress import ComparisonProgress
-from phinetune.screen.tasks import show_tasks
 
 logger = logging.getLogger(__name__)
 

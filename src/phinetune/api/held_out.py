@@ -9,11 +9,11 @@ from typing import Any
 from phinetune.checkpoints.opened import run_of
 from phinetune.checkpoints.tokenizer import open_tokenizer
 from phinetune.config.run import RunConfig
-from phinetune.data.prepare.build import build_chats, check_sources, name_sources, read_sets
+from phinetune.data.prepare.build_sets import build_chats, check_sources, name_sources, read_sets
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.errors import DataError
-from phinetune.training.objectives import make_objective
+from phinetune.training.objectives.registry import make_objective
 from phinetune.training.prepare import SettledRun
 from phinetune.training.settings import read_settings
 

@@ -16,7 +16,7 @@ from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.scoring import Score, score_rows
 from phinetune.errors import DataError
-from phinetune.exporting.base import trained_dtype
+from phinetune.exporting.base_files import trained_dtype
 from phinetune.exporting.merge.merge import Merge, merge_run, record_losses
 from phinetune.screen.console import Console, say, stderr
 from phinetune.screen.merge import show_losses

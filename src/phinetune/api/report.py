@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phinetune.errors import PhinetuneError
 from phinetune.reporting import watch as server
-from phinetune.reporting.page import write_comparison, write_report
+from phinetune.reporting.render import write_comparison, write_report
 from phinetune.run_folder import REPORT, RunFolder
 
 logger = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from phinetune.exporting.hub.card import write_card
 from phinetune.files import write_text
 from phinetune.logs import LEVELS, quiet_libraries, set_up_logging
 from phinetune.run_folder import CARD, RunFolder
+from phinetune.screen.adapted_layers import show_targets
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, silent, stderr
 from phinetune.screen.data import show_data
 from phinetune.screen.progress import ComparisonProgress, ProgressLine
-from phinetune.screen.targets import show_targets
 from phinetune.training.best_checkpoint import needs_answers
 from phinetune.training.prepare import PreparedRun, SettledRun, prepare_run, settle
 from phinetune.training.run import TrainedRun, open_place, train_run

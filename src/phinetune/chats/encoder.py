@@ -19,7 +19,6 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.chats.control import control_tokens
-from phinetune.chats.row_error import RowError
 from phinetune.chats.template import (
     Message,
     end_of_turn_ids,
@@ -32,6 +31,7 @@ from phinetune.chats.template import (
 from phinetune.chats.tools import ToolStyle
 from phinetune.chats.turn_bounds import shared_tokens
 from phinetune.engine.examples import IGNORED, Encoded
+from phinetune.errors import RowError
 
 
 @dataclass(frozen=True)
@@ -164,17 +164,15 @@ class ChatEncoder:
             labels[start:end] = [IGNORED] * (end - start) if everything else ids[start:end]
         return Encoded(ids, labels)
 
-    def fit(self, messages: Sequence[Message], max_length: int) -> Encoded | None:
+    def fit(self, messages: Sequence[Message], max_length: int) -> tuple[list[Message], Encoded] | None:
         """Cut a chat's prompt until the chat fits into `max_length` tokens. None if that is impossible.
 
         The oldest turns are left out first; a system message stays. Then the end of the longest remaining prompt
         message is cut. Answers and end tokens are never cut.
-        """
-        fitted = self.fit_chat(messages, max_length)
-        return fitted[1] if fitted else None
 
-    def fit_chat(self, messages: Sequence[Message], max_length: int) -> tuple[list[Message], Encoded] | None:
-        """The same as `fit`, together with the messages that are left."""
+        Returns:
+            the messages that are left, and their encoding.
+        """
         shorter = [list(messages)]
         while (without := _without_oldest_exchange(shorter[-1])) is not None:
             shorter.append(without)

@@ -44,7 +44,7 @@ def demo(
 ) -> None:
     """Fine-tune the starter model on the bundled chats of an outdoor-gear shop: minutes on a CPU."""
     from phinetune.demo_data.demo_config import demo_config
-    from phinetune.screen.gain import show_gain
+    from phinetune.screen.demo_gain import show_gain
 
     config = demo_config(output_dir, overrides)
     made = _train(config, f"{program()} demo --output-dir {output_dir}", resume, overwrite)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from phinetune.config.section import Section, checked_entry
 from phinetune.errors import unknown_key
-from phinetune.measures import METRICS, RESERVED
+from phinetune.metric_table import METRICS, RESERVED
 
 
 class CustomMetric(Section):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phinetune.engine.rows import Group, Segment, group_segments
+from phinetune.engine.segments import Group, Segment, group_segments
 
 # Longer segments (in tokens) go to torch's fused attention on a CPU in float32. benchmarks/attention.py measures both.
 FLASH_FROM = 2048

@@ -12,9 +12,9 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
 from phinetune import processes
+from phinetune.engine.activation_memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes
 from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.kernels.compiled import why_not
-from phinetune.engine.memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes
 from phinetune.engine.packing import PackedCollator, fill_rows
 from phinetune.engine.phi3 import rope_limit
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.engine.choice import has_packed_form
-from phinetune.engine.decode import decode
+from phinetune.engine.greedy_decode import decode
 from phinetune.errors import ConfigError
 
 BATCH = 16  # prompts that transformers' generate answers together
@@ -85,8 +85,8 @@ def answer_prompts(
 ) -> list[Answer]:
     """Answer prompts.
 
-    If the model has a packed form, `phinetune.engine.decode` gives greedy answers. transformers' `generate` gives all
-    others; it gets prompts of similar length together.
+    If the model has a packed form, `phinetune.engine.greedy_decode` gives greedy answers. transformers' `generate`
+    gives all others; it gets prompts of similar length together.
 
     Args:
         model: in evaluation mode.

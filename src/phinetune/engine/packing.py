@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from phinetune.engine.examples import IGNORED, Encoded, common_prefix
-from phinetune.engine.rows import SHORTEST_SHARED
+from phinetune.engine.segments import SHORTEST_SHARED
 
 WORTH = 0.1  # of a step's tokens: below it the tree isn't worth its narrower products
 

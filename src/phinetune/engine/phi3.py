@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3 import modeling_phi3 as transformers_phi3
-from transformers.utils import ModelOutput
 
+from phinetune.engine.activation_memory import Level
 from phinetune.engine.attention_plan import AttentionRun, Heads, plan
 from phinetune.engine.kernels import rotary
 from phinetune.engine.kernels.attention import attention
@@ -27,41 +27,11 @@ from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_
 from phinetune.engine.kernels.norm import rms_norm
 from phinetune.engine.kernels.recompute import recomputed
 from phinetune.engine.kernels.swiglu import swiglu
-from phinetune.engine.memory import Level
-from phinetune.engine.rows import Segment, read_segments
+from phinetune.engine.outputs import ConversationOutput, PackedOutput
+from phinetune.engine.segments import Segment, read_segments
 
 # Rope types whose frequencies do not depend on a conversation's length.
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
-
-
-@dataclass
-class PackedOutput(ModelOutput):
-    """Sums over the labels of a packed row, float32 scalars. A label that n conversations share counts n times.
-
-    Attributes:
-        nll: the negative log-likelihood in nats; differentiable.
-        correct: how many labels are the model's first choice.
-        count: how many labels there are.
-    """
-
-    nll: Tensor | None = None
-    correct: Tensor | None = None
-    count: Tensor | None = None
-
-
-@dataclass
-class ConversationOutput(ModelOutput):
-    """Sums over the labels of each conversation in a packed row, each of shape (conversations), float32.
-
-    Attributes:
-        log_probs: the log-probabilities of its labels, in nats; differentiable.
-        correct: how many of its labels are the model's first choice.
-        count: how many labels it has.
-    """
-
-    log_probs: Tensor | None = None
-    correct: Tensor | None = None
-    count: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -266,7 +236,7 @@ class Phi3Model(transformers_phi3.Phi3Model):
 
         Args:
             input_ids, positions: shape (tokens).
-            segments: shape (segments, 3), see `phinetune.engine.rows`.
+            segments: shape (segments, 3), see `phinetune.engine.segments`.
             predicts: positions whose output is wanted, shape (labels).
             on_qkv: see `Packed`.
 
@@ -368,7 +338,7 @@ class Phi3ForCausalLM(transformers_phi3.Phi3ForCausalLM):
 
         Args:
             input_ids, position_ids: shape (1, tokens).
-            segments: shape (segments, 3), see `phinetune.engine.rows`.
+            segments: shape (segments, 3), see `phinetune.engine.segments`.
             predicts: for each label the position whose output predicts it, shape (labels).
             labels: token ids, shape (labels).
             weights: how many conversations share each label, shape (labels), float32.

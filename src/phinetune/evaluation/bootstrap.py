@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phinetune.measures import Measure
+from phinetune.metric_table import Measure
 
 Array = NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from phinetune.evaluation.answering import Answers, Question, answer_all, questi
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.metrics import RowMetric
-from phinetune.measures import measures_of
+from phinetune.metric_table import measures_of
 
 FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phinetune.errors import ConfigError, DataError
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
-from phinetune.measures import Measure
+from phinetune.metric_table import Measure
 
 NEEDED = "pip install 'phinetune[harness]'"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phinetune.errors import ModelError
+from phinetune.exporting.checkpoint_source import is_adapter, open_checkpoint, short_name
 from phinetune.exporting.gguf.lora import write_gguf_lora
 from phinetune.exporting.gguf.model import FILE_TYPES, write_gguf
 from phinetune.exporting.hub.card_usage import llama_cli, model_name
@@ -15,7 +16,6 @@ from phinetune.exporting.merge.merged import open_merged
 from phinetune.exporting.ollama import modelfile as ollama
 from phinetune.exporting.onnx import model as onnx
 from phinetune.exporting.output_paths import LONGEST_CONTEXT, ExportResult, check_free, folder_size, quoted, staged_file
-from phinetune.exporting.source import is_adapter, open_checkpoint, short_name
 
 NEED_LLAMA_QUANTIZE = ("q4_k_m",)  # only llama.cpp's own program makes these types, from another GGUF
 

@@ -9,11 +9,11 @@ This package imports only torch and `phinetune.engine.kernels.matmul`, which imp
 """
 
 from phinetune.lora.base import LoRALayer
-from phinetune.lora.checkpoint import load_lora_state_dict, lora_state_dict, mark_only_lora_as_trainable
 from phinetune.lora.conv import Conv1d, Conv2d, Conv3d
 from phinetune.lora.functional import lora_linear
 from phinetune.lora.linear import Embedding, Linear, MergedLinear
 from phinetune.lora.replace import apply, unload
+from phinetune.lora.state_dict import load_lora_state_dict, lora_state_dict, mark_only_lora_as_trainable
 
 __all__ = [
     "Conv1d",

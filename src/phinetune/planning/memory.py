@@ -1,4 +1,4 @@
-"""Predicts the peak memory of a training step, part by part. `phinetune.engine.memory` estimates what layers keep."""
+"""Predicts the peak memory of a training step by part; `phinetune.engine.activation_memory` has what layers keep."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 
 from trl import SFTConfig
 
+from phinetune.engine.activation_memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes, Level
 from phinetune.engine.kernels.cross_entropy import CHUNK_ELEMENTS
-from phinetune.engine.memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes, Level
 from phinetune.planning.sizes import Sizes
 
 FLOAT32 = 4  # bytes

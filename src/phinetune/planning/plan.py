@@ -8,11 +8,11 @@ from typing import Any
 
 from phinetune.config.run import RunConfig
 from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.engine.activation_memory import Level
 from phinetune.engine.choice import EngineChoice
-from phinetune.engine.memory import Level
 from phinetune.planning.disk import checkpoint_bytes, free_disk
+from phinetune.planning.fitting_settings import Changes, nearest_fitting
 from phinetune.planning.memory import OPTIMIZERS, Parts, optimizer_name
-from phinetune.planning.nearest import Changes, nearest_fitting
 from phinetune.planning.probe import Speed, measure, sample_batch
 from phinetune.planning.setup import Need, Setup
 from phinetune.training.prepare import PreparedRun, prepare_run, settle

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import Phi3Config
 
 from phinetune.checkpoints import random_shapes
-from phinetune.checkpoints.adapters import resolve_targets, trainable_parameters
 from phinetune.checkpoints.load import load_base
+from phinetune.checkpoints.target_modules import resolve_targets, trainable_parameters
 from phinetune.config.model import ModelSection
+from phinetune.engine.activation_memory import Level
 from phinetune.engine.lora_layers import use_fused_layers
-from phinetune.engine.memory import Level
-from phinetune.training.objective import Objective
+from phinetune.training.objectives.objective import Objective
 from phinetune.training.prepare import PreparedRun
 from phinetune.training.settings import make_lora_config
 

@@ -12,11 +12,11 @@ from trl import SFTConfig
 
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.config.run import RunConfig
+from phinetune.engine.activation_memory import Level
 from phinetune.engine.device_memory import free_bytes
-from phinetune.engine.memory import Level
 from phinetune.planning.memory import MicroBatch, Parts, optimizer_name, predict
 from phinetune.planning.sizes import Sizes, count_sizes
-from phinetune.training.objective import Objective
+from phinetune.training.objectives.objective import Objective
 from phinetune.training.prepare import PreparedRun
 from phinetune.training.settings import Settings, make_training_args, read_settings
 from phinetune.training.steps import Steps, count_steps

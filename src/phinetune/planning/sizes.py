@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phinetune.checkpoints.adapters import linear_layers, resolve_targets, trainable_parameters
+from phinetune.checkpoints.target_modules import linear_layers, resolve_targets, trainable_parameters
 from phinetune.training.settings import Settings, make_lora_config
 
 NF4_BLOCK, NF4_NESTED = 64, 256  # weights that share a scale, and scales that share a second one (QLoRA, section 3)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phinetune.measures import MEASURES
+from phinetune.metric_table import MEASURES
 from phinetune.reporting.facts import RunFacts
 
 POINTS = 1500  # most points of a curve; a plot is only some hundred pixels wide

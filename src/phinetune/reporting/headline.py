@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phinetune.measures import Measure, measured
+from phinetune.metric_table import Measure, measured
 from phinetune.reporting.facts import RunFacts
 
 # Measures of answers.

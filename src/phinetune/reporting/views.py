@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from phinetune.durations import spell_seconds
-from phinetune.measures import MEASURES, Measure, measured
+from phinetune.metric_table import MEASURES, Measure, measured
 from phinetune.reporting.curves import GIB, last_values
 from phinetune.reporting.facts import RunFacts
 from phinetune.reporting.headline import UNCLEAR, interval, measure_beside_loss

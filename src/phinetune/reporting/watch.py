@@ -11,7 +11,7 @@ from typing import Any
 
 from phinetune.errors import PhinetuneError
 from phinetune.reporting.facts import read_run
-from phinetune.reporting.page import run_page
+from phinetune.reporting.render import run_page
 from phinetune.run_folder import METRICS, REPORT, SAMPLES
 
 ADDRESS = "127.0.0.1"

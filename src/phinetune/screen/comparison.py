@@ -10,7 +10,7 @@ from rich.table import Table
 
 from phinetune.evaluation.bootstrap import LEVEL
 from phinetune.evaluation.compare import Comparison
-from phinetune.measures import Measure, measured
+from phinetune.metric_table import Measure, measured
 
 TAGS = 12  # values of the tag column that are shown
 

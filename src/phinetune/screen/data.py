@@ -7,7 +7,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.data.prepare.chat_sets import Chats
-from phinetune.data.visible import visible
+from phinetune.data.terminal_text import visible
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.screen.console import say
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.table import Table
 
-from phinetune.planning.nearest import Changes
+from phinetune.planning.fitting_settings import Changes
 from phinetune.planning.plan import Plan
 
 PARTS = {

@@ -22,7 +22,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phinetune.durations import spell_seconds
-from phinetune.measures import RESERVED
+from phinetune.metric_table import RESERVED
 from phinetune.screen.console import say
 
 

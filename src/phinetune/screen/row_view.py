@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from phinetune.data.preview import PreviewedRow, TokenText, Turn
-from phinetune.data.visible import printable, visible
+from phinetune.data.terminal_text import printable, visible
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
 SHOWN = 400  # tokens of a turn that are shown; the middle of a longer one is left out

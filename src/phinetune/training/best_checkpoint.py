@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from phinetune.config.evaluation import CustomMetric, EvaluationSection
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError
-from phinetune.measures import keys_of, measures_of
-from phinetune.training.objective import Objective
+from phinetune.metric_table import keys_of, measures_of
+from phinetune.training.objectives.objective import Objective
 from phinetune.training.settings import Settings
 
 PREFIX = "eval_"

@@ -18,14 +18,14 @@ from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.tokenizer import open_config, open_tokenizer
 from phinetune.config.run import RunConfig
-from phinetune.data.prepare.build import build_chats, check_sources
+from phinetune.data.prepare.build_sets import build_chats, check_sources
 from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.engine.choice import EngineChoice, choose_engine
 from phinetune.errors import ConfigError
 from phinetune.training.best_checkpoint import settle_best
-from phinetune.training.objective import Objective
-from phinetune.training.objectives import make_objective
+from phinetune.training.objectives.objective import Objective
+from phinetune.training.objectives.registry import make_objective
 from phinetune.training.settings import Settings, make_training_args, read_settings
 from phinetune.training.steps import Steps, count_steps, row_lengths
 

@@ -15,9 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from phinetune import processes
-from phinetune.checkpoints.adapters import check_base, resolve_targets, trainable_parameters
+from phinetune.checkpoints.adapters import check_base
 from phinetune.checkpoints.device import has_native_bf16
 from phinetune.checkpoints.load import Loaded, load_base
+from phinetune.checkpoints.target_modules import resolve_targets, trainable_parameters
 from phinetune.config.run import RunConfig
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.errors import ConfigError, RunError

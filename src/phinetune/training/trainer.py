@@ -15,8 +15,8 @@ from phinetune.checkpoints.quantize import is_quantized
 from phinetune.engine.fast_engine import FastEngine
 from phinetune.errors import RunError
 from phinetune.training.callbacks import SamplesWriter
-from phinetune.training.checkpoints import CheckpointTrainer
-from phinetune.training.objective import Objective
+from phinetune.training.objectives.objective import Objective
+from phinetune.training.saving import CheckpointTrainer
 
 # Of a model: what its answers give (by metric), and some of these answers as they go into samples.jsonl.
 Look = Callable[[PeftModel], tuple[dict[str, float], list[dict[str, Any]]]]

@@ -20,10 +20,10 @@ from phinetune.config.data import DataSection
 from phinetune.data.check import findings
 from phinetune.data.check.check import check_files, describe_template
 from phinetune.data.check.findings import KINDS
-from phinetune.data.prepare.build import build_chats
+from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.encode_rows import BATCH, RowEncoder
 from phinetune.data.prepare.splits import held_out_places
-from phinetune.data.read.rows import Row
+from phinetune.data.read.row import Row
 from phinetune.screen.check import show_check
 
 LONG = "Please tell me about the weather on the northern coast in the second week of March. "

@@ -11,7 +11,7 @@ from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
-from phinetune.data.read.rows import Row
+from phinetune.data.read.row import Row
 from phinetune.engine.examples import Encoded
 
 TOKENIZER = byte_tokenizer(300)

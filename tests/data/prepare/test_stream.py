@@ -15,7 +15,7 @@ from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
 from phinetune.data.prepare import stream
-from phinetune.data.prepare.build import build_chats
+from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.engine.packing import fill_rows
 from phinetune.errors import ConfigError, DataError

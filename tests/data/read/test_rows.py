@@ -10,7 +10,9 @@ from typing import Any
 import datasets
 import pytest
 
-from phinetune.data.read.rows import Broken, Row, read_rows, scan_rows
+from helpers import read_rows
+from phinetune.data.read.row import Broken, Row
+from phinetune.data.read.rows import scan_rows
 from phinetune.errors import DataError
 
 ROWS: list[dict[str, Any]] = [

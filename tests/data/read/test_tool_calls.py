@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phinetune.data.read.forms import RowError, to_messages
+from phinetune.data.read.messages import RowError, to_messages
 
 FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 TOOL = {"type": "function", "function": FUNCTION}

@@ -14,7 +14,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 from phinetune.engine.attention_plan import Heads, plan
 from phinetune.engine.kernels.attention import _key_head_chunks, attention
 from phinetune.engine.kernels.matmul import scratch
-from phinetune.engine.rows import read_segments
+from phinetune.engine.segments import read_segments
 
 Table = tuple[tuple[int, int, int], ...]
 

@@ -16,7 +16,7 @@ from phinetune.engine.attention_plan import Heads, plan
 from phinetune.engine.kernels import matmul
 from phinetune.engine.kernels.attention import attention
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
-from phinetune.engine.rows import Segment
+from phinetune.engine.segments import Segment
 from phinetune.lora.functional import lora_linear
 
 BF16 = torch.bfloat16

@@ -22,9 +22,9 @@ from helpers import TINY
 from phinetune.api.talk import load
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.errors import ModelError
+from phinetune.exporting.checkpoint_source import open_checkpoint, short_name
 from phinetune.exporting.gguf.model import write_gguf
 from phinetune.exporting.merge.merge import merge_run
-from phinetune.exporting.source import open_checkpoint, short_name
 from phinetune.exporting.targets import export
 
 LETTER = 3 + ord("a")  # its id in the byte tokenizer

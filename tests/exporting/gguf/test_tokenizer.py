@@ -18,9 +18,9 @@ from exporting.gguf.gguf_helpers import Llama, chat_ids, hub_shape, keys_of, ran
 from helpers import SHARED, TINY
 from phinetune.checkpoints.random_shapes import CHAT_TEMPLATE, byte_tokenizer
 from phinetune.errors import ModelError
+from phinetune.exporting.checkpoint_source import open_checkpoint
 from phinetune.exporting.gguf.model import general_name
 from phinetune.exporting.gguf.tokenizer import CL100K, O200K, read_vocabulary
-from phinetune.exporting.source import open_checkpoint
 from phinetune.exporting.targets import export
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from exporting.merge.merge_helpers import adapted, logits, open_plain, save_base
 from helpers import TINY
-from phinetune.checkpoints.adapters import linear_layers
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.opened import open_model
+from phinetune.checkpoints.target_modules import linear_layers
 from phinetune.config.model import ModelSection
 from phinetune.config.run import dump_config, make_config
 from phinetune.errors import ModelError

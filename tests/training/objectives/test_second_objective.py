@@ -26,15 +26,15 @@ from phinetune.checkpoints.load import load_base
 from phinetune.config.model import ModelSection
 from phinetune.config.run import make_config
 from phinetune.config.section import Section
-from phinetune.data.prepare import build
+from phinetune.data.prepare import build_sets as build
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
-from phinetune.data.read.rows import Row
+from phinetune.data.read.row import Row
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.errors import ConfigError
 from phinetune.reporting.curves import charts
 from phinetune.reporting.facts import read_run
-from phinetune.training.objective import Objective, PackedRow, RowLoss, Sums
-from phinetune.training.objectives import OBJECTIVES
+from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
+from phinetune.training.objectives.registry import OBJECTIVES
 from phinetune.training.prepare import prepare_run, settle
 
 # -- the objective ------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from phinetune.data.check.text_checks import (
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
 from phinetune.data.prepare.report import DataReport
 from phinetune.data.prepare.splits import held_out_places
-from phinetune.data.read.forms import strings
-from phinetune.data.read.rows import Broken, Row
+from phinetune.data.read.messages import strings
+from phinetune.data.read.row import Broken, Row
 from phinetune.errors import DataError
 
 LONGEST_SHOWN = 3

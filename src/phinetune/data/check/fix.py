@@ -13,7 +13,7 @@ from phinetune.data.check.check import CheckReport
 from phinetune.data.check.findings import KINDS, Found
 from phinetune.data.check.scan import as_row, scan_file, unreadable
 from phinetune.data.check.text_checks import repair
-from phinetune.data.read.rows import Broken
+from phinetune.data.read.row import Broken
 from phinetune.errors import DataError
 from phinetune.files import write_lines
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from phinetune.chats.row_error import RowError
 from phinetune.chats.template import Message
 from phinetune.data.check.duplicates import NearDuplicates, exact_key
 from phinetune.data.check.findings import KINDS, Findings
-from phinetune.data.read.forms import detect_form, to_messages
-from phinetune.data.read.rows import Row
+from phinetune.data.read.messages import detect_form, to_messages
+from phinetune.data.read.row import Row
+from phinetune.errors import RowError
 
 
 def text_of(messages: Sequence[Message]) -> str:

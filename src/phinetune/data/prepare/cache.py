@@ -29,8 +29,11 @@ from phinetune.files import is_disk_full, staged_folder
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-# The folders of this package and the libraries whose code decides what a row's token ids are.
-CODE = ("data/read", "data/prepare", "chats", "checkpoints", "training/objectives")
+# The folders and files of this package, and the libraries, whose code decides what a row's token ids are.
+CODE = (
+    *("data/read", "data/prepare", "chats", "checkpoints", "training/objectives"),
+    *("engine/examples.py", "config/row_forms.py"),
+)
 LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -50,8 +53,9 @@ def _code_digest() -> str:
     """SHA-256 of the code that rows go through. Unlike a version number, it changes whenever someone edits the code."""
     package = Path(__file__).resolve().parents[2]
     total = hashlib.sha256()
-    for folder in CODE:
-        for file in sorted((package / folder).rglob("*.py")):
+    for name in CODE:
+        place = package / name
+        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
             total.update(file.read_bytes())
     return total.hexdigest()
 

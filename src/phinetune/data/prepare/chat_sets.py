@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset
 
 from phinetune.chats.encoder import ChatEncoder, ends_a_turn
 from phinetune.chats.template import Message
+from phinetune.data.prepare.arrow_rows import StoredRows
 from phinetune.data.prepare.report import DataReport
-from phinetune.data.prepare.stored import StoredRows
 from phinetune.engine.examples import Encoded
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,13 +12,13 @@ from typing import Any, ClassVar
 from jinja2 import TemplateError
 
 from phinetune.chats.encoder import ChatEncoder
-from phinetune.chats.row_error import RowError
 from phinetune.chats.template import Message
 from phinetune.config.data import DataSection
 from phinetune.config.row_forms import READY
-from phinetune.data.read.forms import check_letters, detect_form, size_of, strings, to_messages
-from phinetune.data.read.rows import Row
+from phinetune.data.read.messages import check_letters, detect_form, size_of, strings, to_messages
+from phinetune.data.read.row import Row
 from phinetune.engine.examples import IGNORED, Encoded
+from phinetune.errors import RowError
 
 BATCH = 512  # chats that are tokenised in one call; the tokenizer uses all cores for a call
 # A row is no chat if it has more letters and numbers than this and than 40 per token of max_length, or more turns.
@@ -108,11 +110,16 @@ class RowEncoder:
                 yield outcome
 
     def identity(self) -> dict[str, Any]:
-        """What makes its examples different from those of other row encoders, as JSON can hold it.
+        """What tells its examples from those of another encoder of rows, as JSON holds it.
 
-        It is part of the keys of cached sets.
+        Prepared sets are found by it. An encoder that a user wrote changes it when its code changes.
         """
-        return {"rows": type(self).__qualname__}
+        kind = type(self)
+        try:
+            source = inspect.getsource(kind)
+        except (OSError, TypeError):  # made where there is no file, in a notebook's first cell for example
+            source = ""
+        return {"rows": f"{kind.__module__}.{kind.__qualname__}", "source": hashlib.sha256(source.encode()).hexdigest()}
 
     def with_section(self, **changes: Any) -> RowEncoder:
         """The same row encoder with other values in its section."""
@@ -215,7 +222,7 @@ def _fit(outcome: RowOutcome, section: DataSection, encoder: ChatEncoder, max_le
         return
     if max_length and len(outcome.encoded.input_ids) > max_length:
         can_cut = section.overlong == "cut" and outcome.form not in READY
-        fitted = encoder.fit_chat(outcome.chat, max_length) if can_cut else None
+        fitted = encoder.fit(outcome.chat, max_length) if can_cut else None
         if fitted is None:
             outcome.encoded, outcome.reason = None, f"longer than {max_length} tokens"
             return

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import Phi3Config
 
 from phinetune.checkpoints import random_shapes
-from phinetune.checkpoints.adapters import FUSED, read_base
+from phinetune.checkpoints.adapters import read_base
 from phinetune.checkpoints.load import find_folder, read_config
+from phinetune.checkpoints.target_modules import FUSED
 from phinetune.errors import ModelError, PhinetuneError, at_most
 from phinetune.exporting.convert.layers import Adapter, ConvertedLayer, Splits, last_part, splits_of, unmatched
 

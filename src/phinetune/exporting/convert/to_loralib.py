@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from phinetune.checkpoints.adapters import FUSED
+from phinetune.checkpoints.target_modules import FUSED
 from phinetune.errors import ModelError, at_most
 from phinetune.exporting.convert.layers import Adapter, ConvertedLayer, Splits, last_part, splits_of, unmatched
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from transformers import Phi3Config
 
 from phinetune.errors import ModelError
+from phinetune.exporting.checkpoint_source import Checkpoint
 from phinetune.exporting.gguf.tokenizer import Vocabulary, read_vocabulary
 from phinetune.exporting.longrope import attention_factor, is_longrope, original_context, rope, trained_context
-from phinetune.exporting.source import Checkpoint
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
 NAMED_PHI3 = re.compile(r"phi-?3", re.IGNORECASE)  # llama.cpp looks for phi-3 and phi3 in `general.name`

@@ -11,7 +11,7 @@ import yaml
 
 from phinetune.config.run import RunConfig
 from phinetune.exporting.hub.card_usage import adapter_usage
-from phinetune.measures import measured
+from phinetune.metric_table import measured
 
 SECRETS = ("hub_token", "push_to_hub_token")  # keys of training_config that never appear in a card or an upload
 

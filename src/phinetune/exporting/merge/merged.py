@@ -20,7 +20,7 @@ from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, chec
 from phinetune.checkpoints.opened import recorded_config
 from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError
-from phinetune.exporting.base import BaseFiles, open_base, quantized, trained_dtype
+from phinetune.exporting.base_files import BaseFiles, open_base, quantized, trained_dtype
 from phinetune.exporting.merge.weight_deltas import EMBED, HEAD, WeightDelta, read_weight_deltas
 from phinetune.exporting.merge.weights import check_fit
 from phinetune.logs import quiet_libraries

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FUSED
+from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phinetune.checkpoints.target_modules import FUSED
 from phinetune.engine.peft_variants import not_merged, why_not_the_whole_update
 from phinetune.errors import ModelError, at_most
 

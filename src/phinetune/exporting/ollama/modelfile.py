@@ -8,10 +8,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from phinetune.chats.template import tokenize
 from phinetune.errors import ModelError
+from phinetune.exporting.checkpoint_source import Checkpoint
 from phinetune.exporting.gguf.model import GgufFile, write_gguf
 from phinetune.exporting.ollama.go_template import Turns, read_turns
 from phinetune.exporting.output_paths import LONGEST_CONTEXT
-from phinetune.exporting.source import Checkpoint
 from phinetune.files import staged_folder, write_text
 
 MODELFILE = "Modelfile"

@@ -22,11 +22,11 @@ from transformers import Phi3Config, PreTrainedTokenizerBase
 from phinetune.checkpoints.tokenizer import TOKENIZER_FILES
 from phinetune.config.run import make_config
 from phinetune.errors import ModelError
-from phinetune.exporting.base import open_base
+from phinetune.exporting.base_files import open_base
+from phinetune.exporting.checkpoint_source import is_adapter
 from phinetune.exporting.longrope import attention_factor, is_longrope, rope
 from phinetune.exporting.merge.merge import merge_run
 from phinetune.exporting.onnx import chat as onnx_chat
-from phinetune.exporting.source import is_adapter
 from phinetune.files import staged_folder, write_text
 from phinetune.logs import quiet_libraries
 

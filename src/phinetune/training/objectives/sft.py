@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from phinetune.engine.scoring import Score, score_batch
-from phinetune.training.objective import Objective, PackedRow, RowLoss, Sums
+from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
 from phinetune.training.trainer import PlainTrainer
 
 

@@ -11,7 +11,7 @@ from helpers import chat, write_jsonl
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
-from phinetune.data.prepare.build import build_chats
+from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.errors import DataError

@@ -11,15 +11,16 @@ from datasets import Dataset, concatenate_datasets
 
 from phinetune.chats.template import Message
 from phinetune.config.data import DataSection, WeightedFile
+from phinetune.data.prepare.arrow_rows import Columns, StoredChats, StoredRows, trained_columns
+from phinetune.data.prepare.arrow_table import read_table, write_table
 from phinetune.data.prepare.cache import cache_key, cached_folder
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder, tag_of
 from phinetune.data.prepare.report import DataReport
 from phinetune.data.prepare.splits import split_places
-from phinetune.data.prepare.stored import Columns, StoredChats, StoredRows, trained_columns
 from phinetune.data.prepare.stream import check_stream, first_rows, stream
-from phinetune.data.prepare.table import read_table, write_table
-from phinetune.data.read.rows import Row, check_source, read_first
+from phinetune.data.read.row import Row
+from phinetune.data.read.rows import check_source, read_first
 from phinetune.data.read.sources import digest
 from phinetune.engine.examples import Encoded
 from phinetune.errors import DataError, at_most

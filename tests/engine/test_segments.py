@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phinetune.engine.rows import LEAST_RATIO, Segment, group_segments, read_segments
+from phinetune.engine.segments import LEAST_RATIO, Segment, group_segments, read_segments
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phinetune.measures import measures_of
+from phinetune.metric_table import measures_of
 from phinetune.reporting.facts import RunFacts
 from phinetune.reporting.marking import Marked, mark
 from phinetune.reporting.views import ANSWERS

@@ -9,7 +9,6 @@ import torch
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from phinetune.checkpoints import random_shapes
-from phinetune.checkpoints.adapters import linear_layers
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import (
     Base,
@@ -21,6 +20,7 @@ from phinetune.checkpoints.load import (
     read_generation,
     with_stop_ids,
 )
+from phinetune.checkpoints.target_modules import linear_layers
 from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError
 from phinetune.exporting.merge.weights import FolderWeights, MemoryWeights, QuantizedWeights, Weights

@@ -17,7 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from phinetune.files import write_text
-from phinetune.reporting import comparing, views
+from phinetune.reporting import run_comparison as comparing
+from phinetune.reporting import views
 from phinetune.reporting.curves import charts
 from phinetune.reporting.facts import RunFacts, read_run, read_runs
 from phinetune.reporting.headline import headline

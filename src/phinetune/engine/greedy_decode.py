@@ -25,7 +25,7 @@ from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.examples import common_prefix
 from phinetune.engine.kernels.rotary import rotate_
 from phinetune.engine.phi3 import Phi3ForCausalLM, rope_limit
-from phinetune.engine.rows import SHORTEST_SHARED
+from phinetune.engine.segments import SHORTEST_SHARED
 
 PROMPT_TOKENS = 8192  # prompt tokens computed at a time; this limits what the layers hold besides the cache
 CACHE_SHARE = 0.25  # the share of the free memory that the cache may take

@@ -6,7 +6,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
-from phinetune.checkpoints.adapters import matched_targets
+from phinetune.checkpoints.target_modules import matched_targets
 
 
 def show_targets(model: PeftModel, console: Console) -> None:

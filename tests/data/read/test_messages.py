@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phinetune.data.read.forms import RowError, detect_form, to_messages
+from phinetune.data.read.messages import RowError, detect_form, to_messages
 
 WANTED = [
     {"role": "system", "content": "Be kind."},

@@ -8,7 +8,7 @@ from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.run import describe_config, make_config
 from phinetune.errors import ConfigError
 from phinetune.evaluation.metrics import PAIRWISE
-from phinetune.measures import MEASURES, METRICS, RESERVED, measured, measures_of
+from phinetune.metric_table import MEASURES, METRICS, RESERVED, measured, measures_of
 
 
 def test_every_metric_of_the_table_is_counted_and_no_other() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from phinetune.reporting import comparing
+from phinetune.reporting import run_comparison as comparing
 from phinetune.reporting.facts import RunFacts, read_runs
-from phinetune.reporting.page import comparison_page
+from phinetune.reporting.render import comparison_page
 from reporting.report_helpers import DATA, EVALUATION, example, make_run
 
 

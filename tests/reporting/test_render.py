@@ -19,7 +19,7 @@ from rich.console import Console
 
 from helpers import tiny_config
 from phinetune.api import train as api
-from phinetune.reporting import page
+from phinetune.reporting import render as page
 from phinetune.reporting.facts import RunFacts, read_run
 from phinetune.run_folder import RunFolder
 from reporting.report_helpers import BASE, EVALUATION, example, make_run

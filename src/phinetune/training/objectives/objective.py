@@ -1,7 +1,7 @@
 """What an objective is: the rows it takes, the loss of a packed row, the metrics, and what a plan must know of it.
 
 A run's trainer, checkpoints, callbacks, report and plan know objectives by this class alone. A new objective is one
-file here and one entry in the registry (`phinetune.training.objectives.OBJECTIVES`).
+file here and one entry in the registry (`phinetune.training.objectives.registry`).
 """
 
 from __future__ import annotations

@@ -19,8 +19,10 @@ from helpers import chat, write_jsonl
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
-from phinetune.data.prepare import build, cache, table
-from phinetune.data.prepare.build import build_chats
+from phinetune.data.prepare import arrow_table as table
+from phinetune.data.prepare import build_sets as build
+from phinetune.data.prepare import cache
+from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.read import sources

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from phinetune.chats.row_error import RowError
 from phinetune.chats.template import Message
 from phinetune.config.row_forms import READY, ROW_FORMS, expected_keys
 from phinetune.data.read.json_text import load_json
 from phinetune.data.read.tool_calls import FUNCTION_CALL, read_calls, read_tools
+from phinetune.errors import RowError
 
 __all__ = ["READY", "ROLES", "RowError", "detect_form", "size_of", "strings", "to_messages"]
 

@@ -13,9 +13,9 @@ from engine.engine_helpers import LIMIT, SHAPES, Pair, make_pair, windowed
 from helpers import TINY
 from phinetune.checkpoints.load import load_base
 from phinetune.config.model import ModelSection
-from phinetune.engine import decode as decoding
-from phinetune.engine.decode import decode
+from phinetune.engine import greedy_decode as decoding
 from phinetune.engine.generate import answer_prompts
+from phinetune.engine.greedy_decode import decode
 
 STOPS = {5, 77, 131}
 LENGTHS = (3, 40, 7, 29, 3, 18, 1, 31, 60)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import Phi3Config
 
+from phinetune.engine.activation_memory import MAPPED, PLENTY, RESERVE, SLACK, ActivationMemory, LayerSizes, Level
 from phinetune.engine.device_memory import _left_in_group, free_bytes
-from phinetune.engine.memory import MAPPED, PLENTY, RESERVE, SLACK, ActivationMemory, LayerSizes, Level
 
 KEEP, CHEAP, LAYER = Level
 SIZES = LayerSizes(hidden=32, qkv=64, attended=32, inner=48, dropout=False)
@@ -174,7 +174,7 @@ def test_auto_never_keeps_more_for_more_tokens() -> None:
 
 def test_a_choice_is_logged_once_and_again_when_less_is_kept(caplog: pytest.LogCaptureFixture) -> None:
     of = with_room_for([CHEAP] * 4, 500)
-    with caplog.at_level(logging.INFO, logger="phinetune.engine.memory"):
+    with caplog.at_level(logging.INFO, logger="phinetune.engine.activation_memory"):
 
         def lines(tokens: int) -> int:
             caplog.clear()
@@ -197,7 +197,7 @@ def test_the_log_line_counts_layers_and_bytes(caplog: pytest.LogCaptureFixture) 
         "12,345 tokens a step: 25 of 32 layers keep all, 4 recompute norms and SwiGLU, 3 are recomputed whole; "
         f"about {need:.1f} GiB of 17.0 GiB"
     )
-    with caplog.at_level(logging.INFO, logger="phinetune.engine.memory"):
+    with caplog.at_level(logging.INFO, logger="phinetune.engine.activation_memory"):
         found = of(12_345)
     assert caplog.messages == [f"activation memory: {of.describe(12_345, found)}"]
 

@@ -14,7 +14,7 @@ from phinetune.checkpoints.adapters import ADAPTER_CONFIG
 from phinetune.checkpoints.load import Base
 from phinetune.config.run import make_config
 from phinetune.errors import ModelError
-from phinetune.exporting.base import BaseFiles, open_base
+from phinetune.exporting.base_files import BaseFiles, open_base
 from phinetune.exporting.merge.merged import open_merged
 from phinetune.exporting.merge.weight_deltas import EMBED, HEAD
 from phinetune.exporting.merge.weights import check_fit

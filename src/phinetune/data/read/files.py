@@ -1,0 +1,190 @@
+"""Rows of a file, each with its place: JSON Lines, JSON, CSV, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from phinetune.data.read.encodings import (
+    NotText,
+    bad_place,
+    decode_line,
+    is_utf16_or_utf32,
+    lines_of,
+    refuse_other_kinds,
+)
+from phinetune.data.read.json_text import TOO_DEEP, is_deep, load_json
+from phinetune.data.read.row import Broken, Row
+
+BATCH = 1024  # rows of a Parquet file in memory at a time
+
+
+def read_file(path: Path) -> Iterator[Row | Broken]:
+    try:
+        kind = path.suffix.lower()
+        refuse_other_kinds(path)
+        if kind in (".json", ".csv") and is_utf16_or_utf32(path):
+            line, problem = bad_place(path)
+            yield Broken(f"{path}:{line}", problem, "encoding")
+            return
+        yield from READERS[kind](path)
+    except NotText as error:
+        yield Broken(f"{path}:{error.line}", str(error))
+    except UnicodeDecodeError:
+        line, problem = bad_place(path)
+        yield Broken(f"{path}:{line}", problem, "encoding")
+    except OSError as error:
+        yield Broken(str(path), f"can't be read: {error.strerror or error}")
+
+
+def _json_lines(path: Path) -> Iterator[Row | Broken]:
+    # A file with the name of JSON Lines may hold one JSON list.
+    return _json(path) if is_list(path) else read_lines(path, lines_of(path))
+
+
+def is_list(path: Path) -> bool:
+    """Whether a file holds one JSON list, whatever its name says."""
+    with path.open("rb") as file:
+        listed = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return listed and not is_utf16_or_utf32(path)
+
+
+def read_lines(path: Path, lines: Iterable[tuple[int, bytes | str]]) -> Iterator[Row | Broken]:
+    """The rows in numbered lines of JSON, and the broken lines."""
+    for number, raw in lines:
+        line, not_utf8 = decode_line(raw)
+        where = f"{path}:{number}"
+        if line is None:
+            yield Broken(where, not_utf8 or "", "encoding")
+            continue
+        if not line.strip():
+            continue
+        fields, not_json = _load(line.rstrip("\r\n"))
+        if not_json:
+            yield Broken(where, not_json)
+        elif not isinstance(fields, dict):
+            yield Broken(where, f"expected a JSON object, found {_kind(fields)}")
+        elif not_utf8:
+            yield Broken(where, not_utf8, "encoding", fields)
+        else:
+            yield Row(where, fields)
+
+
+def _load(text: str) -> tuple[Any, str | None]:
+    """The value of a JSON text, and what is wrong with the text (None if nothing is)."""
+    try:
+        return load_json(text), None
+    except ValueError as error:
+        return None, f"broken JSON: {error}"
+
+
+def _json(path: Path) -> Iterator[Row | Broken]:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        by_line = path.suffix.lower() != ".json" or text[: error.pos].rstrip().endswith("}")
+        if error.msg == "Extra data" and by_line:
+            yield from read_lines(path, lines_of(path))  # JSON Lines under the wrong name
+        else:
+            yield Broken(f"{path}:{error.lineno}", f"broken JSON: {error.msg} (column {error.colno})")
+        return
+    except (RecursionError, ValueError):
+        yield Broken(str(path), _load(text)[1] or "broken JSON")
+        return
+    start = 0
+    if isinstance(tree, dict):
+        lists = {k: v for k, v in tree.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+        wrapped = len(lists) == 1 and "messages" not in tree and "conversations" not in tree
+        key, tree = next(iter(lists.items())) if wrapped else ("", [tree])
+        opening = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*\[", text) if wrapped else None
+        start = opening.end() - 1 if opening else 0
+    if not isinstance(tree, list):
+        yield Broken(str(path), f"expected a list of objects, found {_kind(tree)}")
+        return
+    lines = _lines_of_items(text, start, len(tree))
+    for number, (line, fields) in enumerate(zip(lines, tree, strict=True), 1):
+        where = f"{path}:{line}: row {number}" if line else f"{path}: row {number}"
+        if not isinstance(fields, dict):
+            yield Broken(where, f"expected an object, found {_kind(fields)}")
+        else:
+            yield Broken(where, TOO_DEEP) if is_deep(fields) else Row(where, fields)
+
+
+def _lines_of_items(text: str, start: int, count: int) -> list[int]:
+    """The line on which each item of the list at `start` begins; zeros if that can't be found out."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,\[]*")
+    lines: list[int] = []
+    place, line, counted = start, 1, 0
+    try:
+        while len(lines) < count:
+            between = blank.match(text, place)
+            place = between.end() if between else place
+            line += text.count("\n", counted, place)
+            counted = place
+            lines.append(line)
+            _, place = decoder.raw_decode(text, place)
+    except json.JSONDecodeError:
+        return [0] * count
+    return lines
+
+
+def _csv(path: Path) -> Iterator[Row | Broken]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        line = 1
+        try:
+            problem = _other_separator(reader.fieldnames or [])
+            if problem:
+                yield Broken(f"{path}:1", problem)
+                return
+            line = reader.line_num + 1
+            for fields in reader:
+                if fields.pop(None, None) is not None:
+                    yield Broken(f"{path}:{line}", "more cells than the header has columns")
+                else:
+                    yield Row(f"{path}:{line}", {k: v for k, v in fields.items() if v not in (None, "")})
+                line = reader.line_num + 1
+        except csv.Error as error:
+            yield Broken(f"{path}:{line}", f"broken CSV: {error}")
+
+
+def _other_separator(header: Sequence[str]) -> str | None:
+    sign = next((sign for sign in ";\t|" if sign in "".join(header)), None) if len(header) == 1 else None
+    name = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(sign or "")
+    return f"the columns are set apart by {name}; save the file with commas" if name else None
+
+
+def _parquet(path: Path) -> Iterator[Row | Broken]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}: row {number}", fields)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield Broken(str(path), f"not a readable Parquet file: {error}")
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), "a number")

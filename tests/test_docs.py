@@ -1,0 +1,32 @@
+"""What the documents name is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = (ROOT, ROOT / "src" / "phinetune")
+
+
+def named_paths(text: str) -> set[str]:
+    """Files and folders between backquotes: a slash or an ending tells them from other words."""
+    words = {word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()}
+    return {word for word in words if re.fullmatch(r"[\w./-]+(\.py|\.md|/)", word) and "<" not in word}
+
+
+@pytest.mark.parametrize("name", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_file_that_is_named_is_there(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    names = named_paths(text)
+    assert len(names) > 5
+    folders = [path for place in PLACES for path in [place, *place.rglob("*")] if path.is_dir()]
+    assert [word for word in sorted(names) if not any((folder / word).exists() for folder in folders)] == []
+
+
+def test_the_order_of_the_rooms_names_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in (ROOT / "src" / "phinetune").iterdir() if (path / "__init__.py").is_file()}
+    assert {room for room in rooms if f"`{room}/`" not in text} == set()

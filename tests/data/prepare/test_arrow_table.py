@@ -237,10 +237,21 @@ def test_a_file_that_has_changed_is_prepared_again(tables: list[str], tmp_path: 
     assert len(tables) == 2
 
 
-@pytest.mark.parametrize("folder", cache.CODE)
-def test_the_code_that_a_key_depends_on_is_there(folder: str) -> None:
-    package = Path(cache.__file__).parents[2]
-    assert list((package / folder).glob("*.py"))
+@pytest.mark.parametrize("name", cache.CODE)
+def test_the_code_that_a_key_depends_on_is_there(name: str) -> None:
+    place = Path(cache.__file__).parents[2] / name
+    assert place.is_file() or list(place.glob("*.py"))
+
+
+def test_an_encoder_of_rows_is_told_from_another_by_its_code() -> None:
+    """Two objectives must not find each other's prepared sets."""
+
+    class Louder(RowEncoder):
+        columns = ("loudness",)
+
+    one, other = (kind(DataSection(), ENCODER, None).identity() for kind in (RowEncoder, Louder))
+    assert one["rows"] != other["rows"]
+    assert one["source"] != other["source"]
 
 
 def test_a_tokenizer_or_template_of_its_own_has_an_entry_of_its_own() -> None:

@@ -38,7 +38,7 @@ def write_prompts(count: int) -> str:
     from phinetune.config.model import ModelSection
 
     encoder = make_encoder(load_base(ModelSection(path="starter")).tokenizer, "assistant", "keep")
-    demo = HERE.parent / "src" / "phinetune" / "demo"
+    demo = HERE.parent / "src" / "phinetune" / "demo_data"
     lines = [line for name in ("heldout", "train") for line in (demo / f"{name}.jsonl").read_text().splitlines()]
     chats = [json.loads(line)["messages"] for line in lines[:count]]
     file = Path(tempfile.mkdtemp()) / "prompts.json"

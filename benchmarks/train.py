@@ -56,7 +56,7 @@ def alpaca_rows() -> str:
     there = SHARED / "data" / "alpaca_en_demo.json"
     if there.is_file():
         return str(there)
-    demo = HERE.parent / "src" / "phinetune" / "demo" / "train.jsonl"
+    demo = HERE.parent / "src" / "phinetune" / "demo_data" / "train.jsonl"
     rows = [json.loads(line)["messages"] for line in demo.read_text().splitlines()]
     made = [{"instruction": m[-2]["content"], "input": "", "output": m[-1]["content"]} for m in rows if len(m) >= 2]
     file = Path(tempfile.mkdtemp()) / "rows.json"

@@ -126,7 +126,12 @@ class RunFolder:
 
     def _check_same(self, config: RunConfig) -> None:
         before, now = (
-            {"model.path": c.model.path, "data": c.data.model_dump(mode="json"), "peft_config": c.peft_config}
+            {
+                "model.path": c.model.path,
+                "data": c.data.model_dump(mode="json"),
+                "objective": c.objective.model_dump(mode="json"),
+                "peft_config": c.peft_config,
+            }
             for c in (self.read_config(), config)
         )
         problems = [
@@ -135,9 +140,8 @@ class RunFolder:
             if before[key] != now[key]
         ]
         if problems:
-            raise RunError(
-                [*problems, "--resume goes on with the same model, data and adapter; start a new run instead"]
-            )
+            rule = "--resume goes on with the same model, data, objective and adapter; start a new run instead"
+            raise RunError([*problems, rule])
 
     def read_config(self) -> RunConfig:
         """The configuration that the run was started with."""

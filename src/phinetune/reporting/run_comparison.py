@@ -10,7 +10,7 @@ from phinetune.reporting.facts import RunFacts
 from phinetune.reporting.marking import Marked, mark
 from phinetune.reporting.views import ANSWERS
 
-SECTIONS = ("model", "data", "engine", "peft_config", "training_config")
+SECTIONS = ("model", "data", "objective", "engine", "peft_config", "training_config")
 ALWAYS_DIFFERS = "training_config.output_dir"
 
 

@@ -69,7 +69,7 @@ def _fields(shares: Mapping[str, Mapping[str, float]]) -> Table:
 
 def _tags(comparison: Comparison) -> Table:
     """By tag the loss, and the first metric of answers."""
-    measures = [m for m in measured(comparison.results) if m.key == "loss" or m.key not in SCORED][:2]
+    measures = [m for m in measured(comparison.results) if m.key == "loss" or m.kind != "scored"][:2]
     names = list(comparison.results)
     table = _table("tag", "rows", *(f"{m.heading.split(' (')[0]}, {name}" for m in measures for name in names))
     for tag, found in list(comparison.by_tag.items())[:TAGS]:
@@ -78,9 +78,6 @@ def _tags(comparison: Comparison) -> Table:
     if len(comparison.by_tag) > TAGS:
         table.caption = f"and {len(comparison.by_tag) - TAGS} more tags"
     return table
-
-
-SCORED = ("perplexity", "token_accuracy")
 
 
 def _cell(measure: Measure, numbers: Mapping[str, Any]) -> str:

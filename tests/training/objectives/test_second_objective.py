@@ -30,7 +30,7 @@ from phinetune.data.prepare import build_sets as build
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
 from phinetune.data.read.row import Row
 from phinetune.engine.examples import IGNORED, Encoded
-from phinetune.errors import ConfigError
+from phinetune.errors import ConfigError, RunError
 from phinetune.reporting.curves import charts
 from phinetune.reporting.facts import read_run
 from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
@@ -199,6 +199,13 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(weighed: Path, tmp_path: P
     assert whole == parts
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
+
+
+def test_a_run_goes_on_with_its_own_objective_alone(weighed: Path, tmp_path: Path) -> None:
+    given = sections(weighed, tmp_path / "run", save_strategy="steps", save_steps=2)
+    train(**given, console=Console(quiet=True))
+    with pytest.raises(RunError, match=r"objective: the run in .* has .*'floor': 1.0.*, the configuration now .*'sft'"):
+        train(**{**given, "objective": "sft"}, resume=True, console=Console(quiet=True))
 
 
 def test_it_is_planned_by_its_own_loss(weighed: Path, tmp_path: Path) -> None:

@@ -101,10 +101,14 @@ def _results_table(evaluation: Mapping[str, Any] | None) -> str:
 
 
 def settings_section(config: RunConfig, lora: Mapping[str, Any]) -> str:
-    """The section with `model`, `peft_config` and `training_config`. Target modules have the model's own names."""
+    """The card's section with the settings of model, objective, adapter and training.
+
+    Target modules have the model's own names.
+    """
     targets = lora["target_modules"]
     shown = {
         "model": config.model.model_dump(mode="json"),
+        "objective": config.objective.model_dump(mode="json"),
         "peft_config": {
             **(config.peft_config or {"r": lora["r"], "lora_alpha": lora["lora_alpha"]}),
             "target_modules": targets if isinstance(targets, str) else sorted(targets),

@@ -29,8 +29,8 @@ def configured(chats: Path, folder: Path, evaluation: dict[str, Any], **training
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
 
 
-def settled(config: RunConfig) -> dict[str, Any]:
-    return settle_best(read_settings(config.peft_config, config.training_config), config, Sft(Section())).training
+def settled(config: RunConfig, kind: type[Sft] = Sft) -> dict[str, Any]:
+    return settle_best(read_settings(config.peft_config, config.training_config), config, kind(Section())).training
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,18 @@ def test_which_way_is_better_is_known(chats: Path, tmp_path: Path, name: str, mo
     assert settled(config)["greater_is_better"] is more
     config = configured(chats, tmp_path, {}, metric_for_best_model=name, greater_is_better=not more, **EVALUATED)
     assert settled(config)["greater_is_better"] is not more
+
+
+@pytest.mark.parametrize(("name", "more"), [("margin", True), ("divergence", False)])
+def test_an_objectives_own_metrics_have_their_direction(chats: Path, tmp_path: Path, name: str, more: bool) -> None:
+    class Own(Sft):
+        metrics = ("loss", "margin", "divergence")
+        less_is_better = ("divergence",)
+
+    config = configured(chats, tmp_path, {}, metric_for_best_model=name, **EVALUATED)
+    assert settled(config, Own)["greater_is_better"] is more
+    with pytest.raises(ConfigError, match=f"no evaluation counts `{name}`"):
+        settled(config)
 
 
 def test_a_metric_that_is_not_counted_is_refused(chats: Path, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def settle_best(settings: Settings, config: RunConfig, objective: Objective) -> 
                 f"{', '.join(known)}; evaluation.metrics names those of answers)"
             )
         else:
-            less = [m.name for m in section.metrics if isinstance(m, CustomMetric) and m.less_is_better]
+            own = [m.name for m in section.metrics if isinstance(m, CustomMetric) and m.less_is_better]
+            less = [*own, *objective.less_is_better]
             training.setdefault("greater_is_better", measures_of([name], less)[0].more_is_better)
     if problems:
         raise ConfigError(problems)

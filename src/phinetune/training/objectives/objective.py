@@ -50,6 +50,7 @@ class Objective(ABC):
         can_fill: whether rows may be filled with several examples (`data.packing: tokens`).
         sums: the names of what `score` gives.
         metrics: what every evaluation counts; `loss` is always among them.
+        less_is_better: those of its own metrics of which a smaller number is the better one.
     """
 
     kind: ClassVar[str]
@@ -59,6 +60,7 @@ class Objective(ABC):
     can_fill: ClassVar[bool] = True
     sums: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    less_is_better: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Section) -> None:
         self.options = options

@@ -49,11 +49,11 @@ def step_of(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Step:
 
 def bare_step(weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> Step:
     """The two products without which there is no forward and backward of a frozen linear layer."""
-    plain = x.detach()
+    detached = x.detach()
 
     def step() -> None:
         with torch.no_grad():
-            torch.nn.functional.linear(plain, weight)
+            torch.nn.functional.linear(detached, weight)
             torch.mm(dy, weight)
 
     return step

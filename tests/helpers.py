@@ -1,4 +1,4 @@
-"""Plain functions that tests of several folders use."""
+"""Functions, not fixtures, that tests of several folders use."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_a_run_without_held_out_chats_is_not_compared(chats: Path, tmp_path: Pat
         evaluate(run.path)
 
 
-def test_checkpoints_and_plain_models_are_evaluated_too(tiny_run: Path, chats: Path) -> None:
+def test_checkpoints_and_models_without_an_adapter_are_evaluated_too(tiny_run: Path, chats: Path) -> None:
     quiet, options = Console(quiet=True), {"generate": False}
     last = evaluate(tiny_run / "checkpoint-6", str(chats), options, console=quiet).results
     whole = evaluate(tiny_run, str(chats), options, console=quiet).results

@@ -78,9 +78,9 @@ def test_scoring_alone_answers_nothing(tuned: Opened, held_out: ChatSet, console
     assert held["labelled_tokens"] == held_out.report.trainable_tokens
 
 
-def test_a_plain_model_is_measured_alone(tuned: Opened, held_out: ChatSet, console: Console) -> None:
-    plain = open_model(tuned.config.model.path)
-    made = compared(plain.model, plain, held_out)
+def test_a_model_without_an_adapter_is_measured_alone(tuned: Opened, held_out: ChatSet, console: Console) -> None:
+    base = open_model(tuned.config.model.path)
+    made = compared(base.model, base, held_out)
     assert list(made.results) == ["base"]
     show_comparison(made, console)
 
@@ -120,7 +120,7 @@ def test_the_difference_in_every_measure_has_an_interval_and_a_verdict(
     assert f"│ {loss.low:+.4f} to {loss.high:+.4f} │ better" in shown
 
 
-def test_everything_found_is_plain_json(tuned: Opened, held_out: ChatSet, console: Console) -> None:
+def test_everything_found_is_the_same_after_json(tuned: Opened, held_out: ChatSet, console: Console) -> None:
     tree = compared(tuned.model, tuned, held_out).to_tree()
     assert json.loads(json.dumps(tree, allow_nan=False)) == tree
     assert set(tree) == {"evaluation", "differences", "by_tag", "json_fields", "flags", "examples"}

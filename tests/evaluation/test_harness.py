@@ -107,9 +107,9 @@ def test_tasks_that_generate_run_too(tuned: Opened, folder: Path, console: Conso
     assert [(one.task, one.metric) for one in found] == [("answering", "exact_match,none"), ("counting", "acc,none")]
 
 
-def test_a_plain_model_is_measured_alone(tuned: Opened, folder: Path, console: Console) -> None:
-    plain = open_model(tuned.config.model.path)
-    (found,) = run(plain, folder, "counting", limit=3)
+def test_a_model_without_an_adapter_is_measured_alone(tuned: Opened, folder: Path, console: Console) -> None:
+    base = open_model(tuned.config.model.path)
+    (found,) = run(base, folder, "counting", limit=3)
     assert list(found.values) == ["base"]
     assert found.difference is None
     show_tasks([found], console)

@@ -291,7 +291,7 @@ def test_dropout_is_recomputed_with_the_same_masks(levels: tuple[Level, ...], re
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.2])
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["lora", "dora", "bias"])
 def test_one_rows_dropout_masks_are_those_of_peft(lora: dict[str, Any], residual: float) -> None:
     """Both draw the same masks in the same order where the engine uses every position's output."""
     pair, (row,) = make_pair(phi3_mini(resid_pdrop=residual), lora_dropout=0.3, **lora), make_rows([40])

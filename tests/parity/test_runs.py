@@ -237,7 +237,7 @@ def test_a_row_filled_with_every_conversation_is_the_step_of_them_all(chats: Pat
 @pytest.mark.parametrize(
     "peft",
     [{}, {"modules_to_save": ["lm_head", "input_layernorm"]}],
-    ids=lambda peft: "-".join(peft) or "plain",
+    ids=lambda peft: "-".join(peft) or "lora_alone",
 )
 def test_a_bfloat16_run_stays_near_the_plain_one(chats: Path, tmp_path: Path, peft: dict[str, Any]) -> None:
     made = {}

@@ -45,8 +45,8 @@ def test_the_base_answers_without_the_adapter(conversation: Conversation) -> Non
     conversation.with_base = True
     base = conversation.answer("How many?").text
     assert base != tuned
-    plain = Conversation(open_model(conversation.opened.config.model.path), Sampling(), max_new_tokens=8)
-    assert plain.answer("How many?").text == base
+    untuned = Conversation(open_model(conversation.opened.config.model.path), Sampling(), max_new_tokens=8)
+    assert untuned.answer("How many?").text == base
 
 
 def test_a_stream_left_early_stops_generating(conversation: Conversation) -> None:

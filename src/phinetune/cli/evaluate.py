@@ -42,7 +42,7 @@ def evaluate(
     ] = False,
     device: Device = "auto",
 ) -> None:
-    """Compare a run with its base on held-out chats, or on tasks; a plain model is measured alone."""
+    """Compare a run with its base on held-out chats, or on tasks; a model without an adapter is measured alone."""
     if tasks:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         _refuse_beside_tasks(data=data, metrics=metrics, tag=tag)

@@ -17,7 +17,7 @@ app = typer.Typer()
 @app.command()
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run, one of its checkpoints or an adapter folder")],
-    out: Annotated[Path, typer.Option(help="the folder to write: a plain transformers model")],
+    out: Annotated[Path, typer.Option(help="the folder to write: a transformers model without PEFT")],
     dtype: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="float32, bfloat16 or float16; the dtype of the base's files if left out"),

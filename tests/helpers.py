@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.config.run import RunConfig, make_config
+from phinetune.data.read.any_source import read_first
 from phinetune.data.read.row import Row
-from phinetune.data.read.rows import read_first
 from phinetune.errors import DataError, at_most
 from phinetune.training.prepare import prepare_run, settle
 from phinetune.training.run import TrainedRun, open_place, train_run

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from phinetune.checkpoints.opened import open_model
 from phinetune.engine.generate import Sampling
-from phinetune.screen.talk import hold_chat
+from phinetune.screen.chat_loop import hold_chat
 from phinetune.talk.conversation import Conversation
 
 

@@ -14,7 +14,7 @@ from phinetune.data.check.check import CheckReport, check_files
 from phinetune.data.check.fix import Fixed, check_target, write_fixed
 from phinetune.data.prepare.build_sets import weighted
 from phinetune.data.preview import PreviewedRow, preview_rows
-from phinetune.data.read.rows import check_source
+from phinetune.data.read.any_source import check_source
 from phinetune.errors import DataError, PhinetuneError
 from phinetune.logs import quiet_libraries
 

@@ -63,7 +63,7 @@ def chat(
 ) -> None:
     """Talk to a run: streamed answers, /reset, /base to hear the base model."""
     from phinetune.api.talk import chat as open_chat
-    from phinetune.screen.talk import hold_chat
+    from phinetune.screen.chat_loop import hold_chat
 
     conversation = open_chat(
         run,

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message, render, tokenize
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, describe_size, is_huge
+from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.row import Broken
-from phinetune.data.read.rows import scan_rows
 from phinetune.engine.examples import IGNORED, Encoded, common_prefix
 
 _ANCHOR = "a"  # put before tokens when they are decoded, because decoding treats the beginning of a text in another way

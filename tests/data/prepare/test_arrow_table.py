@@ -25,7 +25,7 @@ from phinetune.data.prepare import cache
 from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
-from phinetune.data.read import sources
+from phinetune.data.read import source_parts as sources
 from phinetune.engine.packing import fill_rows
 from phinetune.errors import DataError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phinetune.data.prepare.encode_rows import describe_size, is_huge
+from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.row import Broken, Row
-from phinetune.data.read.rows import scan_rows
 from phinetune.errors import DataError
 
 

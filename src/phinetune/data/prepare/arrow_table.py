@@ -19,7 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from phinetune.chats.encoder import ends_a_turn
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
 from phinetune.data.read.row import Broken, Row
-from phinetune.data.read.sources import PIECE, Source, SourcePart, open_source
+from phinetune.data.read.source_parts import PIECE, Source, SourcePart, open_source
 from phinetune.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from phinetune.data.prepare.encode_rows import RowEncoder, tag_of
 from phinetune.data.prepare.report import DataReport
 from phinetune.data.prepare.splits import split_places
 from phinetune.data.prepare.stream import check_stream, first_rows, stream
+from phinetune.data.read.any_source import check_source, read_first
 from phinetune.data.read.row import Row
-from phinetune.data.read.rows import check_source, read_first
-from phinetune.data.read.sources import digest
+from phinetune.data.read.source_parts import digest
 from phinetune.engine.examples import Encoded
 from phinetune.errors import DataError, at_most
 

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.checkpoints.starter import cache_folder
-from phinetune.data.read.sources import file_digest
+from phinetune.data.read.source_parts import file_digest
 from phinetune.errors import DataError
 from phinetune.files import is_disk_full, staged_folder
 

@@ -11,9 +11,9 @@ from datasets import Features, IterableDataset, List, Value
 
 from phinetune.config.data import DataSection, WeightedFile
 from phinetune.data.prepare.encode_rows import BATCH, RowEncoder
+from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.datasets_library import number_rows, open_dataset
 from phinetune.data.read.row import Broken, Row
-from phinetune.data.read.rows import scan_rows
 from phinetune.errors import ConfigError, DataError
 
 DRAWN_FROM = 1000  # rows in memory, from which the next one is drawn; a stream is shuffled no further than that

@@ -18,8 +18,8 @@ from phinetune.data.read.encodings import (
     lines_of,
     refuse_other_kinds,
 )
-from phinetune.data.read.json_text import TOO_DEEP, is_deep, load_json
 from phinetune.data.read.row import Broken, Row
+from phinetune.data.read.safe_json import TOO_DEEP, is_deep, load_json
 
 BATCH = 1024  # rows of a Parquet file in memory at a time
 

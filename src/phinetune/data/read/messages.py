@@ -8,7 +8,7 @@ from typing import Any
 
 from phinetune.chats.template import Message
 from phinetune.config.row_forms import READY, ROW_FORMS, expected_keys
-from phinetune.data.read.json_text import load_json
+from phinetune.data.read.safe_json import load_json
 from phinetune.data.read.tool_calls import FUNCTION_CALL, read_calls, read_tools
 from phinetune.errors import RowError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phinetune.data.read.json_text import load_json
+from phinetune.data.read.safe_json import load_json
 from phinetune.errors import RowError
 
 FUNCTION_CALL = "function_call"  # ShareGPT's role, and the key of OpenAI's older form

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow
 import pyarrow.parquet
 
+from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.datasets_library import open_dataset
 from phinetune.data.read.encodings import NotText, is_utf16_or_utf32, lines_of, refuse_other_kinds
 from phinetune.data.read.files import is_list, read_lines
 from phinetune.data.read.row import Broken, Row
-from phinetune.data.read.rows import scan_rows
 
 PIECE = 2048  # rows in a piece; small enough for all processes to get some, and to hold in memory
 LINES = (".jsonl", ".ndjson")

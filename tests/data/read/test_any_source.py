@@ -11,8 +11,8 @@ import datasets
 import pytest
 
 from helpers import read_rows
+from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.row import Broken, Row
-from phinetune.data.read.rows import scan_rows
 from phinetune.errors import DataError
 
 ROWS: list[dict[str, Any]] = [

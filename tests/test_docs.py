@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,21 @@ def test_every_file_that_is_named_is_there(name: str) -> None:
     assert len(names) > 5
     folders = [path for place in PLACES for path in [place, *place.rglob("*")] if path.is_dir()]
     assert [word for word in sorted(names) if not any((folder / word).exists() for folder in folders)] == []
+
+
+def example_diffs() -> list[str]:
+    return re.findall(r"(?ms)^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="git applies the diffs")
+@pytest.mark.parametrize("number", range(4), ids=["form of rows", "metric", "export target", "objective"])
+def test_the_worked_examples_apply_to_the_tree(number: int, tmp_path: Path) -> None:
+    diffs = example_diffs()
+    assert len(diffs) == 4
+    (tmp_path / "example.diff").write_text(diffs[number], encoding="utf-8")
+    command = ["git", "apply", "--check", str(tmp_path / "example.diff")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_order_of_the_rooms_names_every_room() -> None:

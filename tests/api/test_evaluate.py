@@ -28,7 +28,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_held_out_a_share_is_evaluated_on_that_share(tiny_run: Path, quiet: Console) -> None:
     """`eval: 0.25`: the very rows that it was compared on at its end."""
     recorded = json.loads((tiny_run / "results.json").read_text())
-    found = evaluate(tiny_run, console=quiet)
+    found = evaluate(tiny_run, record=False, console=quiet)
     assert found.data == recorded["data"]["held_out"]
     for side in ("base", "tuned"):
         assert found.results[side]["loss"] == pytest.approx(recorded["evaluation"][side]["loss"], rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from phinetune.errors import DataError, ModelError
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
 from phinetune.evaluation.metrics import row_metrics
+from phinetune.files import write_text
 from phinetune.logs import quiet_libraries
-from phinetune.run_folder import RunFolder
+from phinetune.run_folder import EVALUATION, RunFolder
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, stderr
 from phinetune.screen.harness_tasks import show_tasks
@@ -33,6 +35,8 @@ def evaluate(
     evaluation: Mapping[str, Any] | None = None,
     *,
     tag: str | None = None,
+    out: str | Path | None = None,
+    record: bool = True,
     console: Console | None = None,
     **model_options: Any,
 ) -> Comparison:
@@ -43,6 +47,8 @@ def evaluate(
         data: file of chats; None takes the run's own held-out chats, a file's or the share of its training chats.
         evaluation: the section `evaluation`.
         tag: column of the data by whose values the results are split as well; None takes the run's `data.tag`.
+        out: write the results to this file as JSON, every answer included.
+        record: keep the results in the run's folder as evaluation.json, and renew its report.
         console: where to print; standard error if left out.
         model_options: keys of the section `model` (`device`, `dtype`, …).
 
@@ -66,7 +72,30 @@ def evaluate(
         tokenizer = opened.loaded.tokenizer
         comparison = compare(opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher)
     show_comparison(comparison, console)
+    _write_json(out, comparison.to_tree(), console)
+    if record:
+        _record(path, comparison, console)
     return comparison
+
+
+def _write_json(out: str | Path | None, tree: Any, console: Console) -> None:
+    if out:
+        write_text(Path(out), json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        say(console, f"Wrote {out}")
+
+
+def _record(path: str | Path, comparison: Comparison, console: Console) -> None:
+    """Keep a comparison made after the run in its folder, if `path` is a run, and renew its report."""
+    folder = RunFolder(Path(path).expanduser())
+    if not folder.is_run:
+        return
+    try:
+        folder.write_evaluation({"data": {"held_out": comparison.data}, **comparison.to_tree(examples=EXAMPLES)})
+    except OSError as error:
+        logger.warning("%s: the evaluation was not kept there: %s", folder.path, error)
+        return
+    page = write_page(folder)
+    say(console, f"Wrote {folder.path / EVALUATION}{f' and {page}' if page else ''}")
 
 
 def _options(recorded: EvaluationSection, given: Mapping[str, Any], console: Console) -> EvaluationSection:
@@ -85,23 +114,6 @@ def _options(recorded: EvaluationSection, given: Mapping[str, Any], console: Con
     return make_config({"evaluation": tree}, where="evaluate").evaluation
 
 
-def record_evaluation(path: str | Path, comparison: Comparison) -> Path | None:
-    """Keep a comparison made after the run in its folder, and renew its report.
-
-    Returns:
-        The report; None where `path` is no run, or nothing could be written there.
-    """
-    folder = RunFolder(Path(path).expanduser())
-    if not folder.is_run:
-        return None
-    try:
-        folder.write_evaluation({"data": {"held_out": comparison.data}, **comparison.to_tree(examples=EXAMPLES)})
-    except OSError as error:
-        logger.warning("%s: the evaluation was not kept there: %s", folder.path, error)
-        return None
-    return write_page(folder)
-
-
 def evaluate_tasks(
     path: str | Path,
     tasks: Sequence[str],
@@ -110,6 +122,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int | None = None,
     chat_template: bool = False,
+    out: str | Path | None = None,
     console: Console | None = None,
     **model_options: Any,
 ) -> list[TaskResult]:
@@ -118,7 +131,7 @@ def evaluate_tasks(
     Args:
         path: a run, an adapter folder or a model.
         tasks, include_path, limit, batch_size, chat_template: see `phinetune.evaluation.harness.run_tasks`.
-        console, model_options: see `evaluate`.
+        out, console, model_options: see `evaluate`.
 
     Raises:
         PhinetuneError: the model, the harness or a task can't be had.
@@ -138,4 +151,5 @@ def evaluate_tasks(
         on_side=lambda side: say(console, f"Running {', '.join(tasks)} on {side} …"),
     )
     show_tasks(results, console)
+    _write_json(out, {"tasks": [result.to_dict() for result in results]}, console)
     return results

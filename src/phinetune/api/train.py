@@ -26,6 +26,7 @@ from phinetune.screen.adapted_layers import show_targets
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, silent, stderr
 from phinetune.screen.data import show_data
+from phinetune.screen.demo_gain import show_gain
 from phinetune.screen.progress import ComparisonProgress, ProgressLine
 from phinetune.training.best_checkpoint import needs_answers
 from phinetune.training.prepare import PreparedRun, SettledRun, prepare_run, settle
@@ -106,9 +107,11 @@ def demo(
     Raises:
         PhinetuneError: see `train`.
     """
-    return train_config(
-        demo_config(Path(output_dir), overrides), console or stderr(), resume=resume, overwrite=overwrite
-    )
+    console = console or stderr()
+    run = train_config(demo_config(Path(output_dir), overrides), console, resume=resume, overwrite=overwrite)
+    if not run.stopped:
+        show_gain(run.results, console)
+    return run
 
 
 def train_config(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Run:

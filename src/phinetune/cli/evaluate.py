@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -49,7 +48,6 @@ def evaluate(
         _evaluate_tasks(run, names, include_path, max_prompts, batch_size, chat_template, device, out)
         return
     from phinetune.api.evaluate import evaluate as evaluate_run
-    from phinetune.api.evaluate import record_evaluation
 
     given: dict[str, Any] = {
         "max_prompts": max_prompts,
@@ -59,11 +57,7 @@ def evaluate(
     }
     section = {"generate": generate, **{key: value for key, value in given.items() if value is not None}}
     console = stdout()
-    comparison = evaluate_run(run, data or None, section, tag=tag, console=console, device=device)
-    _write_json(out, comparison.to_tree())
-    page = record_evaluation(run, comparison)
-    if page:
-        say(console, f"Wrote {page.with_name('evaluation.json')} and {page}")
+    evaluate_run(run, data or None, section, tag=tag, out=out, console=console, device=device)
     say(console, f"Next: {program()} chat {run}")
 
 
@@ -84,14 +78,6 @@ def _read_metrics(text: str | None) -> Any:
         raise PhinetuneError(f"--metrics {text}: write it as YAML, e.g. [exact_match, bleu] ({problem})") from None
 
 
-def _write_json(out: Path | None, tree: Any) -> None:
-    from phinetune.files import write_text
-
-    if out:
-        write_text(out, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-        say(stdout(), f"Wrote {out}")
-
-
 def _evaluate_tasks(
     run: str,
     tasks: list[str],
@@ -104,15 +90,15 @@ def _evaluate_tasks(
 ) -> None:
     from phinetune.api.evaluate import evaluate_tasks
 
-    results = evaluate_tasks(
+    evaluate_tasks(
         run,
         tasks,
         include_path=include_path,
         limit=limit,
         batch_size=batch_size,
         chat_template=chat_template,
+        out=out,
         console=stdout(),
         device=device,
     )
-    _write_json(out, {"tasks": [one.to_dict() for one in results]})
     say(stdout(), f"Next: {program()} evaluate {run} --data FILE")

@@ -14,7 +14,6 @@ from phinetune.screen.console import say, stdout
 
 if TYPE_CHECKING:
     from phinetune.api.train import Run
-    from phinetune.config.run import RunConfig
 
 app = typer.Typer()
 
@@ -29,10 +28,11 @@ def train(
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Fine-tune by a YAML file, then compare base and tuned model on the held-out chats."""
+    from phinetune.api.train import train_config
     from phinetune.config.run import load_config
 
-    made = _train(load_config(config, overrides), f"{program()} train {config}", resume, overwrite)
-    _say_next(made.path)
+    made = train_config(load_config(config, overrides), stdout(), resume=resume, overwrite=overwrite)
+    _say_next(made, f"{program()} train {config}")
 
 
 @app.command()
@@ -43,33 +43,20 @@ def demo(
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Fine-tune the starter model on the bundled chats of an outdoor-gear shop: minutes on a CPU."""
-    from phinetune.demo_data.demo_config import demo_config
-    from phinetune.screen.demo_gain import show_gain
+    from phinetune.api.train import demo as run_demo
 
-    config = demo_config(output_dir, overrides)
-    made = _train(config, f"{program()} demo --output-dir {output_dir}", resume, overwrite)
-    show_gain(made.results, stdout())
-    _say_next(made.path)
+    made = run_demo(output_dir, overrides, resume=resume, overwrite=overwrite, console=stdout())
+    _say_next(made, f"{program()} demo --output-dir {output_dir}")
 
 
-def _train(config: RunConfig, command: str, resume: bool, overwrite: bool) -> Run:
-    from phinetune.api.train import train_config
-
-    console = stdout()
-    made = train_config(config, console, resume=resume, overwrite=overwrite)
+def _say_next(made: Run, command: str) -> None:
+    """What was written and what to do next. A run that was stopped ends the program with status 130."""
+    path, page = made.path, made.path / "report.html"
     if made.stopped:
         steps = made.results["training"]["steps"]
-        say(
-            console,
-            f"Stopped after step {steps}; a checkpoint is in {made.path}, a report in {made.path / 'report.html'}. "
-            f"Go on with:\n  {command} --resume",
-        )
+        stopped = f"Stopped after step {steps}; a checkpoint is in {path}, a report in {page}. Go on with:"
+        say(stdout(), [stopped, f"  {command} --resume"])
         sys.exit(130)
-    return made
-
-
-def _say_next(path: Path) -> None:
-    page = path / "report.html"
     lines = [
         f"\nWrote {path}: the adapter, its tokenizer, checkpoints, results.json and a model card (README.md)",
         *([f"See how it went: {page}"] if page.is_file() else []),

@@ -1,7 +1,8 @@
 """What an objective is: the rows it takes, the loss of a packed row, the metrics, and what a plan must know of it.
 
 A run's trainer, checkpoints, callbacks, report and plan know objectives by this class alone. A new objective is one
-file here and one entry in the registry (`phinetune.training.objectives.registry`).
+file here and one entry in the registry (`phinetune.training.objectives.registry`); the help of `objective.kind` names
+it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def make_objective(section: ObjectiveSection) -> Objective:
     kind = OBJECTIVES.get(section.kind)
     if kind is None:
         sentence = unknown_key("objective.kind", section.kind, OBJECTIVES).replace("no key", "no objective")
-        raise ConfigError(f"{sentence}; there are {', '.join(OBJECTIVES)}")
+        raise ConfigError(f"{sentence} (there are: {', '.join(OBJECTIVES)})")
     try:
         return kind(kind.Options.model_validate(section.options))
     except ValidationError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.api.held_out import row_encoder
-from phinetune.api.sections import DataSource, Section, make_sections
+from phinetune.api.sections import DataValue, SectionValue, make_sections
 from phinetune.config.run import RunConfig
 from phinetune.data.check.check import CheckReport, check_files
 from phinetune.data.check.fix import Fixed, check_target, write_fixed
@@ -41,12 +41,12 @@ class DataCheck:
 
 
 def check(
-    data: DataSource,
+    data: DataValue,
     held_out: str | Sequence[str] = (),
     *,
-    model: Section = None,
+    model: SectionValue = None,
     training_config: Mapping[str, Any] | None = None,
-    objective: Section = None,
+    objective: SectionValue = None,
     fix: str | Path | None = None,
 ) -> DataCheck:
     """Look at every row: what is kept, cut and dropped, and what stands out.
@@ -102,10 +102,10 @@ def preview(
     file: str,
     rows: int = 3,
     *,
-    model: Section = None,
+    model: SectionValue = None,
     data: Mapping[str, Any] | None = None,
     training_config: Mapping[str, Any] | None = None,
-    objective: Section = None,
+    objective: SectionValue = None,
 ) -> list[PreviewedRow]:
     """The first rows as the model will see them: by role, what is trained on, special tokens, where a row is cut.
 

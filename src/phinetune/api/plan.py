@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phinetune.api.sections import DataSource, Section, make_sections
+from phinetune.api.sections import DataValue, SectionValue, make_sections
 from phinetune.config.run import RunConfig
 from phinetune.logs import quiet_libraries
 from phinetune.planning.plan import Plan, make_plan
 
 
 def plan(
-    model: Section = None,
-    data: DataSource = None,
+    model: SectionValue = None,
+    data: DataValue = None,
     peft_config: Mapping[str, Any] | None = None,
     training_config: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     *,
-    objective: Section = None,
-    engine: Section = None,
+    objective: SectionValue = None,
+    engine: SectionValue = None,
     probe: bool = True,
 ) -> Plan:
     """Say what a run will take of memory, time and disk, and what would fit if it does not.

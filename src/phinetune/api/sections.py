@@ -7,8 +7,8 @@ from typing import Any
 
 from phinetune.config.run import RunConfig, make_config
 
-Section = str | Mapping[str, Any] | None
-DataSource = str | Sequence[Any] | Mapping[str, Any] | None  # a file, several, or the whole section
+SectionValue = str | Mapping[str, Any] | None
+DataValue = str | Sequence[Any] | Mapping[str, Any] | None  # a file, several, or the whole section
 
 
 def make_sections(**sections: Any) -> RunConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 from phinetune import processes
 from phinetune.api.report import write_page
-from phinetune.api.sections import DataSource, Section, make_sections
+from phinetune.api.sections import DataValue, SectionValue, make_sections
 from phinetune.checkpoints.device import pick_device
 from phinetune.config.run import RunConfig
 from phinetune.demo_data.demo_config import demo_config
@@ -51,14 +51,14 @@ class Run:
 
 
 def train(
-    model: Section = None,
-    data: DataSource = None,
+    model: SectionValue = None,
+    data: DataValue = None,
     peft_config: Mapping[str, Any] | None = None,
     training_config: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     *,
-    objective: Section = None,
-    engine: Section = None,
+    objective: SectionValue = None,
+    engine: SectionValue = None,
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,

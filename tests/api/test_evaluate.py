@@ -12,7 +12,7 @@ from rich.console import Console
 from helpers import TINY, chat, tiny_config, write_jsonl
 from phinetune import evaluate, generate, load, train
 from phinetune.api.train import train_config
-from phinetune.errors import ConfigError, DataError, PhinetuneError
+from phinetune.errors import ConfigError, DataError, ModelError, PhinetuneError
 
 
 @pytest.fixture
@@ -67,6 +67,11 @@ def test_options_are_looked_at_before_weights_are_loaded(
     with pytest.raises(PhinetuneError) as caught:
         evaluate(tiny_run, console=quiet, **options)
     assert words in str(caught.value)
+
+
+def test_a_path_without_a_model_is_told_as_that(quiet: Console, no_weights: None) -> None:
+    with pytest.raises(ModelError, match="no where: no such folder"):
+        evaluate("no where", console=quiet)
 
 
 @pytest.mark.parametrize(

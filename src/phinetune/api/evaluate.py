@@ -12,6 +12,7 @@ from phinetune.api.held_out import chats_of, held_out_chats
 from phinetune.api.report import write_page
 from phinetune.api.train import EXAMPLES
 from phinetune.checkpoints.opened import open_model, opened_config
+from phinetune.checkpoints.tokenizer import open_config
 from phinetune.config.evaluation import CustomMetric, EvaluationSection
 from phinetune.config.run import make_config
 from phinetune.errors import DataError, ModelError
@@ -58,6 +59,7 @@ def evaluate(
     console = console or stderr()
     quiet_libraries()
     config = opened_config(path, **model_options)
+    open_config(config.model)  # a path without a model is told before all else
     options = _options(config.evaluation, evaluation or {}, console)
     metrics = row_metrics(options)  # functions that can't be had are told before anything slow begins
     if tag:
@@ -138,6 +140,7 @@ def evaluate_tasks(
     """
     console = console or stderr()
     config = opened_config(path, **model_options)
+    open_config(config.model)
     manager = open_tasks(tasks, include_path)
     opened = open_model(path, config)
     results = run_tasks(

@@ -62,6 +62,6 @@ def _small_files(source: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.path: {source}: its tokenizer could not be fetched from the hub ({reason}); check the name, the "
+            f"model.path: {source}: could not be fetched from the hub ({reason}); check the name, the "
             "network and, for a gated repository, HF_TOKEN; or give a folder"
         ) from error

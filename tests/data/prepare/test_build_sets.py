@@ -14,6 +14,7 @@ from phinetune.config.data import DataSection
 from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.encode_rows import RowEncoder
+from phinetune.data.prepare.report import DataReport
 from phinetune.errors import DataError
 
 ENCODER = make_encoder(byte_tokenizer(300))
@@ -37,6 +38,10 @@ def test_the_report_counts_rows_and_tokens(chats: Path) -> None:
     assert report.longest == max(len(row.input_ids) for row in made.train.encoded)
     assert made.held_out is None
     assert "12 rows (12 messages): 12 kept" in report.lines()[0]
+
+
+def test_a_set_without_a_known_form_has_no_empty_brackets() -> None:
+    assert DataReport("a.jsonl", rows=1).lines()[0].startswith("a.jsonl: 1 rows: 0 kept")
 
 
 def test_the_dataset_holds_ids_and_labels(chats: Path) -> None:

@@ -54,12 +54,13 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report in sentences, for a person to read."""
         forms = ", ".join(f"{count} {form}" for form, count in self.forms.most_common())
+        forms = f" ({forms})" if forms else ""
         dropped = f", {sum(self.dropped.values())} dropped" if self.dropped else ""
         cut = f", {self.cut} cut to fit" if self.cut else ""
         rest = sum(count for _, count in self.dropped.most_common()[REASONS_SHOWN:])
         share = self.trainable_tokens / max(1, self.tokens)
         return [
-            f"{self.source}: {self.rows} rows ({forms}): {self.kept} kept{cut}{dropped}; {self.tokens:,} tokens, "
+            f"{self.source}: {self.rows} rows{forms}: {self.kept} kept{cut}{dropped}; {self.tokens:,} tokens, "
             f"{self.trainable_tokens:,} of them trained on ({share:.0%}); longest chat {self.longest} tokens",
             *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common(REASONS_SHOWN)),
             *([f"  dropped {rest} for other reasons"] if rest else []),

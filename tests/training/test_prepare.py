@@ -12,6 +12,7 @@ from rich.console import Console
 from helpers import chat, tiny_config, train_only, write_jsonl
 from phinetune.api.plan import plan_config
 from phinetune.api.train import train_config
+from phinetune.checkpoints.load import Loaded
 from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import PhinetuneError
 from phinetune.training.prepare import prepare_run, settle
@@ -63,6 +64,37 @@ def test_a_bad_row_is_told_before_weights_are_loaded(tmp_path: Path, no_weights:
     file = write_jsonl(tmp_path / "bad.jsonl", [chat("a", "b"), {"nothing": 1}, *[chat("c", "d")] * 8])
     with pytest.raises(PhinetuneError, match=r"bad.jsonl:2: the keys \(nothing\)"):
         train(tiny_config(file, tmp_path / "run"))
+
+
+@pytest.fixture
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.training.prepare.build_chats", lambda _: pytest.fail("data was read"))
+
+
+@pytest.mark.parametrize("way", [train, plan_config], ids=["train", "plan"])
+def test_what_the_checkpoint_lacks_is_told_before_data_is_read(
+    chats: Path, tmp_path: Path, tiny: Loaded, no_data: None, way: Callable[[RunConfig], Any]
+) -> None:
+    """A million rows take long to prepare."""
+    folder = tmp_path / "base"
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    config = tiny_config(chats, tmp_path / "run")
+    config.model.path = str(folder)
+    with pytest.raises(PhinetuneError, match="no weights there"):
+        way(config)
+
+
+@pytest.mark.parametrize("way", [train, plan_config], ids=["train", "plan"])
+def test_a_missing_bitsandbytes_is_told_before_data_is_read(
+    chats: Path, tmp_path: Path, no_data: None, monkeypatch: pytest.MonkeyPatch, way: Callable[[RunConfig], Any]
+) -> None:
+    monkeypatch.setattr("phinetune.checkpoints.quantize.find_spec", lambda name: None)
+    config = tiny_config(chats, tmp_path / "run")
+    config.model.quantization = "nf4"
+    with pytest.raises(PhinetuneError, match=r"pip install 'phinetune\[quant\]'"):
+        way(config)
 
 
 @pytest.mark.parametrize(

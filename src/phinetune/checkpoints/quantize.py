@@ -12,6 +12,16 @@ from phinetune.errors import ModelError
 KINDS = ("nf4", "int8")
 
 
+def check_quantization(kind: str) -> None:
+    """Make sure that a base can be held as `model.quantization` says, before anything slow begins.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    if kind != "none" and find_spec("bitsandbytes") is None:
+        raise ModelError(f"model.quantization: {kind} needs bitsandbytes; pip install 'phinetune[quant]'")
+
+
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     """transformers' `BitsAndBytesConfig` for a kind of quantisation.
 
@@ -24,8 +34,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     """
     from transformers import BitsAndBytesConfig
 
-    if find_spec("bitsandbytes") is None:
-        raise ModelError(f"model.quantization: {kind} needs bitsandbytes; pip install 'phinetune[quant]'")
+    check_quantization(kind)
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from trl import SFTConfig
 from phinetune import processes
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.checkpoints.load import check_weights
+from phinetune.checkpoints.quantize import check_quantization
 from phinetune.checkpoints.tokenizer import open_config, open_tokenizer
 from phinetune.config.run import RunConfig
 from phinetune.data.prepare.build_sets import build_chats, check_sources
@@ -103,6 +106,10 @@ def prepare_run(settled: SettledRun) -> PreparedRun:
     dtype = pick_dtype(config.model.dtype, device)
     with processes.main_first():  # a starter model is made once
         shape, tokenizer = open_config(config.model), open_tokenizer(config.model)
+    check_quantization(config.model.quantization)
+    folder = Path(config.model.path).expanduser()
+    if folder.is_dir():  # a hub id's weights are not here yet
+        check_weights(folder)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
     _check_engine(objective, engine)
     args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)

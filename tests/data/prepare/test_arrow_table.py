@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,16 @@ def test_an_encoder_of_rows_is_told_from_another_by_its_code() -> None:
     one, other = (kind(DataSection(), ENCODER, None).identity() for kind in (RowEncoder, Louder))
     assert one["rows"] != other["rows"]
     assert one["source"] != other["source"]
+
+
+def test_an_encoder_of_rows_is_told_from_its_like_with_another_setting() -> None:
+    @dataclass(frozen=True)
+    class Trimmed(RowEncoder):
+        most: int = 3
+
+    three, four = (Trimmed(DataSection(), ENCODER, None, most).identity() for most in (3, 4))
+    assert three != four
+    assert three == Trimmed(DataSection(), ENCODER, None).identity()
 
 
 def test_a_tokenizer_or_template_of_its_own_has_an_entry_of_its_own() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from jinja2 import TemplateError
@@ -112,14 +112,17 @@ class RowEncoder:
     def identity(self) -> dict[str, Any]:
         """What tells its examples from those of another encoder of rows, as JSON holds it.
 
-        Prepared sets are found by it. An encoder that a user wrote changes it when its code changes.
+        Prepared sets are found by it. An encoder that a user wrote changes it when its code or its own fields change.
         """
+        common = {field.name for field in fields(RowEncoder)}
+        own = {field.name: repr(getattr(self, field.name)) for field in fields(self) if field.name not in common}
         kind = type(self)
         try:
             source = inspect.getsource(kind)
         except (OSError, TypeError):  # made where there is no file, in a notebook's first cell for example
             source = ""
-        return {"rows": f"{kind.__module__}.{kind.__qualname__}", "source": hashlib.sha256(source.encode()).hexdigest()}
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        return {"rows": f"{kind.__module__}.{kind.__qualname__}", "source": digest, "fields": own}
 
     def with_section(self, **changes: Any) -> RowEncoder:
         """The same row encoder with other values in its section."""

@@ -49,6 +49,7 @@ bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.plan
 	@.venv/bin/python -m benchmarks.qlora
 	@.venv/bin/python -m benchmarks.generate
+	@.venv/bin/python -m benchmarks.waiting
 
 clean:
 	rm -rf .venv .venv-setup.log build dist src/*.egg-info

@@ -11,8 +11,9 @@ import pytest
 from cli.cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
 from phinetune.config.run import RunConfig, dump_config, load_config
+from phinetune.cpu_share import Company
 from phinetune.planning.fitting_settings import nearest_fitting
-from phinetune.planning.plan import make_plan
+from phinetune.planning.plan import busy_note, make_plan
 from phinetune.planning.setup import Setup
 from phinetune.screen.plan import as_options
 from phinetune.training.prepare import prepare_run, settle
@@ -116,3 +117,11 @@ def test_quantised_runs_are_measured_too(chats: Path, tmp_path: Path) -> None:
     made = make_plan(config)
     assert made.seconds is not None
     assert made.seconds > 0
+
+
+def test_a_plan_says_that_it_measured_beside_others() -> None:
+    assert busy_note(Company(1.9, 2, 2)) == [
+        "other programs use 1.9 of 2 cores: the time was measured beside them, and a quiet machine takes less"
+    ]
+    assert busy_note(Company(0.1, 2, 2)) == []
+    assert busy_note(None) == []

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from phinetune.config.run import RunConfig
+from phinetune.cpu_share import Company, Usage
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.choice import EngineChoice
@@ -70,7 +71,9 @@ def make_plan(config: RunConfig, *, probe: bool = True) -> Plan:
     prepared = prepare_run(settle(config))
     setup = Setup.of(prepared)
     need = setup.need()
+    before = Usage.now()
     speed = _probe(prepared, setup, need.levels) if probe and prepared.engine.fast else None
+    company = Company.between(before, Usage.now()) if speed else None
     disk, room = checkpoint_bytes(setup.args, need.sizes, need.steps), free_disk(config.output_dir)
     enough_memory = need.memory.total <= setup.free
     return Plan(
@@ -86,7 +89,7 @@ def make_plan(config: RunConfig, *, probe: bool = True) -> Plan:
         free_disk=room,
         fits=enough_memory and disk <= room,
         nearest=[] if enough_memory else nearest_fitting(setup),
-        notes=_notes(setup, prepared.engine),
+        notes=[*busy_note(company), *_notes(setup, prepared.engine)],
     )
 
 
@@ -104,6 +107,13 @@ def _seconds(speed: Speed, need: Need) -> float:
     steps = need.steps
     batches = steps.tokens / steps.mean
     return batches * speed.batch(need.levels, steps.mean) + steps.count * speed.a_parameter * need.sizes.trainable
+
+
+def busy_note(company: Company | None) -> list[str]:
+    """A note if the time was measured beside other programs."""
+    if company is None or not company.disturbs:
+        return []
+    return [f"{company.describe()}: the time was measured beside them, and a quiet machine takes less"]
 
 
 def _notes(setup: Setup, engine: EngineChoice) -> list[str]:

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from phinetune.cpu_share import Company, Usage
 from phinetune.durations import spell_seconds
 from phinetune.metric_table import RESERVED
 from phinetune.screen.console import say
@@ -35,17 +36,24 @@ class TimeLeft(ProgressColumn):
 
 
 class ProgressLine(TrainerCallback):
-    """Loss, learning rate, tokens/s and time left; a line a log step where there is no terminal."""
+    """Loss, learning rate, tokens/s and time left; a line a log step where there is no terminal.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    It says when other programs take cores away. The time left is then counted from the steps since they began, and
+    from those since they ended.
+    """
+
+    def __init__(self, console: Console, usage: Callable[[], Usage] = Usage.now) -> None:
+        self.console, self._read_usage = console, usage
         self._progress: Progress | None = None
         self._numbers = ""
         self._began = 0.0
         self._first_step = 0
+        self._usage: Usage | None = None  # None: the run has several processes, which would take each other for others
+        self._disturbed = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began, self._first_step = time.monotonic(), state.global_step
+        self._usage = self._read_usage() if args.world_size == 1 else None
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         self._progress = Progress(
@@ -81,7 +89,7 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            self._numbers = spell_logs(logs)
+            self._numbers = spell_logs(logs) + self._company(state)
             if self._progress is None:
                 left = self._seconds_left(state)
                 tail = "" if left is None else f"  {spell_seconds(left)} left"
@@ -100,6 +108,17 @@ class ProgressLine(TrainerCallback):
         if self._progress:
             self._progress.stop()
             self._progress = None
+
+    def _company(self, state: TrainerState) -> str:
+        """The other programs since the last log, if they disturb. The steps count anew when that changes."""
+        if self._usage is None:
+            return ""
+        before, self._usage = self._usage, self._read_usage()
+        company = Company.between(before, self._usage)
+        if company.disturbs != self._disturbed:
+            self._disturbed = company.disturbs
+            self._began, self._first_step = time.monotonic(), state.global_step
+        return f"  busy: {company.describe()}" if company.disturbs else ""
 
     def _seconds_left(self, state: TrainerState) -> float | None:
         done = state.global_step - self._first_step

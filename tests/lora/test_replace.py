@@ -176,6 +176,7 @@ def test_in_training_mode_or_not_as_the_model_was() -> None:
     lora.apply(model, ["proj"], r=2)
     assert not model.proj.training
     assert model.proj.merged
+    assert model.proj.weight is not dict(model.proj.named_parameters())["weight"]
 
 
 @pytest.mark.parametrize("merged", [False, True])

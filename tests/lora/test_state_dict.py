@@ -213,6 +213,21 @@ def test_the_loader_leaves_the_given_tensors_alone() -> None:
     assert all(torch.equal(before[n], t) for n, t in state.items())
 
 
+@pytest.mark.parametrize("state", [{}, {"weight": torch.zeros(2, 2)}], ids=["nothing", "no adapter"])
+def test_the_loader_refuses_where_there_are_no_adapters(state: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="neither the model nor what is to be loaded has adapters"):
+        lora.load_lora_state_dict(nn.Linear(2, 2), state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod."])
+def test_the_loader_refuses_names_that_the_lax_one_leaves_out(prefix: str) -> None:
+    model = Block(lora)
+    state = {prefix + name: tensor for name, tensor in lora.lora_state_dict(model).items()}
+    assert model.load_state_dict(state, strict=False).unexpected_keys == list(state)
+    with pytest.raises(ValueError, match=f"missing: conv.lora_A(.|\n)*unexpected: {prefix}conv.lora_A"):
+        lora.load_lora_state_dict(model, state)
+
+
 # -- after eval() -----------------------------------------------------------------------------------------------------
 
 

@@ -110,6 +110,40 @@ def test_under_fsdp_evaluation_leaves_the_weights_apart() -> None:
         model.out.merge()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+@pytest.mark.usefixtures("one_process")
+def test_a_merged_model_that_fsdp_wraps_keeps_its_weights() -> None:
+    model = Block(lora)
+    expected = model(IDS)
+    sharded: Any = FullyShardedDataParallel(model.eval(), use_orig_params=True, device_id=torch.device("cpu"))
+    for training in (False, True, False):
+        assert_close(sharded.train(training)(IDS), expected)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.usefixtures("one_process")
+def test_a_merged_model_that_the_second_fsdp_wraps_keeps_its_weights() -> None:
+    model = Block(lora)
+    expected = model(IDS)
+    fully_shard(model.eval(), mesh=init_device_mesh("cpu", (1,)))
+    for training in (False, True, False):
+        assert_close(model.train(training)(IDS), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH, ids=str)
+def test_a_merged_layers_copy_in_data_parallel_computes_from_its_own_parameters(kind: Kind) -> None:
+    """`replicate` gives each copy the parameters of its device as plain attributes; the sum lies on the first."""
+    layer, other = kind.ours().eval(), kind.ours()
+    copy: Any = layer._replicate_for_data_parallel()
+    for name, parameter in other.named_parameters():
+        setattr(copy, name, parameter.detach() * 2)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+        torch.testing.assert_close(copy(kind.input()), other(kind.input()))
+        assert layer.merged
+
+
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.usefixtures("one_process")
 def test_under_the_second_fsdp_evaluation_computes_the_same() -> None:

@@ -1,4 +1,4 @@
-"""What all LoRA layers share: rank and scale, and a merge that `unmerge` undoes exactly, to the bit."""
+"""What all LoRA layers share: rank and scale, and a merge that leaves the weight itself alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from phinetune.lora.arguments import check_arguments
+from phinetune.lora.merged import MergedWeight
+
+# What an adapted layer has besides the attributes of torch's own class.
+OWN_ATTRIBUTES = frozenset(
+    [
+        *("r", "lora_alpha", "scaling", "merge_weights", "merged", "has_adapter", "_sum", "_fast_path_guard"),
+        *("fan_in_fan_out", "enable_lora", "splits", "_spans"),
+    ]
+)
 
 
 class LoRALayer(nn.Module):
@@ -14,13 +26,18 @@ class LoRALayer(nn.Module):
 
     It is a mixin. A subclass names it before the torch layer's class.
 
+    While the layer is merged, `layer.weight` is the sum of the weight and the update, as in loralib. But loralib adds
+    to the weight in place, and subtracts later. Here the sum is a tensor of its own: the parameter that
+    `parameters()`, `state_dict()` and a tied layer see is always the weight itself. So unmerging is exact, no tied
+    layer sees the update, and a checkpoint never holds merged weights.
+
     Attributes:
         r: rank. With 0 the layer has no adapter and computes what torch's own layer does.
         lora_alpha, scaling: the update is multiplied by scaling, which is alpha / r, or alpha / √r with rsLoRA
             (Kalajdzievski 2023).
         lora_dropout: dropout on the adapter's input.
         merge_weights: whether `eval()` merges.
-        merged: whether the weight holds the update now. `train()` unmerges.
+        merged: whether `weight` is the sum now. `train()` unmerges.
         has_adapter: whether the layer has an adapter.
     """
 
@@ -28,8 +45,10 @@ class LoRALayer(nn.Module):
     lora_alpha: float
     scaling: float
     merge_weights: bool
-    merged: bool
-    has_adapter: bool = False  # torch's constructor reads it before `_set_up` has run
+    # torch's constructor reads these three before `_set_up` has run.
+    merged: bool = False
+    has_adapter: bool = False
+    _sum: MergedWeight | None = None
     weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -38,17 +57,13 @@ class LoRALayer(nn.Module):
         self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool, use_rslora: bool = False
     ) -> None:
         """Set the attributes. Each subclass's constructor calls this once, after torch's constructor."""
-        if r < 0:
-            raise ValueError(f"r must be 0 (no adapter) or more, not {r}")
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout must lie in [0, 1), not {lora_dropout}")
+        check_arguments(r, lora_alpha, lora_dropout, {"merge_weights": merge_weights, "use_rslora": use_rslora})
         self.r = r
         self.lora_alpha = lora_alpha
         self.merge_weights = merge_weights
-        self.merged = False
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
-        self._unmerged: Tensor | None = None
+        self._fast_path_guard: RemovableHandle | None = None
 
     def _add_adapter(self, shape_a: tuple[int, int], shape_b: tuple[int, int]) -> None:
         """Make A and B, filled with zeros, and freeze the weight."""
@@ -74,6 +89,23 @@ class LoRALayer(nn.Module):
         """The weight to which the update is added."""
         return self.weight
 
+    def _own_weight(self) -> Tensor:
+        """The weight itself, also while the layer is merged."""
+        own = self._parameters.get("weight")
+        # FSDP's flat views, DataParallel's copies and torch's parametrizations are attributes, not parameters.
+        return self.weight if own is None else own
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self._sum is not None:
+            own = self._parameters.get(name)
+            # Else the weight was replaced since, or FSDP asks, which would write the sum into its own storage.
+            if own is not None and own is self._sum.parts[0] and not self._is_sharded():
+                if not (torch.compiler.is_compiling() or self._sum.is_written() or self._sum.is_of(self._parts())):
+                    self.merge()
+                # torch's fast paths ask `weight` whether anything needs a gradient.
+                return self._sum.weight.requires_grad_(own.requires_grad)
+        return super().__getattr__(name)
+
     def _drops(self) -> bool:
         """Whether dropout is active now. This is checked at each call, as users replace `lora_dropout` later."""
         return self.training and type(self._modules["lora_dropout"]) is not nn.Identity
@@ -81,41 +113,91 @@ class LoRALayer(nn.Module):
     # -- merging --------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
-        """Add the update to the weight. Does nothing if it is merged already, or is on the meta device.
+        """Make `weight` the sum of the weight and the update. Does nothing on the meta device.
 
-        The sum is computed in float32, or the weight's wider dtype, and rounded once. The layer keeps the unmerged
-        weight.
+        The sum is computed in float32, or the weight's wider dtype, and rounded once. If the layer is merged already,
+        the sum is made anew if what it was made of has changed.
 
         Raises:
-            ValueError: the sum has values that are not finite, or FSDP manages the weight. Nothing is merged then.
+            ValueError: the sum has values that are not finite, or the weight is not the layer's own: FSDP, a
+                parametrization, weight norm or pruning manages it. Nothing is merged then.
         """
-        if self.merged or not self.has_adapter or self.weight.is_meta:
+        if not self.has_adapter or self._own_weight().is_meta or (self._sum and self._sum.is_of(self._parts())):
             return
-        if self._is_sharded():
-            raise ValueError("FSDP manages the weight, so it can't be merged: merge in a model that FSDP does not wrap")
-        with torch.no_grad():
-            base, dtype = self._base_weight(), self.weight.dtype
+        if not self._owns_weight():
+            raise ValueError(
+                f"{self._manager()} manages the weight, so it can't be merged: merge in a model without that"
+            )
+        if self._sum is not None:
+            self._check_sum(self._sum)
+            self._drop_sum()
+        # Not as an inference tensor: the sum outlives the block of code that asks for it.
+        with torch.inference_mode(False), torch.no_grad():
+            base, dtype = self._base_weight(), self._own_weight().dtype
             total = (base.to(torch.promote_types(dtype, torch.float32)) + self.delta_weight()).to(dtype)
         if not torch.isfinite(total).all():
             raise ValueError(
                 f"the merged {type(self).__name__} would have values that are not finite; nothing was merged"
             )
-        self._unmerged = self.weight.data
-        self.weight.data = total
+        self._sum = MergedWeight.of(total, self._parts())
         self.merged = True
+        self._guard_from_fast_path()
 
     def unmerge(self) -> None:
-        """Restore the weight exactly, to the bit. Does nothing if it is not merged."""
-        if self.merged:
-            assert self._unmerged is not None
-            self.weight.data = self._unmerged
-            self._unmerged = None
-            self.merged = False
+        """Make `weight` the weight itself again. Does nothing if the layer is not merged.
+
+        Raises:
+            ValueError: the sum was written to, or something took it for the weight, while the layer was merged.
+        """
+        if self._sum is None:
+            return
+        self._check_sum(self._sum)
+        self._drop_sum()
+
+    def _drop_sum(self) -> None:
+        self._sum, self.merged = None, False
+        self._guard_from_fast_path()
+
+    def _current_sum(self) -> Tensor | None:
+        """The sum that a forward uses; None if it has to compute with the weight and the adapter apart.
+
+        Apart: if the layer is not merged, and if a gradient has to reach the weight itself. If the weight, A or B has
+        changed since the sum was made, for example through a tied layer, the sum is made anew.
+        """
+        if self._sum is None:
+            return None
+        if torch.compiler.is_compiling():  # the compiler can't read a tensor's version
+            return self._sum.weight
+        weight, *_ = parts = self._parts()
+        if not self._sum.is_of(parts):
+            self._check_sum(self._sum)
+            # Under FSDP, in functional_call and in DataParallel's copies the parts are other tensors for one call.
+            if not (self._owns_weight() and all(isinstance(part, nn.Parameter) for part in parts)):
+                return None
+            self.merge()
+        apart = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+        return None if apart else self._sum.weight
+
+    def _check_sum(self, made: MergedWeight) -> None:
+        """Raise a ValueError if someone took the sum for the weight itself; the sum is dropped then."""
+        taken = not (self._owns_weight() or self._is_sharded() or getattr(self, "_is_replica", False))
+        if taken or made.is_written():
+            self._drop_sum()
+            raise ValueError(
+                f"the merged weight of a {type(self).__name__} was "
+                + (f"taken over by {self._manager()}" if taken else "written to")
+                + ", so it can't be unmerged: call train() before such a change"
+            )
+
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        """What the sum is made of: the weight, A and B."""
+        held = self._parameters
+        return held.get("weight"), held.get("lora_A"), held.get("lora_B")
 
     def train(self, mode: bool = True) -> LoRALayer:
         """Set training or evaluation mode. Training mode unmerges. Evaluation mode merges if `merge_weights` is set.
 
-        If FSDP manages the weight, evaluation mode does not merge.
+        If something else manages the weight (see `merge`), evaluation mode does not merge.
 
         Returns:
             the layer itself.
@@ -123,16 +205,40 @@ class LoRALayer(nn.Module):
         super().train(mode)
         if mode:
             self.unmerge()
-        elif self.merge_weights and not self._is_sharded():
+        elif self.merge_weights and self._owns_weight():
             self.merge()
+        self._guard_from_fast_path()
         return self
 
-    def _is_sharded(self) -> bool:
-        """Whether FSDP (version 1 or 2) manages the weight's storage.
+    def _owns_weight(self) -> bool:
+        """Whether the weight is a parameter of the layer, and the layer alone manages its storage."""
+        return "weight" in self._parameters and not self._is_sharded()
 
-        Merging would fail then: FSDP would overwrite the kept weight, or would not see the sum.
+    def _is_sharded(self) -> bool:
+        """Whether FSDP (version 1 or 2) manages the weight's storage. It would not see a sum."""
+        weight = self._own_weight()
+        return hasattr(weight, "_fsdp_flattened") or hasattr(weight, "device_mesh")
+
+    def _manager(self) -> str:
+        return "FSDP" if self._is_sharded() else "a parametrization, weight norm or pruning"
+
+    def _guard_from_fast_path(self) -> None:
+        """In evaluation mode, `nn.TransformerEncoderLayer` reads `linear1.weight` and does not call `linear1`.
+
+        That is right for a merged layer. Else it would leave out the adapter. torch does not take this way if a layer
+        in it has a hook. So a layer that is in evaluation mode and is not merged has one, which does nothing.
         """
-        return hasattr(self.weight, "_fsdp_flattened") or hasattr(self.weight, "device_mesh")
+        needed = self.has_adapter and not self.training and not self.merged
+        if needed and self._fast_path_guard is None:
+            self._fast_path_guard = self.register_forward_pre_hook(_do_nothing)
+        elif not needed:
+            self.remove_guard()
+
+    def remove_guard(self) -> None:
+        """Take away the hook that `_guard_from_fast_path` has set, if there is one."""
+        if self._fast_path_guard is not None:
+            self._fast_path_guard.remove()
+            self._fast_path_guard = None
 
     def unloaded(self) -> nn.Module:
         """A new layer of torch's own class, with the update merged into its weight. This layer does not change.
@@ -143,21 +249,25 @@ class LoRALayer(nn.Module):
         was_merged = self.merged
         self.merge()
         try:
-            return self._torch_layer(self.weight.detach().clone())
+            layer: Any = self._torch_layer()
+            layer.weight = nn.Parameter(self._torch_weight().detach().clone())
         finally:
             if not was_merged:
                 self.unmerge()
+        if getattr(self, "bias", None) is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        made: nn.Module = layer.train(self.training)
+        return made
 
-    def _torch_layer(self, weight: Tensor) -> nn.Module:
-        """A layer of torch's own class with this layer's settings and bias, and with `weight`."""
+    def _torch_layer(self) -> nn.Module:
+        """A layer of torch's own class with this layer's settings, on the meta device."""
         raise NotImplementedError
 
-    # -- saving, loading and moving use the unmerged weight ---------------------------------------------------
+    def _torch_weight(self) -> Tensor:
+        """`weight` as torch's own class stores it."""
+        return self.weight
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            destination[f"{prefix}weight"] = self._unmerged
+    # -- after loading or moving, the sum is made anew ----------------------------------------------------------
 
     def _load_from_state_dict(self, *args: Any) -> None:
         merged = self.merged
@@ -179,21 +289,5 @@ class LoRALayer(nn.Module):
         return super().extra_repr() + kind + (", merged" if self.merged else "")
 
 
-def adopt(layer: LoRALayer, base: nn.Module) -> None:
-    """Give `layer`, made on the meta device, the weight and bias of `base`, and a newly initialised adapter.
-
-    The weight and bias share the base's storage; nothing is copied. But the parameters are new objects. If another
-    layer is tied to the base's weight, it keeps the old object, so merging `layer` does not change that other layer.
-    """
-    source: Any = base
-    for name in ("weight", "bias"):
-        tensor = getattr(source, name, None)
-        if tensor is not None:
-            trains = tensor.requires_grad and (name == "bias" or not layer.has_adapter)
-            setattr(layer, name, nn.Parameter(tensor.detach(), requires_grad=trains))
-    if layer.has_adapter:
-        for name in ("lora_A", "lora_B"):
-            empty = torch.empty_like(getattr(layer, name), device=source.weight.device)
-            setattr(layer, name, nn.Parameter(empty))
-        layer.reset_lora_parameters()
-    layer.train(base.training)
+def _do_nothing(*_: Any) -> None:
+    """A forward hook. That it is there is all it is for."""

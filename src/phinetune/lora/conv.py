@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from phinetune.lora.base import LoRALayer, adopt
+from phinetune.lora.adoption import adopt, check_base
+from phinetune.lora.base import LoRALayer
 
 # loralib names a convolution's own parameters `conv.weight` and `conv.bias`.
 LORALIB_PREFIX = "conv."
@@ -68,7 +69,12 @@ class _ConvBase(LoRALayer):
 
     @classmethod
     def from_base(cls: type[Made], layer: Any, r: int, **options: Any) -> Made:
-        """An adapted layer that shares the storage of `layer`'s kernel and bias. Nothing is copied."""
+        """An adapted layer that shares the storage of `layer`'s kernel and bias. Nothing is copied.
+
+        Raises:
+            ValueError: `layer` is not plainly torch's convolution (see `adoption.obstacle`), or as in the class.
+        """
+        check_base(layer, _plain(cls))
         made = cls(
             layer.in_channels, layer.out_channels, layer.kernel_size, r, **options, **_settings(layer), device="meta"
         )
@@ -91,15 +97,17 @@ class _ConvBase(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x and the result have the shapes of torch's convolution."""
-        if self.merged or not self.has_adapter:
-            return self._convolve(x, self.weight, self.bias)
-        delta = (self.lora_B @ self.lora_A).view(self.weight.shape).to(self.weight.dtype) * self.scaling
+        merged = self._current_sum() if self.has_adapter else self.weight
+        if merged is not None:
+            return self._convolve(x, merged, self.bias)
+        weight = self._own_weight()
+        delta = (self.lora_B @ self.lora_A).view(weight.shape).to(weight.dtype) * self.scaling
         if self._drops():
-            return self._convolve(x, self.weight, self.bias) + self._convolve(self.lora_dropout(x), delta, None)
-        return self._convolve(x, self.weight + delta, self.bias)
+            return self._convolve(x, weight, self.bias) + self._convolve(self.lora_dropout(x), delta, None)
+        return self._convolve(x, weight + delta, self.bias)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+        return self._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
         for name in ("weight", "bias"):
@@ -107,14 +115,15 @@ class _ConvBase(LoRALayer):
                 state[f"{prefix}{name}"] = state.pop(f"{prefix}{LORALIB_PREFIX}{name}")
         super()._load_from_state_dict(state, prefix, *rest)
 
-    def _torch_layer(self, weight: Tensor) -> nn.Module:
-        kind: Any = next(c for c in type(self).__mro__ if c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        layer: Any = kind(self.in_channels, self.out_channels, self.kernel_size, **_settings(self), device="meta")
-        layer.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().clone())
-        made: nn.Module = layer.train(self.training)
-        return made
+    def _torch_layer(self) -> nn.Module:
+        sizes = (self.in_channels, self.out_channels, self.kernel_size)
+        layer: nn.Module = _plain(type(self))(*sizes, **_settings(self), device="meta")
+        return layer
+
+
+def _plain(kind: type[nn.Module]) -> Any:
+    """torch's own class of convolution that `kind` adapts."""
+    return next(c for c in kind.__mro__ if c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def _settings(layer: Any) -> dict[str, Any]:

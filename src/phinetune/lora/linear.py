@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from phinetune.lora.base import LoRALayer, adopt
+from phinetune.lora.adoption import adopt, check_base
+from phinetune.lora.arguments import check_enable_lora, check_switch
+from phinetune.lora.base import LoRALayer
 from phinetune.lora.functional import Span, delta_weight, lora_linear
 
 
@@ -29,8 +31,9 @@ class _LinearBase(LoRALayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Takes x of shape (..., in_features), gives shape (..., out_features)."""
-        if self.merged or not self.has_adapter:
-            return F.linear(x, self._transposed(self.weight), self.bias)
+        merged = self._current_sum() if self.has_adapter else self.weight
+        if merged is not None:
+            return F.linear(x, self._transposed(merged), self.bias)
         held: dict[str, Any] = self._parameters
         try:  # without nn.Module's attribute lookup, which takes a twentieth of a small layer's time
             weight, bias, a, b = held["weight"], held["bias"], held["lora_A"], held["lora_B"]
@@ -39,18 +42,20 @@ class _LinearBase(LoRALayer, nn.Linear):
         if self.fan_in_fan_out:
             weight = weight.t()
         seen = self.lora_dropout(x) if self._drops() else None
+        if x.is_nested and seen is None:  # nn.TransformerEncoder makes such rows of different lengths of a padded batch
+            update = self.delta_weight().to(weight.dtype)
+            return F.linear(x, weight, bias) + F.linear(x, self._transposed(update))
         return lora_linear(x, weight, bias, a, b, self.scaling, seen, self._spans)
 
     def delta_weight(self) -> Tensor:
         """s · B A in the weight's shape."""
         return self._transposed(delta_weight(self.lora_A, self.lora_B, self.scaling, self.out_features, self._spans))
 
-    def _torch_layer(self, weight: Tensor) -> nn.Module:
-        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(self._transposed(weight).contiguous())
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().clone())
-        return layer.train(self.training)
+    def _torch_layer(self) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+
+    def _torch_weight(self) -> Tensor:
+        return self._transposed(self.weight).contiguous()
 
 
 class Linear(_LinearBase):
@@ -82,6 +87,7 @@ class Linear(_LinearBase):
         use_rslora: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_switch("fan_in_fan_out", fan_in_fan_out)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         self._set_up(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
         self.fan_in_fan_out = fan_in_fan_out
@@ -94,9 +100,16 @@ class Linear(_LinearBase):
 
     @classmethod
     def from_base(cls, layer: nn.Linear, r: int, **options: Any) -> Linear:
-        """An adapted layer that shares the storage of `layer`'s weight and bias. Nothing is copied."""
+        """An adapted layer that shares the storage of `layer`'s weight and bias. Nothing is copied.
+
+        Raises:
+            ValueError: `layer` is not plainly an `nn.Linear` (see `adoption.obstacle`); `fan_in_fan_out` is set; or as
+                in `Linear`.
+        """
+        check_base(layer, nn.Linear)
         kind: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
-        made = cls(layer.in_features, layer.out_features, r, **{**options, "fan_in_fan_out": False}, **kind)
+        _check_layout(options)
+        made = cls(layer.in_features, layer.out_features, r, **options, **kind)
         adopt(made, layer)
         return made
 
@@ -131,6 +144,7 @@ class MergedLinear(_LinearBase):
         use_rslora: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_switch("fan_in_fan_out", fan_in_fan_out)
         splits = _split_sizes(out_features, enable_lora)
         nn.Linear.__init__(self, in_features, sum(splits), **kwargs)
         self._set_up(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
@@ -153,14 +167,16 @@ class MergedLinear(_LinearBase):
                 splits have the same size.
 
         Raises:
-            ValueError: the splits do not add up to the layer's out_features, or as in `MergedLinear`.
+            ValueError: the splits do not add up to the layer's out_features, or as in `MergedLinear` and in
+                `Linear.from_base`.
         """
         out = options.pop("splits", None) or layer.out_features
         if sum(_split_sizes(out, enable_lora)) != layer.out_features:
             raise ValueError(f"splits {out} don't add up to the layer's {layer.out_features} out_features")
+        check_base(layer, nn.Linear)
         kind: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
-        options = {**options, "fan_in_fan_out": False, "enable_lora": enable_lora}
-        made = cls(layer.in_features, out, r, **options, **kind)
+        _check_layout(options)
+        made = cls(layer.in_features, out, r, enable_lora=enable_lora, **options, **kind)
         adopt(made, layer)
         return made
 
@@ -185,8 +201,7 @@ def _split_sizes(out_features: int | Sequence[int], enable_lora: Sequence[bool])
     Raises:
         ValueError: as in `MergedLinear`.
     """
-    if not enable_lora:
-        raise ValueError("enable_lora is empty: give one boolean for each split")
+    check_enable_lora(enable_lora)
     if isinstance(out_features, int):
         if out_features % len(enable_lora):
             raise ValueError(
@@ -199,6 +214,12 @@ def _split_sizes(out_features: int | Sequence[int], enable_lora: Sequence[bool])
     if min(out_features) < 1:
         raise ValueError(f"each split needs one row or more, not {list(out_features)}")
     return list(out_features)
+
+
+def _check_layout(options: Mapping[str, Any]) -> None:
+    """Refuse `fan_in_fan_out` for an existing layer: its weight is stored as nn.Linear stores it."""
+    if options.get("fan_in_fan_out"):
+        raise ValueError("fan_in_fan_out: an nn.Linear stores its weight as (out_features, in_features); leave it out")
 
 
 def _spans(splits: Sequence[int], enable_lora: Sequence[bool]) -> tuple[Span, ...]:
@@ -249,7 +270,12 @@ class Embedding(LoRALayer, nn.Embedding):
 
     @classmethod
     def from_base(cls, layer: nn.Embedding, r: int, **options: Any) -> Embedding:
-        """An adapted layer that shares the storage of `layer`'s weight. Nothing is copied."""
+        """An adapted layer that shares the storage of `layer`'s weight. Nothing is copied.
+
+        Raises:
+            ValueError: `layer` is not plainly an `nn.Embedding` (see `adoption.obstacle`), or as in `Embedding`.
+        """
+        check_base(layer, nn.Embedding)
         names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
         same = {name: getattr(layer, name) for name in names}
         kind: dict[str, Any] = {"device": "meta", "dtype": layer.weight.dtype}
@@ -269,11 +295,13 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def forward(self, x: Tensor) -> Tensor:
         """Takes ids of any shape (...), gives shape (..., embedding_dim)."""
-        if self.merged:
+        merged = self._current_sum()
+        if merged is not None:
             # Without max_norm: it would renormalise the sum, and so shrink the update.
             same = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
-            return F.embedding(x, self.weight, self.padding_idx, **same)
-        base = super().forward(x)
+            return F.embedding(x, merged, self.padding_idx, **same)
+        norm = (self.max_norm, self.norm_type)
+        base = F.embedding(x, self._own_weight(), self.padding_idx, *norm, self.scale_grad_by_freq, self.sparse)
         if not self.has_adapter:
             return base
         # Never with sparse=True: torch can't transpose a sparse gradient back to A's shape.
@@ -295,8 +323,8 @@ class Embedding(LoRALayer, nn.Embedding):
             delta[self.padding_idx] = 0
         return delta
 
-    def _torch_layer(self, weight: Tensor) -> nn.Module:
-        layer = nn.Embedding(
+    def _torch_layer(self) -> nn.Module:
+        return nn.Embedding(
             self.num_embeddings,
             self.embedding_dim,
             padding_idx=self.padding_idx,
@@ -306,5 +334,3 @@ class Embedding(LoRALayer, nn.Embedding):
             sparse=self.sparse,
             device="meta",
         )
-        layer.weight = nn.Parameter(weight)
-        return layer.train(self.training)

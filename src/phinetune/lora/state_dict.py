@@ -23,9 +23,10 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         bias: which biases train. `none`; `all`: those of the whole model; `lora_only`: those of adapted layers.
 
     Raises:
-        ValueError: `bias` is none of these.
+        ValueError: `bias` is none of these, or an `nn.MultiheadAttention` has an adapter that it would never use.
     """
     _check_bias(bias)
+    _check_attention(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name or (bias == "all" and "bias" in name)
     if bias == "lora_only":
@@ -60,14 +61,20 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load into a pretrained model what `lora_state_dict` saved, here or in loralib.
 
-    If a tensor does not fit, nothing is loaded.
+    If a tensor does not fit, nothing is loaded. `model.load_state_dict(state, strict=False)`, loralib's way, loads what
+    fits and leaves out the rest without a word: with other names, for example, that is everything.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape. The message names them all.
+        ValueError: tensors are missing, unexpected or of another shape. The message names them all. Or neither the
+            model nor `state` has adapters.
     """
     renamed = {_torch_name(model, name): tensor for name, tensor in state.items()}
     there = model.state_dict()
     wanted = {name for name in there if "lora_" in name}
+    if not wanted and not any("lora_" in name for name in renamed):
+        raise ValueError(
+            "neither the model nor what is to be loaded has adapters: put LoRA layers into the model first"
+        )
     problems = [f"missing: {name}" for name in sorted(wanted - renamed.keys())]
     problems += [f"unexpected: {name}" for name in sorted(renamed.keys() - there.keys())]
     problems += [
@@ -102,6 +109,23 @@ def _lora_biases(model: nn.Module) -> set[str]:
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, LoRALayer) and layer.has_adapter and isinstance(getattr(layer, "bias", None), nn.Parameter)
     }
+
+
+def _check_attention(model: nn.Module) -> None:
+    """Refuse an adapter as the out_proj of `nn.MultiheadAttention`, which reads its weight and never calls it.
+
+    In training the adapter would have no effect and get no gradient; in evaluation it would be merged.
+    """
+    found = [
+        f"{name}.out_proj".lstrip(".")
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.MultiheadAttention) and getattr(layer.out_proj, "has_adapter", False)
+    ]
+    if found:
+        why = "nn.MultiheadAttention reads this layer's weight and never calls it"
+        raise ValueError(
+            f"{', '.join(found)}: {why}, so an adapter would have no effect in training: put torch's own layer there"
+        )
 
 
 def _check_bias(bias: str) -> None:

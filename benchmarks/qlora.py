@@ -33,8 +33,9 @@ from benchmarks.train import RESULTS, Row, as_table, machine, measure, write
 from benchmarks.worker import LORA
 from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.adapters import ADAPTER_WEIGHTS, BASE_FILE
-from phinetune.checkpoints.load import INDEX, Base, fingerprint
+from phinetune.checkpoints.load import Base
 from phinetune.checkpoints.target_modules import linear_layers
+from phinetune.checkpoints.weight_files import INDEX, fingerprint
 from phinetune.files import staged_folder
 
 STORED = torch.float16  # the dtype of the files: a processor without bfloat16 reads it, too

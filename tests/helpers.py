@@ -110,10 +110,12 @@ def tiny_config(chats: Path, output_dir: Path, **training: Any) -> RunConfig:
     )
 
 
-def train_only(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> TrainedRun:
+def train_only(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, changed: bool = False
+) -> TrainedRun:
     """A run prepared and trained, nothing shown and nothing compared."""
     prepared = prepare_run(settle(config))
-    return train_run(prepared, open_place(config, resume=resume, overwrite=overwrite))
+    return train_run(prepared, open_place(config, resume=resume, overwrite=overwrite, changed=changed))
 
 
 def read_rows(source: str, split: str = "train") -> list[Row]:

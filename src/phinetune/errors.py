@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 
@@ -60,3 +61,29 @@ def at_most(problems: Sequence[str], shown: int = 20) -> list[str]:
     """The first `shown` problems, and a line that says how many more there are."""
     rest = len(problems) - shown
     return list(problems) if rest <= 0 else [*problems[:shown], f"… and {rest} more of this kind"]
+
+
+@contextmanager
+def told_as(kind: type[PhinetuneError], where: str) -> Iterator[None]:
+    """A context for one call of a library with something that the user gave: what it raises becomes one sentence.
+
+    Libraries raise errors of any class for a bad value or a damaged file. Nothing but the library's call belongs into
+    the context, so that a fault of this package stays a traceback.
+
+    Args:
+        where: what the sentence begins with: the file, the key or the model.
+    """
+    try:
+        yield
+    except (PhinetuneError, MemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{where}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException, longest: int = 300) -> str:
+    """What an error says, in one line of at most `longest` letters; its class if it says nothing."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= longest else f"{text[:longest]} …"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phinetune.config.places import with_absolute_places
 from phinetune.config.run import RunConfig, dump_config, load_config
 from phinetune.errors import RunError
 from phinetune.files import write_text
@@ -99,11 +100,12 @@ class RunFolder:
             raise RunError(
                 f"output_dir {self.path} holds files that no run of phinetune wrote; name an empty or new folder"
             )
-        if overwrite or not (self.is_finished or self.checkpoints()):
+        if overwrite or not (self.is_finished or self._numbered()):
             return
-        if self.is_finished:
+        if self.is_finished or not self.checkpoints():
+            state = "a finished run" if self.is_finished else "checkpoints that a run can't go on from"
             raise RunError(
-                f"output_dir {self.path} holds a finished run; name another folder with "
+                f"output_dir {self.path} holds {state}; name another folder with "
                 "`--set training_config.output_dir=…`, or replace the run with --overwrite"
             )
         raise RunError(
@@ -111,37 +113,52 @@ class RunFolder:
             "--overwrite"
         )
 
-    def checkpoint_to_resume(self, config: RunConfig) -> Path | None:
+    def checkpoint_to_resume(self, wanted: Path | None = None) -> Path | None:
         """The newest complete checkpoint. None: the run stopped before its first one, and begins again.
 
+        Args:
+            wanted: the checkpoint to go on from, if the user named one.
+
         Raises:
-            RunError: the folder holds no run, or one with another model, other data or another adapter.
+            RunError: the folder holds no run, no checkpoint that a run can go on from, or a newer one than `wanted`.
         """
         if not self.is_run:
             raise RunError(f"output_dir {self.path} holds no run to go on with; leave --resume out to start one")
-        checkpoint = max(self.checkpoints(), key=_step, default=None)
-        if checkpoint:
-            self._check_same(config)
-        return checkpoint
+        newest = max(self.checkpoints(), key=_step, default=None)
+        if newest is None:
+            self._check_nothing_is_lost()
+        if wanted is not None:
+            self._check_wanted(wanted, newest)
+        return newest
 
-    def _check_same(self, config: RunConfig) -> None:
-        before, now = (
-            {
-                "model.path": c.model.path,
-                "data": c.data.model_dump(mode="json"),
-                "objective": c.objective.model_dump(mode="json"),
-                "peft_config": c.peft_config,
-            }
-            for c in (self.read_config(), config)
+    def _check_nothing_is_lost(self) -> None:
+        """Of a run without a checkpoint to go on from: make sure that it may begin again."""
+        kept = self._numbered()
+        if kept:
+            lacking = ", ".join(name for name in RESUMABLE if not (kept[-1] / name).is_file())
+            raise RunError(
+                f"output_dir {self.path}: {kept[-1].name} can't be gone on from, since it lacks {lacking} "
+                "(training_config.save_only_model: true saves none of them); start a new run in another folder, or "
+                "replace this one with --overwrite"
+            )
+        if self.is_finished:
+            raise RunError(
+                f"output_dir {self.path} holds a finished run without checkpoints, so there is nothing to go on from; "
+                "start a new run in another folder, or replace this one with --overwrite"
+            )
+
+    def _check_wanted(self, wanted: Path, newest: Path | None) -> None:
+        if newest and wanted.expanduser().resolve() in (newest.resolve(), self.path.resolve()):
+            return
+        if newest and wanted.expanduser().resolve() in [folder.resolve() for folder in self.checkpoints()]:
+            raise RunError(
+                f"{wanted}: {newest.name} is newer, and its steps would be done again; move the newer checkpoints "
+                "away first"
+            )
+        raise RunError(
+            f"{wanted}: no checkpoint that the run in {self.path} can go on from; set training_config.output_dir to "
+            "the folder of the checkpoint's run"
         )
-        problems = [
-            f"{key}: the run in {self.path} has {before[key]}, the configuration now has {now[key]}"
-            for key in before
-            if before[key] != now[key]
-        ]
-        if problems:
-            rule = "--resume goes on with the same model, data, objective and adapter; start a new run instead"
-            raise RunError([*problems, rule])
 
     def read_config(self) -> RunConfig:
         """The configuration that the run was started with."""
@@ -156,9 +173,14 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run:
             self._clear()
-        resolved = config.model_copy(deep=True)
+        self.write_config(config, revision)
+
+    def write_config(self, config: RunConfig, revision: str | None) -> None:
+        """Write config.yaml. See `start`."""
+        resolved = with_absolute_places(config)
         resolved.model.revision = revision
         resolved.training_config["output_dir"] = str(self.path)
+        resolved.training_config.pop("resume_from_checkpoint", None)  # a wish for one call, and not of the run
         write_text(self.path / CONFIG, MARK + dump_config(resolved))
 
     def recorded_data(self) -> dict[str, Any]:
@@ -171,8 +193,18 @@ class RunFolder:
             return data
         return {}
 
+    def read_start(self) -> dict[str, Any]:
+        """What start.json holds; empty if there is none that can be read."""
+        try:
+            tree = json.loads((self.path / START).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return tree if isinstance(tree, dict) else {}
+
     def write_start(self, facts: Mapping[str, Any]) -> None:
-        """Write start.json: what is known when training begins (base, data, steps, machine, versions, process)."""
+        """Write start.json: what is known when training begins (base, data, steps, machine, versions, process, and
+        what decides the result).
+        """
         self._write(START, facts)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
@@ -190,6 +222,15 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for folder in [*self._numbered(), *self.path.glob(".*.partial-*")]:
             shutil.rmtree(folder)
+
+
+def told_changes(changed: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """A sentence for each time that the run was resumed with something changed.
+
+    Args:
+        changed: as start.json and the section `training` of results.json hold it.
+    """
+    return [f"Resumed with something changed at step {one['step']}: {', '.join(one['what'])}." for one in changed or []]
 
 
 def _step(checkpoint: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from helpers import TINY, chat, tiny_config, write_jsonl
 from phinetune import evaluate, generate, load, train
 from phinetune.api.train import train_config
+from phinetune.config.data import OtherSplit
 from phinetune.errors import ConfigError, DataError, ModelError, PhinetuneError
 
 
@@ -47,6 +49,54 @@ def test_a_share_of_a_file_that_has_changed_is_refused(
         evaluate(tmp_path / "run", console=quiet)
     assert "--data FILE" in str(caught.value)
     assert evaluate(tmp_path / "run", data=str(file), console=quiet).data["rows"] == 13
+
+
+def test_rows_that_the_run_was_trained_on_are_counted_and_told(
+    tiny_run: Path, chats: Path, rows: list[dict[str, Any]], tmp_path: Path, console: Console
+) -> None:
+    """Of the run's own twelve rows three were held out, so nine of them are known."""
+    others = [chat("Something else?", "No."), chat(rows[1]["messages"][0]["content"], "Another answer.")]
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    data = str(write_jsonl(tmp_path / "data.jsonl", [*rows, *others]))
+    found = evaluate(run, data, {"generate": False}, console=console)
+    assert found.overlap == {"rows": 14, "copies": 9, "near_copies": 0, "same_prompt": 1}
+    told = "9 of 14 held-out chats are copies of training rows; the comparison is too kind"
+    assert found.flags[0] == told
+    assert told in console.file.getvalue()  # type: ignore[attr-defined]
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert kept["data"]["overlap"] == found.overlap
+    assert kept["flags"][:1] == [told]
+
+
+def test_training_rows_that_are_gone_are_not_counted(
+    rows: list[dict[str, Any]], tmp_path: Path, quiet: Console
+) -> None:
+    file = write_jsonl(tmp_path / "chats.jsonl", rows)
+    train_config(tiny_config(file, tmp_path / "run", max_steps=1), quiet)
+    data = str(write_jsonl(tmp_path / "data.jsonl", rows))
+    file.write_text("{")
+    assert evaluate(tmp_path / "run", data, {"generate": False}, console=quiet).overlap is None
+    file.unlink()
+    assert evaluate(tmp_path / "run", data, {"generate": False}, console=quiet).overlap is None
+
+
+def test_a_recorded_split_is_evaluated_again(rows: list[dict[str, Any]], tmp_path: Path, quiet: Console) -> None:
+    for split, part in (("train", rows[:8]), ("validation", rows[6:])):
+        write_jsonl(tmp_path / f"{split}.jsonl", part)
+    config = tiny_config(tmp_path, tmp_path / "run", max_steps=1)
+    config.data.eval = OtherSplit(split="validation")
+    config.evaluation.generate = False
+    made = train_config(config, quiet).results
+    assert made["data"]["overlap"] == {"rows": 6, "copies": 2, "near_copies": 0, "same_prompt": 0}
+    assert "2 of 6 held-out chats are copies of training rows" in made["flags"][0]
+    again = evaluate(tmp_path / "run", console=quiet, record=False)
+    assert again.overlap == made["data"]["overlap"]
+    assert again.data == made["data"]["held_out"]
+    assert again.results["tuned"]["loss"] == pytest.approx(made["evaluation"]["tuned"]["loss"], rel=1e-6)
+    page = (tmp_path / "run" / "report.html").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert all("2 of 6 held-out chats are copies" in text for text in (page, card))
 
 
 @pytest.mark.parametrize(

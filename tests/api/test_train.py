@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import phinetune
-from helpers import TINY
+from helpers import TINY, chat, write_jsonl
 from phinetune import evaluate, load, train
 from phinetune.errors import ModelError
 
@@ -30,9 +30,10 @@ def test_the_package_and_its_metadata_name_one_version() -> None:
 
 
 def test_two_dictionaries_train_evaluate_and_load(chats: Path, tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [chat(f"And {i}?", f"It is {i}.") for i in range(4)])
     run = train(
         model=TINY,
-        data={"train": str(chats), "eval": str(chats)},
+        data={"train": str(chats), "eval": str(held_out)},
         peft_config={"r": 4},
         training_config={"output_dir": str(tmp_path / "run"), "max_steps": 2, "learning_rate": 1e-2},
         evaluation={"max_prompts": 2, "max_new_tokens": 4},

@@ -192,3 +192,31 @@ def test_a_loaded_model_stops_where_its_template_ends_a_turn() -> None:
     loaded = load_base(ModelSection(path="random:{layers: 1, hidden_size: 8, intermediate_size: 8, heads: 2}"))
     assert set(make_encoder(loaded.tokenizer).end_of_turn) <= set(loaded.model.generation_config.eos_token_id)
     assert loaded.model.generation_config.eos_token_id == [32000, 32001, 32007]
+
+
+# As templates of reasoning models do: an answer's reasoning stands in the last turn alone.
+FORGETFUL = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}"
+    "{{ m.content + '<|end|>' }}{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"
+)
+
+
+def test_an_answer_that_is_rendered_in_another_way_later_is_refused() -> None:
+    """Its span could not be found, so it would never be trained on."""
+    tokenizer = byte_tokenizer(300)
+    tokenizer.chat_template = FORGETFUL
+    chat = [USER, FINE, AGAIN, YES]
+    with pytest.raises(RowError, match="in another way once a turn follows it"):
+        make_encoder(tokenizer).encode([chat])
+    assert trained_text(make_encoder(tokenizer, "last"), chat) == ["<think></think>Yes!<|end|>"]
+
+
+def test_reasoning_is_trained_on_where_the_template_reads_it() -> None:
+    tokenizer = byte_tokenizer(300)
+    tokenizer.chat_template = FORGETFUL
+    encoder = make_encoder(tokenizer)
+    assert encoder.reads("assistant", "reasoning_content")
+    assert not encoder.reads("assistant", "thoughts")
+    chat = encoder.prepare([USER, {**FINE, "reasoning_content": "Hm."}])
+    assert trained_text(encoder, chat) == ["<think>Hm.</think>Fine.<|end|>"]

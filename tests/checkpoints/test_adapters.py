@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from helpers import TINY
-from phinetune.checkpoints.adapters import attach_adapter
+from phinetune.checkpoints.adapters import attach_adapter, read_base
 from phinetune.checkpoints.load import Loaded, load_base
+from phinetune.checkpoints.opened import open_model
 from phinetune.checkpoints.target_modules import linear_layers, matched_targets, resolve_targets, trainable_parameters
 from phinetune.config.model import ModelSection
 from phinetune.errors import ConfigError, ModelError
@@ -115,7 +117,7 @@ def test_all_tensors_that_do_not_fit_are_listed(tiny_run: Path, tmp_path: Path, 
         (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter there"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 20), "damaged"),
         (lambda f: (f / "base.json").write_text("{}"), "base.json: broken"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), "not a LoRA configuration"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: broken JSON"),
         (
             lambda f: (f / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"})),
             "only LoRA is supported",
@@ -129,3 +131,61 @@ def test_a_broken_adapter_is_refused(tiny_run: Path, tmp_path: Path, tiny: Loade
     with pytest.raises(ModelError) as caught:
         attach_adapter(tiny, folder)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rename", "words"),
+    [
+        (lambda name: name.replace(".lora_A.", ".lora_A.default."), "save the adapter with PEFT's save_pretrained"),
+        (lambda name: name.removeprefix("base_model.model."), "the names lack `base_model.model.`"),
+        (lambda name: name.replace("qkv_proj", "q_proj"), "`phinetune convert … --to peft-fused` joins them"),
+        (lambda name: name.replace("lora_A", "base_layer"), "weights of the base, too"),
+    ],
+    ids=["state dict", "no prefix", "split layers", "layers of the base"],
+)
+def test_another_form_of_an_adapter_is_named(
+    tiny_run: Path, tmp_path: Path, tiny: Loaded, rename: Callable[[str], str], words: str
+) -> None:
+    folder = copy_adapter(tiny_run, tmp_path / "adapter", without=("base.json",))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=words):
+        attach_adapter(tiny, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, "does not fit this base .*--to peft-fused"),
+        ({"target_modules": ["query"]}, r"does not fit this base: .*query"),
+        ({"r": 0}, "does not fit this base"),
+    ],
+    ids=["split layers", "unknown layer", "no rank"],
+)
+def test_a_configuration_that_does_not_fit_is_told(
+    tiny_run: Path, tmp_path: Path, tiny: Loaded, changes: dict[str, Any], words: str
+) -> None:
+    folder = copy_adapter(tiny_run, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ModelError, match=words):
+        attach_adapter(tiny, folder)
+
+
+@pytest.mark.parametrize("changes", [{"fingerprint": None}, {"path": 5}, {"revision": 1}, {"seed": "x"}, {"more": 1}])
+def test_a_record_of_the_base_is_checked(tiny_run: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = copy_adapter(tiny_run, tmp_path / "adapter")
+    file = folder / "base.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ModelError, match=r"base\.json: broken"):
+        read_base(folder)
+
+
+def test_a_damaged_adapter_is_told_before_the_base_is_loaded(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.checkpoints.opened.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    folder = copy_adapter(tiny_run, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match="Git LFS pointer"):
+        open_model(folder)

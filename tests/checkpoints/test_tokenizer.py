@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers import SHARED, TINY
+from helpers import SHARED, TINY, tiny_config
 from phinetune.checkpoints.load import load_base
+from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.checkpoints.tokenizer import open_tokenizer
 from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError
+from phinetune.training.prepare import prepare_run, settle
 
 TEXT = "<|user|>\nGrüße, 日本<|end|>\n"
 
@@ -59,3 +61,22 @@ def test_the_starters_is_the_models(starter_folder: Path) -> None:
 def test_what_is_not_there_is_a_sentence(path: str) -> None:
     with pytest.raises(ModelError, match=r"no such folder|could not be fetched"):
         open_tokenizer(ModelSection(path=path))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path, chats: Path) -> None:
+    larger = byte_tokenizer(300)
+    larger.add_tokens([f"<more {i}>" for i in range(60)])
+    larger.save_pretrained(tmp_path / "larger")
+    section = ModelSection(path=TINY, tokenizer=str(tmp_path / "larger"))
+    words = r"larger: its tokenizer has ids up to \d+ .*, and the model has embeddings for 300 ids"
+    with pytest.raises(ModelError, match=words):
+        load_base(section)
+    config = tiny_config(chats, tmp_path / "run")
+    config.model = section
+    with pytest.raises(ModelError, match=words):
+        prepare_run(settle(config))
+
+
+def test_a_smaller_tokenizer_is_taken(tmp_path: Path) -> None:
+    byte_tokenizer(290).save_pretrained(tmp_path / "smaller")
+    assert load_base(ModelSection(path=TINY, tokenizer=str(tmp_path / "smaller"))).tokenizer

@@ -125,7 +125,7 @@ def mistakes(tmp_path: Path, tiny_run: Path, config_file: Path) -> dict[str, tup
         "nothing to resume": (["train", config_file, "--resume"], "holds no run to go on with"),
         "no such model": (train("model.path=no/such/folder/here"), "no such folder"),
         "bad targets": (train("peft_config.target_modules=[query]"), "`query` matches no linear layer"),
-        "bad rank": (train("peft_config.r=0"), "refuses these settings"),
+        "bad rank": (train("peft_config.r=0"), "peft_config.r: it should be 1 or more (given: 0)"),
         "another base": (["generate", other_base, "--prompt", "Hi"], "this adapter was trained on"),
         "no run": (["chat", tmp_path / "nothing"], "no such folder"),
         "no message": (["generate", tiny_run, "--prompt", " "], "there is no message"),

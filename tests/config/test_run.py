@@ -62,7 +62,6 @@ def test_the_keywords_of_the_model_cards_sample_are_taken(caplog: pytest.LogCapt
     model = make_config({"model": {"path": "x", "attn_implementation": "flash_attention_2", **sample}}).model
     assert (model.use_cache, model.dtype, model.attn_implementation) == (False, "bfloat16", "flash_attention_2")
     assert "trust_remote_code has no effect" in caplog.text
-    assert "device_map" in problems_of({"model": {"device_map": "auto"}})[0]
 
 
 def test_overrides_reach_into_sections_and_dictionaries() -> None:

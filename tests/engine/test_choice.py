@@ -15,6 +15,8 @@ from phinetune.engine import phi3
 from phinetune.engine.choice import FAST_VALUES, EngineChoice, choose_engine, model_class
 from phinetune.training.settings import read_settings
 
+NOT_INSTALLED = {"use_liger_kernel"}  # a run refuses it where its library is missing, as it is here
+
 
 def choose(
     training: dict[str, Any],
@@ -24,9 +26,10 @@ def choose(
     **sections: Any,
 ) -> EngineChoice:
     config = make_config({"peft_config": peft, "training_config": training, **sections})
-    settings = read_settings(peft, training)
+    settings = read_settings(peft, {key: value for key, value in training.items() if key not in NOT_INSTALLED})
     shape = shape or parse_shape(TINY)
-    return choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
+    values = settings.training | {key: value for key, value in training.items() if key in NOT_INSTALLED}
+    return choose_engine(config, values, settings.peft, settings.max_length, dtype, shape)
 
 
 def reason(training: dict[str, Any], peft: dict[str, Any], dtype: torch.dtype = torch.float32, **more: Any) -> Any:

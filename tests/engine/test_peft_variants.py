@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import subprocess
 import sys
 
@@ -10,11 +12,15 @@ import pytest
 from peft import LoraConfig
 
 from phinetune.engine.peft_variants import (
+    STARTS,
     VARIANTS,
     changes_the_base,
+    moves_the_base,
     not_converted,
     not_fast,
     not_merged,
+    refused_starts,
+    why_not_begun_again,
     why_not_the_whole_update,
 )
 
@@ -41,7 +47,7 @@ def test_each_part_names_the_variants_that_it_refuses() -> None:
     assert not_converted(peft) == ["lora_bias", "target_parameters", "use_dora"]
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "PiSSA", "corda", "olora", "mica", "loftq", "lora_ga"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "PiSSA", "corda", "olora", "loftq", "lora_ga"])
 def test_an_initialisation_that_changes_the_base_is_recognised(start: str) -> None:
     assert changes_the_base(start)
     problem = why_not_the_whole_update(start)
@@ -49,10 +55,61 @@ def test_an_initialisation_that_changes_the_base_is_recognised(start: str) -> No
     assert problem.startswith(f"`init_lora_weights` is {start!r}, which changed the base's weights")
 
 
-@pytest.mark.parametrize("start", [True, False, None, "gaussian", "orthogonal", "eva"])
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "orthogonal", "eva", "mica"])
 def test_an_initialisation_that_leaves_the_base_alone_is_no_problem(start: object) -> None:
     assert not changes_the_base(start)
     assert why_not_the_whole_update(start) is None
+
+
+def test_every_start_that_peft_documents_is_in_the_table() -> None:
+    documented = re.findall(
+        r'"([a-z_]+)(?:_\[number of iters\])?"', inspect.getdoc(LoraConfig).split("init_lora_weights")[1][:200]
+    )
+    assert {name.removesuffix("_niter") for name in documented} <= {str(name) for name in STARTS}
+    assert len(documented) == 9
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"])
+def test_a_start_that_a_run_can_perform_is_no_problem(start: bool | str) -> None:
+    assert refused_starts({"init_lora_weights": start}, "none") == []
+    assert refused_starts({}, "nf4") == []
+
+
+@pytest.mark.parametrize("config", [None, {}])
+def test_empty_settings_of_a_start_are_none(config: object) -> None:
+    assert refused_starts({"loftq_config": config, "eva_config": config}, "none") == []
+
+
+def test_problems_with_a_start_and_with_settings_of_another_are_told_together() -> None:
+    problems = refused_starts({"init_lora_weights": "pissa_iter_4", "corda_config": {"cache_file": "x"}}, "none")
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "peft_config.init_lora_weights",
+        "peft_config.corda_config belongs to `init_lora_weights",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("peft", "moved"),
+    [
+        ({"init_lora_weights": "olora"}, True),
+        ({"kasa_config": {"beta": 1.0}}, True),
+        ({"layer_replication": [(0, 2), (1, 2)]}, True),
+        ({"use_dora": True, "init_lora_weights": "mica"}, False),
+        ({"modules_to_save": ["lm_head"], "kasa_config": None, "layer_replication": None}, False),
+    ],
+)
+def test_an_adapter_that_moves_its_base_is_known(peft: dict[str, object], moved: bool) -> None:
+    assert moves_the_base(peft) == moved
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_a_base_that_can_not_be_moved_again_is_told(start: str) -> None:
+    assert "which changed the base's weights" in str(why_not_begun_again(start))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "eva", True])
+def test_a_base_that_stays_or_moves_alike_is_no_problem(start: object) -> None:
+    assert why_not_begun_again(start) is None
 
 
 def test_the_table_is_read_without_torch() -> None:

@@ -33,7 +33,7 @@ SETTINGS = read_settings(LORA, {})
 def held(section: ModelSection) -> tuple[Any, Sizes]:
     """A model with its adapter, and the sizes counted without it."""
     loaded = load_base(section)
-    lora = use_fused_layers(make_lora_config(SETTINGS, "all-linear"), loaded.model)
+    lora = use_fused_layers(make_lora_config(SETTINGS, loaded.model), loaded.model)
     sizes = count_sizes(open_config(section), section.quantization, SETTINGS, loaded.model.dtype)
     return get_peft_model(loaded.model, lora), sizes
 

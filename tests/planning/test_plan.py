@@ -13,7 +13,7 @@ from helpers import chat, tiny_config, write_jsonl
 from phinetune.config.run import RunConfig, dump_config, load_config
 from phinetune.cpu_share import Company
 from phinetune.planning.fitting_settings import nearest_fitting
-from phinetune.planning.plan import busy_note, make_plan
+from phinetune.planning.plan import busy_sentence, make_plan
 from phinetune.planning.setup import Setup
 from phinetune.screen.plan import as_options
 from phinetune.training.prepare import prepare_run, settle
@@ -43,9 +43,16 @@ def test_a_run_that_fits(
     assert tree["memory"]["total"] > tree["memory"]["weights"]
 
 
+def test_a_folder_that_is_taken_is_noted(chats: Path, tiny_run: Path) -> None:
+    """`train` takes it with --overwrite or --resume, so the plan has its numbers all the same."""
+    made = make_plan(tiny_config(chats, tiny_run), probe=False)
+    assert f"output_dir {tiny_run} holds a finished run; name another folder" in made.notes[-1]
+    assert made.fits
+
+
 def large(tmp_path: Path, **changes: Any) -> RunConfig:
     """Chats so long that a micro-batch takes more than the weights."""
-    rows = [chat("why " * 300, "so " * 100) for _ in range(40)]
+    rows = [chat(f"w{i:02} " * 300, f"{i:02} " * 100) for i in range(40)]
     config = tiny_config(write_jsonl(tmp_path / "long.jsonl", rows), tmp_path / "run", per_device_train_batch_size=8)
     config.training_config["max_length"] = 4096
     config.engine.activation_memory = "none"
@@ -120,8 +127,8 @@ def test_quantised_runs_are_measured_too(chats: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_says_that_it_measured_beside_others() -> None:
-    assert busy_note(Company(1.9, 2, 2)) == [
+    assert busy_sentence(Company(1.9, 2, 2)) == (
         "other programs use 1.9 of 2 cores: the time was measured beside them, and a quiet machine takes less"
-    ]
-    assert busy_note(Company(0.1, 2, 2)) == []
-    assert busy_note(None) == []
+    )
+    assert busy_sentence(Company(0.1, 2, 2)) is None
+    assert busy_sentence(None) is None

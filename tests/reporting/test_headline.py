@@ -10,7 +10,7 @@ import pytest
 from phinetune.reporting.facts import read_run
 from phinetune.reporting.headline import headline
 from phinetune.run_folder import RunFolder
-from reporting.report_helpers import BASE, DIFFERENCES, EVALUATION, TUNED, example, make_run
+from reporting.report_helpers import BASE, DATA, DIFFERENCES, EVALUATION, TUNED, example, make_run
 
 
 def told(folder: Path, **results: Any) -> str:
@@ -22,6 +22,32 @@ def test_a_gain_is_told_with_its_interval(tmp_path: Path) -> None:
         "Better on 80 held-out chats: exact match rose from 0.0% to 96.2%, loss fell from 2.5 to 0.0066."
     )
     assert "to 96.2% (95% interval +91.2 to +100.0), loss" in told(tmp_path / "b", differences=DIFFERENCES)
+
+
+SHARED = {"rows": 80, "copies": 12, "near_copies": 0, "same_prompt": 0}
+
+
+def test_rows_that_were_trained_on_are_told_with_the_gain(tmp_path: Path) -> None:
+    some = told(tmp_path / "a", data={**DATA, "overlap": SHARED})
+    assert some.startswith("Better on 80 held-out chats: ")
+    assert some.endswith(". 12 of 80 held-out chats are copies of training rows; the comparison is too kind.")
+    every = told(tmp_path / "b", data={**DATA, "overlap": {**SHARED, "copies": 78, "near_copies": 2}})
+    assert every.startswith(
+        "78 of 80 held-out chats are copies of training rows, and 2 are near copies; the comparison is too kind. On "
+        "them: better on 80 held-out chats: exact match rose"
+    )
+    asked = told(tmp_path / "c", data={**DATA, "overlap": {**SHARED, "copies": 0, "same_prompt": 1}})
+    assert asked.endswith(". 1 of 80 held-out chats asks what a training row asks.")
+    assert "chats are" not in told(tmp_path / "d", data={**DATA, "overlap": None})
+
+
+def test_a_later_evaluation_is_told_with_its_own_overlap(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", evaluation=None, data={**DATA, "overlap": SHARED})
+    later = {"evaluation": EVALUATION, "data": {"held_out": {"kept": 3}, "overlap": {**SHARED, "rows": 3, "copies": 1}}}
+    RunFolder(run).write_evaluation(later)
+    assert headline(read_run(run)).endswith(
+        "1 of 3 held-out chats is a copy of training rows; the comparison is too kind."
+    )
 
 
 def test_a_loss_is_told_as_one(tmp_path: Path) -> None:

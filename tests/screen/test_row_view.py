@@ -141,3 +141,10 @@ def test_characters_of_several_tokens_are_whole(phi3_tokenizer: Any) -> None:
     found = [piece.text for piece in pieces(phi3_tokenizer, made.encoded)]
     assert "🦙" in found
     assert "".join(found) == "<|user|> a 🦙 日本 ü<|end|><|assistant|> x<|end|><|endoftext|>"
+
+
+def test_what_is_not_used_and_that_a_text_is_in_pieces_is_said() -> None:
+    fields = {"id": 3, **chat("Hi", "Ho"), "topic": "sea"}
+    assert shown(outcome(fields)).splitlines()[0].endswith(" of them trained on · not used: topic, id")
+    text = shown(outcome({"text": "Once. " * 30}, 100))
+    assert text.splitlines()[0] == "a.jsonl:7 · text · 100 tokens, 100 of them trained on · the first of 2 pieces"

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from phinetune.checkpoints.opened import open_model
 from phinetune.engine.generate import Sampling
+from phinetune.errors import ConfigError
 from phinetune.screen.chat_loop import hold_chat
 from phinetune.talk.conversation import Conversation
 
@@ -64,6 +65,53 @@ def test_an_error_while_generating_comes_back(conversation: Conversation, monkey
     monkeypatch.setattr(conversation.opened.model, "generate", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(conversation.stream("How many?"))
+
+
+def test_the_oldest_turns_leave_a_conversation_that_outgrows_the_model(
+    conversation: Conversation, caplog: pytest.LogCaptureFixture
+) -> None:
+    positions = 100
+    conversation.opened.model.config.max_position_embeddings = positions
+    conversation.system = "Count."
+    for i in range(6):
+        "".join(conversation.stream(f"{i}, how many?"))
+        assert len(conversation.prompt_ids("?")) + conversation.max_new_tokens <= positions
+    assert "5, how many?" in str(conversation.turns)
+    assert "0, how many?" not in str(conversation.turns)
+    assert conversation.opened.loaded.tokenizer.decode(conversation.prompt_ids("?")).startswith("<|system|>Count.")
+    assert "has outgrown the model's 100 positions: its oldest 2 turns were left out" in caplog.text
+
+
+def test_turns_stay_where_an_answer_has_a_quarter_of_the_positions(conversation: Conversation) -> None:
+    conversation.opened.model.config.max_position_embeddings = 100
+    conversation.max_new_tokens = 1000
+    conversation.turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    conversation.prompt_ids("How many?")
+    assert len(conversation.turns) == 2
+
+
+def test_an_answer_and_a_stream_end_with_the_models_positions(conversation: Conversation) -> None:
+    conversation.with_base = True
+    conversation.opened.loaded.model.generation_config.eos_token_id = None  # nothing else ends an answer
+    whole = conversation.answer("How many?").text
+    conversation.reset()
+    conversation.opened.model.config.max_position_embeddings = len(conversation.prompt_ids("How many?")) + 3
+    cut = conversation.answer("How many?")
+    assert (cut.tokens, cut.text != whole) == (3, True)
+    conversation.reset()
+    assert "".join(conversation.stream("How many?")) == cut.text
+
+
+def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on(
+    conversation: Conversation, console: Console
+) -> None:
+    conversation.opened.model.config.max_position_embeddings = 60
+    long = "How many? " * 9
+    with pytest.raises(ConfigError, match="tokens, and the model has positions for 60, answer included; shorten it"):
+        conversation.answer(long)
+    shown = talk(conversation, console, long, "Hi")
+    assert "the model has positions for 60" in shown
+    assert [turn["content"] for turn in conversation.turns[::2]] == ["Hi"]
 
 
 def talk(conversation: Conversation, console: Console, *lines: str) -> str:

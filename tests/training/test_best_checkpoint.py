@@ -62,6 +62,27 @@ def test_a_metric_that_is_not_counted_is_refused(chats: Path, tmp_path: Path) ->
         settled(config)
 
 
+@pytest.mark.parametrize("name", ["mean_token_accuracy", "eval_mean_token_accuracy"])
+def test_trls_name_of_the_token_accuracy_is_ours(chats: Path, tmp_path: Path, name: str) -> None:
+    config = configured(chats, tmp_path, {}, metric_for_best_model=name, **EVALUATED)
+    assert settled(config)["metric_for_best_model"] == "token_accuracy"
+    assert settled(config)["greater_is_better"] is True
+
+
+@pytest.mark.parametrize("asked", [{"eval_strategy": "epoch"}, {"eval_strategy": "steps"}, {"eval_on_start": True}])
+def test_an_evaluation_needs_held_out_chats(chats: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
+    config = tiny_config(chats, tmp_path, **asked)
+    config.data.eval = None
+    with pytest.raises(ConfigError, match=f"training_config.{next(iter(asked))}: there are no held-out chats to score"):
+        settled(config)
+
+
+def test_a_metric_without_evaluations_is_named(chats: Path, tmp_path: Path) -> None:
+    config = configured(chats, tmp_path, {}, metric_for_best_model="loss")
+    settings = settle_best(read_settings({}, config.training_config), config, Sft(Section()))
+    assert "`metric_for_best_model` has no effect" in settings.notes[0]
+
+
 def test_early_stopping_needs_evaluations(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no evaluation to go by; set data\.eval and"):
         settled(configured(chats, tmp_path, {"early_stopping_patience": 2}))

@@ -76,7 +76,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert 0 < step < 400
     again = [*command, "--resume", "--set", f"training_config.max_steps={step + 2}"]
-    done = subprocess.run(again, capture_output=True, text=True, timeout=120)
+    refused = subprocess.run(again, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert "training_config.max_steps: the run has 400" in refused.stderr
+    done = subprocess.run([*again, "--changed"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, step + 3))

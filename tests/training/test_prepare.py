@@ -36,6 +36,17 @@ STOPS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         "a stream has no known end",
     ),
     "missing file": ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
+    "missing function": (
+        {"evaluation": {"metrics": [{"name": "mine", "function": "nowhere_at_all:f"}]}},
+        "nowhere_at_all",
+    ),
+    "learning rate": ({"training_config": {"learning_rate": -1}}, "learning_rate: it should be 0 or more"),
+    "optimizer": ({"training_config": {"optim": "lomo"}}, "You need to install `lomo_optim`"),
+    "module": ({"peft_config": {"exclude_modules": ["o_prj"]}}, "`o_prj` matches no linear layer"),
+    "nothing held out": (
+        {"data": {"eval": None}, "training_config": {"eval_strategy": "epoch"}},
+        "there are no held-out chats to score",
+    ),
     "unknown key": ({"training_config": {"learning_rat": 1}}, "there is no key `learning_rat`"),
     "nothing ends a turn": ({"training_config": {"max_length": 3}}, "no chat to use"),
 }

@@ -21,7 +21,7 @@ from helpers import GUIDE_PEFT, GUIDE_TRAINING, RUN_FILES, TINY, chat, tiny_conf
 from phinetune.api.train import train_config
 from phinetune.checkpoints.load import Loaded
 from phinetune.config.run import load_config
-from phinetune.errors import ConfigError, ModelError, PhinetuneError, RunError
+from phinetune.errors import ConfigError, PhinetuneError, RunError
 from phinetune.training.run import TrainedRun
 
 
@@ -155,25 +155,6 @@ def test_resuming_at_the_last_step_trains_no_further(chats: Path, tmp_path: Path
     assert len(losses(tmp_path / "run")) == 6
 
 
-def test_resume_needs_the_same_model_data_and_adapter(chats: Path, tmp_path: Path) -> None:
-    train(chats, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
-    config = tiny_config(chats, tmp_path / "run", max_steps=2)
-    config.peft_config["r"] = 8
-    config.data.loss_on = "all"
-    with pytest.raises(RunError) as caught:
-        train_only(config, resume=True)
-    assert [p.split(":")[0] for p in caught.value.problems[:2]] == ["data", "peft_config"]
-
-
-def test_resume_needs_the_same_weights(chats: Path, tmp_path: Path) -> None:
-    """The same path may hold another model by now; here the seed of the random weights changed."""
-    train(chats, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
-    config = tiny_config(chats, tmp_path / "run", max_steps=2)
-    config.model.seed = 1
-    with pytest.raises(ModelError, match="this adapter was trained on"):
-        train_only(config, resume=True)
-
-
 @pytest.mark.parametrize(("micro", "accumulation"), [(8, 1), (4, 2), (1, 8)])
 def test_micro_batches_add_up_to_the_whole_step(chats: Path, tmp_path: Path, micro: int, accumulation: int) -> None:
     """Rows differ much in trained tokens, so a mean of means would show (transformers#34191)."""
@@ -240,8 +221,10 @@ def test_the_best_checkpoint_is_loaded_at_the_end(chats: Path, tmp_path: Path) -
 
 
 def test_a_run_that_diverges_stops_and_names_the_batch(chats: Path, tmp_path: Path) -> None:
+    config = tiny_config(chats, tmp_path / "run", learning_rate=1e14, save_strategy="steps", save_steps=1)
+    config.peft_config["lora_alpha"] = 1e15
     with pytest.raises(RunError) as caught:
-        train(chats, tmp_path / "run", learning_rate=1e30, save_strategy="steps", save_steps=1)
+        train_only(config)
     text = str(caught.value)
     assert "the loss became" in text
     assert "The batch began: '<|" in text
@@ -251,8 +234,8 @@ def test_a_run_that_diverges_stops_and_names_the_batch(chats: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("training", "words"),
     [
-        ({"report_to": "comet_ml"}, "refuses these settings"),
-        ({"eval_strategy": "sometimes"}, "training_config: sometimes is not a valid"),
+        ({"report_to": "comet_ml"}, "training_config.report_to: comet_ml is not installed"),
+        ({"eval_strategy": "sometimes"}, "training_config.eval_strategy: it should be one of"),
     ],
 )
 def test_settings_that_a_library_refuses_are_a_sentence(

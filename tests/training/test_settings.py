@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import GUIDE_PEFT, GUIDE_TRAINING
+from phinetune.checkpoints.load import Loaded
 from phinetune.errors import ConfigError
 from phinetune.training.settings import make_lora_config, make_training_args, read_settings
 
@@ -17,10 +18,10 @@ def args_of(training: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any
     return make_training_args(read_settings({}, training), Path("out"), torch.device("cpu"), dtype)
 
 
-def test_the_guides_dictionaries_are_taken_whole() -> None:
+def test_the_guides_dictionaries_are_taken_whole(tiny: Loaded) -> None:
     settings = read_settings(GUIDE_PEFT, GUIDE_TRAINING)
     args = make_training_args(settings, Path("checkpoint_dir"), torch.device("cpu"), torch.bfloat16)
-    lora = make_lora_config(settings, "all-linear")
+    lora = make_lora_config(settings, tiny.model)
     assert (args.bf16, args.learning_rate, args.lr_scheduler_type, args.seed) == (True, 5e-6, "cosine", 0)
     assert (args.num_train_epochs, args.per_device_train_batch_size, args.save_total_limit) == (1, 4, 1)
     assert (args.logging_steps, args.save_steps) == (20, 100)
@@ -70,11 +71,11 @@ def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
     assert settings.peft["lora_dropout"] == 0.1
 
 
-def test_values_that_only_the_library_knows_are_refused_as_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="cosin is not a valid SchedulerType"):
-        args_of({"lr_scheduler_type": "cosin"})
+def test_values_that_only_the_library_knows_are_refused_as_a_sentence(tiny: Loaded) -> None:
+    with pytest.raises(ConfigError, match=r"training_config.tf32: --tf32 requires Ampere"):
+        args_of({"tf32": True})
     with pytest.raises(ConfigError, match="peft_config: When `layers_pattern` is specified"):
-        make_lora_config(read_settings({"layers_pattern": "layers"}, {}), ["qkv_proj"])
+        make_lora_config(read_settings({"layers_pattern": "layers", "target_modules": ["o_proj"]}, {}), tiny.model)
 
 
 def test_other_kinds_of_adapter_are_refused() -> None:

@@ -12,6 +12,7 @@ import pytest
 from trl import SFTConfig
 
 from helpers import tiny_config, train_only
+from phinetune.errors import ConfigError
 from phinetune.planning.plan import make_plan
 from phinetune.planning.probe import sample_batch
 from phinetune.training.steps import count_steps
@@ -63,6 +64,32 @@ def test_the_largest_batch_lies_between_mean_and_longest() -> None:
     assert few.largest < steps.largest
     whole = count_steps(lengths[:6], args(per_device_train_batch_size=8, num_train_epochs=1))
     assert whole.largest == lengths[:6].sum()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_micro_batches_that_are_not_full_are_dropped_in_the_plan_too(
+    chats: Path, tmp_path: Path, accumulation: int
+) -> None:
+    more = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
+    config = tiny_config(chats, tmp_path / "run", max_steps=-1, dataloader_drop_last=True, **more)
+    config.evaluation.enabled = False
+    plan = make_plan(config, probe=False)
+    summary = train_only(config).summary
+    assert (plan.steps.count, plan.steps.tokens) == (summary["steps"], summary["tokens"])
+
+
+@pytest.mark.parametrize("way", [train_only, make_plan])
+def test_no_full_micro_batch_at_all_is_refused(chats: Path, tmp_path: Path, way: Any) -> None:
+    config = tiny_config(chats, tmp_path / "run", dataloader_drop_last=True, per_device_train_batch_size=10)
+    with pytest.raises(ConfigError, match="9 rows fill no micro-batch of 10, so nothing would be trained"):
+        way(config)
+
+
+def test_endless_epochs_are_counted_without_drawing_them_all() -> None:
+    steps = count_steps(np.arange(1, 1001), args(per_device_train_batch_size=1000, max_steps=10**12))
+    assert steps.count == 10**12
+    assert steps.tokens == 10**12 * 500500
+    assert steps.mean == 500500
 
 
 def test_a_stream_is_as_long_as_its_steps() -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from phinetune.api.held_out import row_encoder
 from phinetune.api.sections import DataValue, SectionValue, make_sections
+from phinetune.config.data import DataSection
 from phinetune.config.run import RunConfig
 from phinetune.data.check.check import CheckReport, check_files
 from phinetune.data.check.fix import Fixed, check_target, write_fixed
-from phinetune.data.prepare.build_sets import weighted
+from phinetune.data.prepare.sources import held_out_section, weighted
 from phinetune.data.preview import PreviewedRow, preview_rows
 from phinetune.data.read.any_source import check_source
 from phinetune.errors import DataError, PhinetuneError
@@ -85,11 +86,12 @@ def check_config(
     chosen = list(files) or [path for path, _ in weighted(config.data.train)]
     if not chosen:
         raise PhinetuneError("no file of chats: name one, or a configuration with data.train (--config CONFIG)")
-    others = list(held_out) or [file for file in _held_out(config) if file not in files]
+    encode, section = row_encoder(config), None if held_out else held_out_section(config.data)
+    others = list(held_out) or _not_trained_on(config.data, section, files)
     _check_sources([*chosen, *others])
     if fix:
         check_target(fix)
-    report = check_files(chosen, others, row_encoder(config), on_row)
+    report = check_files(chosen, others, encode, on_row, replace(encode, section=section) if section else None)
     if not fix:
         return DataCheck(chosen, report)
     try:
@@ -127,8 +129,12 @@ def preview_config(config: RunConfig, file: str, rows: int = 3) -> list[Previewe
     return list(preview_rows(file, row_encoder(config), rows))
 
 
-def _held_out(config: RunConfig) -> list[str]:
-    return [] if isinstance(config.data.eval, float) else [path for path, _ in weighted(config.data.eval)]
+def _not_trained_on(data: DataSection, held_out: DataSection | None, files: Sequence[str]) -> list[str]:
+    """The configuration's sources of held-out chats, without the ones that are looked at as training files."""
+    if held_out is None:
+        return []
+    same = (held_out.split, held_out.name) == (data.split, data.name)
+    return [path for path, _ in weighted(held_out.train) if not (same and path in files)]
 
 
 def _check_sources(sources: Sequence[str]) -> None:

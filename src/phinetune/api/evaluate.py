@@ -72,7 +72,9 @@ def evaluate(
     opened = open_model(path, config)
     with ComparisonProgress(console) as watcher:
         tokenizer = opened.loaded.tokenizer
-        comparison = compare(opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher)
+        comparison = compare(
+            opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher, opened.base_side
+        )
     show_comparison(comparison, console)
     _write_json(out, comparison.to_tree(), console)
     if record:
@@ -92,7 +94,8 @@ def _record(path: str | Path, comparison: Comparison, console: Console) -> None:
     if not folder.is_run:
         return
     try:
-        folder.write_evaluation({"data": {"held_out": comparison.data}, **comparison.to_tree(examples=EXAMPLES)})
+        data = {"held_out": comparison.data, "overlap": comparison.overlap}
+        folder.write_evaluation({"data": data, **comparison.to_tree(examples=EXAMPLES)})
     except OSError as error:
         logger.warning("%s: the evaluation was not kept there: %s", folder.path, error)
         return
@@ -151,6 +154,7 @@ def evaluate_tasks(
         limit=limit,
         batch_size=batch_size,
         chat_template=chat_template,
+        base=opened.base_side,
         on_side=lambda side: say(console, f"Running {', '.join(tasks)} on {side} …"),
     )
     show_tasks(results, console)

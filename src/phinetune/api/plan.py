@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from phinetune.api.before import look_at_rows, look_at_settings
 from phinetune.api.sections import DataValue, SectionValue, make_sections
 from phinetune.config.run import RunConfig
 from phinetune.logs import quiet_libraries
-from phinetune.planning.plan import Plan, make_plan
+from phinetune.planning.plan import Plan, plan_prepared
+from phinetune.training.prepare import prepare_run, settle
 
 
 def plan(
@@ -46,4 +48,8 @@ def plan(
 def plan_config(config: RunConfig, *, probe: bool = True) -> Plan:
     """`plan` for a validated configuration."""
     quiet_libraries()
-    return make_plan(config, probe=probe)
+    settled = settle(config)
+    metrics = look_at_settings(settled)
+    prepared = prepare_run(settled)
+    look_at_rows(prepared, metrics)
+    return plan_prepared(prepared, probe=probe)

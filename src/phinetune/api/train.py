@@ -5,30 +5,35 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from phinetune import processes
+from phinetune.api.before import look_at_rows, look_at_settings
 from phinetune.api.report import write_page
 from phinetune.api.sections import DataValue, SectionValue, make_sections
 from phinetune.checkpoints.device import pick_device
+from phinetune.checkpoints.untouched import untouched_base
 from phinetune.config.run import RunConfig
 from phinetune.demo_data.demo_config import demo_config
-from phinetune.errors import ConfigError
+from phinetune.errors import ConfigError, ModelError
 from phinetune.evaluation.compare import compare
-from phinetune.evaluation.metrics import RowMetric, row_metrics
+from phinetune.evaluation.metrics import RowMetric
 from phinetune.evaluation.while_training import while_training
 from phinetune.exporting.hub.card import write_card
+from phinetune.exporting.hub.push import push
 from phinetune.files import write_text
 from phinetune.logs import LEVELS, quiet_libraries, set_up_logging
 from phinetune.run_folder import CARD, RunFolder
 from phinetune.screen.adapted_layers import show_targets
 from phinetune.screen.comparison import show_comparison
-from phinetune.screen.console import Console, silent, stderr
+from phinetune.screen.console import Console, say, silent, stderr
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
 from phinetune.screen.progress import ComparisonProgress, ProgressLine
 from phinetune.training.best_checkpoint import needs_answers
+from phinetune.training.hub_wish import HubWish
 from phinetune.training.prepare import PreparedRun, SettledRun, prepare_run, settle
 from phinetune.training.run import TrainedRun, open_place, train_run
 
@@ -61,6 +66,7 @@ def train(
     engine: SectionValue = None,
     resume: bool = False,
     overwrite: bool = False,
+    changed: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Fine-tune a Phi-3 on chats, compare it with its base, and leave a run in `training_config["output_dir"]`.
@@ -73,6 +79,7 @@ def train(
         evaluation, objective, engine: these sections.
         resume: go on with the run in output_dir from its newest checkpoint.
         overwrite: replace the run in output_dir.
+        changed: with `resume`, go on although something that decides the result has changed; it is recorded.
         console: where to print; standard error if left out.
 
     Raises:
@@ -87,7 +94,7 @@ def train(
         objective=objective,
         engine=engine,
     )
-    return train_config(config, console or stderr(), resume=resume, overwrite=overwrite)
+    return train_config(config, console or stderr(), resume=resume, overwrite=overwrite, changed=changed)
 
 
 def demo(
@@ -114,15 +121,18 @@ def demo(
     return run
 
 
-def train_config(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Run:
+def train_config(
+    config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False, changed: bool = False
+) -> Run:
     """`train` for a validated configuration. Of several processes the main one prints to `console` and writes."""
     set_up_logging(_log_level(config))
     quiet_libraries()
-    metrics = row_metrics(config.evaluation)  # functions that can't be had are told before anything slow begins
     settled = settle(config)
+    metrics = look_at_settings(settled)
     console = _join_others(settled, console)
-    place = open_place(config, resume=resume, overwrite=overwrite)
+    place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
     prepared = prepare_run(settled)
+    look_at_rows(prepared, metrics)
     show_data(prepared.chats, prepared.tokenizer, console)
     progress = ProgressLine(console)
     try:
@@ -135,7 +145,21 @@ def train_config(config: RunConfig, console: Console, *, resume: bool = False, o
         )
     finally:
         progress.close()
-    return _finish(trained, metrics, console)
+    run = _finish(trained, metrics, console)
+    if settled.settings.push and processes.is_main() and not run.stopped:
+        _push(run.path, settled.settings.push, console)
+    return run
+
+
+def _push(folder: Path, wish: HubWish, console: Console) -> None:
+    """Push a finished run as its settings ask; where that fails, the run is whole all the same."""
+    try:
+        done = push(folder, wish.repo, private=wish.private, token=wish.token)
+    except ModelError as error:
+        again = f"phinetune push {folder} {wish.repo}" + ("" if wish.private else " --public")
+        whole = f"the run in {folder} is finished and whole, and only its push failed; push it with `{again}`"
+        raise ModelError([*error.problems, whole]) from error
+    say(console, done.report())
 
 
 def _join_others(settled: SettledRun, console: Console) -> Console:
@@ -192,7 +216,8 @@ def _compared(trained: TrainedRun, metrics: Mapping[str, RowMetric], console: Co
         return {}
     tokenizer, encoder = trained.loaded.tokenizer, prepared.rows.encoder
     with ComparisonProgress(console) as watcher:
-        comparison = compare(trained.model, tokenizer, encoder, held_out, section, metrics, watcher)
+        base = partial(untouched_base, trained.model, trained.loaded, prepared.config.model)
+        comparison = compare(trained.model, tokenizer, encoder, held_out, section, metrics, watcher, base)
     show_comparison(comparison, console)
     return comparison.to_tree(examples=EXAMPLES)
 

@@ -24,6 +24,7 @@ from phinetune.chats.template import (
     end_of_turn_ids,
     render,
     render_all,
+    renders_key,
     renders_role,
     style_of,
     tokenize,
@@ -58,6 +59,17 @@ class ChatEncoder:
         mini's does.
         """
         return max(self.tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def _known_keys(self) -> dict[tuple[str, str], bool]:
+        """Whether the template writes a key of a role's turns, for those that were asked for."""
+        return {}
+
+    def reads(self, role: str, key: str) -> bool:
+        """Whether the template writes what the turns of a role have in a key."""
+        if (role, key) not in self._known_keys:
+            self._known_keys[role, key] = renders_key(self.tokenizer, role, key)
+        return self._known_keys[role, key]
 
     def prepare(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as they will be rendered: the system message is kept, folded or dropped as configured.
@@ -161,6 +173,12 @@ class ChatEncoder:
         for i in self._turns(chat):
             start = next(places)
             end = next(places) if i + 1 < len(chat) else len(ids)
+            if end <= start:
+                raise RowError(
+                    "this checkpoint's chat template renders an answer in another way once a turn follows it, so it "
+                    "can't be trained on there; set data.loss_on to `last`, or split the chat",
+                    "template",
+                )
             labels[start:end] = [IGNORED] * (end - start) if everything else ids[start:end]
         return Encoded(ids, labels)
 

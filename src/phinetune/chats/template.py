@@ -14,8 +14,8 @@ from phinetune.chats.tools import ToolStyle, lay_out, tool_style
 from phinetune.engine.examples import common_prefix
 
 # A message has the keys `role` and `content`, which is text. It may also have: `tool_calls`, in an assistant's turn;
-# `tools`, in a system message that comes first; `train`, which is false for a turn without loss; `name` and
-# `tool_call_id`, in a tool's turn.
+# `tools`, in a system message that comes first; `train`, which is false for a turn without loss; and further texts of
+# its row under their own keys, such as `name`, `tool_call_id` or `reasoning_content`.
 Message = dict[str, Any]
 
 _PROBE = "zqx"  # letters that no template writes itself
@@ -86,9 +86,8 @@ def typed_tokens(control: ControlTokens, message: Message) -> list[str]:
     """The control tokens inside a message, which the tokenizer would take for the template's own."""
     spared = THOUGHTS if message["role"] == "assistant" else frozenset()
     found = control.find(message["content"])
-    for key in ("tools", "tool_calls", "name", "tool_call_id"):
-        if key in message:
-            found += [token for text in _texts(message[key]) for token in control.find(text)]
+    for key in message.keys() - {"role", "content", "train"}:
+        found += [token for text in _texts(message[key]) for token in control.find(text)]
     return [token for token in found if token not in spared]
 
 
@@ -125,6 +124,17 @@ def renders_role(tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
     chat = [probe, other] if role == "system" else [other, probe]
     try:
         return _PROBE in render(tokenizer, chat)
+    except Exception:  # Jinja and a template's author can raise errors of any class
+        return False
+
+
+def renders_key(tokenizer: PreTrainedTokenizerBase, role: str, key: str) -> bool:
+    """Whether the template writes what the last turn of a role has in a key, for example an answer's reasoning."""
+    turn = {"role": role, "content": "hello", key: _PROBE}
+    before = [] if role in ("system", "user") else [{"role": "user", "content": "hello"}]
+    after = [{"role": "user", "content": "hello"}] if role == "system" else []
+    try:
+        return _PROBE in render(tokenizer, [*before, turn, *after])
     except Exception:  # Jinja and a template's author can raise errors of any class
         return False
 

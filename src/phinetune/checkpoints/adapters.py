@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 
 from phinetune.checkpoints.load import Base, Loaded
+from phinetune.checkpoints.quantize import why_no_dora
+from phinetune.checkpoints.small_files import read_json
+from phinetune.checkpoints.target_modules import FUSED
+from phinetune.checkpoints.weight_files import read_header
 from phinetune.engine.choice import has_packed_form
 from phinetune.engine.lora_layers import use_fused_layers
-from phinetune.errors import ModelError, at_most
+from phinetune.engine.peft_variants import why_not_begun_again
+from phinetune.errors import ModelError, at_most, told_as
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -26,12 +30,15 @@ def read_base(folder: Path) -> Base | None:
         ModelError: the record can't be read.
     """
     file = folder / BASE_FILE
-    if not file.is_file():
+    if not file.exists():
         return None
-    try:
-        return Base(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{file}: broken: {error}") from None
+    tree = read_json(file)
+    with told_as(ModelError, f"{file}: broken"):
+        base = Base(**tree)
+    texts = isinstance(base.path, str) and isinstance(base.fingerprint, str)
+    if not texts or not isinstance(base.revision, str | None) or not isinstance(base.seed, int | None):
+        raise ModelError(f"{file}: broken: path, revision and fingerprint are texts, seed is a number")
+    return base
 
 
 def check_base(base: Base, folder: Path) -> None:
@@ -57,9 +64,16 @@ def attach_adapter(loaded: Loaded, folder: Path) -> PeftModel:
     """
     check_base(loaded.base, folder)
     config = read_adapter_config(folder)
+    lost = why_not_begun_again(config.init_lora_weights)
+    if lost:
+        raise ModelError(f"{folder}: {lost}")
+    no_dora = why_no_dora("int8" if getattr(loaded.model, "is_loaded_in_8bit", False) else "none", loaded.device)
+    if config.use_dora and no_dora:
+        raise ModelError(f"{folder}: use_dora: {no_dora}")
     if has_packed_form(loaded.model):
         use_fused_layers(config, loaded.model)
-    model = PeftModel(loaded.model, config)
+    with told_as(ModelError, f"{folder / ADAPTER_CONFIG}: does not fit this base{_split_hint(config.target_modules)}"):
+        model = PeftModel(loaded.model, config)
     _check_tensors(model, folder)
     model.load_adapter(str(folder), "default", is_trainable=False)
     return model.eval()
@@ -69,14 +83,14 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """The `LoraConfig` of an adapter folder.
 
     Raises:
-        ModelError: the folder holds no adapter, or one that is not LoRA.
+        ModelError: the folder holds no adapter, a damaged one, or one that is not LoRA.
     """
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder}: no adapter there (expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})")
-    try:
+    read_json(folder / ADAPTER_CONFIG)
+    read_header(folder / ADAPTER_WEIGHTS)
+    with told_as(ModelError, f"{folder / ADAPTER_CONFIG}: not a LoRA configuration"):
         config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder / ADAPTER_CONFIG}: not a LoRA configuration: {error}") from error
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder / ADAPTER_CONFIG}: a {config.peft_type} adapter; only LoRA is supported")
     config.inference_mode = True
@@ -86,11 +100,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 def _check_tensors(model: PeftModel, folder: Path) -> None:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    try:
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: damaged: {error}") from None
+    saved = {name: tensor.shape for name, tensor in read_header(folder / ADAPTER_WEIGHTS).items()}
     problems = [f"missing: {name}" for name in expected if name not in saved]
     problems += [f"unexpected: {name}" for name in saved if name not in expected]
     problems += [
@@ -99,7 +109,31 @@ def _check_tensors(model: PeftModel, folder: Path) -> None:
         if name in saved and saved[name] != shape
     ]
     if problems:
-        raise ModelError([f"{folder}: the adapter does not fit this base:", *at_most(problems, 8)])
+        hints = _forms(saved, expected)
+        raise ModelError([f"{folder}: the adapter does not fit this base:", *hints, *at_most(problems, 8)])
+
+
+PREFIX = "base_model.model."
+
+
+def _forms(saved: Iterable[str], expected: Iterable[str]) -> list[str]:
+    """Which other form of an adapter the names that don't fit belong to, in a sentence each."""
+    strange = [name for name in saved if name not in expected]
+    hints = [hint for hint in [_split_hint(part for name in strange for part in name.split("."))] if hint]
+    if any(".default." in name for name in strange):
+        hints.append("the names hold the adapter's own name `default`: save the adapter with PEFT's save_pretrained")
+    if any(".base_layer." in name for name in strange):
+        hints.append("it holds weights of the base, too (base_layer); save it with save_embedding_layers=False")
+    if any(PREFIX + name in expected for name in strange):
+        hints.append(f"the names lack `{PREFIX}`, which PEFT's save_pretrained writes")
+    return hints
+
+
+def _split_hint(names: object) -> str:
+    """What to do where layers are named that Phi-3 has fused; empty if none is."""
+    if not isinstance(names, Iterable) or isinstance(names, str) or not any(name in FUSED for name in names):
+        return ""
+    return " (it names split layers, which Phi-3 has fused: `phinetune convert … --to peft-fused` joins them)"
 
 
 def _describe(base: Base) -> str:

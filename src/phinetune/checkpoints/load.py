@@ -6,12 +6,11 @@ import hashlib
 import json
 import logging
 import re
-import struct
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,16 +20,23 @@ from phinetune.chats.template import stop_ids
 from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.quantize import is_quantized, keep_packing, quantization_config
+from phinetune.checkpoints.small_files import read_json
+from phinetune.checkpoints.tokenizer_files import check_template, check_tokenizer_files, check_vocabulary
+from phinetune.checkpoints.weight_files import check_weights, fingerprint
+from phinetune.checkpoints.whole import check_whole
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import model_class
-from phinetune.errors import ModelError
+from phinetune.errors import ModelError, reason_of, told_as
 
 logger = logging.getLogger(__name__)
 
 FAMILY = "Phi-3 mini, small-vocabulary medium, Phi-3.5 mini, Phi-4, Phi-4 mini: every checkpoint of model_type `phi3`"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings", "sliding_window"),
+)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -39,7 +45,8 @@ class Base:
     """Which weights an adapter belongs to.
 
     Attributes:
-        path: as the user gave it (hub id, folder, `starter`, `random:…`).
+        path: a hub id, `starter` or `random:…` as the user gave it; a folder by its absolute path, so that it is found
+            from everywhere.
         revision: the commit of a hub id, else None.
         fingerprint: SHA-256 that tells this base from others; see the function `fingerprint`. For a `random:` model it
             covers the configuration and the seed.
@@ -73,16 +80,16 @@ def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
             model's configuration.
 
     Raises:
-        ModelError: the model can't be found or is of another family; its weights are pickled, incomplete or missing;
-            or its tokenizer has no chat template.
+        ModelError: the model can't be found or is of another family; its files are damaged, its weights are pickled or
+            not whole (`check_whole`); or its tokenizer has no chat template that works, or more ids than the model.
     """
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     if section.path.startswith(random_shapes.PREFIX):
         model, base = _load_random(section, dtype, fast, device)
+        tokenizer = load_tokenizer(section, base, model.config)
     else:
-        model, base = _load_checkpoint(section, dtype, fast, device)
-    tokenizer = load_tokenizer(section, base, model.config)
+        model, base, tokenizer = _load_checkpoint(section, dtype, fast, device)
     model.generation_config = with_stop_ids(model.generation_config, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
     precision = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
@@ -96,8 +103,7 @@ def _load_random(
     section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
 ) -> tuple[Phi3ForCausalLM, Base]:
     config = random_shapes.parse_shape(section.path)
-    shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    base = Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
+    base = _random_base(section, config)
     kind = model_class(config, fast=fast)
     model = random_shapes.random_model(config, section.seed, dtype, section.attn_implementation, kind)
     if section.quantization == "none":
@@ -110,37 +116,79 @@ def _load_random(
 
 def _load_checkpoint(
     section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
-) -> tuple[Phi3ForCausalLM, Base]:
+) -> tuple[Phi3ForCausalLM, Base, PreTrainedTokenizerBase]:
+    """Model, base and tokenizer of a checkpoint. All that is small is read and checked before the weights."""
     folder, revision = find_folder(section.path, section.revision)
     config = read_config(folder)
-    check_weights(folder)
-    try:
-        model = _read_model(folder, config, section, dtype, fast, device)
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        raise ModelError(f"{section.path}: could not be loaded: {error}") from error
+    check_checkpoint(folder, config)
+    base = base_in(folder, section.path, revision)
+    tokenizer = load_tokenizer(section, base, config)
+    model = _read_model(folder, config, section, dtype, fast, device)
     # PEFT writes this name into adapter_config.json. A hub id must stay there, not this machine's cache folder.
     name = section.path if revision else str(folder)
     model.config._name_or_path = model.name_or_path = name
-    return model, Base(section.path, revision, fingerprint(folder))
+    return model, base, tokenizer
+
+
+def find_base(section: ModelSection) -> Base:
+    """Which base `section` names. A hub id is fetched first; no weight is loaded.
+
+    Raises:
+        ModelError: the model can't be found, or a weight file is damaged.
+    """
+    if section.path.startswith(random_shapes.PREFIX):
+        return _random_base(section, random_shapes.parse_shape(section.path))
+    folder, revision = find_folder(section.path, section.revision)
+    return base_in(folder, section.path, revision)
+
+
+def _random_base(section: ModelSection, config: Phi3Config) -> Base:
+    shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
+
+
+def check_checkpoint(folder: Path, config: Phi3Config) -> None:
+    """Make sure that a folder holds a whole checkpoint, before a weight is loaded.
+
+    Raises:
+        ModelError: its weights or its generation config can't be used.
+    """
+    check_whole(folder, config)
+    read_generation(folder, config)
+
+
+def base_in(folder: Path, path: str, revision: str | None) -> Base:
+    """Which base a folder holds.
+
+    Args:
+        path, revision: what `find_folder` was given, and the commit that it found.
+
+    Raises:
+        ModelError: a weight file is damaged.
+    """
+    is_folder = revision is None and path != "starter"
+    return Base(str(folder) if is_folder else path, revision, fingerprint(folder))
 
 
 def _read_model(
     folder: Path, config: Phi3Config, section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
 ) -> Phi3ForCausalLM:
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    kind = model_class(config, fast=fast)
     with ExitStack() as files:
         if section.quantization != "none":
             source = {"pretrained_model_name_or_path": None, "state_dict": _lazy_tensors(folder, files)}
             source["quantization_config"] = quantization_config(section.quantization, dtype)
             if device.type != "cpu":
                 source["device_map"] = {"": device}
-        model: Phi3ForCausalLM = model_class(config, fast=fast).from_pretrained(
-            config=config,
-            dtype=dtype,
-            attn_implementation=section.attn_implementation,
-            local_files_only=True,
-            **source,
-        )
+        with told_as(ModelError, f"{section.path}: could not be loaded"):
+            model: Phi3ForCausalLM = kind.from_pretrained(
+                config=config,
+                dtype=dtype,
+                attn_implementation=section.attn_implementation,
+                local_files_only=True,
+                **source,
+            )
     if section.quantization != "none":
         model.generation_config = read_generation(folder, config)
         keep_packing(model)
@@ -148,10 +196,22 @@ def _read_model(
 
 
 def read_generation(folder: Path, config: Phi3Config) -> GenerationConfig:
-    """The generation config of a checkpoint, as transformers makes it when it loads the model from the folder."""
-    if (folder / GENERATION).is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(config)
+    """The generation config of a checkpoint, as transformers makes it when it loads the model from the folder.
+
+    Raises:
+        ModelError: the file is damaged. transformers would pass over it, and the ids that end an answer would be lost.
+    """
+    file = folder / GENERATION
+    if not file.exists():
+        return GenerationConfig.from_model_config(config)
+    read_json(file)
+    with told_as(ModelError, str(file)):
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        ids = getattr(generation, key)
+        if not all(type(i) is int for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])):
+            raise ModelError(f"{file}: {key} must be a token id or a list of them, not {ids!r}")
+    return generation
 
 
 def _lazy_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
@@ -215,17 +275,21 @@ def read_config(folder: Path) -> Phi3Config:
         ModelError: there is no config.json, it is broken, or it belongs to another kind of model.
     """
     file = folder / "config.json"
-    tree = _read_json(file)
+    tree = read_json(file)
     model_type = tree.get("model_type")
     if model_type != "phi3":
-        raise ModelError(f"{file}: model_type is `{model_type}`, and only `phi3` is supported ({FAMILY})")
+        other = "; for a Phi-3 in Llama's or Mistral's form, as unsloth has it, take Microsoft's own checkpoint"
+        hint = other if model_type in ("llama", "mistral") else ""
+        raise ModelError(f"{file}: model_type is `{model_type}`, and only `phi3` is supported ({FAMILY}){hint}")
     tree.pop("auto_map", None)
     for key in ("rope_scaling", "rope_parameters"):
         _rename_rope(tree.get(key))
-    try:
-        return Phi3Config.from_dict(tree)
-    except Exception as error:  # transformers' strict dataclasses raise error types of their own
-        raise ModelError(f"{file}: {error}") from error
+    with told_as(ModelError, str(file)):
+        config = Phi3Config.from_dict(tree)
+    wrong = [key for key in SIZES if type(size := getattr(config, key, 1)) is int and size < 1]
+    if wrong:
+        raise ModelError(f"{file}: {', '.join(f'{key}: {getattr(config, key)}' for key in wrong)}: must be 1 or more")
+    return config
 
 
 def _rename_rope(scaling: Any) -> None:
@@ -235,62 +299,6 @@ def _rename_rope(scaling: Any) -> None:
     for key in ("type", "rope_type"):
         if isinstance(scaling, dict) and scaling.get(key) == "su":
             scaling[key] = "longrope"
-
-
-def check_weights(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors files.
-
-    Raises:
-        ModelError: the folder has no weights, has only pickled ones, or lacks files that the index names.
-    """
-    if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ModelError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}")
-        return [folder / name for name in names]
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{folder}: the weights are pickled ({pickles[0]}), and unpickling can run any code; convert them to "
-            "safetensors first, for example with transformers' save_pretrained"
-        )
-    raise ModelError(f"{folder}: no weights there (expected {WEIGHTS} or {INDEX})")
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over name, dtype, shape and first 4 KiB of every tensor in the folder's safetensors files.
-
-    That is only a few MB of any checkpoint. If a model is trained further, these bytes change.
-
-    Raises:
-        ModelError: a file is damaged.
-    """
-    total = hashlib.sha256()
-    for file in check_weights(folder):
-        with file.open("rb") as stream:
-            header, length = _read_header(stream, file)
-            for name, entry in sorted(header.items()):
-                start, end = entry["data_offsets"]
-                stream.seek(8 + length + start)
-                total.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
-                total.update(stream.read(min(4096, end - start)))
-    return total.hexdigest()
-
-
-def _read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file: the entry of each tensor by its name, and the header's length in bytes."""
-    try:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > file.stat().st_size:  # reading so many bytes could take all memory
-            raise ValueError(f"its header says that it is {length:,} bytes long, more than the file")
-        header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-    except (ValueError, AttributeError, TypeError, struct.error) as error:
-        raise ModelError(f"{file}: damaged ({error}); fetch or write it again") from error
-    return header, length
 
 
 def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None) -> PreTrainedTokenizerBase:
@@ -304,22 +312,25 @@ def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None)
         config: the model's configuration; None is a default one.
 
     Raises:
-        ModelError: there is no tokenizer that can be loaded, or it has no chat template.
+        ModelError: there is no tokenizer that can be loaded, it has no chat template that works, or it has more ids
+            than the model.
     """
     if base.seed is not None and not section.tokenizer:
         return random_shapes.byte_tokenizer(random_shapes.parse_shape(section.path).vocab_size)
     source = section.tokenizer or section.path
     folder, _ = find_folder(source, None if section.tokenizer else base.revision)
+    check_tokenizer_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, config=config or Phi3Config(), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ModelError(f"{source}: its tokenizer could not be loaded: {error}") from error
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{source}: its tokenizer has no chat template; give an instruct checkpoint's folder as model.tokenizer"
-        )
+        if (folder / TOKENIZER).exists():
+            read_json(folder / TOKENIZER)  # if that is it, the sentence names the file
+        raise ModelError(f"{source}: its tokenizer could not be loaded: {reason_of(error)}") from error
+    check_template(tokenizer, source)
+    if config is not None:
+        check_vocabulary(tokenizer, config, source)
     if tokenizer.pad_token_id is None:
         # A token is never added: the embedding would grow, and adapters would become huge and impossible to load.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -335,15 +346,3 @@ def with_stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedToke
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
     return generation
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file.parent}: no {file.name} there; is this a model's folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file}: broken JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ModelError(f"{file}: expected a JSON object")
-    return tree

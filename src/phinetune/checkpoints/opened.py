@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from peft import PeftModel
 from phinetune.chats.encoder import ChatEncoder, make_encoder
 from phinetune.checkpoints.adapters import ADAPTER_CONFIG, attach_adapter, read_adapter_config, read_base
 from phinetune.checkpoints.load import Loaded, load_base
+from phinetune.checkpoints.small_files import what_to_do
+from phinetune.checkpoints.untouched import untouched_base
 from phinetune.config.model import ModelSection
 from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ModelError
 from phinetune.logs import quiet_libraries
-from phinetune.run_folder import RunFolder
+from phinetune.run_folder import CONFIG, RunFolder
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Opened:
         """Whether there is a tuned model beside the base."""
         return isinstance(self.model, PeftModel)
 
+    def base_side(self) -> AbstractContextManager[Any]:
+        """A context that gives the base: see `untouched_base`."""
+        return untouched_base(self.model, self.loaded, self.config.model)
+
 
 def open_model(path: str | Path, config: RunConfig | None = None, **model_options: Any) -> Opened:
     """Open a run, an adapter folder, or anything that `model.path` takes.
@@ -47,9 +54,11 @@ def open_model(path: str | Path, config: RunConfig | None = None, **model_option
     """
     quiet_libraries()
     config = config or opened_config(path, **model_options)
+    folder = Path(path).expanduser()
+    if is_adapter(folder):
+        read_adapter_config(folder)  # what is damaged is told before the base is loaded
     loaded = load_base(config.model, fast=config.engine.kind == "fast")
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
-    folder = Path(path).expanduser()
     model = attach_adapter(loaded, folder) if is_adapter(folder) else loaded.model
     return Opened(loaded, model, encoder, config)
 
@@ -84,6 +93,10 @@ def recorded_config(folder: Path) -> RunConfig:
     if run:
         return run.read_config()
     base = read_base(folder)
+    if base and (folder / CONFIG).exists():  # phinetune wrote both; without the second its settings would be lost
+        raise ModelError(
+            f"{folder / CONFIG}: damaged: it does not begin as a run's configuration; {what_to_do(folder / CONFIG)}"
+        )
     if base:
         return make_config({"model": ModelSection(path=base.path, revision=base.revision).model_dump()})
     name = read_adapter_config(folder).base_model_name_or_path

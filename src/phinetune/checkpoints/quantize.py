@@ -45,6 +45,13 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
+def why_no_dora(kind: str, device: torch.device) -> str | None:
+    """Why DoRA can't be put on a base that is held so; None if it can."""
+    if kind != "int8" or device.type != "cpu":
+        return None
+    return "on a CPU, PEFT loses the scales of an int8 base under DoRA; take nf4, an unquantised base, or LoRA"
+
+
 def is_quantized(model: Any) -> bool:
     """Whether a model's linear layers hold their weights in 4 or 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))

@@ -16,7 +16,9 @@ app = typer.Typer()
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run, one of its checkpoints or an adapter folder")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub; made if it is not there")],
-    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="whether only you, or everyone, may see the repository")
+    ] = True,
     merged: Annotated[
         bool, typer.Option("--merged", help="push base and adapter merged into one model, not the adapter alone")
     ] = False,

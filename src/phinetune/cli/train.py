@@ -24,6 +24,9 @@ def train(
         Path, typer.Argument(metavar="CONFIG", help="the run's YAML file (`phinetune config` explains it)")
     ],
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in output_dir")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="with --resume: go on although something has changed, and record it")
+    ] = False,
     overwrite: Overwrite = False,
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
 ) -> None:
@@ -31,7 +34,7 @@ def train(
     from phinetune.api.train import train_config
     from phinetune.config.run import load_config
 
-    made = train_config(load_config(config, overrides), stdout(), resume=resume, overwrite=overwrite)
+    made = train_config(load_config(config, overrides), stdout(), resume=resume, overwrite=overwrite, changed=changed)
     _say_next(made, f"{program()} train {config}")
 
 

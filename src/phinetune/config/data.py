@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from phinetune.config.row_forms import FORM_NAMES
 from phinetune.config.section import Section, checked_entry, one_of
@@ -18,6 +18,20 @@ class WeightedFile(Section):
     weight: float = Field(1.0, gt=0, le=100, description="2 takes every row twice, 0.5 a drawn half of them")
 
 
+class OtherSplit(Section):
+    """Held-out chats that are a split of a data set, by default of the one that is trained on."""
+
+    path: str | None = Field(None, description="datasets folder or hub id; data.train if left out")
+    split: str | None = Field(None, description="its split; data.split if left out")
+    name: str | None = Field(None, description="its configuration; data.name if left out")
+
+    @model_validator(mode="after")
+    def _names_something(self) -> OtherSplit:
+        if self.path is None and self.split is None and self.name is None:
+            raise ValueError("name a `split`, a `path` or the `name` of a configuration")
+        return self
+
+
 class DataSection(Section):
     """Which chats, and how they become tokens and labels."""
 
@@ -26,10 +40,13 @@ class DataSection(Section):
         description="file (.jsonl .json .csv .parquet), datasets folder or hub id; or a list of them, where "
         "{path: …, weight: 2} takes a file's rows twice and weight 0.5 half of them",
     )
-    eval: float | str | list[str] | None = Field(
-        None, description="held-out chats: a file like `train`, or the fraction of `train` to hold out"
+    eval: float | str | list[str] | OtherSplit | None = Field(
+        None,
+        description="held-out chats: a file like `train`; the fraction of `train` to hold out; or {split: validation} "
+        "for another split of `train` ({path: …, split: …, name: …} for one of another data set)",
     )
     split: str = Field("train", description="split to read of a datasets folder or hub id")
+    name: str | None = Field(None, description="configuration to read of a datasets folder or hub id")
     format: Annotated[str, one_of("auto", *FORM_NAMES)] = Field(
         "auto",
         description=f"form of the rows: {', '.join(FORM_NAMES)}; auto looks at each row's keys. text and tokens "
@@ -46,7 +63,12 @@ class DataSection(Section):
     overlong: Literal["cut", "drop"] = Field(
         "cut",
         description="a chat over training_config.max_length: cut its prompt (oldest turns first, answers "
-        "never), or drop the chat",
+        "never), or drop the chat; a text: cut it into pieces, or drop it",
+    )
+    overlap: int = Field(
+        1,
+        ge=1,
+        description="tokens that the next piece of a long text repeats as context, without loss on them",
     )
     invalid_rows: Literal["fail", "drop"] = Field(
         "fail", description="rows that can't be used: stop and list them, or drop and count them"
@@ -77,6 +99,11 @@ class DataSection(Section):
             checked_entry(WeightedFile, entry, f"entry {i}") if isinstance(entry, Mapping) else entry
             for i, entry in enumerate(value, 1)
         ]
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _other_split(cls, value: Any) -> Any:
+        return checked_entry(OtherSplit, value, "eval") if isinstance(value, Mapping) else value
 
     @field_validator("eval")
     @classmethod

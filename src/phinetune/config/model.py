@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from phinetune.config.model_keywords import translate_keywords
 from phinetune.config.section import Section
-
-logger = logging.getLogger(__name__)
 
 
 class ModelSection(Section):
@@ -39,21 +37,5 @@ class ModelSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _old_names(cls, value: Any) -> Any:
-        """Accept the keywords that scripts give to `from_pretrained`.
-
-        `torch_dtype` is the older name of `dtype`. torch's dtype objects are replaced by their names. If a keyword has
-        no effect here, the log says so.
-        """
-        if not isinstance(value, Mapping):
-            return value
-        value = dict(value)
-        if value.pop("trust_remote_code", False):
-            logger.warning("model.trust_remote_code has no effect: only transformers' own classes are used")
-        if value.get("device_map", "given") is None:
-            del value["device_map"]  # the model card's sample gives None; the model goes to model.device
-        if "torch_dtype" in value:
-            value.setdefault("dtype", value.pop("torch_dtype"))
-        if "dtype" in value:
-            name = str(value["dtype"]).removeprefix("torch.")
-            value["dtype"] = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}.get(name, name)
-        return value
+        """Accept the keywords that scripts give to `from_pretrained`; see `phinetune.config.model_keywords`."""
+        return translate_keywords(value) if isinstance(value, Mapping) else value

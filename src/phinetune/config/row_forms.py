@@ -13,24 +13,35 @@ class RowForm(NamedTuple):
         name: the form's name in `data.format`.
         keys: groups of keys. A row that has all keys of one group has this form.
         is_ready: whether such a row is text or token ids already, so that no template renders it.
+        more: keys beside these that are read where a row has them. Rows that become chats also have `CHAT_KEYS`.
     """
 
     name: str
     keys: tuple[tuple[str, ...], ...]
     is_ready: bool = False
+    more: tuple[str, ...] = ()
 
     def fits(self, keys: Collection[str]) -> bool:
         """Whether a row with these keys has this form."""
         return any(all(key in keys for key in group) for group in self.keys)
 
+    @property
+    def read(self) -> frozenset[str]:
+        """All keys that are read of such a row."""
+        return frozenset((*(key for group in self.keys for key in group), *self.more, *CHAT_KEYS * (not self.is_ready)))
 
+
+CHAT_KEYS = ("system", "tools", "functions")
+# Masks of a row of ids: which ids are no padding, and which are trained on (as TRL and others write it).
+ATTENTION_MASK = "attention_mask"
+LABEL_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 # In the order of detection: the first form that fits a row is taken.
 ROW_FORMS = (
     RowForm("messages", (("messages",),)),
     RowForm("conversations", (("conversations",), ("conversation",))),
-    RowForm("alpaca", (("instruction", "output"),)),
+    RowForm("alpaca", (("instruction", "output"),), more=("input", "history")),
     RowForm("prompt_completion", (("prompt", "completion"),)),
-    RowForm("tokens", (("input_ids",),), is_ready=True),
+    RowForm("tokens", (("input_ids",),), is_ready=True, more=("labels", ATTENTION_MASK, *LABEL_MASKS)),
     RowForm("text", (("text",),), is_ready=True),
 )
 FORM_NAMES = tuple(form.name for form in ROW_FORMS)

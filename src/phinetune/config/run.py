@@ -17,12 +17,17 @@ from phinetune.config.data import DataSection
 from phinetune.config.engine import EngineSection
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.model import ModelSection
+from phinetune.config.model_keywords import OF_TRAINING, move_to_training
 from phinetune.config.objective import ObjectiveSection
 from phinetune.config.section import Section
 from phinetune.errors import ConfigError, unknown_key
 
 # If a section is given as text, the text is the value of this one key of the section.
 SHORTHANDS = {"model": "path", "data": "train", "objective": "kind", "engine": "kind"}
+
+
+# Keys of training_config that are never written down.
+SECRETS = ("hub_token", "push_to_hub_token")
 
 
 class RunConfig(Section):
@@ -47,6 +52,9 @@ class RunConfig(Section):
             if isinstance(value.get(section), (str, Path, list)):
                 short = value[section]
                 value[section] = {key: short if isinstance(short, list) else str(short)}
+        model, training = value.get("model"), value.get("training_config") or {}
+        if isinstance(model, Mapping) and isinstance(training, Mapping) and OF_TRAINING.keys() & model.keys():
+            value["model"], value["training_config"] = move_to_training(model, training)
         return value
 
     @model_validator(mode="after")
@@ -149,8 +157,10 @@ def _types(annotation: Any) -> tuple[type, ...]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML: every knob with the value that it has."""
-    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100))
+    """The configuration as YAML: every knob with the value that it has, but no access token."""
+    tree = config.model_dump(mode="json")
+    tree["training_config"] = {key: value for key, value in tree["training_config"].items() if key not in SECRETS}
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100))
 
 
 def describe_config() -> list[tuple[str, str, str]]:

@@ -49,6 +49,8 @@ class PreviewedRow:
         form: the row's form; None if the row could not be read.
         tokens, trainable: how many tokens it has, and how many of them are trained on; 0 if the row is dropped.
         cut: whether its prompt was cut to fit.
+        pieces: how many pieces a text was cut into; the first one is shown.
+        unused: columns and keys of turns that reach no model.
         turns: its tokens, turn by turn.
         problem: why the row is dropped or can't be read; None for a row that is kept.
         broken: whether the place holds no row that can be read.
@@ -59,6 +61,8 @@ class PreviewedRow:
     tokens: int = 0
     trainable: int = 0
     cut: bool = False
+    pieces: int = 1
+    unused: Sequence[str] = ()
     turns: Sequence[Turn] = ()
     problem: str | None = None
     broken: bool = False
@@ -70,7 +74,7 @@ def preview_rows(source: str, encode: RowEncoder, rows: int) -> Iterator[Preview
     Raises:
         DataError: the source does not exist, or is of an unknown kind.
     """
-    for row in islice(scan_rows(source, encode.section.split), rows):
+    for row in islice(scan_rows(source, encode.section.split, encode.section.name), rows):
         if not isinstance(row, Broken) and is_huge(row, encode.max_length):
             row = Broken(row.where, f"far too long to be a chat: {describe_size(row)}")
         yield preview_row(row if isinstance(row, Broken) else next(encode([row])), encode.encoder)
@@ -82,8 +86,16 @@ def preview_row(outcome: RowOutcome | Broken, encoder: ChatEncoder) -> Previewed
         return PreviewedRow(outcome.where, problem=outcome.problem, broken=True)
     if not outcome.encoded:
         return PreviewedRow(outcome.row.where, outcome.form, problem=outcome.reason or "")
-    size = (len(outcome.encoded.input_ids), outcome.encoded.trainable)
-    return PreviewedRow(outcome.row.where, outcome.form, *size, outcome.cut, turns_of(outcome, encoder))
+    return PreviewedRow(
+        outcome.row.where,
+        outcome.form,
+        tokens=len(outcome.encoded.input_ids),
+        trainable=outcome.encoded.trainable,
+        cut=outcome.cut,
+        pieces=outcome.pieces,
+        unused=outcome.audit.in_order(),
+        turns=turns_of(outcome, encoder),
+    )
 
 
 def turns_of(outcome: RowOutcome, encoder: ChatEncoder) -> list[Turn]:

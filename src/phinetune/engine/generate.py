@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from phinetune.engine.choice import has_packed_form
 from phinetune.engine.greedy_decode import decode
-from phinetune.errors import ConfigError
+from phinetune.errors import ConfigError, at_most
+
+logger = logging.getLogger(__name__)
 
 BATCH = 16  # prompts that transformers' generate answers together
 
@@ -98,8 +101,75 @@ def answer_prompts(
 
     Returns:
         the answers, in the order of the prompts.
+
+    Raises:
+        ConfigError: a prompt leaves no room for an answer in the model's positions.
     """
     sampling = sampling or Sampling()
+    answers: dict[int, Answer] = {}
+    for limit, chosen in _by_limit(model, prompts, max_new_tokens).items():
+        made = _answer_alike(model, tokenizer, [prompts[i] for i in chosen], limit, batch_size, sampling, on_done)
+        answers.update(zip(chosen, made, strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def answer_limits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
+    """How many tokens the answer to each prompt may have, so that prompt and answer fit the model's positions.
+
+    A line in the log says so where that is fewer than `max_new_tokens`.
+
+    Raises:
+        ConfigError: a prompt leaves no room for an answer.
+    """
+    positions = int(model.config.max_position_embeddings)
+    check_prompts(prompts, positions)
+    limits = [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
+    short = [limit for limit in limits if limit < max_new_tokens]
+    if short:
+        logger.warning(
+            "%d of %d prompts leave room for %d tokens or more in the model's %d positions, not for %d: their answers "
+            "end there",
+            *(len(short), len(prompts), min(short), positions, max_new_tokens),
+        )
+    return limits
+
+
+def check_prompts(prompts: Sequence[list[int]], positions: int) -> None:
+    """Make sure that a model can answer prompts.
+
+    Args:
+        positions: how many tokens the model has positions for (`max_position_embeddings`).
+
+    Raises:
+        ConfigError: a prompt leaves no room for an answer.
+    """
+    problems = [
+        f"the prompt has {len(prompt)} tokens, and the model has positions for {positions}, answer included; shorten it"
+        for prompt in prompts
+        if len(prompt) >= positions
+    ]
+    if problems:
+        raise ConfigError(at_most(problems, 8))
+
+
+def _by_limit(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> dict[int, list[int]]:
+    """The places of the prompts, by how many tokens their answers may have."""
+    groups: dict[int, list[int]] = {}
+    for place, limit in enumerate(answer_limits(model, prompts, max_new_tokens)):
+        groups.setdefault(limit, []).append(place)
+    return groups
+
+
+def _answer_alike(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int | None,
+    sampling: Sampling,
+    on_done: Callable[[int], None],
+) -> list[Answer]:
+    """Answer prompts that have the same limit."""
     stops = stop_set(model)
     if sampling.temperature <= 0 and has_packed_form(model) and not _needs_transformers(model):
         core: Any = model.get_base_model() if isinstance(model, PeftModel) else model

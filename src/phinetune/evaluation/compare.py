@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.config.evaluation import CustomMetric, EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.engine.scoring import Score, score_rows
 from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
@@ -24,6 +25,7 @@ from phinetune.metric_table import measures_of
 FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
 
 Numbers = dict[str, Any]
+Side = Callable[[], contextlib.AbstractContextManager[Any]]  # gives one of the models that are compared
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Comparison:
             is JSON.
         flags: sentences about what the user should look at.
         data: what became of the held-out rows, as in results.json.
+        overlap: how many of them were trained on, as in results.json; None if that was not looked at.
     """
 
     results: dict[str, Numbers]
@@ -66,13 +69,14 @@ class Comparison:
     json_fields: dict[str, dict[str, float]] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    overlap: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
         """`results` for the key `evaluation` of results.json. JSON has no infinity, so null replaces it."""
         return {name: _finite(numbers) for name, numbers in self.results.items()}
 
     def to_tree(self, examples: int | None = None) -> dict[str, Any]:
-        """Everything but `data`, with the keys of results.json and `phinetune evaluate --out`.
+        """Everything but `data` and `overlap`, with the keys of results.json and `phinetune evaluate --out`.
 
         Args:
             examples: how many of the examples, from the first; None is all.
@@ -149,6 +153,7 @@ def compare(
     section: EvaluationSection,
     metrics: Mapping[str, RowMetric],
     watcher: Watcher | None = None,
+    base: Side | None = None,
 ) -> Comparison:
     """Score the held-out chats and let the model answer their prompts, without and with its adapter.
 
@@ -157,35 +162,52 @@ def compare(
     Args:
         metrics: what `phinetune.evaluation.metrics.row_metrics` returned for the section.
         watcher: gets told how far the comparison is.
+        base: gives the base, as `phinetune.checkpoints.untouched` does. None: it is the model without its adapter,
+            which holds for every adapter that left its base as it was.
 
     Raises:
         RunError: a metric's function failed on an answer.
     """
     watcher = watcher or _Unwatched()
     questions = questions_of(encoder, held_out, section.max_prompts) if section.generate else []
-    tuned = hasattr(model, "disable_adapter")
-    contexts: dict[str, Callable[[], Any]] = {"base": model.disable_adapter if tuned else contextlib.nullcontext}
-    if tuned:
-        contexts["tuned"] = contextlib.nullcontext
+    models = sides_of(model, base)
     model.eval()
     sides: dict[str, _Side] = {}
-    watcher.begin(len(held_out), len(questions), list(contexts))
+    watcher.begin(len(held_out), len(questions), list(models))
     size = None if section.batch_size == "auto" else section.batch_size
-    for name, context in contexts.items():
+    for name, opened in models.items():
         watcher.side(name)
-        with context():
-            scores = score_rows(model, held_out.encoded, size, watcher.advance)
+        with opened() as one:
+            scores = score_rows(one, held_out.encoded, size, watcher.advance)
             answered = Answers([], {})
             if questions:
-                answered = answer_all(model, tokenizer, questions, section, metrics, watcher.advance)
+                answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
         sides[name] = _Side(scores, answered)
     return _compared(sides, questions, held_out, section)
+
+
+def sides_of(model: Any, base: Side | None = None) -> dict[str, Side]:
+    """How to get each model of a comparison: `base`, and `tuned` if `model` has an adapter.
+
+    Args:
+        base: see `compare`.
+    """
+    if not hasattr(model, "disable_adapter"):
+        return {"base": lambda: contextlib.nullcontext(model)}
+    return {"base": base or (lambda: _switched_off(model)), "tuned": lambda: contextlib.nullcontext(model)}
+
+
+@contextlib.contextmanager
+def _switched_off(model: Any) -> Iterator[Any]:
+    with model.disable_adapter():
+        yield model
 
 
 def _compared(
     sides: dict[str, _Side], questions: Sequence[Question], held_out: ChatSet, section: EvaluationSection
 ) -> Comparison:
     results = {name: side.numbers() for name, side in sides.items()}
+    overlap = held_out.shared.to_dict() if held_out.shared else None
     texts = {name: [answer.text for answer in side.answered.answers] for name, side in sides.items()}
     references = [question.reference for question in questions]
     fields = {name: field_shares(zip(answers, references, strict=True)) for name, answers in texts.items()}
@@ -204,8 +226,9 @@ def _compared(
         _differences(sides, section) if len(sides) == 2 else {},
         _by_tag(sides, questions, held_out.tags),
         fields if any(fields.values()) else {},
-        _flags(results, section.max_new_tokens),
+        [*shared_sentences(overlap or {}), *_flags(results, section.max_new_tokens)],
         held_out.report.to_dict(),
+        overlap,
     )
 
 

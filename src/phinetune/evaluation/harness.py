@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phinetune.errors import ConfigError, DataError
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
+from phinetune.evaluation.compare import Side, sides_of
 from phinetune.metric_table import Measure
 
 NEEDED = "pip install 'phinetune[harness]'"
@@ -54,6 +54,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int | None = None,
     chat_template: bool = False,
+    base: Side | None = None,
     on_side: Callable[[str], None] = lambda side: None,
 ) -> list[TaskResult]:
     """Run the harness's tasks without and with the adapter.
@@ -65,6 +66,7 @@ def run_tasks(
         limit: how many documents of each task to take; None is all.
         batch_size: how many requests the model computes together; None is 8.
         chat_template: whether to put every prompt into the checkpoint's chat template.
+        base: see `phinetune.evaluation.compare.compare`.
         on_side: called with `base` or `tuned` before this model begins.
 
     Raises:
@@ -72,11 +74,11 @@ def run_tasks(
     """
     from lm_eval.models.huggingface import HFLM
 
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or 8)
     outputs: dict[str, Mapping[str, Any]] = {}
-    for name, context in _sides(model):
+    for name, opened in sides_of(model, base).items():
         on_side(name)
-        with context():
+        with opened() as one:
+            language_model = HFLM(pretrained=one, tokenizer=tokenizer, backend="causal", batch_size=batch_size or 8)
             outputs[name] = _evaluate(language_model, tasks, manager, limit, chat_template)
     return list(_results(outputs))
 
@@ -114,15 +116,6 @@ def open_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
     if problems:
         raise ConfigError(problems)
     return manager
-
-
-def _sides(model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The name of each model, and a function that returns the context to run it in."""
-    if not hasattr(model, "disable_adapter"):
-        yield "base", contextlib.nullcontext
-        return
-    yield "base", model.disable_adapter
-    yield "tuned", contextlib.nullcontext
 
 
 def _evaluate(

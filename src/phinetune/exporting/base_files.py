@@ -12,8 +12,9 @@ from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import (
     Base,
+    base_in,
+    check_checkpoint,
     find_folder,
-    fingerprint,
     load_base,
     load_tokenizer,
     read_config,
@@ -54,7 +55,8 @@ def open_base(section: ModelSection) -> BaseFiles:
         return _open_random(section)
     folder, revision = find_folder(section.path, section.revision)
     config = read_config(folder)
-    base = Base(section.path, revision, fingerprint(folder))
+    check_checkpoint(folder, config)
+    base = base_in(folder, section.path, revision)
     tokenizer = load_tokenizer(section, base, config)
     generation = with_stop_ids(read_generation(folder, config), tokenizer)
     return BaseFiles(base, folder, FolderWeights(folder), config, tokenizer, generation)

@@ -134,14 +134,14 @@ def _gguf_lora(request: Request) -> ExportResult:
 
 def _ollama(request: Request) -> ExportResult:
     check_free(request.out, request.overwrite, ollama.is_own)  # the slow part, opening the model, comes after this
-    gguf = ollama.write_ollama(open_checkpoint(request.run), request.out, request.kind, request.name)
+    made = ollama.write_ollama(open_checkpoint(request.run), request.out, request.kind, request.name)
     name = model_name(request.name)
     return ExportResult(
         request.out,
-        f"a Modelfile and a GGUF of {gguf.tensors} tensors, {request.kind}",
+        f"a Modelfile and a GGUF of {made.tensors} tensors, {request.kind}",
         folder_size(request.out),
         [f"ollama create {name} -f {quoted(request.out / ollama.MODELFILE)}", f"ollama run {name}"],
-        gguf.vocabulary.notes,
+        made.notes,
     )
 
 

@@ -11,11 +11,13 @@ from phinetune.cpu_share import Company, Usage
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.choice import EngineChoice
+from phinetune.errors import RunError
 from phinetune.planning.disk import checkpoint_bytes, free_disk
 from phinetune.planning.fitting_settings import Changes, nearest_fitting
 from phinetune.planning.memory import OPTIMIZERS, Parts, optimizer_name
 from phinetune.planning.probe import Speed, measure, sample_batch
 from phinetune.planning.setup import Need, Setup
+from phinetune.run_folder import RunFolder
 from phinetune.training.prepare import PreparedRun, prepare_run, settle
 from phinetune.training.steps import Steps
 
@@ -39,6 +41,7 @@ class Plan:
         fits: whether memory and disk are enough.
         nearest: changes of settings, each of which makes the run fit into memory; empty if it fits or nothing helps.
         notes: what these numbers leave out.
+        busy: what other programs took while the time was measured, in a sentence; None if they took nothing.
     """
 
     data: dict[str, Any]
@@ -54,6 +57,7 @@ class Plan:
     fits: bool
     nearest: list[Changes]
     notes: list[str]
+    busy: str | None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "memory": self.memory.to_dict()}
@@ -68,13 +72,17 @@ def make_plan(config: RunConfig, *, probe: bool = True) -> Plan:
     Raises:
         PhinetuneError: the run itself would stop with this error before it trains.
     """
-    prepared = prepare_run(settle(config))
+    return plan_prepared(prepare_run(settle(config)), probe=probe)
+
+
+def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
+    """`make_plan` for a run that has been prepared."""
     setup = Setup.of(prepared)
     need = setup.need()
     before = Usage.now()
     speed = _probe(prepared, setup, need.levels) if probe and prepared.engine.fast else None
     company = Company.between(before, Usage.now()) if speed else None
-    disk, room = checkpoint_bytes(setup.args, need.sizes, need.steps), free_disk(config.output_dir)
+    disk, room = checkpoint_bytes(setup.args, need.sizes, need.steps), free_disk(prepared.config.output_dir)
     enough_memory = need.memory.total <= setup.free
     return Plan(
         data=prepared.chats.train.report.to_dict(),
@@ -89,7 +97,8 @@ def make_plan(config: RunConfig, *, probe: bool = True) -> Plan:
         free_disk=room,
         fits=enough_memory and disk <= room,
         nearest=[] if enough_memory else nearest_fitting(setup),
-        notes=[*busy_note(company), *_notes(setup, prepared.engine)],
+        notes=[*_notes(setup, prepared.engine), *_place_taken(prepared.config)],
+        busy=busy_sentence(company),
     )
 
 
@@ -109,11 +118,20 @@ def _seconds(speed: Speed, need: Need) -> float:
     return batches * speed.batch(need.levels, steps.mean) + steps.count * speed.a_parameter * need.sizes.trainable
 
 
-def busy_note(company: Company | None) -> list[str]:
-    """A note if the time was measured beside other programs."""
+def busy_sentence(company: Company | None) -> str | None:
+    """What a time that was measured beside other programs means; None if there were none."""
     if company is None or not company.disturbs:
-        return []
-    return [f"{company.describe()}: the time was measured beside them, and a quiet machine takes less"]
+        return None
+    return f"{company.describe()}: the time was measured beside them, and a quiet machine takes less"
+
+
+def _place_taken(config: RunConfig) -> list[str]:
+    """What `train` will say of its folder, unless it is told to resume or to replace the run there."""
+    try:
+        RunFolder(config.output_dir).check_free(overwrite=False)
+    except RunError as error:
+        return error.problems
+    return []
 
 
 def _notes(setup: Setup, engine: EngineChoice) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ from transformers import Phi3Config
 
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.load import load_base
-from phinetune.checkpoints.target_modules import resolve_targets, trainable_parameters
+from phinetune.checkpoints.target_modules import matched_targets, trainable_parameters
 from phinetune.config.model import ModelSection
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.prepare import PreparedRun
-from phinetune.training.settings import make_lora_config
+from phinetune.training.rehearsal import adapted_shape
+from phinetune.training.settings import Settings, make_lora_config
 
 ROUNDS = 3
 LONG = 5.0  # seconds; after a round that takes longer, there are no more rounds
@@ -65,8 +66,7 @@ def measure(prepared: PreparedRun, rows: Sequence[dict[str, Any]], levels: Seque
     settings, engine, objective = prepared.settings, prepared.engine.fast, prepared.objective
     assert engine
     loaded = load_base(two_layers(prepared.config.model, prepared.shape), fast=True)
-    lora = make_lora_config(settings, resolve_targets(loaded.model, settings.peft.get("target_modules")))
-    lora.layers_to_transform, lora.init_lora_weights = None, True
+    lora = make_lora_config(_for_every_layer(settings, prepared.shape), loaded.model)
     model: Any = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
@@ -87,6 +87,17 @@ def measure(prepared: PreparedRun, rows: Sequence[dict[str, Any]], levels: Seque
     decoder.layers = both_layers
     rest = max(0.0, one_layer - layer[Level.KEEP])
     return Speed(int(batch["row_tokens"]), layer, rest, _optimizer(trained) / trainable_parameters(model)[0])
+
+
+# What names layers that two layers alone do not have, or counts over all of them.
+BY_LAYER = ("layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern")
+
+
+def _for_every_layer(settings: Settings, shape: Phi3Config) -> Settings:
+    """The settings for a model that has an adapter in every layer, wherever the run's model has one in some."""
+    names = [layer.name for layer in matched_targets(adapted_shape(settings, shape, torch.float32))]
+    kept = {key: value for key, value in settings.peft.items() if key not in BY_LAYER}
+    return replace(settings, peft=kept | {"target_modules": names, "init_lora_weights": True})
 
 
 def two_layers(section: ModelSection, config: Phi3Config) -> ModelSection:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phinetune.checkpoints.target_modules import linear_layers, resolve_targets, trainable_parameters
-from phinetune.training.settings import Settings, make_lora_config
+from phinetune.checkpoints.target_modules import linear_layers, trainable_parameters
+from phinetune.training.rehearsal import adapted_shape
+from phinetune.training.settings import Settings
 
 NF4_BLOCK, NF4_NESTED = 64, 256  # weights that share a scale, and scales that share a second one (QLoRA, section 3)
 NF4_TABLES = 4 * (16 + 256 + 1)  # bytes per layer: two code books and the mean of the scales
@@ -45,17 +45,15 @@ def count_sizes(config: Phi3Config, quantization: str, settings: Settings, dtype
     """
     with torch.device("meta"):
         model = Phi3ForCausalLM._from_config(config, dtype=dtype)
-        linear = linear_layers(model)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        expanded = 0
-        if quantization != "none":
-            quantized = sum(quantized_bytes(layer, quantization) for layer in linear.values())
-            weights += quantized - sum(layer.weight.nbytes for layer in linear.values())
-            expanded = max(layer.weight.nbytes for layer in linear.values())
-        base = trainable_parameters(model)[1]
-        lora = make_lora_config(settings, resolve_targets(model, settings.peft.get("target_modules")))
-        lora.init_lora_weights = False  # the initial values do not change the size
-        trainable = trainable_parameters(get_peft_model(model, lora))[0]
+    linear = linear_layers(model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    expanded = 0
+    if quantization != "none":
+        quantized = sum(quantized_bytes(layer, quantization) for layer in linear.values())
+        weights += quantized - sum(layer.weight.nbytes for layer in linear.values())
+        expanded = max(layer.weight.nbytes for layer in linear.values())
+    base = trainable_parameters(model)[1]
+    trainable = trainable_parameters(adapted_shape(settings, config, dtype))[0]
     return Sizes(config, weights, expanded, trainable, base + trainable, dtype.itemsize)
 
 

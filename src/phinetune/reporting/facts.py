@@ -17,7 +17,7 @@ import yaml
 
 from phinetune.errors import RunError
 from phinetune.liveness import is_alive
-from phinetune.run_folder import CONFIG, EVALUATION, METRICS, RESULTS, SAMPLES, START, RunFolder
+from phinetune.run_folder import CONFIG, EVALUATION, METRICS, RESULTS, SAMPLES, START, RunFolder, told_changes
 
 SHOWN_LINES = 5  # most broken lines of a file that a note lists
 
@@ -34,7 +34,7 @@ class RunFacts:
         results: results.json, which exists once a run has ended.
         later: evaluation.json, from an evaluation made after the run.
         entries, samples: the readable lines of metrics.jsonl and samples.jsonl, in the order of their steps.
-        notes: what could not be read, one sentence each.
+        notes: what a reader must know: what could not be read, and with what changes the run was resumed.
     """
 
     path: Path
@@ -85,6 +85,13 @@ class RunFacts:
         return found
 
     @property
+    def overlap(self) -> Mapping[str, Any]:
+        """How many of the rows that were evaluated were trained on. Empty if that was not looked at."""
+        data = self.later.get("data") if self.evaluated is self.later else self.data
+        found: Mapping[str, Any] = (data or {}).get("overlap") or {}
+        return found
+
+    @property
     def examples(self) -> Sequence[Mapping[str, Any]]:
         """The prompts that were answered, with references and answers."""
         found: Sequence[Mapping[str, Any]] = self.evaluated.get("examples") or []
@@ -110,6 +117,7 @@ def read_run(path: str | Path) -> RunFacts:
     notes: list[str] = []
     start, results, later = (_read_json(folder.path / name, notes) for name in (START, RESULTS, EVALUATION))
     entries, samples = (_read_lines(folder.path / name, notes) for name in (METRICS, SAMPLES))
+    notes += told_changes(start.get("changed"))
     state = "finished" if folder.is_finished else "running" if _runs_elsewhere(start) else "stopped"
     name = folder.path.resolve().name
     return RunFacts(

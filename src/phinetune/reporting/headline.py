@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phinetune.data.prepare.shared_rows import all_shared, shared_sentences
 from phinetune.metric_table import Measure, measured
 from phinetune.reporting.facts import RunFacts
 
@@ -48,7 +49,11 @@ def _compared(run: RunFacts, base: Mapping[str, Any], tuned: Mapping[str, Any]) 
             + (f" (95% interval {ends})" if ends and measure.key != "loss" else "")
         )
     where = f"on {chats:,} held-out chats" if chats else "on the held-out chats"
-    return f"{_verdict(run, told, base, tuned)} {where}: {', '.join(parts)}."
+    said = f"{_verdict(run, told, base, tuned)} {where}: {', '.join(parts)}."
+    shared = [f"{sentence}." for sentence in shared_sentences(run.overlap)]
+    if all_shared(run.overlap):
+        return " ".join([*shared, f"On them: {said[0].lower()}{said[1:]}"])
+    return " ".join([said, *shared])
 
 
 def _verdict(run: RunFacts, told: Sequence[Measure], base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:

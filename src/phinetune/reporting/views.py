@@ -226,6 +226,7 @@ def data_rows(sets: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         row("chats kept", "kept"),
         row("cut to fit", "cut"),
         ("dropped", [_counts(report.get("dropped")) or "0" for report in present]),
+        ("columns not used", [_counts(r.get("unused", {}) | r.get("unused_values", {})) for r in present]),
         row("tokens", "tokens"),
         ("tokens trained on or scored", share),
         row("longest chat, tokens", "longest"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from phinetune.errors import PhinetuneError
 from phinetune.talk.conversation import Conversation
 
 HELP = "/reset starts anew, /base switches between tuned and base model, /help shows this, /exit or Ctrl-D leaves"
@@ -50,4 +51,6 @@ def _show_answer(conversation: Conversation, message: str, console: Console) -> 
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
         console.print(" [dim](stopped)[/dim]", end="")
+    except PhinetuneError as error:  # a message that is too long; the chat goes on
+        console.print(str(error), style="red", markup=False, highlight=False, end="")
     console.print()

@@ -73,7 +73,9 @@ def _bar(count: int, most: int) -> str:
 def _show_findings(report: CheckReport, console: Console) -> None:
     found = report.findings.in_order()
     if not found:
-        console.print("Nothing stands out.", highlight=False)
+        sets = [counts for counts in (report.counts, report.held_out) if counts]
+        said = any(counts.unused or counts.unused_values or counts.notes for counts in sets)
+        console.print("Nothing else stands out." if said else "Nothing stands out.", highlight=False)
         return
     console.print("Findings (✗ would spoil a run):", style="bold", highlight=False)
     for one in found:

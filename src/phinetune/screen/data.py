@@ -20,6 +20,8 @@ def show_data(chats: Chats, tokenizer: PreTrainedTokenizerBase, console: Console
     for made in (chats.train, chats.held_out):
         if made:
             say(console, made.report.lines())
+    if chats.held_out and chats.held_out.shared and chats.held_out.shared.lines():
+        say(console, chats.held_out.shared.lines())
     marks = not console.is_terminal
     part = "the part in ⟦ ⟧" if marks else "the green part"
     console.print(f"The first chats as the model sees them; {part} is trained on:", highlight=False)

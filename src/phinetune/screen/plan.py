@@ -55,6 +55,8 @@ def _sentences(plan: Plan) -> Iterator[str]:
     if plan.seconds is not None:
         rate = plan.steps.tokens / plan.seconds
         yield f"time: about {timedelta(seconds=round(plan.seconds))} ({rate:,.0f} tokens/s), evaluations apart"
+    if plan.busy:
+        yield f"busy: {plan.busy}"
     yield f"disk: {plan.disk / 1e9:.2f} GB of checkpoints, {plan.free_disk / 1e9:.1f} GB free"
     yield from (f"note: {note}" for note in plan.notes)
     if plan.fits:

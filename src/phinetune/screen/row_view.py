@@ -48,7 +48,10 @@ def _heading(row: PreviewedRow) -> Text:
     text.append(f" · {row.form or 'no known form'}", style="not bold")
     if row.problem is None:
         tokens = f"{row.tokens:,} tokens, {row.trainable:,} of them trained on"
-        text.append(f" · {tokens}{' · cut to fit' if row.cut else ''}", style="not bold")
+        pieces = f" · the first of {row.pieces:,} pieces" if row.pieces > 1 else ""
+        text.append(f" · {tokens}{' · cut to fit' if row.cut else ''}{pieces}", style="not bold")
+        if row.unused:
+            text.append(f" · not used: {printable(', '.join(row.unused))}", style="not bold")
     else:
         text.append(f" · dropped: {printable(row.problem)}", style="red not bold")
     return text

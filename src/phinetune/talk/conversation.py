@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from threading import Thread
@@ -13,7 +14,11 @@ from transformers import TextIteratorStreamer
 
 from phinetune.chats.template import Message
 from phinetune.checkpoints.opened import Opened
-from phinetune.engine.generate import Answer, Sampling, answer_prompts
+from phinetune.engine.generate import Answer, Sampling, answer_limits, answer_prompts
+
+logger = logging.getLogger(__name__)
+
+ROOM = 0.25  # the share of the positions that is kept free for an answer: older turns leave for it
 
 
 @dataclass
@@ -31,16 +36,34 @@ class Conversation:
         self.turns = []
 
     def prompt_ids(self, message: str) -> list[int]:
-        """Token ids of the conversation with `message` as its next user turn."""
+        """Token ids of the conversation with `message` as its next user turn.
+
+        The oldest turns leave a conversation that outgrows the model's positions, and a line in the log says so.
+        """
+        positions = int(self.opened.model.config.max_position_embeddings)
+        room = min(self.max_new_tokens, int(positions * ROOM))
+        before = len(self.turns)
+        ids = self._all_ids(message)
+        while self.turns and len(ids) + room > positions:
+            self.turns = self.turns[2:]
+            ids = self._all_ids(message)
+        if len(self.turns) < before:
+            logger.warning(
+                "the conversation has outgrown the model's %d positions: its oldest %d turns were left out",
+                *(positions, before - len(self.turns)),
+            )
+        return ids
+
+    def _all_ids(self, message: str) -> list[int]:
         head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         chat = [*head, *self.turns, {"role": "user", "content": message}]
         return self.opened.encoder.prompt_ids(self.opened.encoder.prepare(chat))
 
     def answer(self, message: str) -> Answer:
         """Answer in one piece; the turn is remembered."""
-        with self._side():
+        with self._side() as model:
             made = answer_prompts(
-                self.opened.model,
+                model,
                 self.opened.loaded.tokenizer,
                 [self.prompt_ids(message)],
                 max_new_tokens=self.max_new_tokens,
@@ -52,11 +75,13 @@ class Conversation:
 
     def stream(self, message: str) -> Iterator[str]:
         """Answer piece by piece; the turn is remembered once the answer has ended."""
-        ids = torch.tensor([self.prompt_ids(message)], device=self.opened.loaded.device)
+        prompt = self.prompt_ids(message)
+        limit = answer_limits(self.opened.model, [prompt], self.max_new_tokens)[0]
+        ids = torch.tensor([prompt], device=self.opened.loaded.device)
         streamer = TextIteratorStreamer(self.opened.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         pieces: list[str] = []
-        with self._side():
-            worker = _Worker(lambda stop: self._generate(ids, streamer, stop), streamer)
+        with self._side() as model:
+            worker = _Worker(lambda stop: self._generate(model, ids, limit, streamer, stop), streamer)
             try:
                 for piece in streamer:
                     pieces.append(piece)
@@ -65,23 +90,21 @@ class Conversation:
                 worker.finish()
         self._remember(message, "".join(pieces))
 
-    def _generate(self, ids: torch.Tensor, streamer: TextIteratorStreamer, stop: Callable[..., Any]) -> None:
-        self.opened.model.generate(
+    def _generate(
+        self, model: Any, ids: torch.Tensor, limit: int, streamer: TextIteratorStreamer, stop: Callable[..., Any]
+    ) -> None:
+        model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=limit,
             pad_token_id=self.opened.loaded.tokenizer.pad_token_id,
             streamer=streamer,
             stopping_criteria=[stop],
             **self.sampling.options(),
         )
 
-    def _side(self) -> Any:
-        return (
-            self.opened.model.disable_adapter()
-            if self.with_base and self.opened.has_adapter
-            else contextlib.nullcontext()
-        )
+    def _side(self) -> contextlib.AbstractContextManager[Any]:
+        return self.opened.base_side() if self.with_base else contextlib.nullcontext(self.opened.model)
 
     def _remember(self, message: str, answer: str) -> None:
         self.turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]

@@ -16,6 +16,7 @@ from phinetune.training.objectives.objective import Objective
 from phinetune.training.settings import Settings
 
 PREFIX = "eval_"
+OTHER_NAMES = {"mean_token_accuracy": "token_accuracy"}  # TRL's name, and ours
 
 
 def settle_best(settings: Settings, config: RunConfig, objective: Objective) -> Settings:
@@ -25,31 +26,57 @@ def settle_best(settings: Settings, config: RunConfig, objective: Objective) -> 
         ConfigError: no evaluation counts the metric, or the run is to stop early but has no evaluations.
     """
     section, training = config.evaluation, dict(settings.training)
-    problems = []
+    problems, notes = _without_held_out(training, config), list(settings.notes)
     if section.early_stopping_patience:
         training.setdefault("metric_for_best_model", "loss")
-        if str(training.get("eval_strategy") or "no") == "no" or config.data.eval is None:
+        if not _evaluates(training) or config.data.eval is None:
             problems.append(
                 "evaluation.early_stopping_patience: there is no evaluation to go by; set data.eval and "
                 "training_config.eval_strategy (to steps or epoch)"
             )
     name = best_metric(training)
+    if name in OTHER_NAMES:
+        notes.append(f"training_config: `metric_for_best_model: {name}` is taken as `{OTHER_NAMES[name]}`")
+        name = training["metric_for_best_model"] = OTHER_NAMES[name]
     if name:
-        known = [*objective.metrics, *answer_metrics(section)]
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            problems.append(
-                f"training_config.metric_for_best_model: no evaluation counts `{name}`{hint} (there are "
-                f"{', '.join(known)}; evaluation.metrics names those of answers)"
-            )
-        else:
-            own = [m.name for m in section.metrics if isinstance(m, CustomMetric) and m.less_is_better]
-            less = [*own, *objective.less_is_better]
-            training.setdefault("greater_is_better", measures_of([name], less)[0].more_is_better)
+        if not _evaluates(training):
+            notes.append("training_config: `metric_for_best_model` has no effect: `eval_strategy` is `no`")
+        problems += _not_counted(name, [*objective.metrics, *answer_metrics(section)])
+        own = [m.name for m in section.metrics if isinstance(m, CustomMetric) and m.less_is_better]
+        direction = measures_of([name], [*own, *objective.less_is_better])[0]
+        training.setdefault("greater_is_better", direction.more_is_better)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(settings, training=training)
+    return dataclasses.replace(settings, training=training, notes=notes)
+
+
+def _not_counted(name: str, known: list[str]) -> list[str]:
+    """The problem of a metric that no evaluation counts."""
+    if name in known:
+        return []
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    return [
+        f"training_config.metric_for_best_model: no evaluation counts `{name}`{hint} (there are {', '.join(known)}; "
+        "evaluation.metrics names those of answers)"
+    ]
+
+
+def _evaluates(training: dict[str, Any]) -> bool:
+    strategy = training.get("eval_strategy") or "no"
+    return str(getattr(strategy, "value", strategy)) != "no"
+
+
+def _without_held_out(training: dict[str, Any], config: RunConfig) -> list[str]:
+    """The problems of a run that is to be evaluated and has nothing held out."""
+    if config.data.eval is not None:
+        return []
+    asked = [("eval_strategy", _evaluates(training)), ("eval_on_start", bool(training.get("eval_on_start")))]
+    return [
+        f"training_config.{key}: there are no held-out chats to score; set data.eval (a share such as 0.1, or a file)"
+        for key, is_asked in asked
+        if is_asked
+    ]
 
 
 def best_metric(training: dict[str, Any]) -> str | None:

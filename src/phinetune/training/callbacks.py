@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phinetune import processes
+from phinetune.config.run import RunConfig
 from phinetune.engine.device_memory import used_bytes
 from phinetune.errors import RunError
 from phinetune.liveness import this_process
@@ -134,13 +135,18 @@ def _entry(logs: dict[str, Any]) -> dict[str, Any]:
 
 
 class StartRecord(TrainerCallback):
-    """Writes start.json once the number of steps is known. The report of an unfinished run is made from it."""
+    """Writes start.json once the number of steps is known. The report of an unfinished run is made from it.
 
-    def __init__(self, folder: RunFolder, facts: dict[str, Any]) -> None:
-        self.folder, self.facts = folder, facts
+    Of a run that goes on, config.yaml is written again too, since settings may have changed. Up to here nothing in the
+    folder was touched.
+    """
+
+    def __init__(self, folder: RunFolder, facts: dict[str, Any], config: RunConfig, revision: str | None) -> None:
+        self.folder, self.facts, self.config, self.revision = folder, facts, config, revision
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
+            self.folder.write_config(self.config, self.revision)
             self.folder.write_start({**self.facts, "steps": state.max_steps, "process": this_process()})
 
 

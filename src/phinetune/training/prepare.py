@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,20 +17,27 @@ from trl import SFTConfig
 from phinetune import processes
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.device import pick_device, pick_dtype
-from phinetune.checkpoints.load import check_weights
+from phinetune.checkpoints.load import check_checkpoint
 from phinetune.checkpoints.quantize import check_quantization
 from phinetune.checkpoints.tokenizer import open_config, open_tokenizer
+from phinetune.checkpoints.tokenizer_files import check_vocabulary
+from phinetune.config.model import ModelSection
 from phinetune.config.run import RunConfig
-from phinetune.data.prepare.build_sets import build_chats, check_sources
+from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.encode_rows import RowEncoder
+from phinetune.data.prepare.sources import check_sources
 from phinetune.engine.choice import EngineChoice, choose_engine
 from phinetune.errors import ConfigError
+from phinetune.training.beginning import settle_start
 from phinetune.training.best_checkpoint import settle_best
+from phinetune.training.limits import limit_length, without_fp16
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.objectives.registry import make_objective
-from phinetune.training.settings import Settings, make_training_args, read_settings
-from phinetune.training.steps import Steps, count_steps, row_lengths
+from phinetune.training.rehearsal import rehearse
+from phinetune.training.settings import Settings, make_training_args, not_for_the_fast_engine, read_settings
+from phinetune.training.steps import Steps, check_full_batch, count_steps, row_lengths
+from phinetune.training.trained_parts import check_trained_parts
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ def settle(config: RunConfig) -> SettledRun:
     """
     objective = make_objective(config.objective)
     settings = settle_best(read_settings(config.peft_config, config.training_config), config, objective)
+    settings = settle_start(settings, config.model.quantization)
     check_sources(config.data)
     if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
         raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
@@ -106,16 +114,30 @@ def prepare_run(settled: SettledRun) -> PreparedRun:
     dtype = pick_dtype(config.model.dtype, device)
     with processes.main_first():  # a starter model is made once
         shape, tokenizer = open_config(config.model), open_tokenizer(config.model)
-    check_quantization(config.model.quantization)
-    folder = Path(config.model.path).expanduser()
-    if folder.is_dir():  # a hub id's weights are not here yet
-        check_weights(folder)
+    settings = without_fp16(limit_length(settings, shape), device, dtype)
+    settled = replace(settled, settings=settings)
+    _check_base(config.model, tokenizer, shape)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
     _check_engine(objective, engine)
     args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)
+    settings = replace(settings, notes=[*settings.notes, *rehearse(settings, args, shape)])
+    check_trained_parts(settings, config.model, shape, device, dtype)
+    if engine.fast:
+        settings = replace(settings, notes=[*settings.notes, *not_for_the_fast_engine(settings)])
     rows = settled.row_encoder(tokenizer)
     chats = build_chats(rows)
-    return PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
+    run = PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
+    if args.dataloader_drop_last and not config.data.streaming:
+        check_full_batch(run.lengths, args)
+    return run
+
+
+def _check_base(model: ModelSection, tokenizer: PreTrainedTokenizerBase, shape: Phi3Config) -> None:
+    check_vocabulary(tokenizer, shape, model.tokenizer or model.path)
+    check_quantization(model.quantization)
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():  # a hub id's weights are not here yet
+        check_checkpoint(folder, shape)
 
 
 def _check_engine(objective: Objective, engine: EngineChoice) -> None:

@@ -15,20 +15,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from phinetune import processes
-from phinetune.checkpoints.adapters import check_base
 from phinetune.checkpoints.device import has_native_bf16
-from phinetune.checkpoints.load import Loaded, load_base
-from phinetune.checkpoints.target_modules import resolve_targets, trainable_parameters
+from phinetune.checkpoints.load import Loaded, find_base, load_base
+from phinetune.checkpoints.target_modules import trainable_parameters
 from phinetune.config.run import RunConfig
 from phinetune.engine.lora_layers import use_fused_layers
-from phinetune.errors import ConfigError, RunError
+from phinetune.errors import PhinetuneError, RunError
 from phinetune.files import is_disk_full
 from phinetune.logs import log_file
 from phinetune.run_folder import LOG, RunFolder
 from phinetune.training.best_checkpoint import EarlyStop
 from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.environment import describe_environment
+from phinetune.training.library_errors import told_in_sentences
 from phinetune.training.prepare import PreparedRun
+from phinetune.training.recorded import Record, record_of
+from phinetune.training.resuming import Resumption, check_resume, stretch_of
 from phinetune.training.settings import make_lora_config
 from phinetune.training.trainer import FastTrainer, Look, RunTrainer
 
@@ -37,21 +39,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where a run is written, and the checkpoint that it goes on from; None for a run that starts anew."""
+    """Where a run is written, and the checkpoint that it goes on from; None for a run that starts anew.
+
+    Attributes:
+        changed: whether a run that goes on may do so with something changed.
+    """
 
     folder: RunFolder
     checkpoint: Path | None = None
+    changed: bool = False
 
 
-def open_place(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunPlace:
+def open_place(config: RunConfig, *, resume: bool = False, overwrite: bool = False, changed: bool = False) -> RunPlace:
     """The run's folder, looked at and not touched.
 
+    Args:
+        resume: go on with the run there; `training_config.resume_from_checkpoint` asks for the same.
+        changed: go on even though something has changed.
+
     Raises:
-        RunError: a new run may not be written there, or there is none to go on with.
+        RunError: a new run may not be written there, or there is none to go on with; or the wishes exclude each other.
     """
-    folder = RunFolder(config.output_dir)
+    folder, wish = RunFolder(config.output_dir), config.training_config.get("resume_from_checkpoint")
+    named = None if str(wish).lower() in ("", "none", "true", "false") else Path(str(wish))
+    resume = resume or named is not None or str(wish).lower() == "true"
+    if changed and not resume:
+        raise RunError("--changed (changed=True) is for a run that goes on; give --resume (resume=True) with it")
+    if resume and overwrite:
+        raise RunError("--resume goes on with the run in output_dir and --overwrite replaces it; give one of them")
     if resume:
-        return RunPlace(folder, folder.checkpoint_to_resume(config))
+        return RunPlace(folder, folder.checkpoint_to_resume(named), changed)
     folder.check_free(overwrite)
     return RunPlace(folder)
 
@@ -91,12 +108,13 @@ def train_run(
         PhinetuneError: anything a user can mend.
     """
     with processes.main_first():  # also: every process has looked at the folder before the main one writes there
+        record = record_of(prepared, find_base(prepared.config.model).fingerprint)
+        resumption = _held_against(prepared, place, record)
         loaded = load_base(prepared.config.model, fast=prepared.engine.fast is not None)
-    if place.checkpoint:
-        check_base(loaded.base, place.checkpoint)
     own = _Callbacks.of(prepared, place.folder)
     trainer = _make_trainer(prepared, loaded, look, own, callbacks)
-    trainer.add_callback(StartRecord(place.folder, _start_facts(trainer, prepared, loaded)))
+    facts = _start_facts(trainer, prepared, loaded) | _course(trainer, prepared, record, resumption)
+    trainer.add_callback(StartRecord(place.folder, facts, prepared.config, loaded.base.revision))
     if place.checkpoint is None and processes.is_main():
         place.folder.start(prepared.config, loaded.base.revision)
     with log_file(place.folder.path / LOG) if processes.is_main() else nullcontext():
@@ -105,9 +123,35 @@ def train_run(
         began = time.perf_counter()
         _train(trainer, own.stop, place)
     stopped = own.stop.requested and trainer.state.global_step < trainer.state.max_steps
-    summary = _summary(trainer, own, time.perf_counter() - began)
+    summary = _summary(trainer, own, time.perf_counter() - began) | {"changed": facts["changed"]}
     trainer.peft_model.eval()
     return TrainedRun(prepared, place.folder, loaded, trainer.peft_model, summary, stopped)
+
+
+def _held_against(prepared: PreparedRun, place: RunPlace, record: Record) -> Resumption | None:
+    """A run that goes on, held against what it recorded; None for a run that starts anew.
+
+    Raises:
+        RunError: something has changed.
+    """
+    if place.checkpoint is None:
+        return None
+    return check_resume(place.folder, place.checkpoint, prepared, record, place.changed)
+
+
+def _course(
+    trainer: RunTrainer, prepared: PreparedRun, record: Record, resumption: Resumption | None
+) -> dict[str, Any]:
+    """What start.json holds for a later `--resume`. A trainer that goes on is told how."""
+    if resumption is None:
+        return {"changed": [], "stretches": [asdict(stretch_of(record))], "decides": record}
+    rows = 0 if prepared.config.data.streaming else len(trainer.train_dataset)  # type: ignore[arg-type]
+    trainer.going_on, stretches = resumption.going_on(rows)
+    return {
+        "changed": list(resumption.changed),
+        "stretches": [asdict(one) for one in stretches],
+        "decides": resumption.record,
+    }
 
 
 @dataclass(frozen=True)
@@ -134,8 +178,7 @@ class _Callbacks:
 def _make_trainer(
     prepared: PreparedRun, loaded: Loaded, look: Look | None, own: _Callbacks, more: Sequence[TrainerCallback]
 ) -> RunTrainer:
-    targets = resolve_targets(loaded.model, prepared.settings.peft.get("target_modules"))
-    lora = make_lora_config(prepared.settings, targets)
+    lora = make_lora_config(prepared.settings, loaded.model)
     lora.revision = loaded.base.revision
     metrics, *others = own.listed()
     held_out = prepared.chats.held_out
@@ -150,11 +193,8 @@ def _make_trainer(
         "callbacks": [metrics, *more, *others],
     }
     set_seed(prepared.args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
-    try:
+    with told_in_sentences():  # both libraries check much only now: a tracker that is not installed, odd combinations
         trainer = _fast_or_plain(prepared, loaded, lora, shared)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        # Both libraries check much only now: a rank below 1, a tracker that is not installed, odd combinations.
-        raise ConfigError(f"PEFT or TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dictionary
     return trainer
 
@@ -183,10 +223,10 @@ def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> 
 
 def _train(trainer: RunTrainer, stop: StopRequest, place: RunPlace) -> None:
     try:
-        with stop.listening():
+        with told_in_sentences(), stop.listening():
             trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
         trainer.save_final()
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, PhinetuneError) as error:
         if is_disk_full(error):
             raise RunError(
                 f"no space is left for {place.folder.path}: the run stopped; checkpoints written before are "
@@ -244,6 +284,8 @@ def _log_run(prepared: PreparedRun, trainer: RunTrainer, loaded: Loaded) -> None
         loaded.model.dtype,
         precision,
     )
+    if args.save_only_model and str(args.save_strategy) != "no":
+        logger.warning("save_only_model: checkpoints hold no optimizer, so a stopped run can't go on with --resume")
     if args.bf16 and prepared.engine.fast is None and not has_native_bf16(loaded.device):
         logger.warning("bf16 without the fast engine, on a processor that multiplies it slowly: expect slow steps")
     logger.info("model: %s", prepared.config.model.model_dump())

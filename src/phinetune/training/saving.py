@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from phinetune.checkpoints.adapters import BASE_FILE
 from phinetune.checkpoints.load import Loaded
 from phinetune.files import publish_files, publish_folder
+from phinetune.training.beginning import Beginning
+from phinetune.training.going_on import GoingOnTrainer
 
 
-class CheckpointTrainer(Trainer):
+class CheckpointTrainer(GoingOnTrainer):
     """Saves checkpoints whole or not at all, without pickled arguments, and resumes from them.
 
     Attributes:
         folder: the run's.
+        beginning: of an adapter that changed its base; None for any other.
     """
 
     def __init__(self, *, loaded: Loaded, **kwargs: Any) -> None:
@@ -30,6 +33,7 @@ class CheckpointTrainer(Trainer):
         self.folder = Path(str(kwargs["args"].output_dir))
         self._stage: Path | None = None
         super().__init__(processing_class=loaded.tokenizer, **kwargs)
+        self.beginning = Beginning.of(self.peft_model)
 
     @property
     def peft_model(self) -> PeftModel:
@@ -74,10 +78,24 @@ class CheckpointTrainer(Trainer):
         folder, model = Path(output_dir or self.folder), self.peft_model
         # Tokens are never added, so there is no embedding to save (and no hub to ask about it).
         model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+        if self.beginning:
+            self.beginning.widen(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run's own comes at its end
         self.tokenizer.save_pretrained(str(folder))
         self.generation.save_pretrained(str(folder))
         (folder / BASE_FILE).write_text(self.base.to_json(), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.beginning:
+            self.beginning.load(Path(resume_from_checkpoint), self.peft_model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.beginning:
+            self.beginning.load(Path(str(self.state.best_model_checkpoint)), self.peft_model)
+        else:
+            super()._load_best_model()
 
     def save_final(self) -> None:
         """Write the adapter as it is now into the run folder itself: staged, then each file renamed into place."""

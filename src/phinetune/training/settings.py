@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +17,21 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from phinetune.errors import ConfigError, unknown_key
-from phinetune.training.retired_keys import ELSEWHERE, RETIRED_TRAINING, translate
+from phinetune.checkpoints.named_modules import resolve_names
+from phinetune.errors import ConfigError, reason_of, told_as
+from phinetune.training.checked_keys import checked
+from phinetune.training.hub_wish import HubWish, take_wish
+from phinetune.training.idle_keys import IDLE_PEFT, IDLE_TRAINING, NEEDS_PEFT, NEEDS_TRAINING, leave_out_idle
+from phinetune.training.retired_keys import (
+    ELSEWHERE,
+    RETIRED_TRAINING,
+    UNSLOTH_PEFT,
+    translate,
+    translate_peft,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +42,16 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # a loss that is not finite must stop the run, not be replaced by a mean
 }
 PEFT_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
-
-
-# Keys for which the library takes more values than its annotation lists (`pissa_niter_16`).
-OPEN_ENDED = {"init_lora_weights"}
+FALSE_ASKS = {"completion_only_loss"}  # keys of which false asks for something; null would not
+COMPILED = {"torch_compile_backend", "torch_compile_mode"}  # each of them turns `torch_compile` on
+# What the fast engine does in a way of its own, and the knob for it.
+PLAIN_ONLY = {
+    "gradient_checkpointing": "engine.activation_memory",
+    "gradient_checkpointing_kwargs": "engine.activation_memory",
+    "torch_compile_backend": "engine.compile",
+    "torch_compile_mode": "engine.compile",
+    "pad_to_multiple_of": "data.packing",
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +60,15 @@ class Settings:
 
     Attributes:
         training: the arguments of `SFTConfig`, but for those that depend on the machine.
-        peft: the arguments of `LoraConfig`. `target_modules` is as the user gave it, not yet matched with a model.
+        peft: the arguments of `LoraConfig`. Names of modules are as the user gave them, not yet matched with a model.
         notes: a line for the log about each key or value that was translated or left out.
+        push: where the finished run is pushed; None if it stays here.
     """
 
     training: dict[str, Any]
     peft: dict[str, Any]
     notes: list[str]
+    push: HubWish | None = None
 
     @property
     def max_length(self) -> int | None:
@@ -75,21 +92,56 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     problems: list[str] = []
     notes: list[str] = []
     training = translate(training_config, problems, notes)
-    known = {f.name for f in dataclasses.fields(SFTConfig)}
-    training = _checked("training_config", SFTConfig, training, known | set(RETIRED_TRAINING), problems)
-    for key in list(training):
-        if key in ELSEWHERE and training[key] not in (None, False, _field(SFTConfig, key).default):
-            problems.append(f"training_config: `{key}` is not used here; {ELSEWHERE[key]}")
-    _optimizer(training, problems, notes)
-    if training.pop("trust_remote_code", False):
-        notes.append("training_config: `trust_remote_code` has no effect: only transformers' own classes are used")
-    peft = {key: value for key, value in peft_config.items() if key != "peft_type"}
-    if str(peft_config.get("peft_type", "LORA")).upper().removeprefix("PEFTTYPE.") != "LORA":
-        problems.append(f"peft_config: peft_type must be LORA, not {peft_config['peft_type']}")
-    peft = _checked("peft_config", LoraConfig, peft, {f.name for f in dataclasses.fields(LoraConfig)}, problems)
+    peft = translate_peft(peft_config, training, problems, notes)
+    training = _read_training(training, problems, notes)
+    push = take_wish(training, problems, notes)
+    peft = _read_peft(peft, problems, notes)
     if problems:
         raise ConfigError(problems)
-    return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes)
+    return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes, push)
+
+
+def _read_training(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """`training_config` without retired keys, checked, and without what has no effect."""
+    defaults = _defaults(SFTConfig) | TRAINING_DEFAULTS
+    for key in ELSEWHERE.keys() & given.keys():
+        if given[key] not in (None, defaults[key]) and (given[key] is not False or key in FALSE_ASKS):
+            problems.append(f"training_config: `{key}` is not used here; {ELSEWHERE[key]}")
+    given = {key: value for key, value in given.items() if key not in ELSEWHERE}
+    for key in COMPILED & given.keys():
+        if given[key] is not None and "torch_compile" not in given:
+            notes.append(f"training_config: `{key}` turns `torch_compile` on")
+            given["torch_compile"] = True
+    active = leave_out_idle("training_config", given, IDLE_TRAINING, NEEDS_TRAINING, defaults, notes)
+    training = checked("training_config", SFTConfig, active, RETIRED_TRAINING.keys(), problems)
+    _optimizer(training, problems, notes)
+    if training.get("use_liger_kernel") and not find_spec("liger_kernel"):
+        problems.append("training_config.use_liger_kernel: liger-kernel is not installed; leave the key out")
+    if training.get("learning_rate") == 0:
+        notes.append("training_config: `learning_rate: 0` leaves the adapter as it begins")
+    return training
+
+
+def _read_peft(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """`peft_config` checked, and without what has no effect."""
+    peft = {key: value for key, value in given.items() if key != "peft_type"}
+    if str(given.get("peft_type", "LORA")).upper().removeprefix("PEFTTYPE.") != "LORA":
+        problems.append(f"peft_config: peft_type must be LORA, not {given['peft_type']}")
+    task = peft.pop("task_type", None)
+    if task is not None and str(getattr(task, "value", task)) != "CAUSAL_LM":
+        problems.append(f"peft_config.task_type: a Phi-3 is trained as CAUSAL_LM, not as {task!r}; leave the key out")
+    if peft.get("arrow_config"):
+        problems.append("peft_config.arrow_config: Arrow chooses among adapters that are there; a run trains one")
+    needs = {} if peft.get("trainable_token_indices") else NEEDS_PEFT
+    active = leave_out_idle("peft_config", peft, IDLE_PEFT, needs, _defaults(LoraConfig), notes)
+    return checked("peft_config", LoraConfig, active, UNSLOTH_PEFT.keys(), problems)
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(schema)
+    }
 
 
 # The names of bitsandbytes' optimizers, which scripts for QLoRA use.
@@ -110,45 +162,18 @@ def _optimizer(training: dict[str, Any], problems: list[str], notes: list[str]) 
     notes.append(f"training_config: `optim: {name}` needs bitsandbytes (phinetune[quant]); `adamw_torch` in its place")
 
 
-def _checked(
-    where: str, schema: type, given: Mapping[str, Any], known: set[str], problems: list[str]
-) -> dict[str, Any]:
-    """The keys that the schema knows, with values of its types. Everything else is added to `problems`."""
-    hints = typing.get_type_hints(schema)
-    checked: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in known:
-            problems.append(unknown_key(where, key, known))
-            continue
-        try:
-            checked[key] = value if key in OPEN_ENDED else _coerce(value, hints[key])
-        except ValidationError as error:
-            message = error.errors()[0]["msg"].replace("Input should", "it should")
-            problems.append(f"{where}.{key}: {message} (given: {value!r})")
-    return checked
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """The value in the schema's type, if that is a number, a text or a boolean (YAML reads `5e-6` as text). Else the
-    value as it was given.
-    """
-    checked = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    return checked if type(checked) in (bool, int, float, str) else value
-
-
-def make_lora_config(settings: Settings, targets: Any) -> LoraConfig:
-    """The adapter's configuration.
+def make_lora_config(settings: Settings, model: PreTrainedModel) -> LoraConfig:
+    """The adapter's configuration, with the names of this model's modules.
 
     Args:
-        targets: `target_modules` in the model's names, from `resolve_targets`.
+        model: the base without an adapter; its weights don't matter.
 
     Raises:
-        ConfigError: PEFT refuses a value or a combination.
+        ConfigError: an entry matches nothing in the model, or PEFT refuses a value or a combination.
     """
-    try:
-        return LoraConfig(**{**settings.peft, "target_modules": targets})
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"peft_config: {error}") from error
+    named = resolve_names(model, settings.peft)
+    with told_as(ConfigError, "peft_config"):
+        return LoraConfig(**named)
 
 
 def make_training_args(
@@ -166,21 +191,48 @@ def make_training_args(
     given = dict(settings.training)
     if given.get("bf16") is None and not given.get("fp16"):
         given["bf16"] = dtype == torch.bfloat16
+    if given.get("activation_offloading") and device.type == "cpu":
+        raise ConfigError("training_config.activation_offloading: it moves activations off a GPU, and the run has none")
     given["output_dir"] = str(output_dir)
     given.setdefault("use_cpu", device.type == "cpu")
     if fast:
         # With `loss_type: nll`, TRL 1.14 does not replace the model's forward by its own.
         off = ("bf16", "packing", "gradient_checkpointing", "torch_compile", "remove_unused_columns")
+        given = {key: value for key, value in given.items() if key not in PLAIN_ONLY}
         given |= {"loss_type": "nll", "dataset_kwargs": {"skip_prepare_dataset": True}, **dict.fromkeys(off, False)}
     given["disable_tqdm"] = True  # phinetune.screen.progress shows the progress
     try:
-        with warnings.catch_warnings():
-            # The guide uses the name `gradient_checkpointing`, which transformers is about to change.
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-            args = SFTConfig(**given)
-    except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"training_config: {error}") from error
+        args = _sft_config(given)
+    except Exception as error:  # the libraries raise errors of any class for a bad value
+        raise ConfigError(f"{_refused_key(given)}: {reason_of(error)}") from error
     return one_gpu(args)
+
+
+def _sft_config(given: Mapping[str, Any]) -> SFTConfig:
+    with warnings.catch_warnings():
+        # The guide uses the name `gradient_checkpointing`, which transformers is about to change.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        return SFTConfig(**given)
+
+
+def _refused_key(given: Mapping[str, Any]) -> str:
+    """The key of `training_config` that is refused alone, too; the whole dictionary if only the combination is."""
+    of_the_machine = {key: given[key] for key in ("output_dir", "use_cpu", "bf16") if key in given}
+    for key in given.keys() - of_the_machine.keys():
+        try:
+            _sft_config({**of_the_machine, key: given[key]})
+        except Exception:
+            return f"training_config.{key}"
+    return "training_config"
+
+
+def not_for_the_fast_engine(settings: Settings) -> list[str]:
+    """A line for each key that only the plain engine reads, for the log of a run on the fast one."""
+    return [
+        f"training_config: `{key}` is for the plain engine; the fast one goes by {knob}"
+        for key, knob in PLAIN_ONLY.items()
+        if settings.training.get(key)
+    ]
 
 
 def one_gpu(args: SFTConfig) -> SFTConfig:

@@ -14,6 +14,9 @@ from trl import SFTConfig
 
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.fast_engine import FastEngine
+from phinetune.errors import ConfigError
+
+DRAWN = 5_000_000  # rows that are drawn to count tokens; the epochs after them are counted like them
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,39 @@ def count_steps(lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = 
     """
     batch, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
     processes = max(1, args.world_size)
-    per_epoch = max(1, math.ceil(math.ceil(len(lengths) / (batch * processes)) / batches))
+    per_epoch = max(1, -(-_batches(lengths, args) // batches))
     count = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    mean = float(lengths.mean()) * batch
     if endless:
+        mean = float(lengths.mean()) * batch
         tokens, own = round(count * batches * processes * mean), _sums(lengths, batch)
     else:
-        drawn = _drawn(lengths, args, count, per_epoch)
-        tokens, own = int(drawn.sum()), drawn[::processes]
+        mean = float(lengths.mean()) * min(batch, len(lengths))
+        most = max(1, DRAWN // len(lengths)) * per_epoch
+        drawn = _drawn(lengths, args, min(count, most), per_epoch)
+        tokens, own = int(drawn.sum()) * count // min(count, most), drawn[::processes]
     return Steps(count, len(lengths), batches, tokens, int(own.max()), mean)
+
+
+def check_full_batch(lengths: np.ndarray[Any, Any], args: SFTConfig) -> None:
+    """Make sure that there is a micro-batch where those that are not full are dropped.
+
+    Args:
+        lengths: the number of tokens of each row, shape (rows).
+
+    Raises:
+        ConfigError: the rows fill none.
+    """
+    if not _batches(lengths, args):
+        raise ConfigError(
+            f"training_config.dataloader_drop_last: {len(lengths)} rows fill no micro-batch of "
+            f"{args.per_device_train_batch_size}, so nothing would be trained; set per_device_train_batch_size lower"
+        )
+
+
+def _batches(lengths: np.ndarray[Any, Any], args: SFTConfig) -> int:
+    """The number of micro-batches that each process takes in an epoch."""
+    together: int = args.per_device_train_batch_size * max(1, args.world_size)
+    return len(lengths) // together if args.dataloader_drop_last else -(-len(lengths) // together)
 
 
 def _drawn(lengths: np.ndarray[Any, Any], args: SFTConfig, count: int, per_epoch: int) -> np.ndarray[Any, Any]:
@@ -87,6 +114,8 @@ def _drawn(lengths: np.ndarray[Any, Any], args: SFTConfig, count: int, per_epoch
     epochs = []
     for done in range(0, count, per_epoch):
         sums = _sums(lengths[list(sampler)], args.per_device_train_batch_size)
+        if args.dataloader_drop_last:
+            sums = sums[: _batches(lengths, args) * max(1, args.world_size)]
         part = (count - done) * args.gradient_accumulation_steps * max(1, args.world_size)
         epochs.append(sums if count - done >= per_epoch else sums[:part])
     return np.concatenate(epochs)

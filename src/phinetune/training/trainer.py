@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers.trainer_utils import EvalLoopOutput
 
 from phinetune.checkpoints.quantize import is_quantized
@@ -165,7 +166,21 @@ class PlainTrainer(RunTrainer):
 
     def __init__(self, *, loaded: Any, **kwargs: Any) -> None:
         super().__init__(model=loaded.model, loaded=loaded, **kwargs)
-        if is_quantized(loaded.model):  # TRL rounds the adapters to bfloat16 there; they train in float32 here
-            for parameter in self.peft_model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+        if is_quantized(loaded.model):
+            _undo_rounding(self.peft_model)
+
+
+def _undo_rounding(model: PeftModel) -> None:
+    """TRL rounds all that is trained over a quantised base to bfloat16. Here adapters train in float32.
+
+    What `modules_to_save` trains is a copy of a part of the model. It keeps the model's dtype and values, since outside
+    autocast it meets activations of that dtype.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for copy in wrapper.modules_to_save.values():
+                for trained, original in zip(copy.parameters(), wrapper.original_module.parameters(), strict=True):
+                    trained.data = original.data.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import random
 from pathlib import Path
@@ -22,7 +23,6 @@ from phinetune.data.check.check import check_files, describe_template
 from phinetune.data.check.findings import KINDS
 from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.encode_rows import BATCH, RowEncoder
-from phinetune.data.prepare.splits import held_out_places
 from phinetune.data.read.row import Row
 from phinetune.screen.check import show_check
 
@@ -138,38 +138,11 @@ def test_held_out_rows_are_looked_at_too(tmp_path: Path) -> None:
     assert report.counts.rows == 1
 
 
-def test_copies_that_a_split_by_fraction_would_part_are_found(tmp_path: Path) -> None:
+def test_a_split_by_fraction_parts_no_copies_so_none_are_found_there(tmp_path: Path) -> None:
     rows = [chat(f"question {i}", "answer") for i in range(10)]
-    file = write_jsonl(tmp_path / "a.jsonl", [*rows, *rows])
-    made = build_chats(RowEncoder(DataSection(train=str(file), eval=0.3), ENCODER, None))
-    assert made.held_out
-    parted = {str(c) for c in made.train.chats} & {str(c) for c in made.held_out.chats}
-    report = check(file, eval=0.3)
-    assert report.findings.by_kind["shared"].count == len(parted) > 0
-    assert report.spoiled
-    assert "held out by data.eval: 0.3" in report.findings.by_kind["shared"].places[0].detail
-    assert "shared" not in kinds(check(file))
-
-
-def test_near_copies_that_a_split_by_fraction_would_part_are_found(tmp_path: Path) -> None:
-    words = [" ".join(f"{chr(97 + i)}{j}" for j in range(40)) for i in range(8)]
-    rows = [chat(f"{text}{more}", "Yes.") for text in words for more in ("", " more")]
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    held = held_out_places(16, 0.25, DataSection().seed)
-    parted = [i for i in range(0, 16, 2) if (i in held) != (i + 1 in held)]
-    found = check(file, eval=0.25).findings.by_kind["near_shared"]
-    wanted = [i + 1 if i in held else i for i in parted]
-    assert sorted(place.where for place in found.places) == sorted(f"{file}:{i + 1}" for i in wanted)
-    assert not found.spoils
-
-
-def test_a_split_by_fraction_is_that_of_the_rows_a_run_takes(tmp_path: Path) -> None:
-    rows = [chat(f"question {i}", "answer") for i in range(10)]
-    file = write_jsonl(tmp_path / "a.jsonl", [*rows, *rows])
-    made = build_chats(RowEncoder(DataSection(train=str(file), eval=0.3, limit=15), ENCODER, None))
-    assert made.held_out
-    parted = {str(c) for c in made.train.chats} & {str(c) for c in made.held_out.chats}
-    assert check(file, eval=0.3, limit=15).findings.by_kind["shared"].count == len(parted) > 0
+    report = check(write_jsonl(tmp_path / "a.jsonl", [*rows, *rows]), eval=0.3)
+    assert kinds(report) == {"duplicate"}
+    assert not report.spoiled
 
 
 def test_personal_data_and_secrets_are_counted_and_never_shown(tmp_path: Path, console: Any) -> None:
@@ -305,3 +278,50 @@ def test_a_rows_message_is_not_judged_by_another_tokenizers_tokens(tmp_path: Pat
     chatml.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     other = check_files([str(file)], [], RowEncoder(DataSection(), make_encoder(chatml), None))
     assert places(other, "typed_token") == ["a.jsonl:1", "a.jsonl:2"]
+
+
+def screen(report: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    show_check(report, console)
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_what_is_not_used_is_told_once_a_set(tmp_path: Path) -> None:
+    rows = [{**chat(f"How far is {i}?", f"{i} miles."), "id": i, "topic": "sea"} for i in range(5)]
+    rows[0]["messages"][1]["reasoning_content"] = "Hm."
+    held = write_jsonl(tmp_path / "h.jsonl", [{**chat("Why?", "So."), "score": 3}])
+    report = check(write_jsonl(tmp_path / "a.jsonl", rows), held_out=held)
+    text = screen(report)
+    assert text.count("columns not used") == 2
+    assert "columns not used: turns[].reasoning_content (1), topic (5), id (5)" in text
+    assert "columns not used: score (1)" in text
+    assert "Nothing else stands out." in text
+    assert report.to_dict()["unused"] == {"topic": 5, "turns[].reasoning_content": 1}
+    assert report.to_dict()["held_out"]["unused_values"] == {"score": 1}
+
+
+def test_nothing_stands_out_where_all_is_used(tmp_path: Path) -> None:
+    text = screen(check(write_jsonl(tmp_path / "a.jsonl", [chat("How far is the sea?", "Five miles.")])))
+    assert "Nothing stands out." in text
+    assert "not used" not in text
+
+
+def test_pieces_of_a_text_are_one_row(tmp_path: Path) -> None:
+    rows = [{"text": "Once upon a time. " * 20}, {"messages": [{"role": "user", "content": "?"}]}, {"text": "Once."}]
+    file = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0]])
+    ticks: list[int] = []
+    encode = RowEncoder(DataSection(), ENCODER, 100)
+    report = check_files([str(file)], [str(file)], encode, on_row=lambda: ticks.append(1))
+    assert len(ticks) == 8
+    assert (report.counts.rows, report.counts.kept, report.counts.in_pieces) == (4, 3, 2)
+    assert sorted(report.left_out) == [0, 1, 2, 3]
+    assert [place.rpartition(":")[2] for place in places(report, "duplicate")] == ["4"]
+    assert len(report.lengths) == report.counts.pieces + 1
+
+
+def test_a_table_with_a_blank_answer_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("instruction,input,output\nAdd,1 and 2,3\nAdd,1 and 4,\n")
+    report = check(tmp_path / "a.csv")
+    (place,) = report.findings.by_kind["content"].places
+    assert place.detail == "`output` is empty, and the row needs its text"
+    assert "form" not in kinds(report)

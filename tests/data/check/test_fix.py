@@ -101,3 +101,10 @@ def test_an_empty_set_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row would be left"):
         write_fixed(check(file), tmp_path / "b.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_what_a_run_does_not_use_stays(tmp_path: Path) -> None:
+    row = {**SOUND, "topic": "sea", "id": 3, "system": "Be kind."}
+    row["messages"] = [{**message, "name": "Ann"} for message in row["messages"]]
+    write_fixed(check(write_jsonl(tmp_path / "a.jsonl", [row])), tmp_path / "b.jsonl")
+    assert json.loads((tmp_path / "b.jsonl").read_text()) == row

@@ -95,7 +95,8 @@ def test_the_set_is_the_same_as_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_p
     large, small = both(monkeypatch, train=str(file), eval=0.2)
     same(large.train, small.train)
     same(large.held_out, small.held_out)
-    assert large.train.report.cut
+    assert large.held_out
+    assert large.train.report.cut + large.held_out.report.cut  # these rows share a question, and so a side
     assert large.train.report.dropped
 
 
@@ -115,7 +116,7 @@ def test_processes_give_the_same_rows_in_the_same_order(monkeypatch: pytest.Monk
             "eval": 0.2,
             "tag": "kind",
         },
-        {"train": ["a.jsonl", "b.jsonl"], "limit": 31, "eval": "b.jsonl"},
+        {"train": ["a.jsonl", "b.jsonl"], "limit": 31, "eval": "c.jsonl"},
         {"train": "a.jsonl", "limit": 17, "invalid_rows": "drop", "loss_on": "last"},
     ],
     ids=["weights", "limit over files", "limit in a file"],
@@ -125,6 +126,7 @@ def test_weights_limits_and_held_out_files_are_the_same_too(
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", ROWS[:25])
     write_jsonl(tmp_path / "b.jsonl", ROWS[25:])
+    write_jsonl(tmp_path / "c.jsonl", ROWS[20:])
     monkeypatch.chdir(tmp_path)
     large, small = both(monkeypatch, **section)
     same(large.train, small.train)
@@ -220,7 +222,7 @@ def test_a_file_that_was_moved_is_not_prepared_again(tables: list[str], tmp_path
 
 @pytest.mark.parametrize(
     "changed",
-    [{"loss_on": "last"}, {"overlong": "drop"}, {"limit": 12}, {"system": "fold"}, {"max_length": 80}],
+    [{"loss_on": "last"}, {"overlong": "drop"}, {"overlap": 9}, {"limit": 12}, {"system": "fold"}, {"max_length": 80}],
     ids=str,
 )
 def test_other_settings_have_a_table_of_their_own(tables: list[str], tmp_path: Path, changed: dict[str, Any]) -> None:

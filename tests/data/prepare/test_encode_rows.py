@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from helpers import chat
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
-from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
+from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
+from phinetune.data.prepare.report import DataReport
 from phinetune.data.read.row import Row
 from phinetune.engine.examples import Encoded
+from phinetune.errors import ConfigError
 
 TOKENIZER = byte_tokenizer(300)
 ENCODER = make_encoder(TOKENIZER)
@@ -94,10 +97,74 @@ def test_ready_made_rows_that_cannot_be_right_are_refused(fields: dict[str, Any]
     assert made.encoded is None
 
 
-@pytest.mark.parametrize("fields", [{"text": "long " * 20}, {"input_ids": [5] * 60}], ids=["text", "ids"])
-def test_ready_made_rows_are_dropped_and_never_cut(fields: dict[str, Any]) -> None:
-    made = outcome(fields, 50)
+@pytest.mark.parametrize(
+    ("fields", "overlong"),
+    [({"text": "long " * 20}, "drop"), ({"input_ids": [5] * 60}, "cut")],
+    ids=["text", "ids"],
+)
+def test_ready_made_rows_are_dropped_and_never_shortened(fields: dict[str, Any], overlong: str) -> None:
+    made = outcome(fields, 50, overlong=overlong)
     assert (made.reason, made.error, made.cut) == ("longer than 50 tokens", None, False)
+
+
+@pytest.mark.parametrize("overlap", [1, 7, 49])
+def test_every_token_of_a_long_text_is_trained_on_once(overlap: int) -> None:
+    text = " ".join(f"word {i}" for i in range(40))
+    whole = TOKENIZER(text + "<|endoftext|>", add_special_tokens=False)["input_ids"]
+    rows = [Row("a:1", {"text": text, "title": "t"}), Row("a:2", chat("a", "b"))]
+    made = list(RowEncoder(DataSection(overlap=overlap), ENCODER, 50)(rows))
+    pieces = [one.encoded for one in made[:-1] if one.encoded]
+    assert [one.piece for one in made] == [*range(len(pieces)), 0]
+    assert {one.pieces for one in made[:-1]} == {len(pieces)}
+    assert all(len(piece.input_ids) == 50 for piece in pieces[:-1])
+    assert [i for piece in pieces for i in piece.labels if i != -100] == whole
+    assert all(piece.labels[:overlap] == [-100] * overlap for piece in pieces[1:])
+    for before, after in pairwise(pieces):
+        assert before.input_ids[-overlap:] == after.input_ids[:overlap]
+    report = DataReport("a")
+    for one in made:
+        report.count(one)
+    assert (report.rows, report.kept, report.in_pieces, report.pieces) == (2, 2, 1, len(pieces))
+    assert dict(report.forms) == {"text": 1, "messages": 1}
+    assert dict(report.unused) == {"title": 1}
+    assert f"texts cut into pieces: 1, now {len(pieces)} examples" in "\n".join(report.lines())
+
+
+def test_a_text_that_fits_is_one_piece() -> None:
+    made = outcome({"text": "x" * 49}, 50)
+    assert (made.pieces, made.encoded and len(made.encoded.input_ids)) == (1, 50)
+
+
+def test_an_overlap_without_room_for_new_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.overlap: 50 .* less than training_config.max_length \(50\)"):
+        RowEncoder(DataSection(overlap=50), ENCODER, 50)
+
+
+class Rated(RowEncoder):
+    """Reads a column of its own."""
+
+    uses = ("rating",)
+
+
+def test_columns_that_the_run_uses_are_not_told() -> None:
+    row = Row("a:1", {**chat("a", "b"), "rating": 3, "kind": "x", "left": "y"})
+    (plain,) = RowEncoder(DataSection(), ENCODER, None)([row])
+    (rated,) = Rated(DataSection(tag="kind"), ENCODER, None)([row])
+    assert plain.audit.unused == {"rating": False, "kind": True, "left": True}
+    assert rated.audit.unused == {"left": True}
+
+
+def test_a_system_text_that_is_to_be_dropped_is_told() -> None:
+    encoder = make_encoder(TOKENIZER, "assistant", "drop")
+    row = Row("a:1", chat("a", "b", system="Be kind."))
+    (made,) = RowEncoder(DataSection(system="drop"), encoder, None)([row])
+    assert made.audit.unused == {"system messages (data.system: drop)": True}
+    (kept,) = RowEncoder(DataSection(), ENCODER, None)([row])
+    assert kept.audit.unused == {}
+
+
+def test_a_tag_that_is_null_is_an_empty_one() -> None:
+    assert [tag_of(Row("a:1", fields), "kind") for fields in ({"kind": None}, {}, {"kind": 3})] == ["", "", "3"]
 
 
 def left_out(row: dict[str, Any], *turns: int) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_a_run_trains_on_a_stream_and_goes_on_to_the_bit(
             settings = {"save_strategy": "steps", "save_steps": 12, "lr_scheduler_type": "constant"}
             config = tiny_config(many, tmp_path / f"{kind}-{name}", **settings, max_steps=most)
             config.data.streaming, config.data.eval, config.engine.kind = True, str(chats), kind
-            made = train_only(config, resume=n > 0)
+            made = train_only(config, resume=n > 0, changed=n > 0)
         assert made.summary["steps"] == 20, name  # more than one time through
         file = made.folder.metrics.read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in file])

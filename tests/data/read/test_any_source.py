@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from helpers import read_rows
 from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.row import Broken, Row
+from phinetune.data.read.source_parts import open_source
 from phinetune.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -86,6 +90,7 @@ def test_all_broken_lines_are_listed(tmp_path: Path) -> None:
         ("a.json", b"3", "expected a list of objects, found a number"),
         ("a.json", b'[{"a": 1}, "x"]', "row 2: expected an object, found a string"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv:2: more cells"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1: two columns are named `a`"),
         ("a.parquet", b"no parquet", "not a readable Parquet file"),
         ("a.jsonl", b'{"a": "\xff"}', "not UTF-8"),
         ("a.docx", b"x", "unknown kind of file"),
@@ -149,15 +154,63 @@ def test_a_folder_with_broken_files_names_their_lines(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"a": 1}\n{"a": \n[1]\n')
     with pytest.raises(DataError) as caught:
         list(read_rows(str(tmp_path)))
-    first, *others = caught.value.problems
-    assert "not a folder that `datasets` can load" in first
-    assert [p.split(": ")[0] for p in others] == [f"{tmp_path}/b.jsonl:2", f"{tmp_path}/b.jsonl:3"]
+    assert [p.split(": ")[0] for p in caught.value.problems] == [f"{tmp_path}/b.jsonl:2", f"{tmp_path}/b.jsonl:3"]
     assert [row.where for row in scan_rows(str(tmp_path)) if isinstance(row, Row)] == [
         f"{tmp_path}/{place}" for place in ("a.jsonl:1", "a.jsonl:2", "b.jsonl:1")
     ]
+
+
+def test_a_blank_cell_of_a_table_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("instruction,input,output\na,,b\nc,d,\n")
+    assert [fields for _, fields in read_rows(str(tmp_path / "a.csv"))] == [
+        {"instruction": "a", "input": None, "output": "b"},
+        {"instruction": "c", "input": "d", "output": None},
+    ]
+
+
+def test_what_stands_beside_a_list_of_rows_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "a.json"
+    for more, said in (({}, False), ({"system": "Be kind.", "version": 1}, True)):
+        file.write_text(json.dumps({"data": ROWS, **more}))
+        assert [fields for _, fields in read_rows(str(file))] == ROWS
+        assert ("a.json: not read beside `data`: system, version" in caplog.text) == said
+
+
+def test_a_map_of_a_parquet_file_is_a_dictionary(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.int64())
+    for value, wanted in (([("x", 1), ("y", 2)], {"x": 1, "y": 2}), ([("x", 1), ("x", 2)], None)):
+        pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array([value], kind)}), file)
+        source = open_source(str(file), "train", tmp_path)
+        (item,) = (item for piece in source.pieces(None) for item in source.read(piece))
+        if wanted:
+            assert isinstance(item, Row)
+            assert [fields for _, fields in read_rows(str(file))] == [item.fields] == [{"a": wanted}]
+        else:
+            assert isinstance(item, Broken)
+            with pytest.raises(DataError, match="not a readable Parquet file"):
+                read_rows(str(file))
+
+
+def test_a_saved_set_of_arrays_gives_lists(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"input_ids": [1, 2]}]).with_format("numpy").save_to_disk(str(tmp_path / "saved"))
+    assert [fields for _, fields in read_rows(str(tmp_path / "saved"))] == [{"input_ids": [1, 2]}]
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "deep/missing.parquet", "no file at all"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(source: str) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_rows(source)
+
+
+def test_a_damaged_parquet_file_with_dates_can_be_copied_to_where_it_is_damaged(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    columns = {"on": [date(2024, 1, 1)] * 4000, "text": [f"row {i}" for i in range(4000)]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=2000, use_dictionary=False)
+    place = pyarrow.parquet.read_metadata(file).row_group(1).column(1).data_page_offset
+    content = bytearray(file.read_bytes())
+    content[place : place + 40] = b"\xff" * 40
+    file.write_bytes(content)
+    source = open_source(str(file), "train", tmp_path)
+    items = [item for piece in source.pieces(None) for item in source.read(piece)]
+    assert [type(item) for item in (items[0], items[-1])] == [Row, Broken]

@@ -15,6 +15,7 @@ WANTED = [
     {"role": "assistant", "content": "Hello"},
 ]
 PARTS = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in WANTED]
+IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
 TURNS = [("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello")]
 
 FORMS: list[tuple[str, dict[str, Any]]] = [
@@ -30,6 +31,16 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello", "system": "Be kind."}),
     ("prompt_completion", {"prompt": "Hi", "completion": "Hello", "system": "Be kind."}),
     ("prompt_completion", {"prompt": WANTED[:2], "completion": WANTED[2:]}),
+    ("messages", {"system": "Be kind.", "messages": WANTED[1:]}),
+    ("messages", {"system": "Be kind.", "messages": WANTED}),
+    ("messages", {"system": [{"text": "Be "}, {"text": "kind."}], "messages": WANTED[1:], "text": "x"}),
+    ("messages", {"messages": [{**m, "content": [{"text": m["content"]}]} for m in WANTED]}),
+    ("messages", {"messages": [{**m, "content": [{"type": "input_text", "text": m["content"]}]} for m in WANTED]}),
+    (
+        "prompt_completion",
+        {"messages": "", "conversations": None, "prompt": WANTED[:2], "completion": WANTED[2:], "text": ""},
+    ),
+    ("conversations", {"conversations": None, "conversation": [{**m, "from": None, "value": None} for m in WANTED]}),
 ]
 
 
@@ -40,6 +51,8 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
         *("messages", "messages as text", "messages of text parts"),
         *("sharegpt", "sharegpt with a system key", "conversations of messages"),
         *("alpaca", "prompt and completion", "prompt and completion of messages"),
+        *("anthropic", "system said twice", "bedrock", "bedrock's parts", "openai's newer parts"),
+        *("a table's empty columns", "a table's empty keys of turns"),
     ],
 )
 def test_each_form_is_detected_and_read(form: str, fields: dict[str, Any]) -> None:
@@ -51,6 +64,28 @@ def test_each_form_is_detected_and_read(form: str, fields: dict[str, Any]) -> No
 def test_alpaca_joins_instruction_and_input_by_a_line_break() -> None:
     messages = to_messages({"instruction": "Add", "input": "1 and 2", "output": "3"})
     assert messages[0]["content"] == "Add\n1 and 2"
+
+
+def test_alpaca_has_earlier_turns_in_its_history() -> None:
+    row = {"instruction": "And 3?", "input": "", "output": "4", "history": [["2?", "3"]], "system": "Count."}
+    texts = ["Count.", "2?", "3", "And 3?", "4"]
+    assert [m["content"] for m in to_messages(row)] == texts
+    assert [m["content"] for m in to_messages({**row, "history": json.dumps(row["history"])})] == texts
+
+
+def test_further_texts_of_a_turn_are_kept_for_the_template() -> None:
+    turn = {"role": "assistant", "content": "Ho", "reasoning_content": "Hm.", "name": " ", "audio": {"id": "x"}, "n": 3}
+    assert to_messages({"messages": [WANTED[1], turn]})[1] == {**WANTED[2], "content": "Ho", "reasoning_content": "Hm."}
+    share = {"from": "gpt", "value": "Ho", "role": "x", "content": "y", "thinking": "Hm."}
+    both = {**WANTED[2], "reasoning": "Hm.", "thinking": "Hm."}
+    assert to_messages({"messages": [WANTED[1], both]})[1] == both
+    made = to_messages({"conversations": [{"from": "human", "value": "Hi"}, share]})[1]
+    assert made == {**WANTED[2], "content": "Ho", "thinking": "Hm."}
+
+
+def test_half_a_character_in_a_further_text_is_named() -> None:
+    with pytest.raises(RowError, match="half a character"):
+        to_messages({"messages": [WANTED[1], {**WANTED[2], "thinking": "a\ud83d"}]})
 
 
 @pytest.mark.parametrize("name", ["tool", "observation"])
@@ -82,6 +117,23 @@ def test_tool_turns_of_both_kinds_are_tool_messages(name: str) -> None:
         ({"messages": "[{"}, "broken JSON"),
         ({"conversations": ["x"]}, "turn 1: expected an object"),
         ({"instruction": 1, "output": "x"}, "`instruction`"),
+        ({"instruction": "x", "input": None, "output": None}, "`output` is empty"),
+        ({"prompt": "x", "completion": None}, "`completion` is empty"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "`chosen` and `rejected` are for objectives that learn from"),
+        ({"system": "Be rude.", "messages": WANTED}, "`system` and the system turn say different things"),
+        ({"system": "Be rude.", "conversations": WANTED}, "`system` and the system turn say different things"),
+        ({"system": 3, "messages": WANTED[1:]}, "`system`: `system` must be text, not int"),
+        ({"conversation": WANTED, "conversations": WANTED}, "both `conversations` and `conversation`"),
+        (
+            {"instruction": "x", "output": "y", "history": [["q"]]},
+            "`history`, exchange 1: expected a list of a question",
+        ),
+        ({"instruction": "x", "output": "y", "history": [["q", None]]}, "`history`, exchange 1"),
+        ({"messages": [WANTED[1], {**WANTED[2], "content": None, "refusal": "No."}]}, "`refusal` holds the text"),
+        ({"messages": [WANTED[1], {**WANTED[2], "reasoning": "Hm.", "thinking": "Ah."}]}, "say different things"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}, WANTED[2]]}, "a part of the kind `image_url`; only text"),
+        ({"messages": [{"role": "user", "content": [{"toolUse": {}}]}, WANTED[2]]}, "a part of the kind `toolUse`"),
+        ({"messages": [{"role": "user", "content": ["x"]}, WANTED[2]]}, "a part of the kind `str`"),
     ],
 )
 def test_a_bad_row_says_what_is_wrong(fields: dict[str, Any], words: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -67,6 +69,48 @@ def test_several_calls_ids_and_words_are_kept() -> None:
     assert chat[2] == answer
 
 
+def test_tools_in_the_system_turn_are_tools() -> None:
+    """Phi-4 mini's own form."""
+    system = {"role": "system", "content": "Help.", "tools": json.dumps([FUNCTION])}
+    chat = to_messages({"messages": [system, *OPENAI]})
+    assert chat[0] == {"role": "system", "content": "Help.", "tools": [TOOL]}
+    assert to_messages({"messages": [system, *OPENAI], "tools": [TOOL]}) == chat
+
+
+PADDED = {"city": "Rome", "zone": None, "where": {"lat": 1.5, "near": None}, "all": [{"x": None}, None, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("turn", "wanted"),
+    [
+        ({"tool_calls": [{"function": {"name": "f", "arguments": PADDED}}]}, False),
+        ({"function_call": {"name": "f", "arguments": PADDED}}, False),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": json.dumps(PADDED)}}]}, True),
+        ({"tool_calls": json.dumps([{"function": {"name": "f", "arguments": PADDED}}])}, True),
+        ({"role": "function_call", "content": json.dumps({"name": "f", "arguments": PADDED})}, True),
+    ],
+    ids=["objects", "older form", "arguments as text", "calls as text", "a turn as text"],
+)
+def test_nulls_stay_in_json_text_alone(turn: dict[str, Any], wanted: bool) -> None:
+    chat = to_messages({"messages": [USER, {"role": "assistant", **turn}]})
+    without = {"city": "Rome", "where": {"lat": 1.5}, "all": [{}, None, 2.0]}
+    assert chat[1]["tool_calls"][0]["function"]["arguments"] == (PADDED if wanted else without)
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_nulls_are_left_out_of_tools(as_text: bool) -> None:
+    tools = [
+        {"function": {**FUNCTION, "strict": None, "parameters": {"type": "object", "default": None}}, "type": None}
+    ]
+    row = {"messages": [USER, YES], "tools": json.dumps(tools) if as_text else tools}
+    assert to_messages(row)[0]["tools"] == [TOOL]
+
+
+def test_a_tool_without_its_wrapping_is_one_where_a_table_has_the_key() -> None:
+    row = {"messages": [USER, YES], "tools": [{**FUNCTION, "type": None, "function": None}]}
+    assert to_messages(row)[0]["tools"][0]["function"]["name"] == "weather"
+
+
 @pytest.mark.parametrize("tools", [[], "", "[]", None], ids=["empty list", "empty text", "empty list as text", "null"])
 def test_empty_tools_are_none(tools: Any) -> None:
     row: dict[str, Any] = {"messages": [USER, {**YES, "tool_calls": None}], "tools": tools}
@@ -93,6 +137,23 @@ def test_empty_tools_are_none(tools: Any) -> None:
             "the arguments of `f` must be an object",
         ),
         ({"conversations": [SHARE[0], {"from": "function_call", "value": "weather(Oslo)"}]}, "broken JSON"),
+        ({"messages": [USER, YES], "tools": [TOOL], "functions": [TOOL]}, "both `tools` and `functions`"),
+        (
+            {"messages": [{"role": "system", "content": "", "tools": [TOOL]}, USER, YES], "tools": [TOOL, TOOL]},
+            "have different `tools`",
+        ),
+        ({"messages": [{"role": "system", "content": "", "tools": "x"}, USER, YES]}, "turn 1: `tools`: broken JSON"),
+        ({"messages": [USER, {**CALLING, "function_call": CALL["function"]}]}, "calls in two places"),
+        (
+            {"messages": [USER, {"role": "function_call", "content": "{}", "tool_calls": [CALL]}]},
+            "calls in two places",
+        ),
+        (
+            {"messages": [USER, {**YES, "tool_calls": [{"name": "f", "arguments": {"on": date(2024, 1, 1)}}]}]},
+            "the arguments of `f`: a date can't stand in JSON",
+        ),
+        ({"messages": [USER, YES], "tools": [{**FUNCTION, "x": Decimal(1)}]}, "tool 1: a Decimal can't stand in JSON"),
+        ({"messages": [USER, YES], "tools": [{**FUNCTION, "x": [b"y"]}]}, "tool 1: a bytes can't stand in JSON"),
         ({"conversations": [SHARE[0], {"from": "function_call", "value": None}]}, "a tool call needs a `name`"),
     ],
 )

@@ -36,7 +36,7 @@ def blocks(card: bytes, kind: str) -> list[str]:
 
 
 def test_a_run_is_pushed_and_fetched_and_loaded_by_peft(hub: Hub, tiny_run: Path, tmp_path: Path) -> None:
-    done = phinetune.push(tiny_run, "alice/tiny", private=True)
+    done = phinetune.push(tiny_run, "alice/tiny")
     repo = hub.repos["alice/tiny"]
     assert repo.private
     assert repo.files.keys() == ADAPTER_FILES == set(done.files)
@@ -164,7 +164,7 @@ def test_a_token_in_a_text_stops_the_push(hub: Hub, tiny_run: Path, tmp_path: Pa
 
 
 def test_a_second_push_replaces_the_first(hub: Hub, tiny_run: Path) -> None:
-    repo = hub.repos.setdefault("alice/tiny", Repo())
+    repo = hub.repos.setdefault("alice/tiny", Repo(private=True))
     repo.files = {"adapter_model-00001-of-00002.safetensors": b"old", "notes.txt": b"mine"}
     phinetune.push(tiny_run, "alice/tiny")
     assert repo.files.keys() == ADAPTER_FILES | {"notes.txt"}
@@ -181,10 +181,34 @@ def test_an_adapter_and_a_model_are_not_mixed(hub: Hub, tiny_run: Path) -> None:
     assert "holds a model, and transformers would take it" in refused(tiny_run, "alice/whole")
 
 
-def test_private_is_never_public(hub: Hub, tiny_run: Path) -> None:
-    phinetune.push(tiny_run, "alice/tiny")
-    assert not hub.repos["alice/tiny"].private
-    assert "alice/tiny: exists and is public" in refused(tiny_run, "alice/tiny", private=True)
+def test_a_repository_is_private_unless_the_user_says_otherwise(hub: Hub, tiny_run: Path) -> None:
+    assert phinetune.push(tiny_run, "alice/tiny").private
+    assert hub.repos["alice/tiny"].private
+    assert not phinetune.push(tiny_run, "alice/open", private=False).private
+    assert not hub.repos["alice/open"].private
+
+
+def test_what_is_public_gets_nothing_private(hub: Hub, tiny_run: Path) -> None:
+    hub.repos["alice/tiny"] = Repo(private=False)
+    assert "alice/tiny: exists and is public, so everyone would see" in refused(tiny_run, "alice/tiny")
+    assert not hub.repos["alice/tiny"].files
+    assert phinetune.push(tiny_run, "alice/tiny", private=False).report()[0].endswith("; public")
+
+
+def test_a_private_repository_stays_private(hub: Hub, tiny_run: Path) -> None:
+    hub.repos["alice/tiny"] = Repo(private=True)
+    done = phinetune.push(tiny_run, "alice/tiny", private=False)
+    assert (done.private, hub.repos["alice/tiny"].private) == (True, True)
+    assert "it stays private" in done.notes[-1]
+    assert done.report()[0].endswith("; private")
+
+
+@pytest.mark.parametrize(("option", "private"), [([], True), (["--private"], True), (["--public"], False)])
+def test_the_command_is_private_unless_told(
+    hub: Hub, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, option: list[str], private: bool
+) -> None:
+    assert run(monkeypatch, "push", tiny_run, "alice/tiny", *option) == 0
+    assert hub.repos["alice/tiny"].private is private
 
 
 # -- refusals --------------------------------------------------------------------------------------------------
@@ -210,7 +234,7 @@ def test_what_the_hub_refuses_is_a_sentence(
 ) -> None:
     hub.add_folder("alice/there", tmp_path)
     monkeypatch.setenv("HF_TOKEN", token)
-    assert words.format(url=hub.url) in refused(tiny_run, repo)
+    assert words.format(url=hub.url) in refused(tiny_run, repo, private=False)
     assert list(hub.repos) == ["alice/there"]
 
 

@@ -13,7 +13,8 @@ from transformers import Phi3ForCausalLM
 
 from helpers import TINY
 from phinetune.checkpoints.adapters import BASE_FILE
-from phinetune.checkpoints.load import Base, fingerprint, load_base
+from phinetune.checkpoints.load import Base, load_base
+from phinetune.checkpoints.weight_files import fingerprint
 from phinetune.config.model import ModelSection
 
 IDS = torch.arange(24).reshape(2, 12) * 11 % 256

@@ -212,6 +212,8 @@ def test_the_tokenizer_comes_along_with_its_template_and_stop_ids(
 ) -> None:
     wanted = AutoTokenizer.from_pretrained(base) if own else phi3_tokenizer
     if not own:
+        base = save_base(tmp_path / "base", vocab=32064)  # an embedding for every id of the other tokenizer
+        adapted(base, adapter)
         phi3_tokenizer.save_pretrained(tmp_path / "tokenizer")
         (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(b"sentencepiece")
         (adapter / "config.yaml").write_text(f"{MARK}model: {{path: {base}, tokenizer: {tmp_path / 'tokenizer'}}}\n")

@@ -14,10 +14,12 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from exporting.gguf.gguf_helpers import Llama, chat_ids, hub_shape, keys_of, random_model
 from helpers import TINY
+from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.random_shapes import byte_tokenizer
+from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError
 from phinetune.exporting.ollama.go_template import read_turns
-from phinetune.exporting.ollama.modelfile import parameters, stop_words
+from phinetune.exporting.ollama.modelfile import not_written, parameters, stop_words
 from phinetune.exporting.targets import export
 
 Chat = list[dict[str, str]]
@@ -285,3 +287,75 @@ def test_sampling_is_the_generation_configs() -> None:
         "top_p": "0.95",
         "top_k": "40",
     }
+
+
+def test_an_id_without_a_token_is_no_stop_word() -> None:
+    tokenizer = byte_tokenizer(300)
+    generation = GenerationConfig(eos_token_id=[-1, 262, 299, 4000])
+    words = stop_words(read_turns(tokenizer), tokenizer, generation)
+    assert words == ["<|end|>", "<|assistant|>", "<|system|>", "<|user|>"]
+    assert not_written(tokenizer, generation) == ["eos_token_id -1, 299, 4000 has no token, and can't be a stop word"]
+
+
+def test_a_stop_word_is_spelled_as_in_an_answer() -> None:
+    """A byte-level vocabulary spells a new line Ċ."""
+    tokenizer = byte_tokenizer(300)
+    line = tokenizer.encode("\n", add_special_tokens=False)[0]
+    assert tokenizer.convert_ids_to_tokens(line) == "Ċ"
+    assert stop_words(read_turns(tokenizer), tokenizer, GenerationConfig(eos_token_id=line))[0] == "\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (
+            {"repetition_penalty": 1.2},
+            {"repeat_penalty": "1.2", "repeat_last_n": "-1", "temperature": "0"},
+        ),
+        ({"max_new_tokens": 64}, {"repeat_penalty": "1", "num_predict": "64", "temperature": "0"}),
+        # transformers' own defaults, as Ollama has others
+        ({"do_sample": True}, {"repeat_penalty": "1", "temperature": "1", "top_p": "1", "top_k": "50"}),
+        (
+            {"do_sample": True, "top_k": 0, "min_p": 0.05, "typical_p": 0.9},
+            *[
+                {
+                    "repeat_penalty": "1",
+                    "temperature": "1",
+                    "top_p": "1",
+                    "top_k": "0",
+                    "min_p": "0.05",
+                    "typical_p": "0.9",
+                }
+            ],
+        ),
+    ],
+    ids=["repetition penalty", "length", "plain sampling", "other cut-offs"],
+)
+def test_every_parameter_is_the_generation_configs(given: dict[str, Any], written: dict[str, str]) -> None:
+    assert parameters(GenerationConfig(**given), 2048) == {"num_ctx": "2048", **written}
+    assert not_written(byte_tokenizer(300), GenerationConfig(**given)) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
+        ({"num_beams": 4, "length_penalty": 0.8}, "num_beams, length_penalty"),
+        ({"num_beams": 1, "no_repeat_ngram_size": 0}, None),
+        ({"do_sample": True, "epsilon_cutoff": 0.1}, "epsilon_cutoff"),
+        ({"epsilon_cutoff": 0.1}, None),
+    ],
+)
+def test_what_a_modelfile_has_no_word_for_is_named(given: dict[str, Any], named: str | None) -> None:
+    notes = not_written(byte_tokenizer(300), GenerationConfig(**given))
+    assert notes == ([f"a Modelfile has no word for {named} of the generation config"] if named else [])
+
+
+def test_notes_of_the_generation_config_are_reported(tmp_path: Path) -> None:
+    loaded = load_base(ModelSection(path=TINY), fast=False)
+    loaded.model.save_pretrained(tmp_path / "m")
+    loaded.tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text('{"repetition_penalty": 1.1, "no_repeat_ngram_size": 2}')
+    made = export(str(tmp_path / "m"), "ollama", out=tmp_path / "o")
+    assert "PARAMETER repeat_penalty 1.1\n" in (tmp_path / "o" / "Modelfile").read_text()
+    assert made.notes[-1] == "a Modelfile has no word for no_repeat_ngram_size of the generation config"

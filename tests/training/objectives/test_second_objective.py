@@ -44,6 +44,7 @@ class WeightedRows(RowEncoder):
     """Chats with a number in the column `weight`, 1 where there is none."""
 
     columns = ("weight",)
+    uses = ("weight",)
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[RowOutcome]:
         for made in super().__call__(rows):
@@ -194,7 +195,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(weighed: Path, tmp_path: P
         for n, most in enumerate(steps):
             settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
             given = sections(weighed, tmp_path / name, max_steps=most, **settings)
-            train(**given, resume=n > 0, console=Console(quiet=True))
+            train(**given, resume=n > 0, changed=n > 0, console=Console(quiet=True))
     whole, parts = ([entry["loss"] for entry in entries(tmp_path / name)] for name in ("whole", "parts"))
     assert whole == parts
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
@@ -204,8 +205,11 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(weighed: Path, tmp_path: P
 def test_a_run_goes_on_with_its_own_objective_alone(weighed: Path, tmp_path: Path) -> None:
     given = sections(weighed, tmp_path / "run", save_strategy="steps", save_steps=2)
     train(**given, console=Console(quiet=True))
-    with pytest.raises(RunError, match=r"objective: the run in .* has .*'floor': 1.0.*, the configuration now .*'sft'"):
+    with pytest.raises(RunError, match=r"objective\.kind: the run has weighted, the configuration now has sft"):
         train(**{**given, "objective": "sft"}, resume=True, console=Console(quiet=True))
+    given["objective"] = {**given["objective"], "floor": 0.5}
+    with pytest.raises(RunError, match=r"objective\.floor: the run has 1\.0, the configuration now has 0\.5"):
+        train(**given, resume=True, console=Console(quiet=True))
 
 
 def test_it_is_planned_by_its_own_loss(weighed: Path, tmp_path: Path) -> None:
@@ -243,7 +247,9 @@ def test_rows_are_checked_and_shown(
     assert (row.form, row.problem) == ("messages", None)
     command = ("data", "check", weighed, "--set", f"model.path={TINY}", "--set", "objective.kind=weighted")
     assert run_cli(monkeypatch, *command) == 0
-    assert "12 rows (12 messages): 12 kept" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "12 rows (12 messages): 12 kept" in out
+    assert "not used" not in out
 
 
 @pytest.mark.parametrize(

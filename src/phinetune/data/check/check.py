@@ -24,10 +24,8 @@ from phinetune.data.check.text_checks import (
 )
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
 from phinetune.data.prepare.report import DataReport
-from phinetune.data.prepare.splits import held_out_places
 from phinetune.data.read.messages import strings
 from phinetune.data.read.row import Broken, Row
-from phinetune.errors import DataError
 
 LONGEST_SHOWN = 3
 
@@ -37,7 +35,7 @@ class CheckReport:
     """What was found in the files.
 
     Attributes:
-        files: the training files. Of a data set, `split` is read.
+        files: the training files. Of a data set, `split` of the configuration `name` is read.
         counts: what became of the rows of the training files.
         checkpoint: what its template does with system messages, tool turns, tools and tool calls.
         lengths: the tokens and the trainable tokens of each kept row.
@@ -63,6 +61,7 @@ class CheckReport:
     left_out: dict[int, str] = field(default_factory=dict)
     ends_a_turn: bool = False
     held_out: DataReport | None = None
+    name: str | None = None
 
     @property
     def spoiled(self) -> bool:
@@ -91,44 +90,41 @@ def check_files(
     held_out: Sequence[str],
     encode: RowEncoder,
     on_row: Callable[[], None] = lambda: None,
+    encode_held_out: RowEncoder | None = None,
 ) -> CheckReport:
     """Look at every row of `files` and `held_out`, and find rows that are in both. Few rows are in memory at a time.
 
     Args:
-        encode: how the rows become examples. If `eval` of its section is a fraction, the rows are split as in a run.
+        encode: how the rows become examples, and which split of a data set is read.
         on_row: called after each row.
+        encode_held_out: the same for `held_out`, if it differs.
     """
     section, encoder = encode.section, encode.encoder
     counts, template = DataReport(", ".join(files)), describe_template(encoder)
-    report = CheckReport(files, section.split, counts, encode.max_length, template)
+    report = CheckReport(files, section.split, counts, encode.max_length, template, name=section.name)
     checker = _RowChecker(encode, report)
     overlap = Overlap(report.findings, section.format, report.left_out)
     count = 0
-    for count, (outcome, title) in enumerate(checker.check(files, report.counts), 1):
+    for outcome, title in checker.check(files, report.counts):
+        _measure(outcome, encoder, report)
+        if outcome.piece:
+            continue
         on_row()
         if title:
-            report.left_out[count - 1] = title
-        _measure(outcome, encoder, report)
+            report.left_out[count] = title
         if not outcome.error:
-            overlap.take_in(count - 1, outcome.row)
-    if isinstance(section.eval, float) and not held_out:
-        count = min(count, section.limit or count)
-        overlap.split(_held_out(count, section.eval, section.seed), section.eval, count)
+            overlap.take_in(count, outcome.row)
+        count += 1
     if held_out:
         report.held_out = DataReport(", ".join(held_out))
+        checker = _RowChecker(encode_held_out or encode, report)
         for outcome, _ in checker.check(held_out, report.held_out):
-            on_row()
-            overlap.hold_out(outcome.row)
+            if not outcome.piece:
+                on_row()
+                overlap.hold_out(outcome.row)
     if report.lengths and not report.ends_a_turn:
         report.findings.add("no_stop", ", ".join(files), "no label is an end-of-turn token")
     return report
-
-
-def _held_out(count: int, share: float, seed: int) -> set[int]:
-    try:
-        return held_out_places(count, share, seed)
-    except DataError:  # there are too few rows to split, and the run itself will say so
-        return set()
 
 
 def _measure(outcome: RowOutcome, encoder: ChatEncoder, report: CheckReport) -> None:
@@ -175,7 +171,7 @@ class _RowChecker:
         for outcome in self.encode(self._rows(files, counts)):
             counts.count(outcome)
             title = None
-            for kind, detail in self._troubles(outcome):
+            for kind, detail in () if outcome.piece else self._troubles(outcome):
                 forgiven = self.encode.section.invalid_rows == "drop" and outcome.error and kind == outcome.error.kind
                 self.report.findings.add(kind, outcome.row.where, detail, spoils=False if forgiven else None)
                 if KINDS[kind].left_out:
@@ -186,7 +182,7 @@ class _RowChecker:
         """The rows that can be checked. For all other places a finding is added."""
         for file in files:
             empty = True
-            for item in scan_file(file, self.encode.section.split):
+            for item in scan_file(file, self.encode.section.split, self.encode.section.name):
                 empty = False
                 row = as_row(item, self.report.max_length)
                 if row is None:

@@ -32,7 +32,7 @@ KINDS: dict[str, Kind] = {
     "nothing": Kind("files with nothing to train on", "put rows in them, or do not name them", True),
     "form": Kind("rows of no known form", "see `Chats` in the README for the forms", True, True),
     "roles": Kind("chats with unknown roles, no answer, or a turn out of place", "correct the turns", True, True),
-    "content": Kind("turns whose content is not text", "write the content as text", True, True),
+    "content": Kind("turns whose content is missing or no text", "write the content as text", True, True),
     "tools": Kind("tools or tool calls that can't be read", "see `Chats` in the README for their form", True, True),
     "system": Kind("system messages that this checkpoint's template drops", "set data.system to fold or drop", True),
     "template": Kind("chats that this checkpoint's template can't render", "take another checkpoint or form", True),

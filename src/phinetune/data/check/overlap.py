@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-
-from phinetune.chats.template import Message
-from phinetune.data.check.duplicates import NearDuplicates, exact_key
 from phinetune.data.check.findings import KINDS, Findings
+from phinetune.data.prepare.copies import text_of
+from phinetune.data.prepare.duplicates import NearDuplicates, exact_key
 from phinetune.data.read.messages import detect_form, to_messages
 from phinetune.data.read.row import Row
 from phinetune.errors import RowError
-
-
-def text_of(messages: Sequence[Message]) -> str:
-    """A chat as one text, for comparison."""
-    turns = []
-    for message in messages:
-        calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
-        turns.append(f"{message['role']}: {message['content']}{calls}")
-    return "\n".join(turns)
 
 
 def _text_of_row(row: Row, form: str) -> str:
@@ -52,7 +40,6 @@ class Overlap:
         self._where: dict[int, str] = {}
         self._first: dict[bytes, int] = {}
         self._copies: dict[int, list[int]] = {}
-        self._like: dict[int, int] = {}
         self._near = NearDuplicates()
 
     def take_in(self, number: int, row: Row) -> None:
@@ -65,9 +52,8 @@ class Overlap:
             self._findings.add("duplicate", row.where, f"like {self._where[first]}")
             self._left_out.setdefault(number, KINDS["duplicate"].title)
             return
-        match = None if "input_ids" in row.fields else self._near.add(number, text)
+        match = None if row.fields.get("input_ids") else self._near.add(number, text)
         if match is not None:
-            self._like[number] = match
             self._findings.add("near", row.where, f"like {self._where[match]}")
 
     def hold_out(self, row: Row) -> None:
@@ -84,24 +70,3 @@ class Overlap:
         for number in self._copies.get(first, [first]):
             self._findings.add("shared", self._where[number], f"held out at {row.where}")
             self._left_out[number] = KINDS["shared"].title
-
-    def split(self, held_out: set[int], share: float, count: int) -> None:
-        """Compare the two sides of a split by fraction (`data.eval`).
-
-        Args:
-            held_out: the numbers of the rows that the split holds out.
-            share: the fraction.
-            count: how many rows, from the first, the split divides.
-        """
-        for copies in self._copies.values():
-            numbers = [number for number in copies if number < count]
-            sides = [number in held_out for number in numbers]
-            if any(sides) and not all(sides):
-                here, there = numbers[sides.index(False)], numbers[sides.index(True)]
-                detail = f"its copy {self._where[there]} is held out by data.eval: {share:g}"
-                self._findings.add("shared", self._where[here], detail)
-        for pair in self._like.items():
-            here, there = sorted(pair, key=lambda number: number in held_out)
-            if here not in held_out and there in held_out and max(pair) < count:
-                detail = f"{self._where[there]} is held out by data.eval: {share:g}"
-                self._findings.add("near_shared", self._where[here], detail)

@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from phinetune.chats.template import Message
+from phinetune.data.prepare.copies import SetKeys
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.engine.examples import Encoded
 
@@ -92,6 +93,23 @@ class Columns:
         for place in places:
             if has_text[place]:
                 yield place, column[place].as_py()
+
+    def lines_of(self, rows: Sequence[int]) -> list[int]:
+        """The lines of the table that hold some rows, in order. A row has several if it was cut into pieces."""
+        first, order = self.first_lines(), np.asarray(rows, dtype=np.int64)
+        pieces = np.diff(first, append=len(self.table))[order]
+        before = np.cumsum(pieces) - pieces
+        lines: list[int] = (np.repeat(first[order] - before, pieces) + np.arange(pieces.sum())).tolist()
+        return lines
+
+    def first_lines(self) -> np.ndarray[Any, Any]:
+        """The line of each row's first piece, shape (rows of the source)."""
+        return np.flatnonzero(self.numbers("piece") == 0)
+
+    def keys(self, lines: np.ndarray[Any, Any]) -> SetKeys:
+        """What the rows whose first pieces stand on some lines are compared by."""
+        rows, asked = (self.table.data.column(name).take(lines).to_pylist() for name in ("key", "asked"))
+        return SetKeys(rows, asked)
 
     def counts(self, name: str, places: Sequence[int]) -> Counter[str]:
         """How many of the rows at `places` have each text of this column."""

@@ -1,12 +1,14 @@
 """Writes large sets as tables in Arrow files.
 
 A table has one line for each row of the source: what became of the row and, if it is kept, its token ids and labels.
+A text that was cut into pieces has a line for each piece.
 Which rows are trained on, held out, repeated or refused is decided later, from the small columns alone. So one table
 serves every split, weight and seed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -17,6 +19,7 @@ import pyarrow
 from datasets import Dataset, concatenate_datasets
 
 from phinetune.chats.encoder import ends_a_turn
+from phinetune.data.prepare.copies import key_of
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
 from phinetune.data.read.row import Broken, Row
 from phinetune.data.read.source_parts import PIECE, Source, SourcePart, open_source
@@ -39,6 +42,11 @@ FIELDS = {
     "broken": pyarrow.string(),  # for a place that holds no row: what is wrong there
     "tag": pyarrow.string(),
     "chat": pyarrow.string(),  # the messages as JSON, if the row is a chat
+    "key": pyarrow.binary(),  # what the row is compared by as a whole, and
+    "asked": pyarrow.binary(),  # by the turns before its first answer
+    "piece": pyarrow.int32(),  # which piece of its row it is, from 0
+    "unused": pyarrow.string(),  # what of the row reaches no model, as JSON
+    "notes": pyarrow.string(),  # what storage may have changed, as JSON
 }
 
 
@@ -53,7 +61,7 @@ def write_table(source: str, encode: RowEncoder, folder: Path) -> None:
     Raises:
         DataError: the source can't be opened, or a process was killed.
     """
-    opened = open_source(source, encode.section.split, folder)
+    opened = open_source(source, encode.section.split, folder, encode.section.name)
     pieces = opened.pieces(encode.section.limit)
     processes = max(1, min(cores(), len(pieces)))
     logger.info("preparing %s: about %s rows, %d processes", source, f"{len(pieces) * PIECE:,}", processes)
@@ -95,16 +103,22 @@ def encode_pieces(batch: pyarrow.Table, source: Source, encode: RowEncoder) -> p
     for piece in batch.to_pylist():
         items = list(source.read(SourcePart(**piece)))
         outcomes = encode([item for item in items if isinstance(item, Row)])
-        lines += [_broken(item) if isinstance(item, Broken) else _line(next(outcomes), encode) for item in items]
+        for item in items:
+            if isinstance(item, Broken):
+                lines.append(_broken(item))
+                continue
+            outcome = next(outcomes)
+            lines += [_line(one, encode) for one in (outcome, *itertools.islice(outcomes, outcome.pieces - 1))]
     return pyarrow.Table.from_pylist(lines, schema=schema(encode))
 
 
 def _broken(place: Broken) -> dict[str, Any]:
-    return {"length": 0, "trainable": 0, "broken": f"{place.where}: {place.problem}"}
+    return {"length": 0, "trainable": 0, "piece": 0, "broken": f"{place.where}: {place.problem}"}
 
 
 def _line(outcome: RowOutcome, encode: RowEncoder) -> dict[str, Any]:
     example, tag = outcome.encoded, encode.section.tag
+    key, asked = key_of(outcome) if outcome.piece == 0 else (None, None)
     return {
         "input_ids": example.input_ids if example else [],
         "labels": example.labels if example else [],
@@ -118,6 +132,11 @@ def _line(outcome: RowOutcome, encode: RowEncoder) -> dict[str, Any]:
         "error": f"{outcome.row.where}: {outcome.error}" if outcome.error else None,
         "tag": tag_of(outcome.row, tag) if tag else None,
         "chat": json.dumps(outcome.chat) if example and outcome.chat else None,
+        "key": key,
+        "asked": asked,
+        "piece": outcome.piece,
+        "unused": json.dumps(outcome.audit.unused) if outcome.audit.unused else None,
+        "notes": json.dumps(sorted(outcome.audit.notes)) if outcome.audit.notes else None,
         **((example.values if example else None) or {}),
     }
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -15,37 +18,27 @@ from phinetune.data.prepare.arrow_rows import Columns, StoredChats, StoredRows, 
 from phinetune.data.prepare.arrow_table import read_table, write_table
 from phinetune.data.prepare.cache import cache_key, cached_folder
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
-from phinetune.data.prepare.encode_rows import RowEncoder, tag_of
+from phinetune.data.prepare.copies import SetKeys, count_shared, groups_of, keys_of, with_near
+from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
 from phinetune.data.prepare.report import DataReport
-from phinetune.data.prepare.splits import split_places
-from phinetune.data.prepare.stream import check_stream, first_rows, stream
-from phinetune.data.read.any_source import check_source, read_first
+from phinetune.data.prepare.sources import (
+    check_sources,
+    held_out_section,
+    name_held_out,
+    name_sources,
+    weighted,
+)
+from phinetune.data.prepare.splits import held_out_places, split_places
+from phinetune.data.prepare.stream import first_rows, stream
+from phinetune.data.read.any_source import read_first
 from phinetune.data.read.row import Row
 from phinetune.data.read.source_parts import digest
 from phinetune.engine.examples import Encoded
 from phinetune.errors import DataError, at_most
 
-SETTINGS = {"split", "format", "loss_on", "system", "overlong", "limit", "tag"}  # keys that a table depends on
+# The keys that a table depends on.
+SETTINGS = {"split", "name", "format", "loss_on", "system", "overlong", "overlap", "limit", "tag"}
 SMALL = 5000  # rows; for fewer, starting other processes takes longer than the work
-
-
-def check_sources(section: DataSection) -> None:
-    """Make sure that the sources exist, before anything slow begins.
-
-    Raises:
-        DataError: no training file is given, or sources are missing or of an unknown kind; the error lists all of them.
-        ConfigError: the section asks for a stream and for something that a stream can't give.
-    """
-    if section.train is None:
-        raise DataError("data.train: no file given; set it to a file of chats")
-    if section.streaming:
-        check_stream(section)
-    problems = []
-    for source in (section.train, section.eval):
-        if not isinstance(source, float) and source is not None:
-            problems += [problem for one, _ in weighted(source) if (problem := check_source(one))]
-    if problems:
-        raise DataError(problems)
 
 
 def build_chats(encode: RowEncoder) -> Chats:
@@ -70,9 +63,33 @@ def build_chats(encode: RowEncoder) -> Chats:
             f"{train.report.source}: no label is an end-of-turn token, so the model would never learn to stop; "
             "check data.loss_on and training_config.max_length"
         )
-    if section.eval is not None and not isinstance(section.eval, float):
-        held_out = read_sets(name_sources(section.eval), section.eval, encode.with_section(limit=None))[0]
+    others = held_out_section(section)
+    if others:
+        held_out = read_sets(name_held_out(section), others.train, replace(encode, section=others))[0]
+    if held_out:
+        compare_sets(train, held_out)
     return Chats(train, held_out)
+
+
+def compare_sets(train: ChatSet, held_out: ChatSet) -> None:
+    """Count how many held-out rows are trained on, if all rows of both sets are known."""
+    if train.keys and held_out.keys:
+        looked = train.keys.near is not None and held_out.keys.near is not None  # they are one set, split by fraction
+        keys = [train.keys, held_out.keys] if looked else with_near(train.keys, held_out.keys)
+        held_out.shared = count_shared(*keys)
+
+
+def read_few(encode: RowEncoder) -> ChatSet | None:
+    """The training set of a section. None if it has more than `SMALL` rows, which takes long.
+
+    Raises:
+        DataError: see `build_chats`.
+    """
+    section = encode.section
+    if _read_small([path for path, _ in weighted(section.train)], section) is None:
+        return None
+    share = section.eval if isinstance(section.eval, float) else None
+    return read_sets(name_sources(section.train), section.train, encode, share=share)[0]
 
 
 def read_sets(
@@ -96,18 +113,50 @@ def read_sets(
     sources = weighted(source)
     paths, weights = [path for path, _ in sources], [weight for _, weight in sources]
     rows_by_source = _read_small(paths, encode.section)
-    if rows_by_source is None:
-        counts, make_set = _prepare_large(paths, encode)
-    else:
-        rows = list(itertools.chain.from_iterable(rows_by_source))
-        counts = [len(own) for own in rows_by_source]
+    source_rows = _prepare_large(paths, encode) if rows_by_source is None else _prepare_small(rows_by_source, encode)
+    counts, seed = source_rows.counts, encode.section.seed
+    if share is None:
+        return source_rows.make_set(name, split_places(counts, weights, set(), seed)[0]), None
+    (keys,) = with_near(source_rows.keys())
+    held_out = held_out_places(sum(counts), share, seed, groups_of(keys))
+    train, held = split_places(counts, weights, held_out, seed)
+    return source_rows.make_set(name, train, keys), source_rows.make_set(f"{name} (held out)", held, keys)
 
-        def make_set(name: str, places: Sequence[int]) -> ChatSet:
-            return build_set(name, [rows[place] for place in places], encode)
 
-    train, held_out = split_places(counts, weights, share, encode.section.seed)
-    train_set = make_set(name, train)
-    return train_set, make_set(f"{name} (held out)", held_out) if share is not None else None
+class _MakeSet(Protocol):
+    def __call__(self, name: str, places: Sequence[int], keys: SetKeys | None = None) -> ChatSet:
+        """The set of the rows at some places. `keys`: of all rows, if they are there already."""
+
+
+@dataclass(frozen=True)
+class _SourceRows:
+    """All rows of the sources of a set.
+
+    Attributes:
+        counts: how many rows each source has.
+        keys: makes what all rows are compared by.
+        make_set: makes a set of some of the rows.
+    """
+
+    counts: Sequence[int]
+    keys: Callable[[], SetKeys]
+    make_set: _MakeSet
+
+
+def _prepare_small(rows_by_source: Sequence[Sequence[Row]], encode: RowEncoder) -> _SourceRows:
+    rows: list[list[RowOutcome]] = []
+    for outcome in encode(itertools.chain.from_iterable(rows_by_source)):
+        if outcome.piece == 0:
+            rows.append([])
+        rows[-1].append(outcome)
+
+    def make_set(name: str, places: Sequence[int], keys: SetKeys | None = None) -> ChatSet:
+        made = _collect(name, itertools.chain.from_iterable(rows[place] for place in places), encode)
+        kept = [place for place in dict.fromkeys(places) if rows[place][0].encoded]
+        made.keys = keys.at(kept) if keys else keys_of([rows[place][0] for place in kept])
+        return made
+
+    return _SourceRows([len(own) for own in rows_by_source], lambda: keys_of([row[0] for row in rows]), make_set)
 
 
 def _read_small(paths: Sequence[str], section: DataSection) -> list[list[Row]] | None:
@@ -120,7 +169,7 @@ def _read_small(paths: Sequence[str], section: DataSection) -> list[list[Row]] |
     rows: list[list[Row]] = []
     broken: list[str] = []
     for path in paths:
-        own, problems = read_first(path, section.split, most - sum(map(len, rows)))
+        own, problems = read_first(path, section.split, most - sum(map(len, rows)), section.name)
         rows.append(own)
         broken += problems
     if sum(map(len, rows)) > SMALL:
@@ -139,6 +188,10 @@ def build_set(name: str, rows: Iterable[Row], encode: RowEncoder) -> ChatSet:
     Raises:
         DataError: rows can't be used (unless `invalid_rows` is `drop`), or no row can.
     """
+    return _collect(name, encode(rows), encode)
+
+
+def _collect(name: str, outcomes: Iterable[RowOutcome], encode: RowEncoder) -> ChatSet:
     chats: list[list[Message]] = []
     examples: list[Encoded] = []
     places: list[int] = []
@@ -146,7 +199,7 @@ def build_set(name: str, rows: Iterable[Row], encode: RowEncoder) -> ChatSet:
     report = DataReport(name)
     problems: list[str] = []
     tag = encode.section.tag
-    for outcome in encode(rows):
+    for outcome in outcomes:
         report.count(outcome)
         if outcome.error:
             problems.append(f"{outcome.row.where}: {outcome.error}")
@@ -178,22 +231,22 @@ def check_usable(report: DataReport, problems: Sequence[str], section: DataSecti
         raise DataError(f"{report.source}: no chat to use: " + (reasons or "the set is empty"))
 
 
-def _prepare_large(
-    paths: Sequence[str], encode: RowEncoder
-) -> tuple[list[int], Callable[[str, Sequence[int]], ChatSet]]:
-    """How many rows each source has, and a function that makes a set of the rows at some places."""
+def _prepare_large(paths: Sequence[str], encode: RowEncoder) -> _SourceRows:
     section = encode.section
     tables = [_cached_table(path, encode) for path in paths]
-    counts = [len(table) for table in tables]
+    counts = [len(Columns(table).first_lines()) for table in tables]
     if section.limit is not None:
         ends = [min(end, section.limit) for end in itertools.accumulate(counts)]
         counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     columns = Columns(concatenate_datasets(tables))
 
-    def make_set(name: str, places: Sequence[int]) -> ChatSet:
+    def all_keys() -> SetKeys:
+        return columns.keys(columns.first_lines()[: sum(counts)])
+
+    def make_set(name: str, places: Sequence[int], keys: SetKeys | None = None) -> ChatSet:
         return _stored_set(name, columns, places, encode)
 
-    return counts, make_set
+    return _SourceRows(counts, all_keys, make_set)
 
 
 def _cached_table(path: str, encode: RowEncoder) -> Dataset:
@@ -205,7 +258,7 @@ def _cached_table(path: str, encode: RowEncoder) -> Dataset:
     """
     section = encode.section
     settings = {**section.model_dump(mode="json", include=SETTINGS), **encode.identity()}
-    settings |= {"max_length": encode.max_length, "source": digest(path, section.split)}
+    settings |= {"max_length": encode.max_length, "source": digest(path, section.split, section.name)}
     key = cache_key(settings, encode.encoder.tokenizer)
 
     def fill(folder: Path) -> None:
@@ -235,21 +288,29 @@ def _streamed_set(name: str, encode: RowEncoder) -> ChatSet:
 
 
 def _stored_set(name: str, columns: Columns, places: Sequence[int], encode: RowEncoder) -> ChatSet:
-    """The set of a table's rows at `places`. A place may stand there several times."""
-    order = np.asarray(places, dtype=np.int64)
-    lengths = columns.numbers("length")[order]
+    """The set of a source's rows at `places`. A place may stand there several times."""
+    lines = columns.lines_of(places)
+    order = np.asarray(lines, dtype=np.int64)
+    lengths, piece = columns.numbers("length")[order], columns.numbers("piece")[order]
+    in_pieces = int((piece == 1).sum())
     report = DataReport(
         name,
         rows=len(places),
-        kept=int((lengths > 0).sum()),
+        kept=int(((lengths > 0) & (piece == 0)).sum()),
         cut=int(columns.numbers("cut")[order].sum()),
-        dropped=columns.counts("reason", places),
-        forms=columns.counts("form", places),
+        dropped=columns.counts("reason", lines),
+        forms=columns.counts("form", lines),
         tokens=int(lengths.sum()),
         trainable_tokens=int(columns.numbers("trainable")[order].sum()),
         longest=int(lengths.max(initial=0)),
+        in_pieces=in_pieces,
+        pieces=in_pieces + int((piece > 0).sum()),
     )
-    check_usable(report, [text for _, text in columns.texts("error", places)], encode.section)
+    for text, count in columns.counts("unused", lines).items():
+        report.count_audit(json.loads(text), (), count)
+    for text, count in columns.counts("notes", lines).items():
+        report.count_audit({}, json.loads(text), count)
+    check_usable(report, [text for _, text in columns.texts("error", lines)], encode.section)
     rows = order[lengths > 0]
     is_chat = columns.table.data.column("chat").is_valid().to_numpy()[rows]
     return ChatSet(
@@ -259,15 +320,5 @@ def _stored_set(name: str, columns: Columns, places: Sequence[int], encode: RowE
         np.flatnonzero(is_chat).tolist(),
         [tag for _, tag in columns.texts("tag", rows.tolist())],
         bool(columns.numbers("ends")[order].any()),
+        keys=columns.keys(np.unique(order[(lengths > 0) & (piece == 0)])),
     )
-
-
-def weighted(source: str | Sequence[str | WeightedFile] | None) -> list[tuple[str, float]]:
-    """Each source and its weight, which is 1 if none is given."""
-    entries = [source] if isinstance(source, str) else list(source or [])
-    return [(entry, 1.0) if isinstance(entry, str) else (entry.path, entry.weight) for entry in entries]
-
-
-def name_sources(source: str | Sequence[str | WeightedFile] | None) -> str:
-    """The sources in one line, for example `a.jsonl, b.jsonl × 2`."""
-    return ", ".join(path if weight == 1 else f"{path} × {weight:g}" for path, weight in weighted(source))

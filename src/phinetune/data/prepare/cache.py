@@ -44,7 +44,7 @@ def cache_key(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
         settings: the source's digest and the settings, as JSON can hold them.
     """
     code = [_code_digest(), *(f"{name} {version(name)}" for name in LIBRARIES)]
-    tree = {"made by": code, "tokenizer": _fingerprint(tokenizer), **settings}
+    tree = {"made by": code, "tokenizer": tokenizer_digest(tokenizer), **settings}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -60,7 +60,7 @@ def _code_digest() -> str:
     return total.hexdigest()
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of all that decides how a tokenizer renders and encodes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer):  # truncation and padding come from the last call, so they are left out

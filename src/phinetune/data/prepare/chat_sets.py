@@ -12,7 +12,9 @@ from datasets import Dataset, IterableDataset
 from phinetune.chats.encoder import ChatEncoder, ends_a_turn
 from phinetune.chats.template import Message
 from phinetune.data.prepare.arrow_rows import StoredRows
+from phinetune.data.prepare.copies import SetKeys
 from phinetune.data.prepare.report import DataReport
+from phinetune.data.prepare.shared_rows import Shared
 from phinetune.engine.examples import Encoded
 
 
@@ -28,6 +30,8 @@ class ChatSet:
         tags: for each of `encoded`, what its row has in the column `data.tag`; empty without such a column.
         stored_end: for rows on disk, whether any label is an end-of-turn token.
         stream: all rows, if the set is a stream; then the rest of the set is only the stream's beginning.
+        keys: what the kept rows are compared by with those of another set; None if they can't be compared.
+        shared: of held-out rows, how many of them are trained on; None if that was not looked at.
     """
 
     chats: Sequence[list[Message]]
@@ -37,6 +41,8 @@ class ChatSet:
     tags: Sequence[str] = field(default_factory=list)
     stored_end: bool = False
     stream: IterableDataset | None = None
+    keys: SetKeys | None = None
+    shared: Shared | None = None
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -71,6 +77,13 @@ class Chats:
     held_out: ChatSet | None
 
     def facts(self) -> dict[str, Any]:
-        """The reports of both sets, as JSON can hold them; `held_out` is None without held-out chats."""
+        """The reports of both sets, and how many held-out rows are trained on, as JSON can hold them.
+
+        `held_out` is None without held-out chats, and `overlap` is None where both sets could not be compared.
+        """
         sets = {"train": self.train, "held_out": self.held_out}
-        return {name: chat_set.report.to_dict() if chat_set else None for name, chat_set in sets.items()}
+        shared = self.held_out.shared if self.held_out else None
+        return {
+            **{name: chat_set.report.to_dict() if chat_set else None for name, chat_set in sets.items()},
+            "overlap": shared.to_dict() if shared else None,
+        }

@@ -15,10 +15,13 @@ from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message
 from phinetune.config.data import DataSection
 from phinetune.config.row_forms import READY
-from phinetune.data.read.messages import check_letters, detect_form, size_of, strings, to_messages
+from phinetune.data.prepare.pieces import cut_into_pieces
+from phinetune.data.read.audit import Audit, audit_row
+from phinetune.data.read.messages import detect_form, size_of, strings, to_messages
+from phinetune.data.read.ready_rows import read_ids, read_text
 from phinetune.data.read.row import Row
-from phinetune.engine.examples import IGNORED, Encoded
-from phinetune.errors import RowError
+from phinetune.engine.examples import Encoded
+from phinetune.errors import ConfigError, RowError
 
 BATCH = 512  # chats that are tokenised in one call; the tokenizer uses all cores for a call
 # A row is no chat if it has more letters and numbers than this and than 40 per token of max_length, or more turns.
@@ -29,7 +32,7 @@ NOTHING_TRAINED = "no token to train on"
 
 @dataclass
 class RowOutcome:
-    """What became of one row.
+    """What became of one row, or of a piece of a row of text.
 
     Attributes:
         form: the row's form, detected or configured; None if the row could not be read.
@@ -41,6 +44,9 @@ class RowOutcome:
         reason: why the row is dropped; None if it is kept.
         error: why the row can't be used; None if it can, or is only too long.
         cut: whether the chat's prompt was cut.
+        audit: what of the row reaches no model; empty for a row that can't be used.
+        piece: which piece of its row it is, from 0; what is said of the row stands with the first.
+        pieces: how many pieces the row was cut into.
     """
 
     row: Row
@@ -53,6 +59,9 @@ class RowOutcome:
     reason: str | None = None
     error: RowError | None = None
     cut: bool = False
+    audit: Audit = field(default_factory=Audit)
+    piece: int = 0
+    pieces: int = 1
 
     def refuse(self, error: RowError) -> None:
         """Drop the row because it can't be used."""
@@ -61,7 +70,8 @@ class RowOutcome:
 
 def tag_of(row: Row, column: str) -> str:
     """What a row has in the column that results are split by; an empty text if it lacks this column."""
-    return str(row.fields.get(column, ""))
+    value = row.fields.get(column)
+    return "" if value is None else str(value)
 
 
 def is_huge(row: Row, max_length: int | None) -> bool:
@@ -91,6 +101,7 @@ class RowEncoder:
         max_length: how many tokens an example may have; None is no limit.
         columns: the names of the numbers that an example has besides its tokens.
         joins: whether an example holds several conversations.
+        uses: columns of the rows that it reads beside those of their form.
     """
 
     section: DataSection
@@ -99,15 +110,26 @@ class RowEncoder:
 
     columns: ClassVar[tuple[str, ...]] = ()
     joins: ClassVar[bool] = False
+    uses: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_length and self.section.overlap >= self.max_length:
+            raise ConfigError(
+                f"data.overlap: {self.section.overlap} leaves no room for new tokens in a piece of a text; it must be "
+                f"less than training_config.max_length ({self.max_length})"
+            )
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[RowOutcome]:
-        """What becomes of each row, in order. Rows are read `BATCH` at a time."""
+        """What becomes of each row, in order. Rows are read `BATCH` at a time.
+
+        A text that is cut into pieces has an outcome for each of them.
+        """
         waiting = iter(rows)
-        while batch := [_read(row, self.section, self.encoder) for row in itertools.islice(waiting, BATCH)]:
+        taken = [*self.uses, *([self.section.tag] if self.section.tag else [])]
+        while batch := [_read(row, self.section, self.encoder, taken) for row in itertools.islice(waiting, BATCH)]:
             _encode(batch, self.encoder)
             for outcome in batch:
-                _fit(outcome, self.section, self.encoder, self.max_length)
-                yield outcome
+                yield from _fit(outcome, self.section, self.encoder, self.max_length)
 
     def identity(self) -> dict[str, Any]:
         """What tells its examples from those of another encoder of rows, as JSON holds it.
@@ -129,7 +151,7 @@ class RowEncoder:
         return replace(self, section=self.section.model_copy(update=changes))
 
 
-def _read(row: Row, section: DataSection, encoder: ChatEncoder) -> RowOutcome:
+def _read(row: Row, section: DataSection, encoder: ChatEncoder, taken: Sequence[str]) -> RowOutcome:
     outcome = RowOutcome(row)
     try:
         form = detect_form(row.fields) if section.format == "auto" else section.format
@@ -141,59 +163,12 @@ def _read(row: Row, section: DataSection, encoder: ChatEncoder) -> RowOutcome:
             outcome.messages = to_messages(row.fields, form)
             outcome.chat = encoder.prepare(outcome.messages)
         outcome.form = form
+        outcome.audit = audit_row(row.fields, form, encoder.reads, taken)
+        if section.system == "drop" and outcome.messages and outcome.messages[0]["role"] == "system":
+            outcome.audit.add("system messages (data.system: drop)", outcome.messages[0]["content"])
     except RowError as error:
         outcome.refuse(error)
     return outcome
-
-
-def read_text(fields: Mapping[str, Any]) -> str:
-    """The text of a row `{"text": …}`.
-
-    Raises:
-        RowError: the text is missing or empty, or it can't be encoded.
-    """
-    text = fields.get("text")
-    if not isinstance(text, str) or not text.strip():
-        raise RowError("`text` must be text, and not empty", "content")
-    check_letters(text)
-    return text
-
-
-def read_ids(fields: Mapping[str, Any], vocabulary: int) -> Encoded:
-    """The ids and labels of a row `{"input_ids": …, "labels": …}`. Without labels, every token is trained on.
-
-    Args:
-        vocabulary: the highest id of the tokenizer, plus one.
-
-    Raises:
-        RowError: `input_ids` is not a list of ids of this vocabulary, or a label is neither -100 nor the id at the same
-            place.
-    """
-    ids, labels = fields.get("input_ids"), fields.get("labels")
-    if not _are_ids(ids) or not ids:
-        raise RowError("`input_ids` must be a list of whole numbers", "labels")
-    if min(ids) < 0 or max(ids) >= vocabulary:
-        raise RowError(
-            f"`input_ids` holds {max(ids) if min(ids) >= 0 else min(ids)}, and this tokenizer's ids go from 0 to "
-            f"{vocabulary - 1}; the row was made for another tokenizer",
-            "labels",
-        )
-    if labels is None:
-        return Encoded(list(ids), list(ids))
-    if not _are_ids(labels) or len(labels) != len(ids):
-        raise RowError("`labels` must be a list of whole numbers as long as `input_ids`", "labels")
-    wrong = next((i for i, label in enumerate(labels) if label not in (IGNORED, ids[i])), None)
-    if wrong is not None:
-        raise RowError(
-            f"`labels` must hold {IGNORED} or the id at the same place (they are shifted in training), and place "
-            f"{wrong} holds {labels[wrong]} beside id {ids[wrong]}",
-            "labels",
-        )
-    return Encoded(list(ids), list(labels))
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(type(i) is int for i in value)
 
 
 def _encode(batch: Sequence[RowOutcome], encoder: ChatEncoder) -> None:
@@ -219,17 +194,28 @@ def _encode_alone(outcome: RowOutcome, encoder: ChatEncoder) -> None:
         outcome.refuse(RowError(f"the chat template refuses it: {error}", "template"))
 
 
-def _fit(outcome: RowOutcome, section: DataSection, encoder: ChatEncoder, max_length: int | None) -> None:
-    """Cut or drop an example that is too long. Drop one without a label."""
-    if outcome.encoded is None:
-        return
-    if max_length and len(outcome.encoded.input_ids) > max_length:
+def _fit(
+    outcome: RowOutcome, section: DataSection, encoder: ChatEncoder, max_length: int | None
+) -> Iterator[RowOutcome]:
+    """Cut or drop an example that is too long; a text becomes pieces. Drop one without a label."""
+    if outcome.encoded and max_length and len(outcome.encoded.input_ids) > max_length:
+        if outcome.text is not None and section.overlong == "cut":
+            yield from _pieces(outcome, cut_into_pieces(outcome.encoded, max_length, section.overlap))
+            return
         can_cut = section.overlong == "cut" and outcome.form not in READY
         fitted = encoder.fit(outcome.chat, max_length) if can_cut else None
-        if fitted is None:
+        if fitted:
+            outcome.fitted, outcome.encoded = fitted
+            outcome.cut = True
+        else:
             outcome.encoded, outcome.reason = None, f"longer than {max_length} tokens"
-            return
-        outcome.fitted, outcome.encoded = fitted
-        outcome.cut = True
-    if not outcome.encoded.trainable:
+    if outcome.encoded and not outcome.encoded.trainable:
         outcome.refuse(RowError(NOTHING_TRAINED, "untrained"))
+    yield outcome
+
+
+def _pieces(outcome: RowOutcome, pieces: Sequence[Encoded]) -> Iterator[RowOutcome]:
+    outcome.encoded, outcome.pieces = pieces[0], len(pieces)
+    yield outcome
+    for number, piece in enumerate(pieces[1:], 1):
+        yield RowOutcome(outcome.row, encoded=piece, piece=number, pieces=len(pieces))

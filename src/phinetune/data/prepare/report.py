@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from phinetune.data.prepare.encode_rows import RowOutcome
+from phinetune.data.read.audit import FLOATS, NULLS
 
 REASONS_SHOWN = 4
+COLUMNS_SHOWN = 12
+NOTES = {
+    NULLS: "nulls left out of tools or tool calls (Parquet and Arrow add such nulls, and order the keys; calls as JSON "
+    "text stay as they are)",
+    FLOATS: "numbers such as 2.0 in tools or tool calls (Parquet and Arrow may have made them of 2; calls as JSON text "
+    "stay as they are)",
+}
 
 
 @dataclass
@@ -22,6 +31,10 @@ class DataReport:
         forms: how many rows have each form.
         tokens: of the kept examples, with those that the template adds; `trainable_tokens`: those that are trained on.
         longest: tokens of the longest kept example.
+        in_pieces: how many texts were cut into pieces; `pieces`: how many examples these are.
+        unused: how many rows have words that reach no model, by column or key of a turn; `unused_values`: the same for
+            numbers and the like.
+        notes: how many rows each of `NOTES` is true of.
     """
 
     source: str
@@ -33,23 +46,51 @@ class DataReport:
     tokens: int = 0
     trainable_tokens: int = 0
     longest: int = 0
+    in_pieces: int = 0
+    pieces: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    unused_values: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "dropped": dict(self.dropped), "forms": dict(self.forms)}
+        return {key: dict(value) if isinstance(value, Counter) else value for key, value in vars(self).items()}
 
     def count(self, outcome: RowOutcome) -> None:
-        """Count one row."""
-        self.rows += 1
+        """Count one row, or a further piece of one."""
+        self.rows += outcome.piece == 0
         self.cut += outcome.cut
+        self.in_pieces += outcome.piece == 1
+        self.pieces += outcome.pieces > 1
         if outcome.form:
             self.forms[outcome.form] += 1
         if outcome.reason:
             self.dropped[outcome.reason] += 1
+        self.count_audit(outcome.audit.unused, outcome.audit.notes)
         if outcome.encoded:
-            self.kept += 1
+            self.kept += outcome.piece == 0
             self.tokens += len(outcome.encoded.input_ids)
             self.trainable_tokens += outcome.encoded.trainable
             self.longest = max(self.longest, len(outcome.encoded.input_ids))
+
+    def count_audit(self, unused: Mapping[str, bool], notes: Iterable[str], rows: int = 1) -> None:
+        """Count what of some rows reaches no model, and what storage may have changed in them.
+
+        Args:
+            unused, notes: as in `Audit`.
+            rows: how many rows are like this.
+        """
+        for column, has_words in unused.items():
+            (self.unused if has_words else self.unused_values)[column] += rows
+        self.notes.update(dict.fromkeys(notes, rows))
+
+    def unused_columns(self) -> str:
+        """The columns and keys that reach no model, those with words first, each with the rows that have it."""
+        columns = {**self.unused}
+        for column, count in self.unused_values.items():
+            columns[column] = columns.get(column, 0) + count
+        shown = [f"{column} ({count:,})" for column, count in columns.items()]
+        rest = len(shown) - COLUMNS_SHOWN
+        return ", ".join(shown[:COLUMNS_SHOWN]) + (f", and {rest} more" if rest > 0 else "")
 
     def lines(self) -> list[str]:
         """The report in sentences, for a person to read."""
@@ -64,4 +105,7 @@ class DataReport:
             f"{self.trainable_tokens:,} of them trained on ({share:.0%}); longest chat {self.longest} tokens",
             *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common(REASONS_SHOWN)),
             *([f"  dropped {rest} for other reasons"] if rest else []),
+            *([f"  texts cut into pieces: {self.in_pieces:,}, now {self.pieces:,} examples"] if self.pieces else []),
+            *([f"  columns not used: {self.unused_columns()}"] if self.unused or self.unused_values else []),
+            *(f"  {NOTES[note]}: {count:,} rows" for note, count in sorted(self.notes.items())),
         ]

@@ -5,13 +5,14 @@ the rows.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 
 from phinetune.errors import DataError
 
 
 def split_places(
-    counts: Sequence[int], weights: Sequence[float], share: float | None, seed: int
+    counts: Sequence[int], weights: Sequence[float], held_out: set[int], seed: int
 ) -> tuple[list[int], list[int]]:
     """The places of the rows to train on, and of those to hold out.
 
@@ -21,12 +22,8 @@ def split_places(
         counts: how many rows each file has. Places are numbered through all files, from 0.
         weights: the weight of each file. With 2.5, every row is taken twice, and a half of the rows, drawn by `seed`, a
             third time.
-        share: the fraction of all rows to hold out; None is none.
-
-    Raises:
-        DataError: no row would be held out, or no row would be left to train on.
+        held_out: the places of the rows to hold out.
     """
-    held_out = held_out_places(sum(counts), share, seed) if share is not None else set()
     train: list[int] = []
     start = 0
     for i, (count, weight) in enumerate(zip(counts, weights, strict=True)):
@@ -38,8 +35,13 @@ def split_places(
     return train, sorted(held_out)
 
 
-def held_out_places(count: int, share: float, seed: int) -> set[int]:
+def held_out_places(count: int, share: float, seed: int, groups: Sequence[int] | None = None) -> set[int]:
     """Which of `count` rows are held out, drawn by `seed`.
+
+    Args:
+        groups: for each row the number of its group; rows of a group stay on one side. Without groups of several rows
+            the draw is the same as without `groups`. Else the rows drawn bring their groups with them, as far as the
+            share allows, and then other groups fill it up.
 
     Raises:
         DataError: no row would be held out, or no row would be left.
@@ -47,4 +49,26 @@ def held_out_places(count: int, share: float, seed: int) -> set[int]:
     size = round(count * share)
     if not 0 < size < count:
         raise DataError(f"data.eval: {share} of {count} rows leaves one side empty; give a file instead")
-    return set(random.Random(seed).sample(range(count), size))
+    drawn = random.Random(seed).sample(range(count), size)
+    if groups is None or len(set(groups)) == count:
+        return set(drawn)
+    return _whole_groups(drawn, size, groups, seed)
+
+
+def _whole_groups(drawn: Sequence[int], size: int, groups: Sequence[int], seed: int) -> set[int]:
+    members: dict[int, list[int]] = defaultdict(list)
+    for place, group in enumerate(groups):
+        members[group].append(place)
+    if len(members) == 1:
+        raise DataError(
+            f"data.eval: all {len(groups)} rows are copies of each other, so none can be held out; give held-out chats "
+            "in a file"
+        )
+    others = sorted(members)
+    random.Random(f"{seed} groups").shuffle(others)
+    held_out: set[int] = set()
+    for group in dict.fromkeys([*(groups[place] for place in drawn), *others]):
+        if len(held_out) + len(members[group]) <= size:
+            held_out.update(members[group])
+    smallest = min(members, key=lambda group: len(members[group]))
+    return held_out or set(members[smallest])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from datasets import Features, IterableDataset, List, Value
@@ -12,7 +11,6 @@ from datasets import Features, IterableDataset, List, Value
 from phinetune.config.data import DataSection, WeightedFile
 from phinetune.data.prepare.encode_rows import BATCH, RowEncoder
 from phinetune.data.read.any_source import scan_rows
-from phinetune.data.read.datasets_library import number_rows, open_dataset
 from phinetune.data.read.row import Broken, Row
 from phinetune.errors import ConfigError, DataError
 
@@ -70,23 +68,17 @@ def _encoded(encode: RowEncoder) -> Iterator[dict[str, Any]]:
 def _rows(section: DataSection) -> Iterator[Row]:
     sources = [section.train] if isinstance(section.train, str) else section.train or []
     return itertools.islice(
-        itertools.chain.from_iterable(_unbroken(str(source), section.split) for source in sources), section.limit
+        itertools.chain.from_iterable(_unbroken(str(source), section) for source in sources), section.limit
     )
 
 
-def _unbroken(source: str, split: str) -> Iterator[Row]:
+def _unbroken(source: str, section: DataSection) -> Iterator[Row]:
     """The rows of a source, one after the other.
 
     Raises:
         DataError: the source has a broken place. It is raised when that place is reached.
     """
-    for item in _scan(source, split):
+    for item in scan_rows(source, section.split, section.name, streaming=True):
         if isinstance(item, Broken):
             raise DataError(f"{item.where}: {item.problem}")
         yield item
-
-
-def _scan(source: str, split: str) -> Any:
-    if Path(source).expanduser().is_file():
-        return scan_rows(source, split)
-    return number_rows(source, open_dataset(source, split, streaming=True))

@@ -6,15 +6,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from phinetune.data.read.datasets_library import number_rows, open_dataset, read_folder
-from phinetune.data.read.files import READERS, read_file
+from phinetune.data.read.datasets_library import number_rows, open_dataset
+from phinetune.data.read.files import READERS, read_file, unknown_kind
+from phinetune.data.read.folders import is_folder_of_files, scan_folder
 from phinetune.data.read.row import Broken, Row
 from phinetune.errors import DataError
 
-PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".tar", ".tgz")
 
-
-def read_first(source: str, split: str, most: int | None) -> tuple[list[Row], list[str]]:
+def read_first(source: str, split: str, most: int | None, name: str | None = None) -> tuple[list[Row], list[str]]:
     """The first `most` rows, or all if `most` is None; and what is broken up to there, a sentence for each place.
 
     Raises:
@@ -22,7 +21,7 @@ def read_first(source: str, split: str, most: int | None) -> tuple[list[Row], li
     """
     rows: list[Row] = []
     broken: list[str] = []
-    items = scan_rows(source, split)
+    items = scan_rows(source, split, name)
     while most is None or len(rows) < most:
         item = next(items, None)
         if item is None:
@@ -34,8 +33,14 @@ def read_first(source: str, split: str, most: int | None) -> tuple[list[Row], li
     return rows, broken
 
 
-def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
+def scan_rows(
+    source: str, split: str = "train", name: str | None = None, *, streaming: bool = False
+) -> Iterator[Row | Broken]:
     """The rows of a source and its broken places, in order.
+
+    Args:
+        name: the configuration of a folder or hub id; None is its only one, or the one it names default.
+        streaming: of a hub id, read rows only when they are needed.
 
     Raises:
         DataError: the source is missing or of an unknown kind, or a hub id can't be loaded.
@@ -44,9 +49,11 @@ def scan_rows(source: str, split: str = "train") -> Iterator[Row | Broken]:
     if problem:
         raise DataError(problem)
     path = Path(source).expanduser()
-    if path.is_dir():
-        return read_folder(path, split)
-    return read_file(path) if path.is_file() else number_rows(source, open_dataset(source, split))
+    if path.is_file():
+        return read_file(path)
+    if is_folder_of_files(path):
+        return scan_folder(path, split, name)
+    return number_rows(source, open_dataset(source, split, name, streaming=streaming))
 
 
 def check_source(source: str) -> str | None:
@@ -55,9 +62,7 @@ def check_source(source: str) -> str | None:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        kind = path.suffix.lower()
-        hint = "; unpack it first" if kind in PACKED else ""
-        return None if kind in READERS else f"{path}: unknown kind of file{hint}; known: {', '.join(READERS)}"
+        return unknown_kind(path)
     if path.is_dir() or (path.suffix.lower() not in READERS and re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
         return None
     return f"{source}: no such file"

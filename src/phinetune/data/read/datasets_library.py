@@ -6,65 +6,49 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from phinetune.data.read.files import READERS, read_file
-from phinetune.data.read.row import Broken, Row
+from phinetune.data.read.row import Row
 from phinetune.errors import DataError
 
 
-def open_dataset(source: str, split: str, *, streaming: bool = False) -> Any:
+def open_dataset(source: str, split: str, name: str | None = None, *, streaming: bool = False) -> Any:
     """A split of a folder that `datasets` can load, or of a hub id.
 
     Args:
+        name: its configuration; None is its only one, or the one it names default.
         streaming: read rows only when they are needed.
 
     Raises:
         DataError: the source can't be loaded, or has no such split.
     """
     path = Path(source).expanduser()
-    return _folder(path, split, streaming) if path.is_dir() else _hub(source, split, streaming)
+    return _folder(path, split, name, streaming) if path.is_dir() else _hub(source, split, name, streaming)
 
 
-class _Unloadable(DataError):
-    """A folder that `datasets` can't load."""
-
-
-def _folder(path: Path, split: str, streaming: bool) -> Any:
+def _folder(path: Path, split: str, name: str | None, streaming: bool) -> Any:
     import datasets
 
-    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if saved and name:
+        raise DataError(f"{path}: a saved data set has no configurations; leave data.name out")
     try:
         data = (
             datasets.load_from_disk(str(path))
             if saved
-            else datasets.load_dataset(str(path), split=split, streaming=streaming)
+            else datasets.load_dataset(str(path), name, split=split, streaming=streaming)
         )
     except (ValueError, OSError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         problem = " ".join(str(error.__cause__ or error).split())
-        raise _Unloadable(f"not a folder that `datasets` can load: {problem}") from error
-    return _pick_split(str(path), data, split)
+        raise DataError(f"{path}: not a folder that `datasets` can load: {problem}") from error
+    # A saved set may remember that its rows are to be arrays of NumPy or torch.
+    return _pick_split(str(path), data, split).with_format(None)
 
 
-def read_folder(path: Path, split: str) -> Iterator[Row | Broken]:
-    try:
-        return number_rows(str(path), open_dataset(str(path), split))
-    except _Unloadable as error:
-        return _broken_folder(path, str(error))
-
-
-def _broken_folder(path: Path, problem: str) -> Iterator[Row | Broken]:
-    """Why `datasets` can't load a folder, then the rows and broken places of each file in it. They show the line."""
-    yield Broken(str(path), problem)
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.suffix.lower() in READERS:
-            yield from read_file(file)
-
-
-def _hub(source: str, split: str, streaming: bool) -> Any:
+def _hub(source: str, split: str, name: str | None, streaming: bool) -> Any:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return datasets.load_dataset(source, split=split, streaming=streaming)
+        return datasets.load_dataset(source, name, split=split, streaming=streaming)
     except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{source}: no such file, and can't be loaded from the hub as a data set ({reason})") from error

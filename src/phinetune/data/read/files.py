@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,17 @@ from phinetune.data.read.encodings import (
 from phinetune.data.read.row import Broken, Row
 from phinetune.data.read.safe_json import TOO_DEEP, is_deep, load_json
 
+logger = logging.getLogger(__name__)
+
+PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".tar", ".tgz")
 BATCH = 1024  # rows of a Parquet file in memory at a time
+
+
+def unknown_kind(path: Path) -> str | None:
+    """What is wrong with the kind of a file, judged by its name; None if it can be read."""
+    kind = path.suffix.lower()
+    hint = "; unpack it first" if kind in PACKED else ""
+    return None if kind in READERS else f"{path}: unknown kind of file{hint}; known: {', '.join(READERS)}"
 
 
 def read_file(path: Path) -> Iterator[Row | Broken]:
@@ -97,23 +109,32 @@ def _json(path: Path) -> Iterator[Row | Broken]:
     except (RecursionError, ValueError):
         yield Broken(str(path), _load(text)[1] or "broken JSON")
         return
-    start = 0
-    if isinstance(tree, dict):
-        lists = {k: v for k, v in tree.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
-        wrapped = len(lists) == 1 and "messages" not in tree and "conversations" not in tree
-        key, tree = next(iter(lists.items())) if wrapped else ("", [tree])
-        opening = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*\[", text) if wrapped else None
-        start = opening.end() - 1 if opening else 0
-    if not isinstance(tree, list):
-        yield Broken(str(path), f"expected a list of objects, found {_kind(tree)}")
+    rows, start = _unwrapped(path, tree, text)
+    if not isinstance(rows, list):
+        yield Broken(str(path), f"expected a list of objects, found {_kind(rows)}")
         return
-    lines = _lines_of_items(text, start, len(tree))
-    for number, (line, fields) in enumerate(zip(lines, tree, strict=True), 1):
+    lines = _lines_of_items(text, start, len(rows))
+    for number, (line, fields) in enumerate(zip(lines, rows, strict=True), 1):
         where = f"{path}:{line}: row {number}" if line else f"{path}: row {number}"
         if not isinstance(fields, dict):
             yield Broken(where, f"expected an object, found {_kind(fields)}")
         else:
             yield Broken(where, TOO_DEEP) if is_deep(fields) else Row(where, fields)
+
+
+def _unwrapped(path: Path, tree: Any, text: str) -> tuple[Any, int]:
+    """The list of rows of a JSON file, and where it begins in the text. An object holds the list, or is a row."""
+    if not isinstance(tree, dict):
+        return tree, 0
+    lists = [key for key, value in tree.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) != 1 or "messages" in tree or "conversations" in tree:
+        return [tree], 0
+    key = lists[0]
+    beside = [one for one in tree if one != key]
+    if beside:
+        logger.warning("%s: not read beside `%s`: %s", path, key, ", ".join(beside))
+    opening = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*\[", text)
+    return tree[key], opening.end() - 1 if opening else 0
 
 
 def _lines_of_items(text: str, start: int, count: int) -> list[int]:
@@ -140,7 +161,7 @@ def _csv(path: Path) -> Iterator[Row | Broken]:
         reader = csv.DictReader(file, strict=True)
         line = 1
         try:
-            problem = _other_separator(reader.fieldnames or [])
+            problem = _other_separator(reader.fieldnames or []) or _named_twice(reader.fieldnames or [])
             if problem:
                 yield Broken(f"{path}:1", problem)
                 return
@@ -149,7 +170,7 @@ def _csv(path: Path) -> Iterator[Row | Broken]:
                 if fields.pop(None, None) is not None:
                     yield Broken(f"{path}:{line}", "more cells than the header has columns")
                 else:
-                    yield Row(f"{path}:{line}", {k: v for k, v in fields.items() if v not in (None, "")})
+                    yield Row(f"{path}:{line}", {k: v or None for k, v in fields.items()})
                 line = reader.line_num + 1
         except csv.Error as error:
             yield Broken(f"{path}:{line}", f"broken CSV: {error}")
@@ -161,6 +182,11 @@ def _other_separator(header: Sequence[str]) -> str | None:
     return f"the columns are set apart by {name}; save the file with commas" if name else None
 
 
+def _named_twice(header: Sequence[str]) -> str | None:
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    return f"two columns are named `{twice[0]}`, and only one could be read; rename one" if twice else None
+
+
 def _parquet(path: Path) -> Iterator[Row | Broken]:
     import pyarrow
     import pyarrow.parquet
@@ -169,11 +195,21 @@ def _parquet(path: Path) -> Iterator[Row | Broken]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(BATCH):
-                for fields in batch.to_pylist():
+                for fields in rows_of(batch):
                     number += 1
                     yield Row(f"{path}: row {number}", fields)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         yield Broken(str(path), f"not a readable Parquet file: {error}")
+
+
+def rows_of(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch. Maps become dictionaries, as JSON has them.
+
+    Raises:
+        KeyError: a map has a key twice.
+    """
+    rows: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="strict")
+    return rows
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from phinetune.chats.template import Message
@@ -32,30 +32,45 @@ ROLES = {
     "function_response": "tool",
 }
 KEYS_SHOWN = 12
+TEXT_PARTS = ("text", "input_text", "output_text", None)  # types of the parts of a `content`; Bedrock's have no type
+READ_OF_TURN = frozenset({"tool_calls", FUNCTION_CALL, "train", "weight"})  # beside the keys of its role and its text
+REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives templates the first one that it finds
+_OWN = frozenset({"role", "content", "tools"})  # keys of a `Message` that no other key of a turn may replace
 
 
 def detect_form(fields: Mapping[str, Any]) -> str:
     """The name of the first form in `ROW_FORMS` that has a row's keys.
 
+    Keys with a value come first: tables have all columns in every row, and leave empty those that a row does not use.
+
     Raises:
         RowError: no form has these keys.
     """
-    form = next((form.name for form in ROW_FORMS if form.fits(fields)), None)
+    filled = [key for key, value in fields.items() if value is not None and not (isinstance(value, str) and not value)]
+    form = next((form.name for keys in (filled, fields) for form in ROW_FORMS if form.fits(keys)), None)
     if form:
         return form
-    keys = ", ".join([*map(_shown, list(fields)[:KEYS_SHOWN]), *(["…"] if len(fields) > KEYS_SHOWN else [])])
+    if {"chosen", "rejected"} <= fields.keys():
+        raise RowError(
+            "`chosen` and `rejected` are for objectives that learn from preferences, such as DPO, and there is none "
+            "yet; to train on the chosen answers, name the columns `prompt` and `completion`"
+        )
+    keys = ", ".join([*map(shown, list(fields)[:KEYS_SHOWN]), *(["…"] if len(fields) > KEYS_SHOWN else [])])
     raise RowError(f"the keys ({keys or 'none'}) are those of no known form; expected {expected_keys()}")
 
 
 def to_messages(fields: Mapping[str, Any], form: str = "auto") -> list[Message]:
     """The row's chat as messages with `role` (system, user, assistant, tool) and `content`.
 
-    The row's tools become the key `tools` of its system message. If there is no system message, an empty one is added.
+    The row's key `system` becomes its first message. The row's tools become the key `tools` of its system message. If
+    there is no system message, an empty one is added. Further texts of a turn (its `name`, its `reasoning_content`)
+    are kept under their keys: some templates write them.
 
     Raises:
-        RowError: the row is not of this form, has no assistant turn, or begins with one.
+        RowError: the row is not of this form, has no assistant turn, begins with one, or says something twice and
+            differently.
     """
-    messages = MESSAGES_OF[detect_form(fields) if form == "auto" else form](fields)
+    messages = _with_system(fields, MESSAGES_OF[detect_form(fields) if form == "auto" else form](fields))
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no assistant turn, so there is nothing to learn from it", "roles")
     if messages[0]["role"] == "assistant":
@@ -64,10 +79,12 @@ def to_messages(fields: Mapping[str, Any], form: str = "auto") -> list[Message]:
     if tools:
         if messages[0]["role"] != "system":
             messages.insert(0, _message("system", ""))
+        if messages[0].get("tools", tools) != tools:
+            raise RowError("the row and its system turn have different `tools`; keep one of them", "tools")
         messages[0] = {**messages[0], "tools": tools}
     for message in messages:
         check_letters(message["content"])
-        if "tools" in message or "tool_calls" in message:
+        if message.keys() - {"role", "content", "train"}:
             check_letters(json.dumps(message, ensure_ascii=False))
     return messages
 
@@ -120,10 +137,17 @@ def _from_messages(fields: Mapping[str, Any]) -> list[Message]:
 
 
 def _from_conversations(fields: Mapping[str, Any]) -> list[Message]:
-    key = "conversations" if "conversations" in fields else "conversation"
-    turns = _listed(fields, key)
-    names = ("from", "value") if turns and isinstance(turns[0], Mapping) and "from" in turns[0] else ("role", "content")
-    return [*_system(fields), *_turns(fields, key, *names)]
+    if fields.get("conversations") and fields.get("conversation"):
+        raise RowError("the row has both `conversations` and `conversation`; keep one of them")
+    key = next((key for key in ("conversations", "conversation") if fields.get(key) is not None), "conversations")
+    return _turns(fields, key, *turn_keys(_listed(fields, key)))
+
+
+def turn_keys(turns: Sequence[Any]) -> tuple[str, str]:
+    """The keys under which the turns of `conversations` have their role and their text."""
+    return (
+        ("from", "value") if turns and isinstance(turns[0], Mapping) and turns[0].get("from") else ("role", "content")
+    )
 
 
 def _from_alpaca(fields: Mapping[str, Any]) -> list[Message]:
@@ -131,11 +155,20 @@ def _from_alpaca(fields: Mapping[str, Any]) -> list[Message]:
     extra = fields.get("input")
     if extra:
         question += "\n" + _text(fields, "input")
-    return [*_system(fields), _message("user", question), _message("assistant", _text(fields, "output"))]
+    return [*_history(fields), _message("user", question), _message("assistant", _text(fields, "output"))]
+
+
+def _history(fields: Mapping[str, Any]) -> Iterator[Message]:
+    """The earlier turns of an Alpaca row, as LLaMA-Factory has them: a list of questions, each with its answer."""
+    pairs = _listed(fields, "history") if fields.get("history") else []
+    for number, pair in enumerate(pairs, 1):
+        if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
+            raise RowError(f"`history`, exchange {number}: expected a list of a question and its answer", "content")
+        yield from (_message("user", pair[0]), _message("assistant", pair[1]))
 
 
 def _from_prompt_completion(fields: Mapping[str, Any]) -> list[Message]:
-    messages: list[Message] = _system(fields)
+    messages: list[Message] = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(fields.get(key), str) and not _looks_like_turns(fields[key]):
             messages.append(_message(role, fields[key]))
@@ -153,8 +186,16 @@ MESSAGES_OF: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
 }
 
 
-def _system(fields: Mapping[str, Any]) -> list[Message]:
-    return [_message("system", _text(fields, "system"))] if fields.get("system") else []
+def _with_system(fields: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages behind the row's own system text. Anthropic, Bedrock, ShareGPT and Alpaca write it beside them."""
+    text = _text(fields, "system") if fields.get("system") else ""
+    if not text:
+        return messages
+    if messages[0]["role"] != "system":
+        return [_message("system", text), *messages]
+    if messages[0]["content"] != text:
+        raise RowError("`system` and the system turn say different things; keep one of them", "roles")
+    return messages
 
 
 def _turns(fields: Mapping[str, Any], key: str, role_key: str, text_key: str) -> list[Message]:
@@ -171,7 +212,9 @@ def _turn(turn: Any, role_key: str, text_key: str, where: str) -> Message:
     name = str(turn[role_key]).lower()
     role = ROLES.get(name)
     if role is None:
-        raise RowError(f"{where}: unknown role `{_shown(turn[role_key])}`; known: {', '.join(ROLES)}", "roles")
+        raise RowError(f"{where}: unknown role `{shown(turn[role_key])}`; known: {', '.join(ROLES)}", "roles")
+    if turn.get("refusal") and turn.get(text_key) is None:
+        raise RowError(f"{where}: `refusal` holds the text of the turn; write it as `{text_key}`", "content")
     calls = read_calls(turn, name, turn.get(text_key), where)
     if calls and role != "assistant":
         raise RowError(f"{where}: only an assistant's turn can call tools, not a {role} turn", "tools")
@@ -179,11 +222,27 @@ def _turn(turn: Any, role_key: str, text_key: str, where: str) -> Message:
     message = _message(role, _content(turn, text_key, where) if written else "")
     if calls:
         message["tool_calls"] = calls
-    if role == "tool":
-        message.update({key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)})
+    if role == "system" and turn.get("tools"):  # Phi-4 mini's own form
+        message["tools"] = read_tools(turn, where)
+    message.update(more_texts(turn, role_key, text_key))
+    if len({message[key] for key in REASONING if key in message}) > 1:
+        raise RowError(f"{where}: {', '.join(REASONING)} say different things; keep one of them", "content")
     if not _is_trained(turn, where):
         message["train"] = False
     return message
+
+
+def more_texts(turn: Mapping[str, Any], role_key: str, text_key: str) -> dict[str, str]:
+    """The texts of a turn beside its role and its text, by key. Whether they are used is the template's choice."""
+    return {
+        key: value
+        for key, value in turn.items()
+        if isinstance(value, str)
+        and key not in (role_key, text_key)
+        and key not in READ_OF_TURN
+        and key not in _OWN
+        and value.strip()
+    }
 
 
 def _is_trained(turn: Mapping[str, Any], where: str) -> bool:
@@ -204,7 +263,7 @@ def _listed(fields: Mapping[str, Any], key: str) -> list[Any]:
         except ValueError as error:
             raise RowError(f"`{key}` holds broken JSON: {error}") from None
     if value is None:
-        raise RowError(f"`{key}` is missing", "content")
+        raise RowError(f"`{key}` is {'empty' if key in fields else 'missing'}", "content")
     if not isinstance(value, (list, tuple)):
         raise RowError(f"`{key}` must be a list of turns")
     return list(value)
@@ -215,25 +274,31 @@ def _looks_like_turns(text: str) -> bool:
 
 
 def _text(fields: Mapping[str, Any], key: str) -> str:
+    if key in fields and fields[key] is None:
+        raise RowError(f"`{key}` is empty, and the row needs its text", "content")
     return _content(fields, key, f"`{key}`")
 
 
 def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
     value = turn.get(key)
-    if isinstance(value, list) and all(map(_is_text_part, value)):
-        value = "".join(part["text"] for part in value)
+    if isinstance(value, (list, tuple)):
+        return "".join(_text_part(part, f"{where}: `{key}`") for part in value)
     if not isinstance(value, str):
         given = "missing" if value is None else type(value).__name__
         raise RowError(f"{where}: `{key}` must be text, not {given}", "content")
     return value
 
 
-def _is_text_part(part: Any) -> bool:
-    """Whether this is a text part. OpenAI's `content` may be a list of parts."""
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _text_part(part: Any, where: str) -> str:
+    """The text of one part of a `content`, which may be a list of parts with OpenAI, Anthropic and Bedrock."""
+    if isinstance(part, Mapping) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    filled = [key for key, value in part.items() if value is not None] if isinstance(part, Mapping) else []
+    kind = part.get("type") or ", ".join(map(str, filled)) if filled else type(part).__name__
+    raise RowError(f"{where} holds a part of the kind `{shown(kind)}`; only text can be trained on", "content")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value of the row for an error message: short, and without control characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in str(value))
     return text if len(text) <= 40 else text[:37] + "…"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,8 @@ import pyarrow.parquet
 from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.datasets_library import open_dataset
 from phinetune.data.read.encodings import NotText, is_utf16_or_utf32, lines_of, refuse_other_kinds
-from phinetune.data.read.files import is_list, read_lines
+from phinetune.data.read.files import is_list, read_file, read_lines, rows_of
+from phinetune.data.read.folders import files_by_split, files_of, is_folder_of_files, is_name
 from phinetune.data.read.row import Broken, Row
 
 PIECE = 2048  # rows in a piece; small enough for all processes to get some, and to hold in memory
@@ -28,12 +29,13 @@ LINES = (".jsonl", ".ndjson")
 
 class SourcePart(NamedTuple):
     """A piece of a source: where it begins and ends (in bytes, batches or rows), and the number of its first line or
-    row.
+    row. `file` is the number of its file in a folder.
     """
 
     start: int
     stop: int
     first: int
+    file: int = 0
 
 
 class Source(Protocol):
@@ -46,12 +48,18 @@ class Source(Protocol):
         """The rows and the broken places of a piece, in order."""
 
 
-def digest(source: str, split: str) -> str:
-    """SHA-256 of a source's content: of the file, or of the split's name and the files of a data set."""
+def digest(source: str, split: str, name: str | None = None) -> str:
+    """SHA-256 of a source's content: of the file, or of the split's name and the files of a data set or a folder."""
     path = Path(source).expanduser()
     if path.is_file():
         return file_digest(path)
-    files = [file["filename"] for file in open_dataset(source, split).cache_files]
+    if is_folder_of_files(path):
+        splits = files_by_split(path, name)
+        files = [file for listed in splits.values() for file in listed]
+        if is_name(split):
+            files = files_of(path, splits, split)
+    else:
+        files = [file["filename"] for file in open_dataset(source, split, name).cache_files]
     return hashlib.sha256("".join([split, *(file_digest(Path(file)) for file in files)]).encode()).hexdigest()
 
 
@@ -64,20 +72,31 @@ def file_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def open_source(source: str, split: str, work: Path) -> Source:
+def open_source(source: str, split: str, work: Path, name: str | None = None) -> Source:
     """The source, ready to be read in pieces.
 
     Args:
         work: a folder for a copy, named `source.*`, if the source itself can't be read in pieces.
+        name: the configuration of a folder or hub id.
     """
     path = Path(source).expanduser()
-    if not path.is_file():
-        return DatasetSource(source, open_dataset(source, split))
+    if path.is_file():
+        return _open_file(path, work / "source")
+    if not is_folder_of_files(path):
+        return DatasetSource(source, open_dataset(source, split, name))
+    if not is_name(split):
+        return _copy_rows(scan_rows(source, split, name), work / "source.jsonl")
+    files = files_of(path, files_by_split(path, name), split)
+    return FolderSource([_open_file(file, work / f"source.{number}") for number, file in enumerate(files)])
+
+
+def _open_file(path: Path, copy: Path) -> Source:
+    """A file, ready to be read in pieces. `copy`: the name of a copy, without an ending."""
     if path.suffix.lower() in LINES and _is_text(path):
         return LineSource(path)
     if path.suffix.lower() == ".parquet":
-        return _copy_parquet(path, work / "source.arrow")
-    return _copy_rows(source, split, work / "source.jsonl")
+        return _copy_parquet(path, copy)
+    return _copy_rows(read_file(path), Path(f"{copy}.jsonl"))
 
 
 def _is_text(path: Path) -> bool:
@@ -112,7 +131,7 @@ class LineSource:
         return [*pieces, SourcePart(start, place, first)] if place > start else pieces
 
     def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
-        lines = lines_of(self.path, *piece)
+        lines = lines_of(self.path, piece.start, piece.stop, piece.first)
         if not self.is_copy:
             return read_lines(self.path, lines)
         return (_from_copy(json.loads(line)) for _, line in lines)
@@ -138,8 +157,11 @@ class BatchSource:
         return pieces
 
     def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
-        with pyarrow.memory_map(str(self.path)) as file:
-            rows = pyarrow.ipc.open_file(file).get_batch(piece.start).to_pylist()
+        try:
+            with pyarrow.memory_map(str(self.path)) as file:
+                rows = rows_of(pyarrow.ipc.open_file(file).get_batch(piece.start))
+        except KeyError as error:
+            return iter([Broken(self.name, f"not a readable Parquet file: {error}")])
         return (Row(f"{self.name}: row {number}", fields) for number, fields in enumerate(rows, piece.first))
 
 
@@ -159,8 +181,30 @@ class DatasetSource:
         return (Row(f"{self.name}: row {number}", dict(fields)) for number, fields in enumerate(rows, piece.first))
 
 
-def _copy_parquet(path: Path, target: Path) -> Source:
+@dataclass(frozen=True)
+class FolderSource:
+    """The files of a folder, one after the other."""
+
+    files: Sequence[Source]
+
+    def pieces(self, limit: int | None) -> list[SourcePart]:
+        pieces: list[SourcePart] = []
+        sure = 0  # rows that the pieces hold at least; a file's last piece may hold a single one
+        for number, source in enumerate(self.files):
+            own = source.pieces(limit)
+            pieces += [piece._replace(file=number) for piece in own]
+            sure += max(0, len(own) - 1) * PIECE
+            if limit is not None and sure >= limit:
+                break
+        return pieces
+
+    def read(self, piece: SourcePart) -> Iterator[Row | Broken]:
+        return self.files[piece.file].read(piece)
+
+
+def _copy_parquet(path: Path, copy: Path) -> Source:
     """Copy a Parquet file to an Arrow file with `PIECE` rows in each record batch."""
+    target = Path(f"{copy}.arrow")
     try:
         with (
             pyarrow.parquet.ParquetFile(path) as file,
@@ -170,16 +214,16 @@ def _copy_parquet(path: Path, target: Path) -> Source:
             for batch in file.iter_batches(PIECE):
                 writer.write_batch(batch)
     except (pyarrow.ArrowException, OSError):
-        return _copy_rows(str(path), "", target.with_suffix(".jsonl"))  # this records where the file is broken
+        return _copy_rows(read_file(path), Path(f"{copy}.jsonl"))  # this records where the file is broken
     return BatchSource(target, str(path))
 
 
-def _copy_rows(source: str, split: str, target: Path) -> Source:
-    """Copy the rows and the broken places of a source to JSON Lines."""
+def _copy_rows(items: Iterable[Row | Broken], target: Path) -> Source:
+    """Copy rows and broken places to JSON Lines."""
     with target.open("w", encoding="ascii") as file:
-        for item in scan_rows(source, split):
+        for item in items:
             values = (*item,) if isinstance(item, Row) else (item.where, item.problem, item.kind)
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(values, default=str) + "\n")
     return LineSource(target, is_copy=True)
 
 

@@ -3,6 +3,11 @@
 Rows have them in OpenAI's form or in ShareGPT's. A call becomes `{"type": "function", "function": {"name": …,
 "arguments": {…}}}`, with its arguments as an object. A tool becomes `{"type": "function", "function": {"name": …,
 "description": …, "parameters": {…}}}`.
+
+Parquet and Arrow give all objects of a column the same keys, and fill those that an object lacks with null. So null and
+absent can't be told apart there, and one rule holds for all sources: nulls in objects are left out of tools and of
+calls. Storage changes no text, so a call that stands in the row as JSON text, or has its arguments as JSON text, stays
+as it is. The order of keys is also the storage's, except in JSON text.
 """
 
 from __future__ import annotations
@@ -16,26 +21,32 @@ from phinetune.errors import RowError
 FUNCTION_CALL = "function_call"  # ShareGPT's role, and the key of OpenAI's older form
 
 
-def read_tools(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tools of a row: its `tools`, or its `functions` as in OpenAI's older form.
+def read_tools(fields: Mapping[str, Any], where: str = "") -> list[dict[str, Any]]:
+    """The tools of a row or of a system turn: its `tools`, or its `functions` as in OpenAI's older form.
+
+    Args:
+        where: the place of the turn, for messages.
 
     Raises:
-        RowError: they are not a list of tools with names, nor JSON text of such a list.
+        RowError: they are not a list of tools with names, nor JSON text of such a list; or both keys have some.
     """
+    if fields.get("tools") and fields.get("functions"):
+        raise RowError("the row has both `tools` and `functions`; keep one of them", "tools")
     key = "tools" if fields.get("tools") else "functions"
-    value = _from_json(fields.get(key), f"`{key}`")
+    place = f"{where}: `{key}`" if where else f"`{key}`"
+    value = from_json(fields.get(key), place)
     if not value:
         return []
     if not isinstance(value, (list, tuple)):
-        raise RowError(f"`{key}` must be a list of tools, or such a list as JSON text", "tools")
-    return [_tool(tool, f"`{key}`, tool {number}") for number, tool in enumerate(value, 1)]
+        raise RowError(f"{place} must be a list of tools, or such a list as JSON text", "tools")
+    return [_tool(tool, f"{place}, tool {number}") for number, tool in enumerate(value, 1)]
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    function = tool.get("function") or tool if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError(f"{where}: expected an object with `name`, `description` and `parameters`", "tools")
-    return {"type": "function", "function": dict(function)}
+    return {"type": "function", "function": without_nulls(function, where)}
 
 
 def read_calls(turn: Mapping[str, Any], role: str, text: Any, where: str) -> list[dict[str, Any]]:
@@ -47,36 +58,63 @@ def read_calls(turn: Mapping[str, Any], role: str, text: Any, where: str) -> lis
         where: the place of the turn, for messages.
 
     Raises:
-        RowError: a call has no name, or its arguments are not a JSON object.
+        RowError: a call has no name, its arguments are not a JSON object, or the turn has calls in two places.
     """
-    if role == FUNCTION_CALL:
-        value = _from_json(text, where)
-        calls = value if isinstance(value, list) else [value]
-    elif turn.get(FUNCTION_CALL):
-        calls = [turn[FUNCTION_CALL]]
-    else:
-        calls = _from_json(turn.get("tool_calls"), f"{where}: `tool_calls`") or []
-        if not isinstance(calls, (list, tuple)):
-            raise RowError(f"{where}: `tool_calls` must be a list", "tools")
-    return [_call(call, where) for call in calls]
+    given = [key for key in (FUNCTION_CALL, "tool_calls") if turn.get(key)]
+    if role == FUNCTION_CALL and not given:
+        value = from_json(text, where)
+        return [_call(call, where, isinstance(text, str)) for call in (value if isinstance(value, list) else [value])]
+    if not given:
+        return []
+    if len(given) > 1 or role == FUNCTION_CALL:
+        raise RowError(f"{where}: the turn has calls in two places; keep one of them", "tools")
+    value = turn[given[0]]
+    calls = from_json(value, f"{where}: `{given[0]}`") or []
+    calls = [calls] if given[0] == FUNCTION_CALL else calls
+    if not isinstance(calls, (list, tuple)):
+        raise RowError(f"{where}: `tool_calls` must be a list", "tools")
+    return [_call(call, where, isinstance(value, str)) for call in calls]
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _call(call: Any, where: str, was_text: bool) -> dict[str, Any]:
+    """A call in the form that templates expect.
+
+    Args:
+        was_text: whether it stood in the row as JSON text.
+    """
     function = call.get("function") or call if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError(f"{where}: a tool call needs a `name` and `arguments`", "tools")
-    arguments = _from_json(function.get("arguments"), f"{where}: the arguments of `{function['name']}`")
+    given = function.get("arguments")
+    arguments = from_json(given, f"{where}: the arguments of `{function['name']}`")
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise RowError(f"{where}: the arguments of `{function['name']}` must be an object", "tools")
+    if not was_text and not isinstance(given, str):
+        arguments = without_nulls(arguments, f"{where}: the arguments of `{function['name']}`")
     made: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
     if isinstance(call.get("id"), str):
         made["id"] = call["id"]
     return made
 
 
-def _from_json(value: Any, where: str) -> Any:
+def without_nulls(value: Any, where: str) -> Any:
+    """The value without the nulls of its objects, however deep they lie.
+
+    Raises:
+        RowError: it holds something that JSON does not have, such as a date of a Parquet file.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item, where) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(item, where) for item in value]
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise RowError(f"{where}: a {type(value).__name__} can't stand in JSON; write it as text", "tools")
+
+
+def from_json(value: Any, where: str) -> Any:
     """The value of a JSON text. A value that is not text is returned as it is; an empty text gives None."""
     if not isinstance(value, str) or not value.strip():
         return None if value == "" else value

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from phinetune.config.run import RunConfig
+from phinetune.config.run import SECRETS, RunConfig
+from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.exporting.hub.card_usage import adapter_usage
 from phinetune.metric_table import measured
-
-SECRETS = ("hub_token", "push_to_hub_token")  # keys of training_config that never appear in a card or an upload
+from phinetune.run_folder import told_changes
 
 
 def write_card(
@@ -74,12 +74,13 @@ def training_sections(results: Mapping[str, Any]) -> list[str]:
 
 
 def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
-    return [
+    sets = [
         f"{part.replace('_', ' ')}: `{report['source']}`, {report['kept']} of {report['rows']} chats, "
         f"{report['tokens']:,} tokens, {report['trainable_tokens']:,} of them trained on or scored"
-        for part, report in data.items()
-        if report
+        for part in ("train", "held_out")
+        if (report := data.get(part))
     ]
+    return [*sets, *shared_sentences(data.get("overlap") or {})]
 
 
 def _training_lines(training: Mapping[str, Any]) -> str:
@@ -87,6 +88,7 @@ def _training_lines(training: Mapping[str, Any]) -> str:
     return (
         f"{training['steps']} steps, {training['epochs']:.2f} epochs, {training['tokens']:,} tokens in "
         f"{training['seconds']:.0f} s{speed}; {training['trainable_parameters']:,} trainable parameters."
+        + "".join(f"\n\n{sentence}" for sentence in told_changes(training.get("changed")))
     )
 
 

@@ -16,10 +16,11 @@ from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE
 from phinetune.checkpoints.load import Base
 from phinetune.checkpoints.opened import recorded_config
 from phinetune.checkpoints.tokenizer import TOKENIZER_FILES
-from phinetune.config.data import WeightedFile
-from phinetune.config.run import RunConfig, dump_config
+from phinetune.config.data import OtherSplit, WeightedFile
+from phinetune.config.evaluation import CustomMetric
+from phinetune.config.run import SECRETS, RunConfig, dump_config
 from phinetune.errors import ModelError
-from phinetune.exporting.hub.card import SECRETS, hub_id, settings_section, training_sections, write_card
+from phinetune.exporting.hub.card import hub_id, settings_section, training_sections, write_card
 from phinetune.exporting.hub.merged_card import write_merged_card
 from phinetune.exporting.merge.merge import merge_run
 from phinetune.exporting.merge.merged import MERGED_FILE
@@ -80,7 +81,7 @@ def _results(source: Path) -> dict[str, Any]:
         if RunFolder(folder).is_finished:
             tree = json.loads(RunFolder(folder).results.read_text(encoding="utf-8"))
             found = {part: tree[part] for part in parts if tree.get(part)}
-            for report in filter(None, found.get("data", {}).values()):
+            for report in (one for one in found.get("data", {}).values() if one and "source" in one):
                 report["source"] = ", ".join(_name(place) for place in str(report["source"]).split(", "))
             return found
     return {}
@@ -100,8 +101,14 @@ def _remove_private(config: RunConfig) -> None:
         data.eval = [_name(place) for place in data.eval]
     elif isinstance(data.eval, str):
         data.eval = _name(data.eval)
+    elif isinstance(data.eval, OtherSplit) and data.eval.path:
+        data.eval = data.eval.model_copy(update={"path": _name(data.eval.path)})
     if config.model.tokenizer:
         config.model.tokenizer = _name(config.model.tokenizer)
+    for metric in config.evaluation.metrics:
+        if isinstance(metric, CustomMetric) and metric.function:
+            file, colon, function = metric.function.rpartition(":")
+            metric.function = _name(file) + colon + function
     kept = {key: value for key, value in config.training_config.items() if key not in SECRETS}
     config.training_config = kept | {"output_dir": config.output_dir.name}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dotenv import dotenv_values
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
@@ -22,6 +22,7 @@ from phinetune.exporting.output_paths import readable_size
 from phinetune.logs import quiet_libraries
 
 TOKEN = "HF_TOKEN"
+OFFLINE = "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Push:
         files: the names of the pushed files.
         size: bytes of these files.
         merged: whether the merged model was pushed, not only the adapter.
+        private: whether the repository is private.
         notes: what the user should know about it.
     """
 
@@ -42,15 +44,18 @@ class Push:
     files: Sequence[str]
     size: int
     merged: bool
+    private: bool
     notes: Sequence[str] = ()
 
     def report(self, program: str = "phinetune") -> list[str]:
         """What to tell the user; `program` is how phinetune is called."""
         what = "the merged model" if self.merged else "the adapter"
         name = self.repo.rsplit("/", 1)[-1]
+        seen = "private" if self.private else "public"
+        count = f"{len(self.files)} files, {readable_size(self.size)}"
         fetch = [] if self.merged else [f"  hf download {self.repo} --local-dir {name}"]
         return [
-            f"Pushed {what} to {self.url}: {len(self.files)} files, {readable_size(self.size)}, with a model card",
+            f"Pushed {what} to {self.url}: {count}, with a model card; {seen}",
             *[f"Note: {note}" for note in self.notes],
             "Use it with:",
             *fetch,
@@ -58,16 +63,18 @@ class Push:
         ]
 
 
-def push(run: str | Path, repo: str, *, private: bool = False, merged: bool = False) -> Push:
+def push(run: str | Path, repo: str, *, private: bool = True, merged: bool = False, token: str | None = None) -> Push:
     """Push a run, one of its checkpoints or an adapter folder to a repository on the hub.
 
-    The repository is created if it does not exist. The access token comes from `HF_TOKEN`, from a `.env` file in the
-    working folder, or from huggingface_hub's login. `HF_ENDPOINT` names another hub.
+    The repository is created if it does not exist, and it is private unless the caller says otherwise. The access
+    token comes from `HF_TOKEN`, from a `.env` file in the working folder, or from huggingface_hub's login.
+    `HF_ENDPOINT` names another hub.
 
     Args:
         repo: `name` or `owner/name`.
         private: make the repository private; one that exists and is public is refused.
         merged: push base and adapter as one model.
+        token: an access token in place of the user's own.
 
     Raises:
         ModelError: there is no adapter or no token, or the hub refuses the push.
@@ -75,12 +82,12 @@ def push(run: str | Path, repo: str, *, private: bool = False, merged: bool = Fa
     quiet_libraries()
     published = read_published(_checked_source(run))
     _check_name(repo)
-    token = _token()
+    token = token or _token()
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token, library_name="phinetune")
     with _explained(api.endpoint, repo), tempfile.TemporaryDirectory() as place:
         owner = api.whoami()["name"]  # always asked, so that a wrong token is refused before the merge
         repo = repo if "/" in repo else f"{owner}/{repo}"
-        _check_repo(api, repo, private, merged)
+        was_private = _check_repo(api, repo, private, merged)
         folder = Path(place) / "published"
         folder.mkdir()
         (write_merged if merged else write_adapter)(published, folder, repo)
@@ -88,7 +95,8 @@ def push(run: str | Path, repo: str, *, private: bool = False, merged: bool = Fa
         files = sorted(folder.iterdir())
         url = _commit(api, repo, private, files)
         size = sum(file.stat().st_size for file in files)
-        return Push(repo, url, [file.name for file in files], size, merged, _notes(published, merged))
+        notes = _notes(published, merged, was_private and not private)
+        return Push(repo, url, [file.name for file in files], size, merged, private or was_private, notes)
 
 
 def _checked_source(run: str | Path) -> Path:
@@ -123,17 +131,38 @@ def _token() -> str:
     return token
 
 
-def _check_repo(api: HfApi, repo: str, private: bool, merged: bool) -> None:
+def check_can_push(token: str | None = None) -> None:
+    """Make sure, without asking the hub, that something can be pushed later.
+
+    Args:
+        token: an access token in place of the user's own.
+
+    Raises:
+        ModelError: there is no token, or huggingface_hub is told to stay offline.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(OFFLINE)
+    if not token:
+        _token()
+
+
+def _check_repo(api: HfApi, repo: str, private: bool, merged: bool) -> bool:
     """Make sure that the repository, if it exists, may take this push.
+
+    Returns:
+        whether it exists and is private.
 
     Raises:
         ModelError: it is public, or its adapter or model would be mixed with the pushed one.
     """
     if not api.repo_exists(repo):
-        return
+        return False
     info = api.model_info(repo)
     if private and not info.private:
-        raise ModelError(f"{repo}: exists and is public; make it private on the hub, or leave --private out")
+        raise ModelError(
+            f"{repo}: exists and is public, so everyone would see what is pushed; make it private on the hub, name "
+            "another one, or say --public"
+        )
     names = _names(info)
     if merged and ADAPTER_CONFIG in names:
         raise ModelError(
@@ -143,6 +172,7 @@ def _check_repo(api: HfApi, repo: str, private: bool, merged: bool) -> None:
         raise ModelError(
             f"{repo}: holds a model, and transformers would take it for the adapter's base; name another one"
         )
+    return bool(info.private)
 
 
 def _names(info: ModelInfo) -> list[str]:
@@ -154,7 +184,7 @@ def _commit(api: HfApi, repo: str, private: bool, files: Sequence[Path]) -> str:
 
     Returns the address of the repository.
     """
-    api.create_repo(repo, private=private or None, exist_ok=True)
+    api.create_repo(repo, private=private, exist_ok=True)
     new = {file.name for file in files}
     old = [name for name in _names(api.model_info(repo)) if name.endswith((".safetensors", ".safetensors.index.json"))]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -165,13 +195,16 @@ def _commit(api: HfApi, repo: str, private: bool, files: Sequence[Path]) -> str:
     return f"{api.endpoint}/{repo}"
 
 
-def _notes(published: Published, merged: bool) -> list[str]:
-    if merged or published.base_id:
-        return []
-    return [
-        f"the base `{published.base.path}` is not on the hub, so others need a copy of it; --merged pushes base and "
-        "adapter as one model"
-    ]
+def _notes(published: Published, merged: bool, stays_private: bool) -> list[str]:
+    notes = []
+    if not (merged or published.base_id):
+        notes.append(
+            f"the base `{published.base.path}` is not on the hub, so others need a copy of it; --merged pushes base "
+            "and adapter as one model"
+        )
+    if stays_private:
+        notes.append("the repository was there as a private one, and it stays private")
+    return notes
 
 
 @contextmanager
@@ -180,7 +213,7 @@ def _explained(endpoint: str, repo: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        raise ModelError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
+        raise ModelError(OFFLINE) from None
     except HfHubHTTPError as error:
         raise ModelError(_sentence(error, endpoint, repo)) from error
     except (HTTPError, ConnectionError) as error:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Phi3Config
 
-from phinetune.checkpoints.load import INDEX, WEIGHTS
+from phinetune.checkpoints.weight_files import INDEX, WEIGHTS
 from phinetune.errors import ModelError
 from phinetune.exporting.hub.merged_card import write_merged_card
 from phinetune.exporting.merge.merged import (

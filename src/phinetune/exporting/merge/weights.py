@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phinetune.checkpoints.load import check_weights
+from phinetune.checkpoints.weight_files import check_weights
 from phinetune.errors import ModelError, at_most
 
 # The dtypes that a Phi-3's weights may have, by safetensors' names.

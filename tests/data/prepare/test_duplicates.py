@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from phinetune.data.check.duplicates import ALIKE, NearDuplicates, exact_key, shingles
+from phinetune.data.prepare.duplicates import ALIKE, NearDuplicates, exact_key, shingles
 
 
 def test_case_and_white_space_make_no_difference() -> None:

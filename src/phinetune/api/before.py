@@ -1,0 +1,38 @@
+"""What would stop a run after its preparation, looked at by `train` and `plan` alike before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from phinetune.engine.generate import check_prompts
+from phinetune.evaluation.countable import check_countable
+from phinetune.evaluation.metrics import RowMetric, row_metrics
+from phinetune.exporting.hub.push import check_can_push
+from phinetune.training.best_checkpoint import best_metric
+from phinetune.training.prepare import PreparedRun, SettledRun
+
+
+def look_at_settings(settled: SettledRun) -> Mapping[str, RowMetric]:
+    """The metrics of answers, where they and the push at the end can be had.
+
+    Raises:
+        PhinetuneError: a function can't be loaded, or the run could not be pushed.
+    """
+    if settled.settings.push:
+        check_can_push(settled.settings.push.token)
+    return row_metrics(settled.config.evaluation)
+
+
+def look_at_rows(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> None:
+    """Make sure that the held-out rows give the metric of the best checkpoint, and that fixed prompts can be answered.
+
+    Raises:
+        PhinetuneError: they don't, or a fixed prompt is too long for the model.
+    """
+    encoder, fixed = prepared.rows.encoder, prepared.config.evaluation.fixed_prompts
+    if isinstance(fixed, list):
+        chats = [encoder.prepare([{"role": "user", "content": text}]) for text in fixed]
+        check_prompts([encoder.prompt_ids(chat) for chat in chats], prepared.shape.max_position_embeddings)
+    name, held_out = best_metric(prepared.settings.training), prepared.chats.held_out
+    if name and held_out and name not in prepared.objective.metrics:
+        check_countable(name, metrics, prepared.rows.encoder, held_out, prepared.config.evaluation)

@@ -1,0 +1,161 @@
+"""Makes sure that a checkpoint is whole: its files hold the tensors of its config.json, no fewer and no others.
+
+transformers fills what is missing with random numbers and leaves out what it does not know. Here both are refused,
+before a weight is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from phinetune.checkpoints.weight_files import HeldTensor, held_tensors
+from phinetune.errors import ModelError, at_most, told_as
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names of the dtypes that weights may have
+HARMLESS = re.compile(r"(^|\.)rotary_emb\.\w+$")  # tables that older versions saved; they are computed anew
+SHOWN = 8  # tensors of each kind that an error names
+REMEDY = "fetch the checkpoint again, or write it again with save_pretrained of the whole Phi3ForCausalLM"
+
+# Other forms of the same model: what their tensors are called, and what to do.
+OTHER_FORMS = (
+    (
+        r"\.(q|k|v|gate|up)_proj\.(weight|bias)$",
+        "q_proj, k_proj, v_proj, gate_proj and up_proj stand by themselves: this is a Phi-3 in Llama's or Mistral's "
+        "form, as unsloth's checkpoints have it; take one in Phi-3's own form (qkv_proj, gate_up_proj), for example "
+        "microsoft/Phi-3-mini-4k-instruct",
+    ),
+    (
+        r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b",
+        "LoRA tensors lie among the weights: an adapter was saved together with its base; merge it (PEFT's "
+        "merge_and_unload) and save the model again, or give the adapter's own folder",
+    ),
+    (
+        r"\.base_layer\.",
+        "the layers are PEFT's (base_layer): call merge_and_unload() of the PEFT model and save what it returns",
+    ),
+    (
+        r"\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+|SCB|weight_format)$",
+        "the weights are quantised by bitsandbytes already; give the 16-bit checkpoint, and model.quantization: nf4 or "
+        "int8",
+    ),
+    (
+        r"\.(qweight|qzeros|g_idx|scales)$",
+        "the weights are quantised already (GPTQ's or AWQ's form); give the 16-bit checkpoint",
+    ),
+    (
+        r"\.(weight_scale|weight_scale_inv|input_scale|weight_packed)$",
+        "the weights are quantised already (FP8, or another form with scales); give the 16-bit checkpoint",
+    ),
+)
+# What puts a prefix in front of every name.
+WRAPPERS = {
+    "module.": "DistributedDataParallel",
+    "_orig_mod.": "torch.compile",
+    "base_model.model.": "PEFT",
+    "base_model.": "a model with a value head",
+    "language_model.": "a model of several modalities",
+    "model.language_model.": "a model of several modalities",
+}
+
+
+def check_whole(folder: Path, config: Phi3Config) -> None:
+    """Make sure that a checkpoint's files hold the tensors that its configuration describes.
+
+    Of the files only the headers are read. The output head may be missing if it is tied to the embedding.
+
+    Raises:
+        ModelError: the files are damaged, or tensors are missing, unknown, of another shape or quantised. The error
+            names them, and the form of the model that they belong to if it is a known one.
+    """
+    check_not_quantized(folder, config)
+    held = {name: tensor for name, tensor in held_tensors(folder).items() if not HARMLESS.search(name)}
+    wanted = expected_shapes(folder, config)
+    tied = bool(config.tie_word_embeddings)
+    missing = [name for name in wanted if name not in held and not (tied and _twin(name) in held)]
+    unknown = [name for name in held if name not in wanted]
+    unlike = [name for name in wanted if name in held and held[name].shape != wanted[name]]
+    integers = [name for name in wanted if name in held and held[name].dtype not in DTYPES]
+    if not (missing or unknown or unlike or integers):
+        return
+    hints = [*_forms(held, wanted), *_sizes(held, wanted, config)]
+    lists = (
+        [f"missing: {name}" for name in missing],
+        [f"unexpected: {name}" for name in unknown],
+        [f"{n}: shape {held[n].shape} does not match the configuration's {wanted[n]}" for n in unlike],
+        [f"{n} is {held[n].dtype}; weights of {', '.join(DTYPES)} can be read" for n in integers],
+    )
+    named = [line for problems in lists for line in at_most(problems, SHOWN)]
+    raise ModelError(
+        [f"{folder}: the weights don't fit its config.json:", *hints, *named, *([] if hints else [REMEDY])]
+    )
+
+
+def check_not_quantized(folder: Path, config: Phi3Config) -> None:
+    """Make sure that the weights of a checkpoint are not quantised already.
+
+    Raises:
+        ModelError: its configuration says that they are.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    method = found.get("quant_method", "of an unknown kind") if isinstance(found, dict) else found
+    raise ModelError(
+        f"{folder / 'config.json'}: the weights are quantised already (quantization_config: {method}); give the 16-bit "
+        "checkpoint, and model.quantization: nf4 or int8 to hold it in fewer bits"
+    )
+
+
+def expected_shapes(folder: Path, config: Phi3Config) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a configuration's model, by transformers' names.
+
+    Raises:
+        ModelError: no model can be made of this configuration.
+    """
+    with told_as(ModelError, f"{folder / 'config.json'}: no model can be made of it"), torch.device("meta"):
+        model = Phi3ForCausalLM(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _twin(name: str) -> str | None:
+    """The other name of the embedding, or of the head that is tied to it."""
+    return {EMBED: HEAD, HEAD: EMBED}.get(name)
+
+
+def _forms(held: Mapping[str, HeldTensor], wanted: Mapping[str, object]) -> list[str]:
+    """Which other form of the model the names belong to, in a sentence each."""
+    strange = [name for name in held if name not in wanted]
+    found = [words for sign, words in OTHER_FORMS if any(re.search(sign, name) for name in strange)]
+    prefix = next((n.removesuffix(w) for w in wanted for n in strange if n.endswith(f".{w}")), None)
+    if prefix:
+        by = WRAPPERS.get(prefix, "another module")
+        found.append(f"the names begin with `{prefix}`: the model was saved inside {by}; save the model itself")
+    elif any(f"model.{name}" in wanted for name in strange):
+        found.append(
+            "the names lack `model.`: this is the decoder without its output head (Phi3Model); save Phi3ForCausalLM"
+        )
+    return found
+
+
+def _sizes(held: Mapping[str, HeldTensor], wanted: Mapping[str, tuple[int, ...]], config: Phi3Config) -> list[str]:
+    """What the tensors say about sizes that config.json states otherwise."""
+    said = []
+    rows = {held[name].shape[:1] for name in (EMBED, HEAD) if name in held and held[name].shape != wanted[name]}
+    for (count,) in sorted(size for size in rows if size not in ((), (config.vocab_size,))):
+        said.append(
+            f"the vocabulary has {count} rows here, and config.json says vocab_size: {config.vocab_size}; if tokens "
+            f"were added or rows padded, set vocab_size to {count}"
+        )
+    numbers = [int(match[1]) for name in held if (match := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
+    layers = max(numbers, default=-1) + 1
+    if layers and layers != config.num_hidden_layers:
+        said.append(
+            f"the files hold {layers} layers, and config.json says num_hidden_layers: {config.num_hidden_layers}"
+        )
+    return said

@@ -1,0 +1,46 @@
+"""Gives the files and folders of a configuration their absolute paths, so that they are found from every folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from phinetune.config.data import OtherSplit, WeightedFile
+from phinetune.config.evaluation import CustomMetric
+from phinetune.config.run import RunConfig
+
+RANDOM = "random:"  # `model.path` takes random shapes and the starter besides folders and hub ids
+
+
+def with_absolute_places(config: RunConfig) -> RunConfig:
+    """A copy of a configuration in which each file and folder that exists stands with its absolute path.
+
+    What is not there stays as it is: a hub id, or a file that is missing.
+    """
+    made = config.model_copy(deep=True)
+    if made.model.path != "starter" and not made.model.path.startswith(RANDOM):
+        made.model.path = absolute_place(made.model.path)
+    made.model.tokenizer = _absolute(made.model.tokenizer)
+    made.data.train = _absolute(made.data.train)
+    made.data.eval = _absolute(made.data.eval)
+    for metric in made.evaluation.metrics:
+        if isinstance(metric, CustomMetric) and metric.function:
+            file, colon, function = metric.function.rpartition(":")
+            if file.endswith(".py"):  # anything else is a module
+                metric.function = absolute_place(file) + colon + function
+    return made
+
+
+def _absolute(value: Any) -> Any:
+    """The value of a key that names files: a path, a list of paths, or a section with a path."""
+    if isinstance(value, list):
+        return [_absolute(entry) for entry in value]
+    if isinstance(value, WeightedFile | OtherSplit):
+        return value.model_copy(update={"path": _absolute(value.path)})
+    return absolute_place(value) if isinstance(value, str) else value
+
+
+def absolute_place(place: str) -> str:
+    """The absolute path of a file or folder that exists; anything else as it is."""
+    path = Path(place).expanduser()
+    return str(path.resolve()) if place and path.exists() else place

@@ -1,0 +1,161 @@
+"""Finds what of a row never reaches the model, and what in its tool calls storage may have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from phinetune.config.row_forms import CHAT_KEYS, READY, ROW_FORMS
+from phinetune.data.read.messages import READ_OF_TURN, ROLES, more_texts, shown, strings, turn_keys
+from phinetune.data.read.tool_calls import FUNCTION_CALL, from_json
+from phinetune.errors import RowError
+
+READ_OF = {form.name: form.read for form in ROW_FORMS}
+PLAIN = ({"role", "content"}, {"from", "value"})  # the keys of a turn with nothing beside its role and its text
+LINKS = frozenset({"tool_call_id"})  # they only say which call an answer belongs to
+READ_OF_CALL = frozenset({"function", "id", "type", "name", "arguments"})
+NULLS, FLOATS = "nulls", "floats"
+
+
+@dataclass
+class Audit:
+    """What was found in one row.
+
+    Attributes:
+        unused: columns and keys of turns that reach no model, each with whether it holds words.
+        notes: `NULLS` if nulls were left out of tools or calls, `FLOATS` if these hold numbers such as 2.0.
+    """
+
+    unused: dict[str, bool] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
+
+    def in_order(self) -> list[str]:
+        """What is not used, words first."""
+        return sorted(self.unused, key=lambda name: not self.unused[name])
+
+    def add(self, name: str, value: Any) -> None:
+        """Note a value that is not used. One that is empty loses nothing."""
+        name = shown(name) or "(no name)"
+        words = any(text.strip() for text in strings(value))
+        if words or _is_filled(value):
+            self.unused[name] = self.unused.get(name, False) or words
+
+
+def audit_row(
+    fields: Mapping[str, Any],
+    form: str,
+    reads: Callable[[str, str], bool] = lambda role, key: False,
+    taken: Sequence[str] = (),
+) -> Audit:
+    """What of a row never reaches the model.
+
+    Args:
+        form: the row's form. The row has been read as one of this form without an error.
+        reads: whether the checkpoint's template writes what the turns of a role have in a key.
+        taken: columns that something else uses.
+    """
+    made = Audit()
+    for key, value in fields.items():
+        if key not in READ_OF[form]:
+            if key not in taken:
+                made.add(key, value)
+        elif form not in READY:
+            _audit_value(key, value, reads, made)
+    return made
+
+
+def _audit_value(key: str, value: Any, reads: Callable[[str, str], bool], made: Audit) -> None:
+    """Look into a column that is read: its turns, its tools, the parts of its text."""
+    items = _items(value)
+    if key == "system":
+        _audit_parts(key, items, made)
+    elif key in CHAT_KEYS:
+        _audit_tools(items, made)
+    elif items:
+        names = turn_keys(items) if key.startswith("conversation") else ("role", "content")
+        for turn in items:
+            if turn.keys() not in PLAIN or not isinstance(turn.get(names[1]), str):
+                _audit_turn(turn, names, reads, made)
+
+
+def _items(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list, also of one that stands there as JSON text; empty if it is neither."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = from_json(value, "")
+        except RowError:
+            return []
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, (list, tuple)) else []
+
+
+def _audit_turn(
+    turn: Mapping[str, Any], names: tuple[str, str], reads: Callable[[str, str], bool], made: Audit
+) -> None:
+    role = ROLES.get(str(turn.get(names[0])).lower(), "")
+    more = more_texts(turn, *names)
+    for key, value in turn.items():
+        used = key in names or key in READ_OF_TURN or key in LINKS or (key == "tools" and role == "system")
+        if not used and not (key in more and reads(role, key)):
+            made.add(f"turns[].{key}", value)
+    _audit_parts(f"turns[].{names[1]}", _items(turn.get(names[1])), made)
+    _audit_tools(_items(turn.get("tools")), made)
+    for key in ("tool_calls", FUNCTION_CALL):
+        calls = turn.get(key)
+        for call in _items([calls] if isinstance(calls, Mapping) else calls):
+            _audit_call(call, isinstance(calls, str), made)
+
+
+def _audit_parts(name: str, parts: Sequence[Mapping[str, Any]], made: Audit) -> None:
+    for part in parts:
+        for key in part.keys() - {"type", "text"}:
+            made.add(f"{name}[].{key}", part[key])
+
+
+def _audit_tools(tools: Sequence[Mapping[str, Any]], made: Audit) -> None:
+    for tool in tools:
+        if isinstance(tool.get("function"), Mapping):
+            for key in tool.keys() - {"type", "function"}:
+                made.add(f"tools[].{key}", tool[key])
+        _note(tool.get("function") or tool, made)
+
+
+def _audit_call(call: Mapping[str, Any], was_text: bool, made: Audit) -> None:
+    """Look at a call. Nulls and numbers in JSON text are the user's own; storage changes no text."""
+    function = call.get("function") or call
+    for key in call.keys() - READ_OF_CALL:
+        made.add(f"turns[].tool_calls[].{key}", call[key])
+    if function is not call:
+        for key in function.keys() - READ_OF_CALL:
+            made.add(f"turns[].tool_calls[].function.{key}", function[key])
+    if not was_text:
+        _note(function.get("arguments"), made)
+
+
+def _note(value: Any, made: Audit) -> None:
+    for item in _values(value):
+        if item is None:
+            made.notes.add(NULLS)
+        elif isinstance(item, float) and item.is_integer():
+            made.notes.add(FLOATS)
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """All values in the objects and lists of a value that are neither; a null only as the value of a key."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from [None] if item is None else _values(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _values(item)
+    elif value is not None:
+        yield value
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a value holds anything but nulls, empty texts and empty lists."""
+    if isinstance(value, Mapping):
+        return any(map(_is_filled, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_filled, value))
+    return value is not None and value != ""

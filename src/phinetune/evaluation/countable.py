@@ -1,0 +1,44 @@
+"""Whether a run's held-out chats can give the metric by which the run chooses its best checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from phinetune.chats.encoder import ChatEncoder
+from phinetune.config.evaluation import EvaluationSection
+from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.errors import ConfigError
+from phinetune.evaluation.answering import questions_of
+from phinetune.evaluation.metrics import RowMetric
+from phinetune.metric_table import METRICS
+
+KEY = "training_config.metric_for_best_model"
+
+
+def check_countable(
+    name: str, metrics: Mapping[str, RowMetric], encoder: ChatEncoder, held_out: ChatSet, section: EvaluationSection
+) -> None:
+    """Make sure that an evaluation will have a number for a metric of answers.
+
+    A metric of this package has a number for a row or not by the row's reference alone. So the references are tried
+    as their own answers. Functions of the user's are not called for this.
+
+    Args:
+        metrics: see `phinetune.evaluation.metrics.row_metrics`.
+
+    Raises:
+        ConfigError: no held-out chat gives a number.
+    """
+    questions = questions_of(encoder, held_out, section.max_prompts)
+    if not questions:
+        raise ConfigError(
+            f"{KEY}: `{name}` is counted from answers, and the held-out rows are no chats that could be answered; take "
+            "loss, or hold out chats"
+        )
+    if name not in METRICS:
+        return
+    if all(metrics[name](one.reference, one.reference, one.messages) is None for one in questions):
+        raise ConfigError(
+            f"{KEY}: `{name}` has no number for any of the {len(questions)} held-out chats that are answered, since "
+            "their own answers hold no JSON; take another metric, or hold out chats that have some"
+        )

@@ -1,0 +1,74 @@
+"""Turns what the libraries raise while a run trains into sentences. A fault of this package stays a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from phinetune.errors import ConfigError, PhinetuneError, RunError, reason_of
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# Files whose functions stand between two calls of a library: they hand on what the user gave.
+PASSAGES = {
+    PACKAGE / "training" / name for name in ("run.py", "trainer.py", "saving.py", "going_on.py", "library_errors.py")
+}
+# Where libraries lie. Whatever else is in a traceback is the caller's own code.
+INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
+LIBRARIES = ("transformers", "peft", "trl", "torch", "accelerate", "bitsandbytes", "datasets", "safetensors")
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+@contextmanager
+def told_in_sentences() -> Iterator[None]:
+    """A context in which the libraries work with the user's settings: making a trainer, training.
+
+    An error becomes a sentence if a library raised it and none of this package's own computations called the library.
+    Whatever is raised because memory ran out becomes one, too.
+
+    Raises:
+        ConfigError: a library refuses the settings, or what they lead to.
+        RunError: the memory is not enough.
+    """
+    try:
+        yield
+    except PhinetuneError:
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise RunError(
+                f"the memory is not enough for this run ({reason_of(error)}); lower "
+                "training_config.per_device_train_batch_size or max_length, set engine.activation_memory: all or "
+                "model.quantization: nf4; `phinetune plan` tells what fits. Checkpoints written before are whole, and "
+                "--resume goes on from them"
+            ) from error
+        library = _library_of(error)
+        if library is None:
+            raise
+        logger.debug("raised by %s", library, exc_info=error)
+        raise ConfigError(
+            f"training_config or peft_config: {library} refuses these settings: {reason_of(error)}"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def _library_of(error: BaseException) -> str | None:
+    """The library that raised an error by itself; None if this package did, or computed something in between."""
+    files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+    own = {file for file in files if file.is_relative_to(PACKAGE)}
+    if files[-1] in own or not own <= PASSAGES or not any(files[-1].is_relative_to(place) for place in INSTALLED):
+        return None
+    parts = next((file.parts for file in reversed(files) if set(file.parts) & set(LIBRARIES)), ())
+    return next((name for name in LIBRARIES if name in parts), None)

@@ -1,0 +1,103 @@
+"""Keywords of transformers' and Unsloth's `from_pretrained` in the section `model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BitsAndBytesConfig
+
+from phinetune.config.run import RunConfig, make_config
+from phinetune.errors import ConfigError
+
+
+def config_of(model: dict[str, Any], **training: Any) -> RunConfig:
+    return make_config({"model": model, "training_config": training})
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({"model_name": "me/base"}, {"path": "me/base"}),
+        ({"pretrained_model_name_or_path": "me/base", "path": "me/base"}, {"path": "me/base"}),
+        ({"dtype": None}, {}),
+        ({"torch_dtype": torch.float16}, {"dtype": "float16"}),
+        ({"load_in_4bit": True}, {"quantization": "nf4"}),
+        ({"load_in_4bit": False, "load_in_8bit": True}, {"quantization": "int8"}),
+        ({"load_in_4bit": True, "quantization": "nf4"}, {"quantization": "nf4"}),
+        ({"quantization_config": {"load_in_8bit": True}}, {"quantization": "int8"}),
+        (
+            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}},
+            {"quantization": "nf4", "dtype": "bfloat16"},
+        ),
+        (
+            {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)},
+            {"quantization": "nf4", "dtype": "bfloat16"},
+        ),
+        ({"quantization_config": None, "device_map": None, "token": None, "full_finetuning": False}, {}),
+        ({"device_map": "auto", "low_cpu_mem_usage": True, "use_safetensors": True}, {}),
+        ({"device_map": "cpu"}, {"device": "cpu"}),
+        ({"device_map": {"": 1}}, {"device": "cuda:1"}),
+        ({"use_flash_attention_2": True}, {"attn_implementation": "flash_attention_2"}),
+        ({"use_flash_attention_2": False}, {}),
+    ],
+)
+def test_a_keyword_is_taken_in_our_words(given: dict[str, Any], changed: dict[str, Any]) -> None:
+    assert config_of(given).model.model_dump() == {**RunConfig().model.model_dump(), **changed}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"full_finetuning": True}, "`full_finetuning` is not used here: a run trains an adapter"),
+        ({"load_in_fp8": True}, "take quantization: nf4 or int8"),
+        ({"use_safetensors": False}, "weights are read from safetensors files only"),
+        ({"local_files_only": True}, "HF_HUB_OFFLINE=1"),
+        ({"rope_scaling": {"type": "linear"}}, "write it into the checkpoint's config.json"),
+        ({"token": "hf_secret"}, "set the environment variable HF_TOKEN"),
+        ({"model_name": "a/b", "path": "c/d"}, "don't go together; keep `path`"),
+        ({"load_in_8bit": True, "quantization": "nf4"}, "don't go together; keep `quantization`"),
+        ({"device_map": {"model.layers.0": 0, "lm_head": "cpu"}}, "`device_map` is not used here"),
+        ({"quantization_config": {"bits": 4}}, "it should have `load_in_4bit: true` or `load_in_8bit: true`"),
+        ({"load_in_4bits": True}, "there is no key `load_in_4bits`"),
+    ],
+)
+def test_what_can_not_be_had_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(given)
+    assert words in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"fast_inference": True}, "model.fast_inference has no effect: answers come from"),
+        ({"gpu_memory_utilization": 0.6}, "model.gpu_memory_utilization has no effect"),
+        ({"device_map": "sequential"}, "model.device_map has no effect"),
+        ({"load_in_4bit": True}, "model.load_in_4bit is taken as model.quantization: nf4"),
+        ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}}, "`bnb_4bit_quant_type: fp4`"),
+        ({"quantization_config": {"load_in_8bit": True, "llm_int8_threshold": 3.0}}, "`llm_int8_threshold: 3.0`"),
+        (
+            {"dtype": "float32", "quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}},
+            "products are computed in model.dtype, not in bfloat16",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_named(caplog: pytest.LogCaptureFixture, given: dict[str, Any], words: str) -> None:
+    config_of(given)
+    assert words in caplog.text
+
+
+def test_settings_of_the_training_go_there(caplog: pytest.LogCaptureFixture) -> None:
+    unsloth = {"max_seq_length": 512, "random_state": 3407, "use_gradient_checkpointing": "unsloth"}
+    training = config_of(unsloth).training_config
+    assert training == {"max_length": 512, "seed": 3407, "gradient_checkpointing": True}
+    assert "model.max_seq_length is taken as training_config.max_length" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["max_length", "max_seq_length"])
+def test_what_the_training_says_itself_is_kept(caplog: pytest.LogCaptureFixture, key: str) -> None:
+    assert config_of({"max_seq_length": 512}, **{key: 256}).training_config == {key: 256}
+    assert f"model.max_seq_length has no effect: training_config.{key} says it" in caplog.text

@@ -1,0 +1,59 @@
+"""A metric that the held-out rows can't give is told before weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import chat, tiny_config, write_jsonl
+from phinetune.api.plan import plan_config
+from phinetune.api.train import train_config
+from phinetune.config.run import RunConfig
+from phinetune.errors import ConfigError
+from phinetune.screen.console import Console
+
+
+def train(config: RunConfig) -> Any:
+    return train_config(config, Console(quiet=True))
+
+
+def chosen_by(name: str, file: Path, folder: Path) -> RunConfig:
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "save_steps": 1, "save_strategy": "steps"}
+    return tiny_config(file, folder / "run", metric_for_best_model=name, **steps)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("training.run", "planning.probe"):
+        monkeypatch.setattr(f"phinetune.{place}.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+@pytest.mark.parametrize("way", [train, plan_config], ids=["train", "plan"])
+@pytest.mark.parametrize("name", ["json_valid", "eval_json_fields"])
+def test_json_is_not_measured_where_no_answer_is_json(
+    chats: Path, tmp_path: Path, no_weights: None, way: Any, name: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"`{name.removeprefix('eval_')}` has no number for any of the 3 held-out"):
+        way(chosen_by(name, chats, tmp_path))
+
+
+@pytest.mark.parametrize("way", [train, plan_config], ids=["train", "plan"])
+def test_rows_that_are_no_chats_are_not_answered(tmp_path: Path, no_weights: None, way: Any) -> None:
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"{i} and {i} are {2 * i}."} for i in range(12)])
+    with pytest.raises(ConfigError, match="`exact_match` is counted from answers, and the held-out rows are no chats"):
+        way(chosen_by("exact_match", texts, tmp_path))
+
+
+def test_answers_that_are_switched_off_are_told(chats: Path, tmp_path: Path, no_weights: None) -> None:
+    config = chosen_by("rouge_l", chats, tmp_path)
+    config.evaluation.generate = False
+    with pytest.raises(ConfigError, match="no evaluation counts `rouge_l`"):
+        train(config)
+
+
+def test_what_the_rows_give_is_counted(tmp_path: Path) -> None:
+    rows = [chat(f"{i}?", '{"answer": ' + str(i) + "}") for i in range(12)]
+    made = train(chosen_by("json_valid", write_jsonl(tmp_path / "json.jsonl", rows), tmp_path))
+    assert made.results["training"]["best"]["metric"] == "json_valid"

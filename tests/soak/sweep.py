@@ -1,0 +1,308 @@
+"""Fails every file operation of a short run in turn, kills the run there, or loses what it had not flushed.
+
+    python tests/soak/sweep.py [--form plain] [--faults ENOSPC,KILL,…] [--seed 0] [--most N] [--at N]
+
+After each fault the run goes on with `--resume`. Its adapter, metrics and results must then be those of a run that was
+never disturbed, to the bit; or the program must have refused in a sentence, with everything written before still there.
+A process that has imported everything forks for each run, so that a case takes seconds. With `--at` and one fault, one
+case is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from disk_state import Disk, read_log  # noqa: E402
+
+SHIM = "PHINETUNE_FAULTS"
+# How faults.c is told: kind, errno.
+FAULTS: dict[str, tuple[int, int]] = {
+    "ENOSPC": (1, errno.ENOSPC),
+    "EIO": (1, errno.EIO),
+    "EINTR": (1, errno.EINTR),
+    "SHORT": (2, 0),
+    "KILL": (4, 0),
+    "LOST": (4, 0),  # killed, and what was not flushed is lost: names kept
+    "LOST-NAMES": (4, 0),  # … and names that were not flushed are lost, too
+}
+TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
+# In metrics.jsonl and results.json: what a clock or the machine decides.
+CLOCKED = {
+    *("time", "tokens_per_s", "memory", "seconds", "resumed"),
+    *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at one operation; `at` 0 is nothing."""
+
+    name: str = "KILL"
+    at: int = 0
+    reads: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} at {'read' if self.reads else 'operation'} {self.at}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit status (the negative number of a signal), what it printed, its operations."""
+
+    status: int
+    text: str
+    seen: int
+
+
+@dataclass
+class Report:
+    """What a sweep found."""
+
+    operations: int
+    reads: int
+    cases: int = 0
+    refused: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def build_shim(folder: Path) -> Path:
+    """The compiled injector."""
+    library = folder / "faults.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(HERE / "faults.c"), "-ldl"], check=True)
+    return library
+
+
+class Sweep:
+    """One form of a run in a folder, and what an undisturbed run of it leaves."""
+
+    def __init__(self, place: Path, form: str) -> None:
+        self.place, self.root = place, place / "root"
+        self.shim = ctypes.CDLL(os.environ[SHIM])
+        self.shim.faults_seen.restype = ctypes.c_long
+        self.config = self._write_config(form)
+        _import_all()
+
+    def _write_config(self, form: str) -> Path:
+        rows = [
+            {"messages": [{"role": "user", "content": f"How many are {i} and {i}?" + " Please." * (i % 5)},
+                          {"role": "assistant", "content": f"They are {2 * i}."}]}
+            for i in range(12)
+        ]  # fmt: skip
+        data = self.place / "chats.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tree: dict[str, Any] = {
+            "model": {"path": TINY, "dtype": "float32"},
+            "data": {"train": str(data), "eval": 0.25},
+            "peft_config": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+            "training_config": {
+                "output_dir": str(self.root / "run"),
+                "max_steps": 4,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+                "save_steps": 2,
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+                "save_total_limit": 1,
+                "load_best_model_at_end": True,
+                "gradient_checkpointing": False,
+            },
+            "evaluation": {"max_new_tokens": 4, "max_prompts": 2, "fixed_prompts": 1},
+        }
+        if form == "packed":
+            tree["data"]["packing"] = "tokens"
+            tree["training_config"]["max_length"] = 200
+        if form == "nf4":
+            tree["model"]["quantization"] = "nf4"
+        file = self.place / "run.yaml"
+        file.write_text(json.dumps(tree))
+        return file
+
+    def run(self, *options: str, fault: Fault | None = None, log: Path | None = None) -> Ended:
+        """`phinetune train` in a forked process, with a fault."""
+        output, numbers = self.place / "output.txt", self.place / "seen.txt"
+        numbers.unlink(missing_ok=True)
+        child = os.fork()
+        if child == 0:
+            self._in_child(options, fault or Fault(), log, output, numbers)
+        _, status = os.waitpid(child, 0)
+        seen = int(numbers.read_text()) if numbers.is_file() else 0
+        return Ended(os.waitstatus_to_exitcode(status), output.read_text(errors="replace"), seen)
+
+    def _in_child(self, options: Sequence[str], fault: Fault, log: Path | None, output: Path, numbers: Path) -> None:
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.argv = ["phinetune", "train", str(self.config), *options]
+        kind, number = FAULTS[fault.name]
+        status = 1
+        try:
+            from phinetune.cli.app import main
+
+            path = str(log).encode() if log else b""
+            self.shim.faults_arm(str(self.root).encode(), path, fault.at, kind, number, int(fault.reads))
+            main()
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        except BaseException:  # as the interpreter does: a traceback and status 1
+            traceback.print_exc()
+        finally:
+            self.shim.faults_disarm()
+            numbers.write_text(str(self.shim.faults_seen()))
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+
+    def clear(self) -> None:
+        """An empty root."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir(parents=True)
+
+    def left(self) -> dict[str, Any]:
+        """What the run left: adapter, metrics, results, without what a clock decides."""
+        run = self.root / "run"
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return {
+            "adapter": (run / "adapter_model.safetensors").read_bytes(),
+            "metrics": [_without_clock(json.loads(line)) for line in lines],
+            "results": _without_clock(json.loads((run / "results.json").read_text())),
+        }
+
+    def case(self, fault: Fault, expected: dict[str, Any]) -> tuple[list[str], bool]:
+        """One fault, then `--resume` (a new start where nothing had begun). Returns what is wrong, and a refusal."""
+        self.clear()
+        before = Disk.of(self.root)
+        log = self.place / "log.bin"
+        ended = self.run(fault=fault, log=log)
+        problems = _unlike_a_sentence(ended)
+        if fault.name.startswith("LOST"):
+            for operation in read_log(log):
+                before.apply(operation)
+            before.write("all" if fault.name == "LOST" else "flushed")
+        if ended.status == 0 and not fault.name.startswith("LOST"):
+            return problems + self._unlike(expected), False
+        again = self.run("--resume")
+        if again.status == 2 and "no run to go on with" in again.text:
+            again = self.run()
+        problems += _unlike_a_sentence(again)
+        if again.status == 0:
+            return problems + self._unlike(expected), ended.status == 2
+        return [*problems, f"could not go on: {again.text.strip()[-400:]}"], ended.status == 2
+
+    def _unlike(self, expected: dict[str, Any]) -> list[str]:
+        try:
+            left = self.left()
+        except (OSError, ValueError) as error:
+            return [f"the run says that it has ended, but: {error}"]
+        return [f"other {name}: {_first_difference(left[name], expected[name])}" for name in expected
+                if left[name] != expected[name]]  # fmt: skip
+
+
+def _unlike_a_sentence(ended: Ended) -> list[str]:
+    if "Traceback" in ended.text or ended.status not in (0, 2, -9):
+        return [f"status {ended.status}: {ended.text.strip()[-700:]}"]
+    if ended.status == 2 and "error: " not in ended.text:
+        return [f"status 2 without a sentence: {ended.text.strip()[-300:]}"]
+    return []
+
+
+def _without_clock(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_clock(value) for key, value in tree.items() if key not in CLOCKED}
+    return [_without_clock(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def _first_difference(a: Any, b: Any) -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in {**a, **b}:
+            if a.get(key) != b.get(key):
+                return f"{key}: {_first_difference(a.get(key), b.get(key))}"
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            if left != right:
+                return f"[{i}]: {_first_difference(left, right)}"
+    return f"{str(a)[:120]} is not {str(b)[:120]}"
+
+
+def _import_all() -> None:
+    """Import what a run imports, so that a forked process need not."""
+    import torch
+
+    torch.set_num_threads(1)
+    import peft  # noqa: F401
+    import trl  # noqa: F401
+
+    import phinetune.api.train
+    import phinetune.cli.app  # noqa: F401
+
+
+def sweep(place: Path, form: str, faults: Sequence[str], seed: int, most: int | None, at: int | None) -> Report:
+    """All cases of a form, or `most` of them drawn by `seed`, or those at one operation."""
+    made = Sweep(place, form)
+    made.clear()
+    undisturbed = made.run()
+    if undisturbed.status:
+        raise SystemExit(f"the undisturbed run failed:\n{undisturbed.text}")
+    expected = made.left()
+    made.clear()
+    reads = made.run(fault=Fault(reads=True)).seen
+    report = Report(undisturbed.seen, reads)
+    cases = [Fault(name, i) for name in faults for i in range(1, undisturbed.seen + 1)]
+    cases += [Fault("EIO", i, reads=True) for i in range(1, reads + 1)] if "EIO" in faults else []
+    if at is not None:
+        cases = [case for case in cases if case.at == at]
+    elif most is not None:
+        cases = random.Random(seed).sample(cases, min(most, len(cases)))
+    for case in cases:
+        problems, refused = made.case(case, expected)
+        report.cases += 1
+        report.refused += refused
+        report.problems += [f"{form}: {case}: {problem}" for problem in problems]
+        if problems:
+            print(f"{form}: {case}:\n  " + "\n  ".join(problems), flush=True)
+    return report
+
+
+def main() -> None:
+    """Compile the injector, start again with it, run the sweep, say what was found; status 1 if anything was."""
+    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cli.add_argument("--form", default="plain", choices=["plain", "packed", "nf4"])
+    cli.add_argument("--faults", default=",".join(FAULTS))
+    cli.add_argument("--seed", type=int, default=0)
+    cli.add_argument("--most", type=int)
+    cli.add_argument("--at", type=int)
+    given = cli.parse_args()
+    with tempfile.TemporaryDirectory(prefix="phinetune-sweep-") as folder:
+        if SHIM not in os.environ:
+            library = str(build_shim(Path(folder)))
+            own = {SHIM: library, "LD_PRELOAD": library, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run([sys.executable, __file__, *sys.argv[1:]], env={**os.environ, **own})
+            raise SystemExit(done.returncode)
+        report = sweep(Path(folder), given.form, given.faults.split(","), given.seed, given.most, given.at)
+    print(
+        f"{given.form}, seed {given.seed}: {report.operations} operations and {report.reads} reads; "
+        f"{report.cases} cases, {report.refused} refused in a sentence, {len(report.problems)} problems"
+    )
+    raise SystemExit(bool(report.problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 
-from disk_state import Disk, read_log  # noqa: E402
+from soak.disk_state import Disk, read_log  # noqa: E402
 
 SHIM = "PHINETUNE_FAULTS"
 # How faults.c is told: kind, errno.

@@ -24,6 +24,7 @@ from phinetune.errors import ConfigError, unknown_key
 
 # If a section is given as text, the text is the value of this one key of the section.
 SHORTHANDS = {"model": "path", "data": "train", "objective": "kind", "engine": "kind"}
+DEFAULT_FOLDER = "runs/phinetune"  # where a run is written that names no folder
 
 
 # Keys of training_config that are never written down.
@@ -66,8 +67,8 @@ class RunConfig(Section):
 
     @property
     def output_dir(self) -> Path:
-        """The folder of the run: `training_config.output_dir`, or `runs/phinetune` if it is not set."""
-        return Path(self.training_config.get("output_dir") or "runs/phinetune")
+        """The folder of the run: `training_config.output_dir`, or `DEFAULT_FOLDER` if it is not set."""
+        return Path(self.training_config.get("output_dir") or DEFAULT_FOLDER)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

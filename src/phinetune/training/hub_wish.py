@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-DEFAULT_FOLDER = "runs/phinetune"  # where a run is written that names no folder
+from phinetune.config.run import DEFAULT_FOLDER
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ def _same_dtype_everywhere() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_own_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run adds no handlers; phinetune's lines count from INFO on in every test, whatever ran before it."""
+    logging.getLogger("phinetune").setLevel(logging.INFO)
     monkeypatch.setattr("phinetune.api.train.set_up_logging", lambda level="info": None)
 
 

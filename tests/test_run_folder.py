@@ -67,6 +67,8 @@ def test_only_whole_checkpoints_count_and_the_newest_is_resumed(tmp_path: Path) 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run to go on with"):
         RunFolder(tmp_path).checkpoint_to_resume()
+    with pytest.raises(RunError, match=r"^training_config\.resume_from_checkpoint: nowhere: .*; leave the key out"):
+        RunFolder(tmp_path).checkpoint_to_resume(Path("nowhere"))
     folder = make_run(tmp_path / "run")
     assert folder.checkpoint_to_resume() is None
 
@@ -96,7 +98,7 @@ def test_a_named_checkpoint_is_the_newest_of_this_run(tmp_path: Path, place: str
     assert folder.checkpoint_to_resume(folder.path / place) == folder.path / "checkpoint-10"
     with pytest.raises(RunError, match="checkpoint-10 is newer"):
         folder.checkpoint_to_resume(folder.path / "checkpoint-9")
-    with pytest.raises(RunError, match="no checkpoint that the run in"):
+    with pytest.raises(RunError, match=r"^training_config\.resume_from_checkpoint: .*no checkpoint that the run in"):
         folder.checkpoint_to_resume(tmp_path / "other" / place)
 
 

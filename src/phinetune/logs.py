@@ -40,6 +40,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl|peft|torch)")
+    warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")  # one line says so, not one for each layer
 
 
 @contextmanager

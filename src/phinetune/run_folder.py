@@ -123,7 +123,9 @@ class RunFolder:
             RunError: the folder holds no run, no checkpoint that a run can go on from, or a newer one than `wanted`.
         """
         if not self.is_run:
-            raise RunError(f"output_dir {self.path} holds no run to go on with; leave --resume out to start one")
+            asked = f"training_config.resume_from_checkpoint: {wanted}: " if wanted else ""
+            out = "the key" if wanted else "--resume or training_config.resume_from_checkpoint"
+            raise RunError(f"{asked}output_dir {self.path} holds no run to go on with; leave {out} out to start one")
         newest = max(self.checkpoints(), key=_step, default=None)
         if newest is None:
             self._check_nothing_is_lost()
@@ -156,8 +158,8 @@ class RunFolder:
                 "away first"
             )
         raise RunError(
-            f"{wanted}: no checkpoint that the run in {self.path} can go on from; set training_config.output_dir to "
-            "the folder of the checkpoint's run"
+            f"training_config.resume_from_checkpoint: {wanted}: no checkpoint that the run in {self.path} can go on "
+            "from; set training_config.output_dir to the folder of the checkpoint's run"
         )
 
     def read_config(self) -> RunConfig:

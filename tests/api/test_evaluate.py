@@ -78,7 +78,26 @@ def test_training_rows_that_are_gone_are_not_counted(
     file.write_text("{")
     assert evaluate(tmp_path / "run", data, {"generate": False}, console=quiet).overlap is None
     file.unlink()
-    assert evaluate(tmp_path / "run", data, {"generate": False}, console=quiet).overlap is None
+    found = evaluate(tmp_path / "run", data, {"generate": False}, console=quiet)
+    assert found.overlap is None
+    told = f"the held-out chats were not compared with the training rows, because {file} is gone"
+    assert found.flags[0] == told
+    assert told in json.loads((tmp_path / "run" / "evaluation.json").read_text())["flags"]
+
+
+def test_a_run_on_a_stream_says_which_rows_were_compared(chats: Path, tmp_path: Path, console: Console) -> None:
+    config = tiny_config(chats, tmp_path / "run", max_steps=1)
+    config.data.streaming = True
+    config.data.eval = str(write_jsonl(tmp_path / "held.jsonl", [chat("Something else?", "No.")]))
+    config.evaluation.generate = False
+    results = train_config(config, console).results
+    told = "the held-out chats were compared with the first 12 training rows only, because the rest of a stream"
+    assert results["data"]["not_compared"].startswith(told)
+    assert results["flags"][0] == results["data"]["not_compared"]
+    assert results["flags"][0] in (tmp_path / "run" / "README.md").read_text()
+    before = console.file.getvalue().partition("The first chats as the model sees them")[0]  # type: ignore[attr-defined]
+    assert told[:60] in before
+    assert evaluate(tmp_path / "run", console=console, record=False).flags == results["flags"]
 
 
 def test_a_recorded_split_is_evaluated_again(rows: list[dict[str, Any]], tmp_path: Path, quiet: Console) -> None:

@@ -137,3 +137,30 @@ def test_a_mistake_in_a_weighted_file_is_named() -> None:
     assert "there is no key `pth`; did you mean `path`?" in problem
     (problem,) = problems_of({"data": {"train": train[2:]}})
     assert "entry 1: weight: Input should be greater than 0" in problem
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        (
+            {"engine": {"activation_memory": "low"}},
+            "engine.activation_memory: Input should be 'auto', 'none' or 'all', or a valid integer (given: 'low')",
+        ),
+        (
+            {"evaluation": {"batch_size": 0}},
+            "evaluation.batch_size: Input should be 'auto', or greater than or equal to 1 (given: 0)",
+        ),
+        (
+            {"evaluation": {"fixed_prompts": "Hi"}},
+            "evaluation.fixed_prompts: Input should be a valid integer, or a valid list (given: 'Hi')",
+        ),
+        (
+            {"evaluation": {"fixed_prompts": ["Hi", 7]}},
+            "evaluation.fixed_prompts.1: Input should be a valid string (given: 7)",
+        ),
+        ({"peft_config": {1: 2}}, "peft_config.1: Input should be a valid string (given: 1)"),
+        ({"evaluation": {"max_prompts": 1.5}}, "evaluation.max_prompts: Input should be a valid integer (given: 1.5)"),
+    ],
+)
+def test_a_knob_that_takes_several_kinds_of_values_has_one_sentence(tree: dict, said: str) -> None:
+    assert problems_of(tree) == [f"configuration: {said}"]

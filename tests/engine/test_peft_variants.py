@@ -20,6 +20,7 @@ from phinetune.engine.peft_variants import (
     not_fast,
     not_merged,
     refused_starts,
+    start_notes,
     why_not_begun_again,
     why_not_the_whole_update,
 )
@@ -115,3 +116,20 @@ def test_a_base_that_stays_or_moves_alike_is_no_problem(start: object) -> None:
 def test_the_table_is_read_without_torch() -> None:
     code = "import sys, phinetune.engine.peft_variants; assert not {'torch', 'peft'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("peft", "said"),
+    [
+        ({"lora_bias": True}, "peft_config.lora_bias trains, but the adapter can't be merged later: Phi-3's layers"),
+        (
+            {"trainable_token_indices": [1]},
+            "peft_config.trainable_token_indices trains, but the adapter can't be merged",
+        ),
+        ({"use_bdlora": True}, "peft_config.use_bdlora trains, but the adapter can't be merged later: BD-LoRA is not"),
+    ],
+)
+def test_what_can_not_be_merged_later_is_told_at_the_start(peft: dict[str, object], said: str) -> None:
+    (note,) = start_notes(peft)
+    assert note.startswith(said)
+    assert start_notes({"use_dora": True, "lora_bias": False, "modules_to_save": ["lm_head"]}) == []

@@ -12,6 +12,7 @@ from phinetune.api.plan import plan_config
 from phinetune.api.train import train_config
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError
+from phinetune.metric_table import METRICS
 from phinetune.screen.console import Console
 
 
@@ -57,3 +58,24 @@ def test_what_the_rows_give_is_counted(tmp_path: Path) -> None:
     rows = [chat(f"{i}?", '{"answer": ' + str(i) + "}") for i in range(12)]
     made = train(chosen_by("json_valid", write_jsonl(tmp_path / "json.jsonl", rows), tmp_path))
     assert made.results["training"]["best"]["metric"] == "json_valid"
+
+
+@pytest.mark.parametrize(
+    ("names", "generate", "told"),
+    [
+        (["json_valid", "exact_match"], True, ["json_valid"]),
+        (["json_fields", "json_valid"], True, ["json_fields", "json_valid"]),
+        (["exact_match", {"name": "sum", "regex": "nothing"}], True, []),
+        (["json_valid"], False, []),
+        (None, True, []),  # by default all are counted that can be
+    ],
+)
+def test_a_named_metric_without_a_number_is_told_at_the_start(
+    chats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, names: Any, generate: bool, told: list[str]
+) -> None:
+    config = tiny_config(chats, tmp_path / "run")
+    config.evaluation.generate = generate
+    if names:
+        config.evaluation.metrics = names
+    plan_config(config, probe=False)
+    assert {name for name in METRICS if f"evaluation.metrics: `{name}` has no number" in caplog.text} == set(told)

@@ -138,7 +138,10 @@ def tried(config: RunConfig, folder: Path, shape: Any) -> None:
         ("training_config.lr_scheduler_kwargs", {"cycles": 2}, "unexpected keyword argument 'cycles'"),
         ("training_config.gradient_checkpointing_kwargs", "reentrant", "it should be a valid dictionary"),
         ("training_config.activation_offloading", True, "it moves activations off a GPU, and the run has none"),
-        ("training_config.optim_args", "momentum", "training_config.optim, optim_args: not enough values"),
+        ("training_config.optim_args", "momentum", "training_config.optim_args: it should be options with their"),
+        ("training_config.optim_args", "momentum=0.9,nesterov", "such as `momentum=0.9,nesterov=true`"),
+        ("training_config.max_length", "many", "max_length: it should be a valid integer (given: 'many')"),
+        ("peft_config.target_modules", 5, "it should be a valid list, or a valid string (given: 5)"),
         ("peft_config.r", 0, "it should be 1 or more"),
         ("peft_config.lora_dropout", 1.0, "it should be at least 0 and less than 1"),
         ("peft_config.lora_alpha", -16, "it should be more than 0"),
@@ -199,7 +202,7 @@ def test_a_key_that_another_one_needs_has_its_effect_with_it(chats: Path, tmp_pa
     config.training_config["dataloader_prefetch_factor"] = 2
     config.peft_config |= {"ensure_weight_tying": True, "trainable_token_indices": [1]}
     settings = settle(config).settings
-    assert settings.notes == []
+    assert not says("has no effect", settings.notes)
     assert settings.training["run_name"] == "mine"
     assert settings.training["dataloader_prefetch_factor"] == 2
     assert settings.peft["ensure_weight_tying"] is True

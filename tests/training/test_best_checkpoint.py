@@ -162,3 +162,59 @@ def test_by_default_they_are_the_first_held_out_prompts(tiny_run: Path) -> None:
     examples = json.loads((tiny_run / "results.json").read_text())["examples"]
     last = [(s["prompt"], s["reference"], s["answer"]) for s in samples[3:]]
     assert last == [(e["prompt"], e["reference"], e["answers"]["tuned"]) for e in examples]
+
+
+SCORED = {"eval_strategy": "steps"}
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluation", "said"),
+    [
+        (
+            {"greater_is_better": True},
+            {},
+            ["training_config: `greater_is_better` has no effect: `eval_strategy` is `no`"],
+        ),
+        (
+            {"greater_is_better": False, **SCORED},
+            {},
+            ["training_config: `greater_is_better` has no effect: `metric_for_best_model` is not set"],
+        ),
+        ({"greater_is_better": False, **SCORED, "load_best_model_at_end": True}, {}, []),
+        ({"greater_is_better": False, **SCORED, "lr_scheduler_type": "reduce_lr_on_plateau"}, {}, []),
+        ({"greater_is_better": False, **SCORED}, {"early_stopping_patience": 2}, []),
+        ({"greater_is_better": False, **SCORED, "metric_for_best_model": "loss"}, {}, []),
+        (
+            SCORED,
+            {"early_stopping_threshold": 0.1},
+            ["evaluation: `early_stopping_threshold` has no effect: `early_stopping_patience` is not set"],
+        ),
+        (SCORED, {"early_stopping_threshold": 0.1, "early_stopping_patience": 1}, []),
+        (
+            {},
+            {"metrics_while_training": True, "fixed_prompts": ["Hi"]},
+            [
+                f"evaluation: `{key}` has no effect: training_config.eval_strategy is `no`"
+                for key in ("metrics_while_training", "fixed_prompts")
+            ],
+        ),
+        (
+            SCORED,
+            {"metrics_while_training": True, "fixed_prompts": 5, "generate": False},
+            [
+                f"evaluation: `{key}` has no effect: `generate` is false"
+                for key in ("metrics_while_training", "fixed_prompts")
+            ],
+        ),
+        (SCORED, {"metrics_while_training": True, "fixed_prompts": 5}, []),
+        ({"eval_on_start": True}, {"metrics_while_training": True, "fixed_prompts": 5}, []),
+        ({}, {"fixed_prompts": 3, "early_stopping_threshold": 0.0}, []),
+        ({}, {"fixed_prompts": 0}, []),
+    ],
+)
+def test_what_has_no_effect_on_evaluations_is_named(
+    chats: Path, tmp_path: Path, training: dict[str, Any], evaluation: dict[str, Any], said: list[str]
+) -> None:
+    config = configured(chats, tmp_path, evaluation, **training)
+    settings = settle_best(read_settings({}, config.training_config), config, Sft(Section()))
+    assert settings.notes == said

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from helpers import GUIDE_PEFT, GUIDE_TRAINING
 from phinetune.checkpoints.load import Loaded
@@ -122,3 +124,48 @@ def test_an_optimizer_of_bitsandbytes_has_a_stated_fallback(monkeypatch: pytest.
     assert read_settings({}, {"optim": "adamw_torch_fused"}).training["optim"] == "adamw_torch_fused"
     with pytest.raises(ConfigError, match="needs bitsandbytes"):
         read_settings({}, {"optim": "paged_lion_8bit"})
+
+
+@pytest.mark.parametrize(
+    ("training", "notes"),
+    [
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 5},
+            ["`warmup_steps` has no effect: `constant` has no warm-up; `constant_with_warmup` has"],
+        ),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0.1},
+            ["`warmup_steps` has no effect: `reduce_lr_on_plateau` has no warm-up"],
+        ),
+        (
+            {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+            [
+                "`warmup_ratio` is retired: taken as `warmup_steps`, which below 1 is a share of all steps",
+                "`warmup_steps` has no effect: `constant` has no warm-up; `constant_with_warmup` has",
+            ],
+        ),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "lr_scheduler_kwargs": {"a": 1}},
+            ["`lr_scheduler_kwargs` has no effect: `constant_with_warmup` takes no options"],
+        ),
+        ({"num_train_epochs": 2, "max_steps": 50}, ["`num_train_epochs` has no effect: `max_steps: 50` counts"]),
+        ({"num_train_epochs": 3, "max_steps": "50"}, ["`num_train_epochs` has no effect: `max_steps: 50` counts"]),
+        ({"num_train_epochs": 2, "max_steps": -1, "warmup_steps": 5, "lr_scheduler_kwargs": {}}, []),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 50}, []),
+    ],
+)
+def test_what_another_key_overrules_is_named_and_kept(training: dict[str, Any], notes: list[str]) -> None:
+    settings = read_settings({}, training)
+    assert settings.notes == [f"training_config: {note}" for note in notes]
+    assert set(training) - {"warmup_ratio"} <= settings.training.keys()
+
+
+@pytest.mark.parametrize("schedule", [one.value for one in SchedulerType])
+def test_transformers_warms_up_where_no_note_says_otherwise(schedule: str) -> None:
+    """Each schedule's first learning rate, with ten steps of warm-up."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    extra = {"num_decay_steps": 5} if schedule == "warmup_stable_decay" else {"min_lr": 1e-3}
+    extra = extra if schedule in ("warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr") else {}
+    get_scheduler(schedule, optimizer, 10, 100, extra)
+    noted = bool(read_settings({}, {"lr_scheduler_type": schedule, "warmup_steps": 10}).notes)
+    assert noted == (optimizer.param_groups[0]["lr"] == 1.0)

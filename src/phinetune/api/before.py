@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
+from phinetune import processes
 from phinetune.engine.generate import check_prompts
-from phinetune.evaluation.countable import check_countable
+from phinetune.evaluation.countable import check_countable, without_numbers
 from phinetune.evaluation.metrics import RowMetric, row_metrics
 from phinetune.exporting.hub.push import check_can_push
 from phinetune.training.best_checkpoint import best_metric
 from phinetune.training.prepare import PreparedRun, SettledRun
+
+logger = logging.getLogger(__name__)
 
 
 def look_at_settings(settled: SettledRun) -> Mapping[str, RowMetric]:
@@ -26,6 +30,8 @@ def look_at_settings(settled: SettledRun) -> Mapping[str, RowMetric]:
 def look_at_rows(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> None:
     """Make sure that the held-out rows give the metric of the best checkpoint, and that fixed prompts can be answered.
 
+    A line in the log tells of each metric that the user named and that will have no number.
+
     Raises:
         PhinetuneError: they don't, or a fixed prompt is too long for the model.
     """
@@ -36,3 +42,6 @@ def look_at_rows(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> Non
     name, held_out = best_metric(prepared.settings.training), prepared.chats.held_out
     if name and held_out and name not in prepared.objective.metrics:
         check_countable(name, metrics, prepared.rows.encoder, held_out, prepared.config.evaluation)
+    if held_out and processes.is_main():
+        for line in without_numbers(metrics, encoder, held_out, prepared.config.evaluation):
+            logger.warning(line)

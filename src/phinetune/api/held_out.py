@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from phinetune.checkpoints.opened import run_of
 from phinetune.checkpoints.tokenizer import open_config, open_tokenizer
 from phinetune.config.data import DataSection
 from phinetune.config.run import RunConfig
-from phinetune.data.prepare.build_sets import build_chats, compare_sets, read_few, read_sets
-from phinetune.data.prepare.chat_sets import Chats, ChatSet
+from phinetune.data.prepare.build_sets import SMALL, build_chats, compare_sets, read_few, read_sets
+from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
-from phinetune.data.prepare.sources import check_sources, held_out_section, name_held_out, name_sources, weighted
+from phinetune.data.prepare.sources import check_there, held_out_section, name_held_out, name_sources, weighted
+from phinetune.data.read.any_source import check_source
 from phinetune.errors import DataError
 from phinetune.training.limits import limit_length
 from phinetune.training.objectives.registry import make_objective
 from phinetune.training.prepare import SettledRun
+from phinetune.training.recorded import HELD_OUT_ROWS, rows_digest
 from phinetune.training.settings import read_settings
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def chats_of(config: RunConfig, source: str | Sequence[str]) -> ChatSet:
 
 
 def _read(config: RunConfig, name: str, section: DataSection) -> ChatSet:
-    check_sources(section)
+    check_there([path for path, _ in weighted(section.train)])
     encode = row_encoder(config)
     held_out = read_sets(name, section.train, replace(encode, section=section))[0]
     _compare_with_training(encode, held_out)
@@ -59,22 +61,35 @@ def _read(config: RunConfig, name: str, section: DataSection) -> ChatSet:
 
 
 def _compare_with_training(encode: RowEncoder, held_out: ChatSet) -> None:
-    """Count the rows that the run trained on, if its training rows are few and on this disk."""
-    section = encode.section
-    places = [Path(path).expanduser() for path, _ in weighted(section.train)]
-    if section.streaming or not places or not all(place.exists() for place in places):
+    """Count the rows that the run trained on, if its training rows are few and on this disk; else say why not."""
+    sources = [path for path, _ in weighted(encode.section.train)]
+    if not sources:
         return
-    try:
-        train = read_few(encode)
-    except DataError as error:
-        logger.warning("the run's training rows can't be read, so these chats are not compared with them: %s", error)
-        return
-    if train:
-        compare_sets(train, held_out)
+    reason = next((why for source in sources if (why := _why_not_here(source))), None)
+    if reason is None:
+        try:
+            train = read_few(encode)
+        except DataError as error:
+            reason = f"these can't be read: {error.problems[0]}"
+        else:
+            if train:
+                compare_sets(train, held_out)
+                return
+            reason = f"these are more than {SMALL:,}"
+    held_out.not_compared = f"the held-out chats were not compared with the training rows, because {reason}"
+
+
+def _why_not_here(source: str) -> str | None:
+    """Why the rows of a source are not on this disk; None if they are."""
+    if Path(source).expanduser().exists():
+        return None
+    return f"{source} is gone" if check_source(source) else f"{source} is no file or folder on this disk"
 
 
 def held_out_chats(config: RunConfig, path: Path) -> ChatSet | None:
     """The run's own held-out chats: a file's, or the share of its training chats; None where it has none.
+
+    Of a file that has changed, a warning says so.
 
     Raises:
         DataError: a file is missing or unusable, or has changed so that the share would be another one.
@@ -83,23 +98,44 @@ def held_out_chats(config: RunConfig, path: Path) -> ChatSet | None:
         return None
     section = held_out_section(config.data)
     if section:
-        return _read(config, name_held_out(config.data), section)
+        held_out = _read(config, name_held_out(config.data), section)
+        changed = _changed(path, {"held_out": held_out.report.to_dict()}, held_out)
+        if changed:
+            logger.warning(
+                "%s: these are not the chats that the run was measured on in training (%s), so its own results are not "
+                "to be compared with these",
+                name_held_out(config.data),
+                changed,
+            )
+        return held_out
     chats = build_chats(row_encoder(config))
-    _check_unchanged(config, path, chats)
+    assert chats.held_out is not None
+    changed = _changed(path, chats.facts(), chats.held_out)
+    if changed:
+        raise DataError(
+            f"{name_sources(config.data.train)}: the file is not the one that the run was trained on ({changed}), so "
+            "the share held out would be another; name held-out chats with --data FILE"
+        )
     return chats.held_out
 
 
-def _check_unchanged(config: RunConfig, path: Path, chats: Chats) -> None:
-    """Make sure that the share held out is the one that the run held out: it is drawn from the rows of the files."""
+def _changed(path: Path, facts: Mapping[str, Any], held_out: ChatSet) -> str | None:
+    """How the rows differ from those that the run recorded; None if they don't, or it recorded none.
+
+    Args:
+        facts: the sets to compare, as `Chats.facts` returns them.
+        held_out: the rows that must be the very ones of the run. Older runs recorded only how many they were.
+    """
     run = run_of(path)
     recorded: dict[str, Any] = run.recorded_data() if run else {}
-    facts = chats.facts()
     for name in ("train", "held_out"):
-        before, now = recorded.get(name) or {}, facts[name] or {}
-        if any(key in before and before[key] != now.get(key) for key in COMPARED):
-            raise DataError(
-                f"{name_sources(config.data.train)}: the file is not the one that the run was trained on ({name}: "
-                f"{before['rows']} rows and {before['tokens']:,} tokens then, {now.get('rows', 0)} and "
-                f"{now.get('tokens', 0):,} now), so the share held out would be another; name held-out chats with "
-                "--data FILE"
+        before, now = recorded.get(name) or {}, facts.get(name) or {}
+        if now and any(key in before and before[key] != now.get(key) for key in COMPARED):
+            return (
+                f"{name}: {before['rows']} rows and {before['tokens']:,} tokens then, {now['rows']} and "
+                f"{now['tokens']:,} now"
             )
+    digest = ((run.read_start() if run else {}).get("decides") or {}).get(HELD_OUT_ROWS)
+    return (
+        "held_out: as many rows and tokens as then, but others" if digest not in (None, rows_digest(held_out)) else None
+    )

@@ -93,17 +93,21 @@ class DataSection(Section):
     @classmethod
     def _weighted_files(cls, value: Any) -> Any:
         """Check each entry by itself. pydantic's own errors would name the types of the union, not the mistake."""
+        if isinstance(value, Mapping):
+            value = [value]
         if not isinstance(value, (list, tuple)):
-            return value
-        return [
-            checked_entry(WeightedFile, entry, f"entry {i}") if isinstance(entry, Mapping) else entry
-            for i, entry in enumerate(value, 1)
-        ]
+            return _text(value, "name a file, a datasets folder or a hub id, or a list of them")
+        return [_training_file(entry, f"entry {i}") for i, entry in enumerate(value, 1)]
 
     @field_validator("eval", mode="before")
     @classmethod
     def _other_split(cls, value: Any) -> Any:
-        return checked_entry(OtherSplit, value, "eval") if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            return checked_entry(OtherSplit, value, "eval")
+        if isinstance(value, (list, tuple)):
+            lone = "a list names files or folders; a fraction or a split stands alone, without a list"
+            return [_text(entry, lone, f"entry {i}") for i, entry in enumerate(value, 1)]
+        return value if isinstance(value, (int, float, OtherSplit)) else _fraction_of(_text(value, "name a file"))
 
     @field_validator("eval")
     @classmethod
@@ -111,3 +115,31 @@ class DataSection(Section):
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError(f"the fraction held out must lie between 0 and 1, not {value}")
         return value
+
+
+def _training_file(entry: Any, where: str) -> Any:
+    if isinstance(entry, Mapping):
+        return checked_entry(WeightedFile, entry, where)
+    if isinstance(entry, WeightedFile):
+        return entry
+    return _text(entry, "name a file, a datasets folder or a hub id, or write {path: …, weight: 2}", where)
+
+
+def _text(value: Any, wanted: str, where: str = "") -> str | None:
+    """A value that must be a text, or nothing where it is no entry of a list.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, str) or (value is None and not where):
+        return value
+    raise ValueError(f"{where + ': ' if where else ''}{value!r} is no text; {wanted}")
+
+
+def _fraction_of(value: str | None) -> float | str | None:
+    """A text that is a number between 0 and 1 as this number: YAML reads `1e-1` as a text."""
+    try:
+        number = float(value or "")
+    except ValueError:
+        return value
+    return number if 0 < number < 1 else value

@@ -19,7 +19,8 @@ from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.model import ModelSection
 from phinetune.config.model_keywords import OF_TRAINING, move_to_training
 from phinetune.config.objective import ObjectiveSection
-from phinetune.config.section import Section
+from phinetune.config.section import Section, joined_message
+from phinetune.config.yaml_text import read_yaml
 from phinetune.errors import ConfigError, unknown_key
 
 # If a section is given as text, the text is the value of this one key of the section.
@@ -78,12 +79,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: texts `section.key=value`.
 
     Raises:
-        ConfigError: the file does not exist or is broken YAML, or there are unknown keys or bad values; the error lists
-            all of these.
+        ConfigError: the file does not exist or is broken YAML, a key stands twice, or there are unknown keys or bad
+            values; the error lists all of these.
     """
     file = Path(path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = read_yaml(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except IsADirectoryError:
@@ -115,7 +116,7 @@ def make_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: s
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError([_sentence(where, problem) for problem in error.errors()]) from None
+        raise ConfigError([_sentence(where, problems) for problems in _by_knob(error.errors())]) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -131,17 +132,36 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: `{key}` holds a value, not a section")
         tree[key] = tree = dict(below or {})
     try:
-        tree[keys[-1]] = yaml.safe_load(text)
+        tree[keys[-1]] = read_yaml(text, f"--set {override}", lines=False)
     except yaml.YAMLError:
         tree[keys[-1]] = text
 
 
-def _sentence(where: str, problem: Any) -> str:
+def _by_knob(problems: Sequence[Any]) -> list[list[Any]]:
+    """The problems of each knob. For one that takes several kinds of values, pydantic names each kind in the path."""
+    knobs: dict[tuple[Any, ...], list[Any]] = {}
+    for problem in problems:
+        loc = problem["loc"]
+        knobs.setdefault(loc[:2] if _names_a_kind(loc) else loc, []).append(problem)
+    return list(knobs.values())
+
+
+def _names_a_kind(loc: Sequence[Any]) -> bool:
+    return len(loc) > 2 and loc[0] in RunConfig.model_fields and isinstance(loc[2], str)
+
+
+def _sentence(where: str, problems: Sequence[Any]) -> str:
+    """One sentence for the problems of a knob. Where an entry of a list is wrong, only that is told."""
+    deepest = max(len(one["loc"]) for one in problems)
+    problems = [one for one in problems if len(one["loc"]) == deepest]
+    problem = problems[0]
     path = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         section = _section_at(path[:-1])
         return unknown_key(": ".join([where, *path[:-1]]), path[-1], section.model_fields)
-    message = problem["msg"].removeprefix("Value error, ")
+    if _names_a_kind(problem["loc"]):
+        path = [*path[:2], *(str(part) for part in problem["loc"][2:] if isinstance(part, int))]
+    message = joined_message([one["msg"] for one in problems])
     given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
     return f"{where}: {'.'.join(path)}: {message}{given}"
 

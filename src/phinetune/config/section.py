@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -47,6 +48,17 @@ def checked_entry(kind: type[Entry], entry: Mapping[str, Any], where: str) -> En
         return kind.model_validate(dict(entry))
     except ValidationError as error:
         raise ValueError("; ".join(entry_sentence(kind, where, problem) for problem in error.errors())) from None
+
+
+def joined_message(messages: Sequence[str]) -> str:
+    """One message for a value that is of none of the kinds that its knob takes; pydantic has one for each kind.
+
+    Args:
+        messages: pydantic's, at least one.
+    """
+    told = [re.sub(r", (unable to|got a) .*", "", message.removeprefix("Value error, ")) for message in messages]
+    rest = [message.removeprefix("Input should be ") for message in told[1:]]
+    return ", or ".join(dict.fromkeys([told[0], *rest]))
 
 
 def entry_sentence(kind: type[Section], where: str, problem: Any) -> str:

@@ -135,7 +135,7 @@ def refused_starts(peft: Mapping[str, Any], quantization: str) -> list[str]:
 
 
 def start_notes(peft: Mapping[str, Any]) -> list[str]:
-    """What a user should know about the start and the biases, a line each for the run's log."""
+    """What a user should know about the start, the biases and a later merge, a line each for the run's log."""
     notes = []
     if changes_the_base(peft.get("init_lora_weights", True)):
         notes.append(
@@ -144,7 +144,11 @@ def start_notes(peft: Mapping[str, Any]) -> list[str]:
         )
     if peft.get("bias", "none") != "none":
         notes.append(f"peft_config.bias: {peft['bias']} trains nothing more, since Phi-3 has no biases")
-    return notes
+    later = [
+        f"peft_config.{key} trains, but the adapter can't be merged later: {why}"
+        for key, why in not_merged(peft).items()
+    ]
+    return notes + later
 
 
 def moves_the_base(peft: Mapping[str, Any]) -> bool:

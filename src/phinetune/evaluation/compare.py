@@ -208,6 +208,7 @@ def _compared(
 ) -> Comparison:
     results = {name: side.numbers() for name, side in sides.items()}
     overlap = held_out.shared.to_dict() if held_out.shared else None
+    unlooked = [held_out.not_compared] if held_out.not_compared else []
     texts = {name: [answer.text for answer in side.answered.answers] for name, side in sides.items()}
     references = [question.reference for question in questions]
     fields = {name: field_shares(zip(answers, references, strict=True)) for name, answers in texts.items()}
@@ -226,7 +227,7 @@ def _compared(
         _differences(sides, section) if len(sides) == 2 else {},
         _by_tag(sides, questions, held_out.tags),
         fields if any(fields.values()) else {},
-        [*shared_sentences(overlap or {}), *_flags(results, section.max_new_tokens)],
+        [*shared_sentences(overlap or {}), *unlooked, *_flags(results, section.max_new_tokens)],
         held_out.report.to_dict(),
         overlap,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.errors import ConfigError
-from phinetune.evaluation.answering import questions_of
+from phinetune.evaluation.answering import Question, questions_of
 from phinetune.evaluation.metrics import RowMetric
 from phinetune.metric_table import METRICS
 
@@ -37,8 +37,31 @@ def check_countable(
         )
     if name not in METRICS:
         return
-    if all(metrics[name](one.reference, one.reference, one.messages) is None for one in questions):
+    if not _has_numbers(metrics[name], questions):
         raise ConfigError(
             f"{KEY}: `{name}` has no number for any of the {len(questions)} held-out chats that are answered, since "
             "their own answers hold no JSON; take another metric, or hold out chats that have some"
         )
+
+
+def without_numbers(
+    metrics: Mapping[str, RowMetric], encoder: ChatEncoder, held_out: ChatSet, section: EvaluationSection
+) -> list[str]:
+    """A line for each metric of this package that the user named and for which no held-out chat gives a number.
+
+    Args:
+        metrics: see `phinetune.evaluation.metrics.row_metrics`.
+    """
+    if not section.generate or section.metrics == list(METRICS):
+        return []
+    questions = questions_of(encoder, held_out, section.max_prompts)
+    return [
+        f"evaluation.metrics: `{name}` has no number for any of the {len(questions)} held-out chats that are answered, "
+        "since their own answers hold no JSON"
+        for name, metric in metrics.items()
+        if name in METRICS and questions and not _has_numbers(metric, questions)
+    ]
+
+
+def _has_numbers(metric: RowMetric, questions: Sequence[Question]) -> bool:
+    return any(metric(one.reference, one.reference, one.messages) is not None for one in questions)

@@ -22,6 +22,8 @@ def show_data(chats: Chats, tokenizer: PreTrainedTokenizerBase, console: Console
             say(console, made.report.lines())
     if chats.held_out and chats.held_out.shared and chats.held_out.shared.lines():
         say(console, chats.held_out.shared.lines())
+    if chats.held_out and chats.held_out.not_compared:
+        say(console, chats.held_out.not_compared)
     marks = not console.is_terminal
     part = "the part in ⟦ ⟧" if marks else "the green part"
     console.print(f"The first chats as the model sees them; {part} is trained on:", highlight=False)

@@ -16,6 +16,7 @@ from phinetune.training.objectives.objective import Objective
 from phinetune.training.settings import Settings
 
 PREFIX = "eval_"
+BY_METRIC = ("greedy", "reduce_lr_on_plateau")  # schedules that go by the metric of the best checkpoint
 OTHER_NAMES = {"mean_token_accuracy": "token_accuracy"}  # TRL's name, and ours
 
 
@@ -26,7 +27,8 @@ def settle_best(settings: Settings, config: RunConfig, objective: Objective) -> 
         ConfigError: no evaluation counts the metric, or the run is to stop early but has no evaluations.
     """
     section, training = config.evaluation, dict(settings.training)
-    problems, notes = _without_held_out(training, config), list(settings.notes)
+    problems = _without_held_out(training, config)
+    notes = [*settings.notes, *_idle_direction(training, section), *_idle_evaluation(training, section)]
     if section.early_stopping_patience:
         training.setdefault("metric_for_best_model", "loss")
         if not _evaluates(training) or config.data.eval is None:
@@ -48,6 +50,35 @@ def settle_best(settings: Settings, config: RunConfig, objective: Objective) -> 
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(settings, training=training, notes=notes)
+
+
+def _idle_direction(training: dict[str, Any], section: EvaluationSection) -> list[str]:
+    """A line for `greater_is_better` where no metric is compared."""
+    if training.get("greater_is_better") is None:
+        return []
+    if not _evaluates(training):
+        return ["training_config: `greater_is_better` has no effect: `eval_strategy` is `no`"]
+    schedule = training.get("lr_scheduler_type")
+    by_loss = training.get("load_best_model_at_end") or str(getattr(schedule, "value", schedule)) in BY_METRIC
+    if best_metric(training) or by_loss or section.early_stopping_patience:
+        return []
+    return ["training_config: `greater_is_better` has no effect: `metric_for_best_model` is not set"]
+
+
+def _idle_evaluation(training: dict[str, Any], section: EvaluationSection) -> list[str]:
+    """A line for each key of `evaluation` that asks for something during training and gets nothing."""
+    found = {}
+    if section.early_stopping_threshold and not section.early_stopping_patience:
+        found["early_stopping_threshold"] = "`early_stopping_patience` is not set"
+    default = EvaluationSection.model_fields["fixed_prompts"].default
+    asked = {
+        "metrics_while_training": section.metrics_while_training,
+        "fixed_prompts": section.fixed_prompts and section.fixed_prompts != default,
+    }
+    why = None if _evaluates(training) or training.get("eval_on_start") else "training_config.eval_strategy is `no`"
+    why = why or (None if section.generate else "`generate` is false")
+    found |= {key: why for key, is_asked in asked.items() if is_asked and why}
+    return [f"evaluation: `{key}` has no effect: {reason}" for key, reason in found.items()]
 
 
 def _not_counted(name: str, known: list[str]) -> list[str]:

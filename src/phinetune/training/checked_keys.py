@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from phinetune.config.section import joined_message
 from phinetune.errors import unknown_key
 from phinetune.training.value_rules import STRATEGIES, broken_rule
 
@@ -85,7 +86,9 @@ def _read(key: str, value: Any, hint: Any) -> tuple[Any, str | None]:
     try:
         coerced = _coerce(value, hint)
     except ValidationError as error:
-        return None, error.errors()[0]["msg"].replace("Input should", "it should")
+        deepest = max(len(one["loc"]) for one in error.errors())
+        messages = [one["msg"] for one in error.errors() if len(one["loc"]) == deepest]
+        return None, joined_message(messages).replace("Input should", "it should")
     if isinstance(value, bool) and not isinstance(coerced, (bool, str)):
         return None, "it should be a number"
     return coerced, broken_rule(key, coerced)

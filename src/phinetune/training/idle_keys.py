@@ -92,6 +92,13 @@ NEEDS_TRAINING: Mapping[str, Need] = {
     "trackio_space_id": REPORTED,
     "trackio_static_space_id": REPORTED,
 }
+# Schedules that transformers makes without a warm-up, and the one that is the same with a warm-up.
+WITHOUT_WARMUP: Mapping[str, str | None] = {
+    "constant": "constant_with_warmup",
+    "greedy": None,
+    "reduce_lr_on_plateau": None,
+}
+WITHOUT_OPTIONS = ("constant", "constant_with_warmup")  # schedules that take no `lr_scheduler_kwargs`
 NEEDS_PEFT: Mapping[str, Need] = {
     "ensure_weight_tying": ("modules_to_save", "an embedding, or with trainable_token_indices", _is_set)
 }
@@ -124,3 +131,20 @@ def leave_out_idle(
         if value is not None and value != defaults.get(key):
             notes.append(f"{where}: `{key}` has no effect: {why}")
     return kept
+
+
+def overruled(training: Mapping[str, Any]) -> list[str]:
+    """A line for each key of `training_config` that does nothing beside the value of another one. It stays in the
+    arguments, which a resumed run is held against.
+    """
+    schedule = training.get("lr_scheduler_type")
+    schedule = str(getattr(schedule, "value", schedule))
+    found = {}
+    if training.get("warmup_steps") and schedule in WITHOUT_WARMUP:
+        other = WITHOUT_WARMUP[schedule]
+        found["warmup_steps"] = f"`{schedule}` has no warm-up" + (f"; `{other}` has" if other else "")
+    if training.get("lr_scheduler_kwargs") and schedule in WITHOUT_OPTIONS:
+        found["lr_scheduler_kwargs"] = f"`{schedule}` takes no options"
+    if "num_train_epochs" in training and training.get("max_steps", -1) > 0:
+        found["num_train_epochs"] = f"`max_steps: {training['max_steps']}` counts"
+    return [f"training_config: `{key}` has no effect: {why}" for key, why in found.items()]

@@ -138,6 +138,10 @@ def check_resume(folder: RunFolder, checkpoint: Path, prepared: PreparedRun, now
     for one in differences:
         if one not in counted:
             logger.info("%s; what is trained stays the same", one.sentence())
+    if prepared.chats.train.stream is not None:
+        logger.info(
+            "a stream is compared by its first %d rows; the others are taken as they come", len(prepared.chats.train)
+        )
     missing = [key for key in now if key not in before]
     if missing:
         logger.warning("not compared, since the run recorded nothing of it: %s", ", ".join(missing))

@@ -24,7 +24,7 @@ from phinetune.checkpoints.named_modules import resolve_names
 from phinetune.errors import ConfigError, reason_of, told_as
 from phinetune.training.checked_keys import checked
 from phinetune.training.hub_wish import HubWish, take_wish
-from phinetune.training.idle_keys import IDLE_PEFT, IDLE_TRAINING, NEEDS_PEFT, NEEDS_TRAINING, leave_out_idle
+from phinetune.training.idle_keys import IDLE_PEFT, IDLE_TRAINING, NEEDS_PEFT, NEEDS_TRAINING, leave_out_idle, overruled
 from phinetune.training.retired_keys import (
     ELSEWHERE,
     RETIRED_TRAINING,
@@ -114,6 +114,7 @@ def _read_training(given: Mapping[str, Any], problems: list[str], notes: list[st
             given["torch_compile"] = True
     active = leave_out_idle("training_config", given, IDLE_TRAINING, NEEDS_TRAINING, defaults, notes)
     training = checked("training_config", SFTConfig, active, RETIRED_TRAINING.keys(), problems)
+    notes += overruled(training)
     _optimizer(training, problems, notes)
     if training.get("use_liger_kernel") and not find_spec("liger_kernel"):
         problems.append("training_config.use_liger_kernel: liger-kernel is not installed; leave the key out")

@@ -111,6 +111,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     # Of peft_config.
     "bias": ("none", "all", "lora_only"),
 }
+OPTIONS = re.compile(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*")  # as transformers cuts `optim_args`
 CUT = re.compile(r"[\s,]+")  # `debug` and `report_to` may list several names in one text
 
 
@@ -126,6 +127,8 @@ def broken_rule(key: str, value: Any) -> str | None:
         return _broken_range(key, value)
     if isinstance(value, (list, tuple)):
         found = [_broken_name(key, one) for one in value if isinstance(one, (str, Enum))]
+    elif key == "optim_args" and not OPTIONS.fullmatch(str(value).replace(" ", "")):
+        return "it should be options with their values, such as `momentum=0.9,nesterov=true`"
     elif isinstance(value, (str, Enum)):
         parts = CUT.split(value) if key == "debug" and value and not isinstance(value, Enum) else [value]
         found = [_broken_name(key, one) for one in parts]

@@ -76,10 +76,17 @@ def test_turns(messages: list[dict[str, Any]], wanted: list[tuple[str, str]]) ->
         (chat("a < b | c > d", "<b>bold</b>"), []),
         (chat("What is <|end|>?", "x"), [("typed_token", "turn 1: <|end|>")]),
         (chat("x", "so<|end|>\n<|user|>\nthen"), [("answer_markup", "turn 2: <|end|> <|user|>")]),
+        (chat("<|user|>\nx<|end|>\n<|assistant|>\n", "y"), [("rendered", "turn 1: <|user|> <|end|> <|assistant|>")]),
+        (chat(" <|user|>\nx<|end|>\n", "y"), [("rendered", "turn 1: <|user|> <|end|>")]),
+        (chat("<|user|> is what?", "y"), [("typed_token", "turn 1: <|user|>")]),
+        (chat("Is <|user|> before <|end|>", "y"), [("typed_token", "turn 1: <|user|> <|end|>")]),
         (chat("[INST] x [/INST]", "y"), [("foreign_markup", "turn 1: [INST] [/INST]")]),
         (chat("x", "y<|eot_id|>"), [("foreign_markup", "turn 2: <|eot_id|>")]),
     ],
-    ids=["none", "typed token", "rendered answer", "Llama 2's", "Llama 3's"],
+    ids=[
+        *("none", "typed token", "rendered answer", "rendered prompt", "rendered turn", "begins with a token"),
+        *("ends with a token", "Llama 2's", "Llama 3's"),
+    ],
 )
 def test_markup(messages: dict[str, Any], wanted: list[tuple[str, str]]) -> None:
     assert list(markup_troubles(messages["messages"], ENCODER)) == wanted

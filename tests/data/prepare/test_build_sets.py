@@ -11,6 +11,7 @@ from helpers import chat, write_jsonl
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
+from phinetune.data.prepare import build_sets
 from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.encode_rows import RowEncoder
@@ -172,3 +173,57 @@ def test_missing_sources_are_told_together() -> None:
     with pytest.raises(DataError) as caught:
         build(train="a.jsonl", eval="b.csv")
     assert caught.value.problems == ["a.jsonl: no such file", "b.csv: no such file"]
+
+
+@pytest.mark.parametrize("way", ["small", "large", "stream"])
+def test_files_behind_the_limit_are_named(
+    way: str, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    if way == "large":
+        monkeypatch.setattr(build_sets, "SMALL", 3)
+    files = [str(write_jsonl(tmp_path / f"{i}.jsonl", rows[i : i + 4])) for i in (0, 4, 8)]
+    for limit, unused in ((4, files[1:]), (5, files[2:]), (12, []), (None, [])):
+        caplog.clear()
+        made = build(train=files, limit=limit, streaming=way == "stream")
+        assert made.train.report.rows == min(limit or 12, 12)
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            f"{file}: no row within data.limit: {limit}" for file in unused
+        ]
+
+
+@pytest.mark.parametrize("more", [{}, {"eval": 0.25}, {"streaming": True}], ids=str)
+def test_a_tag_that_no_row_has_is_told_with_the_columns(chats: Path, more: dict[str, Any], caplog: Any) -> None:
+    name = build(train=str(chats), tag="nosuch", **more).facts()["held_out" if "eval" in more else "train"]["source"]
+    assert f"data.tag nosuch: no row of {name} has a column of that name; there are the columns messages" in caplog.text
+
+
+def test_a_tag_that_held_out_rows_have_is_not_told(chats: Path, tmp_path: Path, caplog: Any) -> None:
+    tagged = str(write_jsonl(tmp_path / "h.jsonl", [{**chat("new", "one"), "topic": "x"}, chat("other", "one")]))
+    build(train=str(chats), eval=tagged, tag="topic")
+    assert "data.tag" not in caplog.text
+    build(train=tagged, eval=str(chats), tag="topic")
+    assert f"data.tag topic: no row of {chats} has" in caplog.text
+    assert "columns messages, topic" not in caplog.text  # those of the training file
+
+
+@pytest.mark.parametrize(
+    ("length", "section", "told"),
+    [
+        (200, {}, "data.overlap has no effect: no text was longer than 200 tokens"),
+        (None, {}, "data.overlap has no effect: no text was cut into pieces"),
+        (90, {"overlong": "drop"}, "data.overlap has no effect: no text was cut into pieces"),
+        (90, {}, ""),
+        (90, {"overlap": 1}, ""),
+        (200, {"overlap": 1}, ""),
+        (200, {"streaming": True}, ""),
+    ],
+    ids=str,
+)
+def test_an_overlap_of_no_pieces_is_told(
+    length: int | None, section: dict[str, Any], told: str, tmp_path: Path, caplog: Any
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [chat("hi", "there"), {"text": "word " * 20}])
+    build(length, **{"train": str(file), "overlap": 7, **section})
+    assert told in caplog.text
+    assert ("data.overlap" in caplog.text) == bool(told)

@@ -12,7 +12,7 @@ from helpers import chat, write_jsonl
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
-from phinetune.data.prepare import build_sets, copies
+from phinetune.data.prepare import build_sets, copies, stream
 from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.copies import SetKeys, groups_of, keys_of, with_near
@@ -178,9 +178,25 @@ def test_near_copies_among_too_many_rows_are_not_looked_for(monkeypatch: pytest.
     assert "too many rows" in made.held_out.shared.lines()[-1]
 
 
-def test_a_stream_is_not_compared(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", single(3))
-    made = build(file, eval=str(write_jsonl(tmp_path / "h.jsonl", single(2))), streaming=True)
+def test_of_a_stream_the_first_rows_are_compared_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stream, "BATCH", 3)
+    rows = single(5)
+    held = write_jsonl(tmp_path / "h.jsonl", [rows[0], rows[4], *single(1)])
+    made = build(write_jsonl(tmp_path / "a.jsonl", rows), eval=str(held), streaming=True)
     assert made.held_out
-    assert made.held_out.shared is None
-    assert made.facts()["overlap"] is None
+    assert made.held_out.shared == Shared(3, 1, 0, 0)
+    told = "the held-out chats were compared with the first 3 training rows only, because the rest of a stream"
+    assert made.facts()["not_compared"].startswith(told)
+    assert "not_compared" not in build(tmp_path / "a.jsonl", eval=str(held)).facts()
+
+
+@pytest.mark.parametrize("max_length", [None, 60])
+def test_of_a_stream_dropped_rows_and_pieces_are_no_training_rows(tmp_path: Path, max_length: int | None) -> None:
+    rows = [{"text": "long " * 40}, {"text": "short"}]
+    file = str(write_jsonl(tmp_path / "a.jsonl", [*rows, chat("q", "much longer " * 40), chat("p", "short")]))
+    section = DataSection(train=file, eval=str(write_jsonl(tmp_path / "h.jsonl", rows)), streaming=True)
+    train = build_chats(RowEncoder(section, ENCODER, max_length)).train
+    assert train.keys
+    assert len(train.keys.rows) == train.report.kept

@@ -31,6 +31,21 @@ def trained(made: RowOutcome) -> str:
     return str(TOKENIZER.decode([i for i in made.encoded.labels if i != -100]))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("<|user|>\nHi<|end|>\n<|assistant|>\n", 1),
+        ("<|user|>\nHi<|end|>", 1),
+        ("<|end|>", 0),
+        ("What is <|end|>?", 0),
+    ],
+)
+def test_a_prompt_that_is_rendered_already_is_said(prompt: str, wanted: int) -> None:
+    report = DataReport("a.jsonl")
+    report.count(outcome({"prompt": prompt, "completion": "<|user|> <|end|>"}))
+    assert sum("WARNING: prompts that hold this template's tokens" in line for line in report.lines()) == wanted
+
+
 def test_text_is_taken_as_it_stands_and_ended() -> None:
     text = "<|user|>\nHi<|end|>\n<|assistant|>\nHo"
     made = outcome({"text": text})

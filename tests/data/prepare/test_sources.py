@@ -149,6 +149,12 @@ def test_a_file_has_neither_splits_nor_configurations(tmp_path: Path) -> None:
     assert "has neither splits nor" in refused(train=file, eval={"split": "validation"})[0]
     assert "has neither splits nor" in refused(train=file, eval={"path": other, "name": "small"})[0]
     assert "data.name" in refused(train=file, name="small")[0]
+    said = "is a file, which has no splits; leave the key out"
+    assert refused(train=file, split="validation") == [f"data.split: {file} {said}"]
+    weighted = [other, {"path": file, "weight": 2}]
+    assert [f"data.split: {one} {said}" for one in (other, file)] == refused(train=weighted, split="test")
+    assert f"data.split: {file} {said}" in refused(train=["some/set", file], split="train[:9]")
+    check_sources(DataSection(train="some/set", split="test", eval=file))
 
 
 def test_a_saved_set_has_no_configurations(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_stream_fills_rows(many: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fast", "plain"])
 def test_a_run_trains_on_a_stream_and_goes_on_to_the_bit(
-    many: Path, chats: Path, tmp_path: Path, console: Console, kind: str
+    many: Path, chats: Path, tmp_path: Path, console: Console, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     losses = []
     for name, steps in (("whole", [20]), ("parts", [12, 20])):
@@ -103,3 +103,4 @@ def test_a_run_trains_on_a_stream_and_goes_on_to_the_bit(
         file = made.folder.metrics.read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in file])
     assert losses[0] == losses[1]
+    assert caplog.text.count("a stream is compared by its first 5 rows") == 1  # where it goes on

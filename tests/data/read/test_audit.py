@@ -57,7 +57,7 @@ def test_columns_that_are_taken_are_not_named() -> None:
     assert audit_row({**ROWS["messages"], "kind": "x"}, "messages", taken=["kind"]).unused == {}
 
 
-def turn(role: str, **more: Any) -> dict[str, Any]:
+def turn(role: str, /, **more: Any) -> dict[str, Any]:
     return {"messages": [{**message, **(more if message["role"] == role else {})} for message in (USER, ANSWER)]}
 
 
@@ -92,6 +92,21 @@ TURNS: list[tuple[dict[str, Any], dict[str, bool]]] = [
      {"tools[].why": True}),
     ({"messages": [{**USER, "note": "x"}, {**ANSWER, "note": 3}]}, {"turns[].note": True}),
     ({"prompt": "[1] Hi", "completion": "[{"}, {}),
+    ({"prompt": '[{"a": 1}]', "completion": '{"a": 1}', "system": '[{"a": 1}]'}, {}),
+    ({"instruction": '[{"a": 1}]', "input": '{"a": 1}', "output": '{"a": 1}'}, {}),
+    (turn("user", content='[{"a": 1}]', train=None), {}),
+    ({"prompt": json.dumps({**USER, "note": "x"}), "completion": json.dumps([{**ANSWER, "id": 1}])},
+     {"turns[].note": True, "turns[].id": False}),
+    (turn("assistant", role="function_call", content=json.dumps({"name": "f", "parameters": {"x": 1}, "thought": "x"})),
+     {"turns[].tool_calls[].thought": True}),
+    (turn("assistant", role="Function_Call", content=json.dumps([{"name": "f", "args": {"x": 1}, "turn": 1}])),
+     {"turns[].tool_calls[].turn": False}),
+    ({"conversations": [{"from": "human", "value": "Hi"},
+                        {"from": "function_call", "value": '{"name": "f", "input": {}, "why": "x"}'}]},
+     {"turns[].tool_calls[].why": True}),
+    (turn("assistant", function_call='{"name": "f", "arguments": {}, "why": "x"}'), {"turns[].tool_calls[].why": True}),
+    (turn("assistant", tool_calls=[{"function": {"name": "f", "parameters": {"x": 1}, "type": "x"}, "name": "g"}]),
+     {"turns[].tool_calls[].name": True, "turns[].tool_calls[].function.type": True}),
 ]  # fmt: skip
 
 
@@ -135,6 +150,7 @@ def calling(arguments: Any, **more: Any) -> dict[str, Any]:
         (calling(json.dumps({"x": None, "y": 2.0})), set()),
         ({"messages": [USER, {**ANSWER, "tool_calls": json.dumps([{"name": "f", "arguments": {"x": 2.0}}])}]}, set()),
         ({"messages": [USER, {**ANSWER, "function_call": {"name": "f", "arguments": {"x": 2.0}}}]}, {FLOATS}),
+        ({"messages": [USER, {**ANSWER, "function_call": {"name": "f", "parameters": {"x": 2.0}}}]}, {FLOATS}),
     ],
 )  # fmt: skip
 def test_what_storage_may_have_changed_is_told(row: dict[str, Any], wanted: set[str]) -> None:

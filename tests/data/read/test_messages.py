@@ -66,6 +66,69 @@ def test_alpaca_joins_instruction_and_input_by_a_line_break() -> None:
     assert messages[0]["content"] == "Add\n1 and 2"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        (json.dumps(WANTED[:2], indent=2), json.dumps(WANTED[2:], indent=2)),
+        ("[ " + json.dumps(WANTED[:2])[1:], json.dumps(WANTED[2])),
+        (json.dumps(WANTED[:2]), "\n" + json.dumps({"content": "Hello", "role": "assistant"})),
+        (json.dumps([{"content": m["content"], "role": m["role"], "id": 1} for m in WANTED[:2]]), "Hello"),
+    ],
+    ids=["indented", "a blank", "one turn", "keys the other way"],
+)
+def test_turns_in_the_cells_of_a_table_are_read(prompt: str, completion: str) -> None:
+    assert to_messages({"prompt": prompt, "completion": completion}) == WANTED
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Ann", "role": "chemist"}',
+        '{"model": "x", "messages": [{"role": "user", "content": "Hi"}]}',
+        "{'model': 'x', 'messages': [{'role': 'user', 'content': 'Hi'}]}",
+        '[1] is the "role": a part',
+        "[]",
+        '["role", {"role": 1}]',
+        'Say [{"role": "user", "content": "x"}]',
+    ],
+)
+def test_other_json_and_code_stay_text(text: str) -> None:
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    assert to_messages({"prompt": text, "completion": text}) == chat
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(WANTED[:2]),
+        str(WANTED[1]),
+        "\n".join(map(str, WANTED[:2])).join("[]"),
+        "[ {'content': 'Hi', 'role': 'user'}]",
+        '[{"role": "user", "content": "Hi"}',
+        '{"role": "user", "content": "Hi", "content": "Ho"}',
+    ],
+    ids=["Python's", "one turn", "numpy's", "keys the other way", "cut short", "a key twice"],
+)
+def test_turns_in_broken_json_are_refused(text: str) -> None:
+    for row in ({"prompt": text, "completion": "Hello"}, {"prompt": "Hi", "completion": text}):
+        with pytest.raises(RowError, match="holds broken JSON"):
+            to_messages(row)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, False, 1.0, {}])
+@pytest.mark.parametrize("key", ["input", "system", "history"])
+def test_a_number_is_no_text_and_no_empty_one(key: str, value: Any) -> None:
+    with pytest.raises(RowError, match=f"`{key}` must be"):
+        to_messages({"instruction": "Add", "output": "3", key: value})
+
+
+@pytest.mark.parametrize("value", [None, "", []])
+@pytest.mark.parametrize("key", ["input", "system", "history"])
+def test_an_empty_value_adds_nothing(key: str, value: Any) -> None:
+    messages = to_messages({"instruction": "Add", "output": "3", key: value})
+    assert [message["content"] for message in messages] == ["Add", "3"]
+
+
 def test_alpaca_has_earlier_turns_in_its_history() -> None:
     row = {"instruction": "And 3?", "input": "", "output": "4", "history": [["2?", "3"]], "system": "Count."}
     texts = ["Count.", "2?", "3", "And 3?", "4"]

@@ -77,6 +77,32 @@ def test_tools_in_the_system_turn_are_tools() -> None:
     assert to_messages({"messages": [system, *OPENAI], "tools": [TOOL]}) == chat
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "weather", "parameters": ARGUMENTS, "thought": "Why?"},
+        {"name": "weather", "args": ARGUMENTS, "type": "tool_call"},
+        {"name": "weather", "input": ARGUMENTS, "arguments": None},
+        {"name": "weather", "input": json.dumps(ARGUMENTS), "arguments": ""},
+        {"name": "weather", "arguments": ARGUMENTS, "parameters": json.dumps(ARGUMENTS)},
+        {"type": "function", "function": {"name": "weather", "parameters": ARGUMENTS}},
+        {"function": {"name": "weather"}, "arguments": ARGUMENTS},
+    ],
+    ids=["Llama 3's", "LangChain's", "Anthropic's", "as text", "said twice", "in its function", "beside its function"],
+)
+def test_arguments_are_found_under_their_other_names(call: dict[str, Any]) -> None:
+    as_turn = {"conversations": [SHARE[0], {"from": "function_call", "value": json.dumps(call)}]}
+    as_calls = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    for row in (as_turn, as_calls):
+        assert to_messages(row)[1]["tool_calls"] == [CALL]
+
+
+@pytest.mark.parametrize("more", [{"index": 0}, {"id": "c1"}, {"note": ""}, {"parameters": {}}])
+def test_a_call_may_have_no_arguments(more: dict[str, Any]) -> None:
+    chat = to_messages({"messages": [USER, {**YES, "tool_calls": [{"name": "f", **more}]}]})
+    assert chat[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 PADDED = {"city": "Rome", "zone": None, "where": {"lat": 1.5, "near": None}, "all": [{"x": None}, None, 2.0]}
 
 
@@ -154,6 +180,22 @@ def test_empty_tools_are_none(tools: Any) -> None:
         ),
         ({"messages": [USER, YES], "tools": [{**FUNCTION, "x": Decimal(1)}]}, "tool 1: a Decimal can't stand in JSON"),
         ({"messages": [USER, YES], "tools": [{**FUNCTION, "x": [b"y"]}]}, "tool 1: a bytes can't stand in JSON"),
+        (
+            {"messages": [USER, {**YES, "tool_calls": [{"name": "f", "arguments": {}, "parameters": {"x": 1}}]}]},
+            "the arguments of `f` stand in two places and differ (`arguments`, `parameters`)",
+        ),
+        (
+            {"messages": [USER, {**YES, "tool_calls": [{"function": {"name": "f", "args": {}}, "input": {"x": 1}}]}]},
+            "the arguments of `f` stand in two places and differ (`args`, `input`)",
+        ),
+        (
+            {"conversations": [SHARE[0], {"from": "function_call", "value": '{"name": "f", "kwargs": {"x": 1}}'}]},
+            "the arguments of `f` are missing, and `kwargs` is not read",
+        ),
+        (
+            {"messages": [USER, {**YES, "tool_calls": [{"function": {"name": "f"}, "payload": 1}]}]},
+            "the arguments of `f` are missing, and `payload` is not read",
+        ),
         ({"conversations": [SHARE[0], {"from": "function_call", "value": None}]}, "a tool call needs a `name`"),
     ],
 )

@@ -48,6 +48,12 @@ KINDS: dict[str, Kind] = {
         True,
         True,
     ),
+    "rendered": Kind(
+        "questions that begin and end with this template's tokens",
+        "training writes a second template around them: give them as `text`, or remove the tokens",
+        True,
+        True,
+    ),
     "mojibake": Kind("garbled letters (Ã© for é)", "read the source as UTF-8; --fix repairs them", True),
     "replaced": Kind("lost letters (replacement characters)", "write the file again from its source", True, True),
     "secret": Kind("keys and passwords", "a model repeats what it has learned; remove and revoke them", True, True),

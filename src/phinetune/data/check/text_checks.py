@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from phinetune.chats.control import control_tokens
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message, typed_tokens
+from phinetune.data.read.audit import is_rendered
 
 # Hidden letters: control characters, except tabs and line ends; marks that change the reading direction; a byte order
 # mark inside a text; code points that are not characters; tags (an invisible alphabet), except those of a flag.
@@ -74,7 +75,8 @@ def markup_troubles(messages: Sequence[Message], encoder: ChatEncoder) -> Iterat
         answers = message["role"] == "assistant"
         own = typed_tokens(control, message)
         if own:
-            yield ("answer_markup" if answers else "typed_token"), f"turn {number}: {_listed(own)}"
+            kind = "answer_markup" if answers else "rendered" if is_rendered(message, control) else "typed_token"
+            yield kind, f"turn {number}: {_listed(own)}"
             continue
         foreign = MARKUP.findall(message["content"])
         if foreign:

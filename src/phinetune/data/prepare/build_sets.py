@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,15 +30,18 @@ from phinetune.data.prepare.sources import (
     weighted,
 )
 from phinetune.data.prepare.splits import held_out_places, split_places
-from phinetune.data.prepare.stream import first_rows, stream
-from phinetune.data.read.any_source import read_first
+from phinetune.data.prepare.stream import first_rows, stream, tell_unused
+from phinetune.data.read.any_source import read_first, scan_rows
 from phinetune.data.read.row import Row
 from phinetune.data.read.source_parts import digest
 from phinetune.engine.examples import Encoded
 from phinetune.errors import DataError, at_most
 
+logger = logging.getLogger(__name__)
+
 # The keys that a table depends on.
 SETTINGS = {"split", "name", "format", "loss_on", "system", "overlong", "overlap", "limit", "tag"}
+OVERLAP = DataSection.model_fields["overlap"].default
 SMALL = 5000  # rows; for fewer, starting other processes takes longer than the work
 
 
@@ -68,24 +72,58 @@ def build_chats(encode: RowEncoder) -> Chats:
         held_out = read_sets(name_held_out(section), others.train, replace(encode, section=others))[0]
     if held_out:
         compare_sets(train, held_out)
-    return Chats(train, held_out)
+    chats = Chats(train, held_out)
+    _tell_without_effect(chats, encode)
+    return chats
+
+
+def _tell_without_effect(chats: Chats, encode: RowEncoder) -> None:
+    """Say which keys change nothing, because no row has what they are for."""
+    section, measured = encode.section, chats.held_out or chats.train
+    if section.tag and not any(measured.tags):
+        logger.warning(
+            "data.tag %s: no row of %s has a column of that name%s",
+            section.tag,
+            measured.report.source,
+            _columns(held_out_section(section) or section),
+        )
+    sets = [one for one in (chats.train, chats.held_out) if one]
+    if section.overlap != OVERLAP and not section.streaming and not any(one.report.pieces for one in sets):
+        longer = f"no text was longer than {encode.max_length} tokens"
+        reason = longer if section.overlong == "cut" and encode.max_length else "no text was cut into pieces"
+        logger.warning("data.overlap has no effect: %s", reason)
+
+
+def _columns(section: DataSection) -> str:
+    """The columns of a section's first row, as the end of a sentence."""
+    items = scan_rows(weighted(section.train)[0][0], section.split, section.name, streaming=section.streaming)
+    row = next((item for item in items if isinstance(item, Row)), None)
+    return f"; there are the columns {', '.join(row.fields)}" if row else ""
 
 
 def compare_sets(train: ChatSet, held_out: ChatSet) -> None:
-    """Count how many held-out rows are trained on, if all rows of both sets are known."""
+    """Count how many held-out rows are trained on, if the rows of both sets are known; of a stream its first rows."""
     if train.keys and held_out.keys:
         looked = train.keys.near is not None and held_out.keys.near is not None  # they are one set, split by fraction
         keys = [train.keys, held_out.keys] if looked else with_near(train.keys, held_out.keys)
         held_out.shared = count_shared(*keys)
+        if train.stream is not None:
+            held_out.not_compared = (
+                f"the held-out chats were compared with the first {train.report.rows:,} training rows only, because "
+                "the rest of a stream (data.streaming) is not read before training"
+            )
 
 
 def read_few(encode: RowEncoder) -> ChatSet | None:
-    """The training set of a section. None if it has more than `SMALL` rows, which takes long.
+    """The training set of a section, of a stream its first rows. None if it has more than `SMALL` rows, which takes
+    long.
 
     Raises:
         DataError: see `build_chats`.
     """
     section = encode.section
+    if section.streaming:
+        return _streamed_set(name_sources(section.train), encode)
     if _read_small([path for path, _ in weighted(section.train)], section) is None:
         return None
     share = section.eval if isinstance(section.eval, float) else None
@@ -115,6 +153,9 @@ def read_sets(
     rows_by_source = _read_small(paths, encode.section)
     source_rows = _prepare_large(paths, encode) if rows_by_source is None else _prepare_small(rows_by_source, encode)
     counts, seed = source_rows.counts, encode.section.seed
+    for path, before in zip(paths, [0, *itertools.accumulate(counts)], strict=False):
+        if before == encode.section.limit:
+            tell_unused(path, before)
     if share is None:
         return source_rows.make_set(name, split_places(counts, weights, set(), seed)[0]), None
     (keys,) = with_near(source_rows.keys())
@@ -282,7 +323,9 @@ def _streamed_set(name: str, encode: RowEncoder) -> ChatSet:
         DataError: some of the first rows can't be used (unless `invalid_rows` is `drop`), or none can.
     """
     rows = first_rows(encode.section)
-    chat_set = build_set(f"{name} (streamed; its first {len(rows)} rows)", rows, encode)
+    outcomes = list(encode(rows))
+    chat_set = _collect(f"{name} (streamed; its first {len(rows)} rows)", outcomes, encode)
+    chat_set.keys = keys_of([outcome for outcome in outcomes if outcome.piece == 0 and outcome.encoded])
     chat_set.stream = stream(encode)
     return chat_set
 

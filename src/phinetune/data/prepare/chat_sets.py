@@ -32,6 +32,7 @@ class ChatSet:
         stream: all rows, if the set is a stream; then the rest of the set is only the stream's beginning.
         keys: what the kept rows are compared by with those of another set; None if they can't be compared.
         shared: of held-out rows, how many of them are trained on; None if that was not looked at.
+        not_compared: of held-out rows, a sentence if they were not compared with all training rows: why.
     """
 
     chats: Sequence[list[Message]]
@@ -43,6 +44,7 @@ class ChatSet:
     stream: IterableDataset | None = None
     keys: SetKeys | None = None
     shared: Shared | None = None
+    not_compared: str | None = None
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -79,11 +81,13 @@ class Chats:
     def facts(self) -> dict[str, Any]:
         """The reports of both sets, and how many held-out rows are trained on, as JSON can hold them.
 
-        `held_out` is None without held-out chats, and `overlap` is None where both sets could not be compared.
+        `held_out` is None without held-out chats, and `overlap` is None where both sets could not be compared. Where
+        not all training rows were looked at, `not_compared` says why.
         """
         sets = {"train": self.train, "held_out": self.held_out}
-        shared = self.held_out.shared if self.held_out else None
+        shared, unlooked = (self.held_out.shared, self.held_out.not_compared) if self.held_out else (None, None)
         return {
             **{name: chat_set.report.to_dict() if chat_set else None for name, chat_set in sets.items()},
             "overlap": shared.to_dict() if shared else None,
+            **({"not_compared": unlooked} if unlooked else {}),
         }

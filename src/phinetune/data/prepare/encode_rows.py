@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 from jinja2 import TemplateError
 
+from phinetune.chats.control import control_tokens
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message
 from phinetune.config.data import DataSection
 from phinetune.config.row_forms import READY
 from phinetune.data.prepare.pieces import cut_into_pieces
-from phinetune.data.read.audit import Audit, audit_row
+from phinetune.data.read.audit import RENDERED, Audit, audit_row, is_rendered
 from phinetune.data.read.messages import detect_form, size_of, strings, to_messages
 from phinetune.data.read.ready_rows import read_ids, read_text
 from phinetune.data.read.row import Row
@@ -164,6 +165,8 @@ def _read(row: Row, section: DataSection, encoder: ChatEncoder, taken: Sequence[
             outcome.chat = encoder.prepare(outcome.messages)
         outcome.form = form
         outcome.audit = audit_row(row.fields, form, encoder.reads, taken)
+        if any(is_rendered(message, control_tokens(encoder.tokenizer)) for message in outcome.messages):
+            outcome.audit.notes.add(RENDERED)
         if section.system == "drop" and outcome.messages and outcome.messages[0]["role"] == "system":
             outcome.audit.add("system messages (data.system: drop)", outcome.messages[0]["content"])
     except RowError as error:

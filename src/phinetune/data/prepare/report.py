@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from phinetune.data.prepare.encode_rows import RowOutcome
-from phinetune.data.read.audit import FLOATS, NULLS
+from phinetune.data.read.audit import FLOATS, NULLS, RENDERED
 
 REASONS_SHOWN = 4
-COLUMNS_SHOWN = 12
+COLUMNS_SHOWN = 30
+SAYS_WHAT_IS_TRAINED = re.compile("train|loss|mask|label|weight|ignore", re.IGNORECASE)
 NOTES = {
     NULLS: "nulls left out of tools or tool calls (Parquet and Arrow add such nulls, and order the keys; calls as JSON "
     "text stay as they are)",
     FLOATS: "numbers such as 2.0 in tools or tool calls (Parquet and Arrow may have made them of 2; calls as JSON text "
     "stay as they are)",
+    RENDERED: "WARNING: prompts that hold this template's tokens already, so that training writes a second template "
+    "around them; give such rows as `text`, or remove the tokens",
 }
 
 
@@ -84,11 +88,15 @@ class DataReport:
         self.notes.update(dict.fromkeys(notes, rows))
 
     def unused_columns(self) -> str:
-        """The columns and keys that reach no model, those with words first, each with the rows that have it."""
+        """The columns and keys that reach no model, each with the rows that have it.
+
+        First those that seem to say what is trained on, then those with words.
+        """
         columns = {**self.unused}
         for column, count in self.unused_values.items():
             columns[column] = columns.get(column, 0) + count
-        shown = [f"{column} ({count:,})" for column, count in columns.items()]
+        names = sorted(columns, key=lambda name: SAYS_WHAT_IS_TRAINED.search(name) is None)
+        shown = [f"{name} ({columns[name]:,})" for name in names]
         rest = len(shown) - COLUMNS_SHOWN
         return ", ".join(shown[:COLUMNS_SHOWN]) + (f", and {rest} more" if rest > 0 else "")
 

@@ -61,15 +61,23 @@ def check_sources(section: DataSection) -> None:
     if section.streaming:
         check_stream(section)
     held_out = held_out_section(section)
-    sources = [path for one in (section, held_out) if one for path, _ in weighted(one.train)]
-    problems = [problem for path in dict.fromkeys(sources) if (problem := check_source(path))]
-    if problems:
-        raise DataError(problems)
+    check_there([path for one in (section, held_out) if one for path, _ in weighted(one.train)])
     problems = _of_files(section, held_out)
     if problems:
         raise ConfigError(problems)
     if held_out:
         _check_apart(section, held_out)
+
+
+def check_there(sources: Sequence[str]) -> None:
+    """Make sure that sources exist.
+
+    Raises:
+        DataError: sources are missing or of an unknown kind; the error lists all of them.
+    """
+    problems = [problem for path in dict.fromkeys(sources) if (problem := check_source(path))]
+    if problems:
+        raise DataError(problems)
 
 
 def _of_files(section: DataSection, held_out: DataSection | None) -> list[str]:
@@ -78,6 +86,10 @@ def _of_files(section: DataSection, held_out: DataSection | None) -> list[str]:
     if section.name:
         problems += [
             f"data.name: {path} is a file, which has no configurations; leave the key out" for path in _files(section)
+        ]
+    if section.split != "train":
+        problems += [
+            f"data.split: {path} is a file, which has no splits; leave the key out" for path in _files(section)
         ]
     if held_out and isinstance(section.eval, OtherSplit) and (section.eval.split or section.eval.name):
         problems += [

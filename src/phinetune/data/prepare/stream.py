@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from phinetune.data.prepare.encode_rows import BATCH, RowEncoder
 from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.row import Broken, Row
 from phinetune.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 DRAWN_FROM = 1000  # rows in memory, from which the next one is drawn; a stream is shuffled no further than that
 IDS = List(Value("int32"))
@@ -42,6 +45,11 @@ def first_rows(section: DataSection) -> list[Row]:
     return list(itertools.islice(_rows(section), BATCH))
 
 
+def tell_unused(source: str, limit: int | None) -> None:
+    """Say that a source gives no row, because those before it have as many as `data.limit` allows."""
+    logger.warning("%s: no row within data.limit: %s", source, limit)
+
+
 def stream(encode: RowEncoder) -> IterableDataset:
     """The examples of all rows, shuffled among neighbours by `data.seed`.
 
@@ -66,10 +74,17 @@ def _encoded(encode: RowEncoder) -> Iterator[dict[str, Any]]:
 
 
 def _rows(section: DataSection) -> Iterator[Row]:
+    """The rows within the limit. That a source gives none is told where the limit is reached."""
     sources = [section.train] if isinstance(section.train, str) else section.train or []
-    return itertools.islice(
-        itertools.chain.from_iterable(_unbroken(str(source), section) for source in sources), section.limit
-    )
+    taken = 0
+    for source in map(str, sources):
+        if taken == section.limit:
+            tell_unused(source, section.limit)
+            continue
+        rest = None if section.limit is None else section.limit - taken
+        for row in itertools.islice(_unbroken(source, section), rest):
+            taken += 1
+            yield row
 
 
 def _unbroken(source: str, section: DataSection) -> Iterator[Row]:

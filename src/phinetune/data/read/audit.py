@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from phinetune.chats.control import ControlTokens
+from phinetune.chats.template import Message
 from phinetune.config.row_forms import CHAT_KEYS, READY, ROW_FORMS
-from phinetune.data.read.messages import READ_OF_TURN, ROLES, more_texts, shown, strings, turn_keys
-from phinetune.data.read.tool_calls import FUNCTION_CALL, from_json
+from phinetune.data.read.messages import READ_OF_TURN, ROLES, looks_like_turns, more_texts, shown, strings, turn_keys
+from phinetune.data.read.tool_calls import ARGUMENTS, FUNCTION_CALL, READ_OF_CALL, from_json, is_filled
 from phinetune.errors import RowError
 
 READ_OF = {form.name: form.read for form in ROW_FORMS}
 PLAIN = ({"role", "content"}, {"from", "value"})  # the keys of a turn with nothing beside its role and its text
 LINKS = frozenset({"tool_call_id"})  # they only say which call an answer belongs to
-READ_OF_CALL = frozenset({"function", "id", "type", "name", "arguments"})
-NULLS, FLOATS = "nulls", "floats"
+NULLS, FLOATS, RENDERED = "nulls", "floats", "rendered"
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Audit:
 
     Attributes:
         unused: columns and keys of turns that reach no model, each with whether it holds words.
-        notes: `NULLS` if nulls were left out of tools or calls, `FLOATS` if these hold numbers such as 2.0.
+        notes: `NULLS` if nulls were left out of tools or calls, `FLOATS` if these hold numbers such as 2.0, `RENDERED`
+            if a question is rendered already.
     """
 
     unused: dict[str, bool] = field(default_factory=dict)
@@ -38,7 +40,7 @@ class Audit:
         """Note a value that is not used. One that is empty loses nothing."""
         name = shown(name) or "(no name)"
         words = any(text.strip() for text in strings(value))
-        if words or _is_filled(value):
+        if words or is_filled(value):
             self.unused[name] = self.unused.get(name, False) or words
 
 
@@ -65,9 +67,17 @@ def audit_row(
     return made
 
 
+def is_rendered(message: Message, control: ControlTokens) -> bool:
+    """Whether a question begins and ends with control tokens, as one does that a template has rendered."""
+    if message["role"] == "assistant":
+        return False
+    found, text = control.find(message["content"]), message["content"].strip()
+    return len(found) > 1 and text.startswith(found[0]) and text.endswith(found[-1])
+
+
 def _audit_value(key: str, value: Any, reads: Callable[[str, str], bool], made: Audit) -> None:
     """Look into a column that is read: its turns, its tools, the parts of its text."""
-    items = _items(value)
+    items = [] if isinstance(value, str) and not _holds_turns(key, value) else _items(value)
     if key == "system":
         _audit_parts(key, items, made)
     elif key in CHAT_KEYS:
@@ -75,17 +85,25 @@ def _audit_value(key: str, value: Any, reads: Callable[[str, str], bool], made: 
     elif items:
         names = turn_keys(items) if key.startswith("conversation") else ("role", "content")
         for turn in items:
-            if turn.keys() not in PLAIN or not isinstance(turn.get(names[1]), str):
+            if turn.keys() not in PLAIN or not isinstance(turn.get(names[1]), str) or _is_call(turn, names):
                 _audit_turn(turn, names, reads, made)
 
 
+def _holds_turns(key: str, text: str) -> bool:
+    """Whether the text of a column is JSON that is read as such. In other columns, JSON is a text like any other."""
+    if key in ("prompt", "completion"):
+        return looks_like_turns(text)
+    return key == "messages" or key.startswith("conversation") or (key in CHAT_KEYS and key != "system")
+
+
 def _items(value: Any) -> list[Mapping[str, Any]]:
-    """The objects of a list, also of one that stands there as JSON text; empty if it is neither."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """The objects of a list, or the only one of a JSON text; empty if it is neither."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             value = from_json(value, "")
         except RowError:
             return []
+        value = [value] if isinstance(value, Mapping) else value
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, (list, tuple)) else []
 
 
@@ -98,12 +116,19 @@ def _audit_turn(
         used = key in names or key in READ_OF_TURN or key in LINKS or (key == "tools" and role == "system")
         if not used and not (key in more and reads(role, key)):
             made.add(f"turns[].{key}", value)
-    _audit_parts(f"turns[].{names[1]}", _items(turn.get(names[1])), made)
+    text = turn.get(names[1])
+    if not isinstance(text, str):
+        _audit_parts(f"turns[].{names[1]}", _items(text), made)
     _audit_tools(_items(turn.get("tools")), made)
-    for key in ("tool_calls", FUNCTION_CALL):
+    for key in ("tool_calls", FUNCTION_CALL, *([names[1]] if _is_call(turn, names) else [])):
         calls = turn.get(key)
         for call in _items([calls] if isinstance(calls, Mapping) else calls):
             _audit_call(call, isinstance(calls, str), made)
+
+
+def _is_call(turn: Mapping[str, Any], names: tuple[str, str]) -> bool:
+    """Whether the text of a turn is a call."""
+    return str(turn.get(names[0])).lower() == FUNCTION_CALL
 
 
 def _audit_parts(name: str, parts: Sequence[Mapping[str, Any]], made: Audit) -> None:
@@ -123,13 +148,13 @@ def _audit_tools(tools: Sequence[Mapping[str, Any]], made: Audit) -> None:
 def _audit_call(call: Mapping[str, Any], was_text: bool, made: Audit) -> None:
     """Look at a call. Nulls and numbers in JSON text are the user's own; storage changes no text."""
     function = call.get("function") or call
-    for key in call.keys() - READ_OF_CALL:
+    for key in call.keys() - (READ_OF_CALL if function is call else READ_OF_CALL - {"name"}):
         made.add(f"turns[].tool_calls[].{key}", call[key])
     if function is not call:
-        for key in function.keys() - READ_OF_CALL:
+        for key in function.keys() - {"name", *ARGUMENTS}:
             made.add(f"turns[].tool_calls[].function.{key}", function[key])
     if not was_text:
-        _note(function.get("arguments"), made)
+        _note([function.get(key) for key in ARGUMENTS], made)
 
 
 def _note(value: Any, made: Audit) -> None:
@@ -150,12 +175,3 @@ def _values(value: Any) -> Iterator[Any]:
             yield from _values(item)
     elif value is not None:
         yield value
-
-
-def _is_filled(value: Any) -> bool:
-    """Whether a value holds anything but nulls, empty texts and empty lists."""
-    if isinstance(value, Mapping):
-        return any(map(_is_filled, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_is_filled, value))
-    return value is not None and value != ""

@@ -21,11 +21,12 @@ from phinetune.data.read.encodings import (
     refuse_other_kinds,
 )
 from phinetune.data.read.row import Broken, Row
-from phinetune.data.read.safe_json import TOO_DEEP, is_deep, load_json
+from phinetune.data.read.safe_json import TOO_DEEP, first_twin, is_deep, load_json, load_with_twins
 
 logger = logging.getLogger(__name__)
 
 PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".tar", ".tgz")
+MISSING: Any = object()  # stands where a row of a CSV file has no cell
 BATCH = 1024  # rows of a Parquet file in memory at a time
 
 
@@ -98,7 +99,7 @@ def _load(text: str) -> tuple[Any, str | None]:
 def _json(path: Path) -> Iterator[Row | Broken]:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        tree = json.loads(text)
+        tree, twins = load_with_twins(text)
     except json.JSONDecodeError as error:
         by_line = path.suffix.lower() != ".json" or text[: error.pos].rstrip().endswith("}")
         if error.msg == "Extra data" and by_line:
@@ -109,6 +110,9 @@ def _json(path: Path) -> Iterator[Row | Broken]:
     except (RecursionError, ValueError):
         yield Broken(str(path), _load(text)[1] or "broken JSON")
         return
+    if id(tree) in twins:
+        yield Broken(str(path), twins[id(tree)][1])
+        return
     rows, start = _unwrapped(path, tree, text)
     if not isinstance(rows, list):
         yield Broken(str(path), f"expected a list of objects, found {_kind(rows)}")
@@ -118,8 +122,9 @@ def _json(path: Path) -> Iterator[Row | Broken]:
         where = f"{path}:{line}: row {number}" if line else f"{path}: row {number}"
         if not isinstance(fields, dict):
             yield Broken(where, f"expected an object, found {_kind(fields)}")
-        else:
-            yield Broken(where, TOO_DEEP) if is_deep(fields) else Row(where, fields)
+            continue
+        problem = TOO_DEEP if is_deep(fields) else first_twin(fields, twins) if twins else None
+        yield Broken(where, problem) if problem else Row(where, fields)
 
 
 def _unwrapped(path: Path, tree: Any, text: str) -> tuple[Any, int]:
@@ -158,7 +163,7 @@ def _lines_of_items(text: str, start: int, count: int) -> list[int]:
 def _csv(path: Path) -> Iterator[Row | Broken]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(file, strict=True, restval=MISSING)
         line = 1
         try:
             problem = _other_separator(reader.fieldnames or []) or _named_twice(reader.fieldnames or [])
@@ -169,6 +174,8 @@ def _csv(path: Path) -> Iterator[Row | Broken]:
             for fields in reader:
                 if fields.pop(None, None) is not None:
                     yield Broken(f"{path}:{line}", "more cells than the header has columns")
+                elif MISSING in fields.values():
+                    yield Broken(f"{path}:{line}", "fewer cells than the header has columns")
                 else:
                     yield Row(f"{path}:{line}", {k: v or None for k, v in fields.items()})
                 line = reader.line_num + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ TEXT_PARTS = ("text", "input_text", "output_text", None)  # types of the parts o
 READ_OF_TURN = frozenset({"tool_calls", FUNCTION_CALL, "train", "weight"})  # beside the keys of its role and its text
 REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives templates the first one that it finds
 _OWN = frozenset({"role", "content", "tools"})  # keys of a `Message` that no other key of a turn may replace
+_SAID = ("content", "tool_calls", FUNCTION_CALL, "refusal")  # keys by which an object with a `role` is a turn
+_ROLE = re.compile(r"""(["'])role\1\s*:""")
+_TURNS = re.compile(rf"""\s*\[?\s*\{{\s*(["'])(?:role|name|train|weight|{"|".join((*_SAID, *REASONING))})\1\s*:""")
 
 
 def detect_form(fields: Mapping[str, Any]) -> str:
@@ -152,15 +156,15 @@ def turn_keys(turns: Sequence[Any]) -> tuple[str, str]:
 
 def _from_alpaca(fields: Mapping[str, Any]) -> list[Message]:
     question = _text(fields, "instruction")
-    extra = fields.get("input")
+    extra = _text(fields, "input") if fields.get("input") is not None else ""
     if extra:
-        question += "\n" + _text(fields, "input")
+        question += "\n" + extra
     return [*_history(fields), _message("user", question), _message("assistant", _text(fields, "output"))]
 
 
 def _history(fields: Mapping[str, Any]) -> Iterator[Message]:
     """The earlier turns of an Alpaca row, as LLaMA-Factory has them: a list of questions, each with its answer."""
-    pairs = _listed(fields, "history") if fields.get("history") else []
+    pairs = _listed(fields, "history") if fields.get("history") not in (None, "") else []
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
             raise RowError(f"`history`, exchange {number}: expected a list of a question and its answer", "content")
@@ -170,7 +174,7 @@ def _history(fields: Mapping[str, Any]) -> Iterator[Message]:
 def _from_prompt_completion(fields: Mapping[str, Any]) -> list[Message]:
     messages: list[Message] = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(fields.get(key), str) and not _looks_like_turns(fields[key]):
+        if isinstance(fields.get(key), str) and not looks_like_turns(fields[key]):
             messages.append(_message(role, fields[key]))
         else:
             messages += _turns(fields, key, "role", "content")
@@ -188,7 +192,7 @@ MESSAGES_OF: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
 
 def _with_system(fields: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """The messages behind the row's own system text. Anthropic, Bedrock, ShareGPT and Alpaca write it beside them."""
-    text = _text(fields, "system") if fields.get("system") else ""
+    text = _text(fields, "system") if fields.get("system") is not None else ""
     if not text:
         return messages
     if messages[0]["role"] != "system":
@@ -262,6 +266,7 @@ def _listed(fields: Mapping[str, Any], key: str) -> list[Any]:
             value = load_json(value)
         except ValueError as error:
             raise RowError(f"`{key}` holds broken JSON: {error}") from None
+        value = [value] if isinstance(value, Mapping) else value
     if value is None:
         raise RowError(f"`{key}` is {'empty' if key in fields else 'missing'}", "content")
     if not isinstance(value, (list, tuple)):
@@ -269,8 +274,17 @@ def _listed(fields: Mapping[str, Any], key: str) -> list[Any]:
     return list(value)
 
 
-def _looks_like_turns(text: str) -> bool:
-    return text.lstrip().startswith("[{") and '"role"' in text
+def looks_like_turns(text: str) -> bool:
+    """Whether a text is no text but turns, written as JSON or, by mistake, as Python writes them."""
+    if text.lstrip()[:1] not in ("[", "{") or not _ROLE.search(text):
+        return False
+    try:
+        value = load_json(text)
+    except ValueError:
+        return _TURNS.match(text) is not None
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
+    return isinstance(value, Mapping) and "role" in value and not value.keys().isdisjoint(_SAID)
 
 
 def _text(fields: Mapping[str, Any], key: str) -> str:

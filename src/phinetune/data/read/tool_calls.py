@@ -12,13 +12,16 @@ as it is. The order of keys is also the storage's, except in JSON text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phinetune.data.read.safe_json import load_json
 from phinetune.errors import RowError
 
 FUNCTION_CALL = "function_call"  # ShareGPT's role, and the key of OpenAI's older form
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # OpenAI's key, Llama 3's, LangChain's and Anthropic's
+READ_OF_CALL = frozenset({"function", "id", "type", "name", *ARGUMENTS})
+NO_ARGUMENTS = READ_OF_CALL | {"index"}  # keys that can't hold a call's arguments under another name
 
 
 def read_tools(fields: Mapping[str, Any], where: str = "") -> list[dict[str, Any]]:
@@ -85,18 +88,51 @@ def _call(call: Any, where: str, was_text: bool) -> dict[str, Any]:
     function = call.get("function") or call if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError(f"{where}: a tool call needs a `name` and `arguments`", "tools")
-    given = function.get("arguments")
-    arguments = from_json(given, f"{where}: the arguments of `{function['name']}`")
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, Mapping):
-        raise RowError(f"{where}: the arguments of `{function['name']}` must be an object", "tools")
-    if not was_text and not isinstance(given, str):
-        arguments = without_nulls(arguments, f"{where}: the arguments of `{function['name']}`")
-    made: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    places = [function] if function is call else [function, call]
+    arguments = _arguments(places, f"{where}: the arguments of `{function['name']}`", was_text)
+    made: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if isinstance(call.get("id"), str):
         made["id"] = call["id"]
     return made
+
+
+def _arguments(places: Sequence[Mapping[str, Any]], where: str, was_text: bool) -> dict[str, Any]:
+    """The arguments of a call, under whichever of `ARGUMENTS` they stand.
+
+    Args:
+        places: the objects that may hold them.
+
+    Raises:
+        RowError: there are two different ones, or there are none and a key that is not read holds something.
+    """
+    keys = [(place, key) for place in places for key in ARGUMENTS if place.get(key) not in (None, "")]
+    found = [_object(place[key], where, was_text) for place, key in keys]
+    if any(other != found[0] for other in found):
+        names = "`, `".join(key for _, key in keys)
+        raise RowError(f"{where} stand in two places and differ (`{names}`); keep one of them", "tools")
+    others = [key for place in places for key in place if key not in NO_ARGUMENTS and is_filled(place[key])]
+    if others and not found:
+        raise RowError(f"{where} are missing, and `{'`, `'.join(others)}` is not read; name them `arguments`", "tools")
+    return found[0] if found else {}
+
+
+def _object(given: Any, where: str, was_text: bool) -> dict[str, Any]:
+    """Arguments as an object, also those that stand there as JSON text."""
+    value = from_json(given, where)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RowError(f"{where} must be an object", "tools")
+    return dict(value if was_text or isinstance(given, str) else without_nulls(value, where))
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a value holds anything but nulls, empty texts and empty lists."""
+    if isinstance(value, Mapping):
+        return any(map(is_filled, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(is_filled, value))
+    return value is not None and value != ""
 
 
 def without_nulls(value: Any, where: str) -> Any:

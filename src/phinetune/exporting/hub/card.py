@@ -80,7 +80,8 @@ def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
         for part in ("train", "held_out")
         if (report := data.get(part))
     ]
-    return [*sets, *shared_sentences(data.get("overlap") or {})]
+    unlooked = [data["not_compared"]] if data.get("not_compared") else []
+    return [*sets, *shared_sentences(data.get("overlap") or {}), *unlooked]
 
 
 def _training_lines(training: Mapping[str, Any]) -> str:

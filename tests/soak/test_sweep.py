@@ -1,0 +1,60 @@
+"""A part of the sweep of `make soak`: a dozen faults in a short run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from soak.disk_state import Disk, Operation
+
+SWEEP = Path(__file__).parent / "sweep.py"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_disturbed_run_goes_on_to_the_same_bits() -> None:
+    command = [sys.executable, str(SWEEP), "--most", "12", "--seed", "0"]
+    environment = {key: value for key, value in os.environ.items() if key != "PHINETUNE_FAULTS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "12 cases" in done.stdout
+
+
+def operations(*given: tuple[str, str, str, int, bytes]) -> list[Operation]:
+    return [Operation(kind, i, f"/r/{a}", f"/r/{b}" if b else "", at, data) for i, (kind, a, b, at, data) in
+            enumerate(given, 1)]  # fmt: skip
+
+
+def left(disk: Disk, names: str) -> dict[str, bytes]:
+    """What a crash leaves, by name."""
+    kept = disk.names if names == "all" else disk.kept_names
+    return {name.removeprefix("/r/"): file.flushed for name, file in kept.items()}
+
+
+def test_what_was_not_flushed_is_lost() -> None:
+    disk = Disk("/r", folders={"/r"})
+    for one in operations(
+        ("t", "a", "", 0, b""), ("w", "a", "", 0, b"hello"), ("s", "a", "", 0, b""), ("w", "a", "", 5, b" world"),
+        ("t", "b", "", 0, b""), ("w", "b", "", 0, b"lost"),
+    ):  # fmt: skip
+        disk.apply(one)
+    assert left(disk, "all") == {"a": b"hello", "b": b""}
+    assert left(disk, "flushed") == {}  # nobody flushed the folder
+
+
+def test_a_flushed_folder_keeps_its_names() -> None:
+    disk = Disk("/r", folders={"/r"})
+    for one in operations(
+        ("t", "x", "", 0, b""), ("w", "x", "", 0, b"new"), ("s", "x", "", 0, b""), ("r", "x", "a", 0, b""),
+    ):  # fmt: skip
+        disk.apply(one)
+    assert left(disk, "flushed") == {}
+    disk.apply(Operation("s", 9, "/r", "", 0, b""))
+    assert left(disk, "flushed") == {"a": b"new"}
+    disk.apply(Operation("u", 10, "/r/a", "", 0, b""))
+    assert left(disk, "all") == {}
+    assert left(disk, "flushed") == {"a": b"new"}  # the removal was not flushed

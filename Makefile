@@ -7,7 +7,7 @@ STAMP := .venv/.setup-done
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-examples lint bench clean
+.PHONY: help setup demo test test-examples lint bench soak clean
 
 help:
 	@echo 'make setup   build .venv; a second call reuses it'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-examples   set up, then run everything in examples/; minutes'
 	@echo 'make lint    set up, then check style, types and imports'
 	@echo 'make bench   set up, then measure layers, training and answering beside loralib, PEFT, TRL and transformers; hours'
+	@echo 'make soak    set up, then fail every file operation of a run in turn; hours (SEED=, MOST=, AT=, FAULTS=)'
 	@echo 'make clean   delete .venv and the caches; runs/ stays'
 	@echo
 	@echo 'PYTHON=python3.12                  use this Python (3.10 to 3.13) instead of python3'
@@ -50,6 +51,11 @@ bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.qlora
 	@.venv/bin/python -m benchmarks.generate
 	@.venv/bin/python -m benchmarks.waiting
+
+FAULTS = ENOSPC,EIO,EINTR,SHORT,KILL,LOST,LOST-NAMES
+soak: $(STAMP)
+	@for form in plain packed nf4; do .venv/bin/python tests/soak/sweep.py --form $$form --faults $(FAULTS) \
+	  --seed $(or $(SEED),0) $(if $(MOST),--most $(MOST)) $(if $(AT),--at $(AT)) || exit 1; done
 
 clean:
 	rm -rf .venv .venv-setup.log build dist src/*.egg-info

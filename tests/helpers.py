@@ -30,6 +30,7 @@ ADAPTER_FILES = {
 }
 # What a finished run holds besides its checkpoints.
 RUN_FILES = ADAPTER_FILES | {
+    "manifest.json",
     "metrics.jsonl",
     "report.html",
     "results.json",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
-from phinetune.files import is_disk_full, publish_files, staged_folder, write_text
+from phinetune.files import file_digest, is_disk_full, publish_files, publish_folder, remove, staged_folder, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -77,3 +79,89 @@ def test_a_full_disk_is_recognised_through_its_wrappers() -> None:
     assert is_disk_full(wrapped)
     assert not is_disk_full(RuntimeError("something else"))
     assert not is_disk_full(None)
+
+
+@pytest.mark.parametrize("there", ["folder", "file", "link", "dangling link", "nothing"])
+def test_whatever_is_in_the_place_of_a_folder_is_replaced_and_what_a_link_points_to_stays(
+    tmp_path: Path, there: str
+) -> None:
+    stage, target, other = tmp_path / "stage", tmp_path / "target", tmp_path / "other"
+    for folder in (stage, other):
+        folder.mkdir()
+        (folder / "x").write_text(folder.name)
+    if there == "folder":
+        target.mkdir()
+        (target / "y").write_text("old")
+    elif there == "file":
+        target.write_text("old")
+    elif there == "link":
+        target.symlink_to(other)
+    elif there == "dangling link":
+        target.symlink_to(tmp_path / "nowhere")
+    publish_folder(stage, target)
+    assert names(target) == {"x"}
+    assert not target.is_symlink()
+    assert (other / "x").read_text() == "other"
+    assert names(tmp_path) == {"target", "other"}
+
+
+def test_processes_that_publish_to_one_place_at_once_all_succeed(tmp_path: Path) -> None:
+    children = []
+    for number in range(5):
+        child = os.fork()
+        if child == 0:
+            try:
+                for turn in range(20):
+                    with staged_folder(tmp_path / "made") as stage:
+                        (stage / "x").write_text(f"{number} {turn}")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 5
+    assert names(tmp_path) == {"made"}
+    assert (tmp_path / "made" / "x").read_text().endswith(" 19")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to a file", "link to a folder", "dangling link", "nothing"])
+def test_what_is_removed_is_gone_and_what_it_points_to_stays(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "x").write_text("")
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("")
+    elif kind == "folder":
+        (place / "in it").mkdir(parents=True)
+    elif kind != "nothing":
+        targets = {"link to a file": "kept/x", "link to a folder": "kept", "dangling link": "nowhere"}
+        place.symlink_to(tmp_path / targets[kind])
+    remove(place)
+    assert not os.path.lexists(place)
+    assert (tmp_path / "kept" / "x").is_file()
+
+
+def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 9000  # more than one piece
+    (tmp_path / "a").write_bytes(content)
+    assert file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_what_is_private_is_for_the_user_alone_until_they_share_it(tmp_path: Path) -> None:
+    def mode(path: Path) -> int:
+        return path.stat().st_mode & 0o777
+
+    before = os.umask(0o022)
+    try:
+        write_text(tmp_path / "mine", "one", private=True)
+        write_text(tmp_path / "ours", "one")
+        assert (mode(tmp_path / "mine"), mode(tmp_path / "ours")) == (0o600, 0o644)
+        (tmp_path / "mine").chmod(0o640)
+        write_text(tmp_path / "mine", "two", private=True)
+        assert mode(tmp_path / "mine") == 0o640
+        for private, wanted in ((True, 0o700), (False, 0o755)):
+            with staged_folder(tmp_path / "folder", private=private) as stage:
+                assert mode(stage) == wanted
+            assert mode(tmp_path / "folder") == wanted
+    finally:
+        os.umask(before)

@@ -51,3 +51,11 @@ def test_only_what_both_sides_have_is_compared() -> None:
 def test_a_change_is_told_with_its_direction(before: str, after: tuple[float, float], text: str, better: bool) -> None:
     (measure,) = measures_of([before])
     assert measure.change(*after) == (text, better)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", ["loss", "perplexity", "chrf"])
+def test_a_number_that_is_not_finite_is_shown_as_such(key: str, value: float) -> None:
+    (measure,) = measures_of([key])
+    assert measure.amount(value) == measure.amount(value, sign=True) == "not finite"
+    assert measure.change(1.0, value)[0] == "not finite"

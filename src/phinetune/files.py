@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically: into a temporary file beside it, which is synced and then renamed."""
-    write_lines(path, [text])
+PRIVATE = 0o600  # of files that hold the user's text: for the user alone
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write `text` to `path` atomically: into a temporary file beside it, which is synced and then renamed.
+
+    Args:
+        private: a new file is for the user alone. One that is there keeps its mode, so that it can be shared.
+    """
+    write_lines(path, [text], private=private)
+
+
+def write_lines(path: Path, lines: Iterable[str], *, private: bool = False) -> None:
     """`write_text` for lines that are made one by one. If making one raises an error, nothing is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -25,28 +32,32 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, _mode(path, private))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
+# What a rename to a folder says if another process has put something there in the meantime.
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors (Rust) and torch's zip writer raise error types of their own, with the number in the text.
 DISK_FULL_SIGNS = ("No space left on device", *(f"os error {number})" for number in DISK_FULL))
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, *, private: bool = False) -> Iterator[Path]:
     """A context with an empty folder to fill. When the block ends, one rename makes the folder `target`.
+
+    A private folder is for the user alone.
 
     If the block raises an error, the folder is deleted. An existing `target` is replaced. The folder is made beside
     `target`, so the rename stays on one file system.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
-    stage.chmod(0o777 & ~_umask())
+    stage.chmod(0o700 if private else 0o777 & ~_umask())
     try:
         yield stage
         publish_folder(stage, target)
@@ -55,12 +66,35 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def publish_folder(stage: Path, target: Path) -> None:
-    """Sync `stage` to disk and rename it to `target`. An existing `target` is replaced."""
+    """Sync `stage` to disk and rename it to `target`.
+
+    What is at `target` is moved aside first and deleted last: a folder, a file, or a link (not what it points to). Of
+    several processes that publish to one place at the same time, the last one wins.
+    """
     sync_tree(stage)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(stage, target)
-    _sync(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.replaced-") as aside:
+        while True:
+            with suppress(FileNotFoundError):
+                os.replace(target, tempfile.mkdtemp(dir=aside) if _is_folder(target) else Path(aside) / "file")
+            try:
+                os.replace(stage, target)
+                break
+            except OSError as error:
+                if error.errno not in TAKEN:
+                    raise
+        sync_folder(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all in it, or a link (not what it points to). It may be gone already."""
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def publish_files(stage: Path, target: Path) -> None:
@@ -69,7 +103,7 @@ def publish_files(stage: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(stage.iterdir()):
         os.replace(file, target / file.name)
-    _sync(target)
+    sync_folder(target)
 
 
 def sync_tree(folder: Path) -> None:
@@ -77,7 +111,21 @@ def sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
             _sync(Path(root) / name)
-        _sync(Path(root))
+        sync_folder(Path(root))
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync the names in a folder, so that they survive a power cut."""
+    _sync(folder)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            total.update(part)
+    return total.hexdigest()
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -97,6 +145,12 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _mode(path: Path, private: bool) -> int:
+    if path.is_file():
+        return path.stat().st_mode & 0o777
+    return PRIVATE if private else 0o666 & ~_umask()
 
 
 def _umask() -> int:

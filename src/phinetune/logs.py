@@ -9,9 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from phinetune.secret_text import without_secrets
+from phinetune.terminal_text import visible
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 DATES = "%Y-%m-%d %H:%M:%S"
 LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+class SafeFormatter(logging.Formatter):
+    """Writes a line so that nothing in it acts on a terminal, and no access token is told."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMAT, DATES)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with its traceback if it has one."""
+        return visible(without_secrets(super().format(record)), "\n\t")
 
 
 def set_up_logging(level: str = "info") -> None:
@@ -25,7 +39,7 @@ def set_up_logging(level: str = "info") -> None:
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(FORMAT, DATES))
+    handler.setFormatter(SafeFormatter())
     handler.setLevel(number)
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(max(number, logging.WARNING))
@@ -47,8 +61,9 @@ def quiet_libraries() -> None:
 def log_file(path: Path) -> Iterator[None]:
     """A context in which phinetune's log lines, from INFO on, are also written to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(0o600)  # for the user alone: a row or an answer may stand in it
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(FORMAT, DATES))
+    handler.setFormatter(SafeFormatter())
     logger = logging.getLogger("phinetune")
     logger.addHandler(handler)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,8 @@ class Measure(NamedTuple):
 
     def amount(self, value: float, *, sign: bool = False) -> str:
         """A number in this measure's format, with its sign if asked."""
+        if not math.isfinite(value):
+            return "not finite"
         return (self.form.replace("{:", "{:+") if sign else self.form).format(value)
 
 

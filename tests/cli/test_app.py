@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from cli.cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
+from phinetune.cli.app import main
 from phinetune.cli.program import program
 from phinetune.config.run import dump_config
 
@@ -156,3 +158,69 @@ def test_a_real_process_ends_with_status_2_and_no_traceback(config_file: Path) -
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no.jsonl: no such file\n"
+
+
+@pytest.mark.parametrize("given", ["1s", "0.5s", "0:00:01"])
+def test_a_run_whose_time_is_over_ends_with_status_75_and_can_go_on(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    longer = ("--set", "training_config.max_steps=5000")
+    assert run(monkeypatch, "train", config_file, "--max-time", given, *longer) == 75
+    out = capsys.readouterr().out
+    assert "Stopped after step" in out
+    assert "--resume" in out
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    assert run(monkeypatch, "train", config_file, "--resume", "--max-time", given, *longer) == 75
+
+
+@pytest.mark.parametrize("given", ["tomorrow", "-5m", "10"])
+def test_a_time_that_is_none_is_a_sentence(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    assert run(monkeypatch, "train", config_file, f"--max-time={given}") == 2
+    assert f"error: max_time (--max-time): `{given}` is no duration; write it as 2h30m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "limit of file sizes"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0"), "to its end"),
+        (MemoryError(), "the memory is not enough"),
+        (OSError(errno.EACCES, "Permission denied", "x.json"), "[Errno 13] Permission denied: 'x.json'"),
+    ],
+    ids=str,
+)
+def test_what_the_machine_refuses_is_a_sentence_in_every_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("phinetune.cli.app.app", fails)
+    assert run(monkeypatch, "merge") == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_fault_of_this_package_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr("phinetune.cli.app.app", fails)
+    with pytest.raises(ValueError, match="ours"):
+        main()
+
+
+@pytest.mark.parametrize("kilobytes", [900_000, 1_500_000, 1_900_000])
+def test_too_little_address_space_for_the_libraries_is_a_sentence(config_file: Path, kilobytes: int) -> None:
+    """Without it, the libraries end the process by a segmentation fault as they are loaded, or tell of MemoryError."""
+    command = f"ulimit -v {kilobytes}; exec {sys.executable} -m phinetune train {config_file}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: this shell limits the address space to")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,13 +1,48 @@
-"""YAML: a key that stands twice is refused with its line; anchors and merge keys are not keys that stand twice."""
+"""YAML: too long, too deep, standing for too much, or with a key twice, it is refused in a sentence."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import yaml
 
 from phinetune.config.run import load_config, make_config
+from phinetune.config.yaml_text import LONGEST, read_yaml
 from phinetune.errors import ConfigError
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+BAD = {
+    "aliases of aliases": (LAUGHS, "stand for more than 100,000 values"),
+    "dictionaries of aliases": (LAUGHS.replace("[", "{k: [").replace("]", "]}"), "stand for more than"),
+    "a list in itself": ("data: &a [*a]", "stand for more than"),
+    "a dictionary in itself": ("data: &a {b: *a}", "stand for more than"),
+    "too deep": ("[" * 3_000, "too deep"),
+    "too long": ("#" + "x" * LONGEST, "letters; at most 1,048,576 are read"),
+    "a 13th month": ("data: 2020-13-45", "month must be in 1..12"),
+    "a number that is none": ("data: !!int x", "can't be read"),
+    "a date that is none": ("data: !!timestamp x", "can't be read"),
+    "an object": ("data: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_text_is_refused(tmp_path: Path, kind: str) -> None:
+    text, words = BAD[kind]
+    with pytest.raises(yaml.YAMLError, match=words):
+        read_yaml(text, "c.yaml")
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml.*: broken YAML: .*" + words) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert len(caught.value.problems) == 1
+
+
+def test_aliases_in_measure_are_read() -> None:
+    assert read_yaml("a: &a [1, 2]\nb: *a", "c.yaml") == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_an_override_that_is_no_yaml_is_text() -> None:
+    assert make_config({}, ["model.path=2020-13-45"]).model.path == "2020-13-45"
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import resource
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import torch
 from transformers import Phi3Config
 
 from phinetune.engine.activation_memory import MAPPED, PLENTY, RESERVE, SLACK, ActivationMemory, LayerSizes, Level
-from phinetune.engine.device_memory import _left_in_group, free_bytes
+from phinetune.engine.device_memory import LIBRARY_SPACE, _groups, _left_in_group, free_bytes, limits
 
 KEEP, CHEAP, LAYER = Level
 SIZES = LayerSizes(hidden=32, qkv=64, attended=32, inner=48, dropout=False)
@@ -224,3 +225,46 @@ def test_without_a_limit_all_counts(tmp_path: Path) -> None:
     total = psutil.virtual_memory().total
     assert _left_in_group(tmp_path / "none") > total
     assert _left_in_group(control_group(tmp_path, "max")) > total
+
+
+def older_control_group(folder: Path, limit: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text("700\n")
+    (folder / "memory.stat").write_text("cache 300\ninactive_file 1\ntotal_inactive_file 200\n")
+    return folder
+
+
+def test_a_control_group_of_version_1_counts_alike(tmp_path: Path) -> None:
+    assert _left_in_group(older_control_group(tmp_path, "1000")) == 1000 - 700 + 200
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("0::/\n", [""]),  # version 2, in a container
+        ("0::/user/me\n", ["user/me", "user", ""]),  # a service of a machine: groups around it count, too
+        ("9:name=systemd:/\n4:memory:/docker/ab\n", ["memory/docker/ab", "memory/docker", "memory"]),
+        ("4:hugetlb,memory:/\n0::/x\n", ["memory", "x", ""]),  # both versions
+        ("9:name=systemd:/\n", []),
+    ],
+)
+def test_the_groups_of_a_process_are_found(tmp_path: Path, names: str, expected: list[str]) -> None:
+    (tmp_path / "own").write_text(names)
+    mount = tmp_path / "mount"
+    assert list(_groups(mount, tmp_path / "own")) == [mount / name for name in expected]
+    assert list(_groups(mount, tmp_path / "no such file")) == []
+
+
+def test_the_shells_limit_of_address_space_counts() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = psutil.Process().memory_info().vms
+    assert "ulimit" not in str(limits())
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (taken + LIBRARY_SPACE + (1 << 28), before[1]))
+        (limit,) = [limit for limit in limits() if "ulimit" in limit.name]
+        free = free_bytes(torch.device("cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert 0 < limit.left <= 1 << 28
+    assert free <= 1 << 28

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phinetune.evaluation import bootstrap
-from phinetune.evaluation.bootstrap import Array, Difference, Pairs, differences
+from phinetune.evaluation.bootstrap import NOT_FINITE, Array, Difference, Pairs, differences
 from phinetune.metric_table import MEASURES, Measure
 
 BY_KEY = {measure.key: measure for measure in MEASURES}
@@ -89,3 +89,20 @@ def test_many_rows_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {part.shape[1] for part in parts} == {500}
     assert sum(len(part) for part in parts) == 2_000
     assert all((part.sum(1) == 500).all() for part in parts)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("key", ["loss", "token_accuracy", "bleu"])
+def test_a_number_that_is_not_finite_is_never_an_unclear_difference(value: float, side: str, key: str) -> None:
+    """Not even if most resamples leave its row out."""
+    numbers = {"base": np.full(20, 3.0), "tuned": np.full(20, 1.0)}
+    numbers[side][7] = value
+    found = of_means(numbers["base"], numbers["tuned"], BY_KEY[key])
+    assert found.verdict == NOT_FINITE
+    assert found.text == "not finite: no difference can be told"
+
+
+def test_a_perplexity_that_overflows_is_not_finite() -> None:
+    pairs = Pairs(np.full(4, 1.0), np.full(4, 800.0), np.ones(4), np.ones(4), exponential=True)
+    assert differences({"x": (BY_KEY["perplexity"], pairs)}, 4)["x"].verdict == NOT_FINITE

@@ -22,6 +22,7 @@ from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.read.row import Row
 from phinetune.engine.scoring import score_rows
+from phinetune.evaluation.bootstrap import NOT_FINITE
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.metrics import row_metrics
 from phinetune.metric_table import measured
@@ -181,3 +182,37 @@ def test_a_model_that_never_stops_is_flagged(tuned: Opened, held_out: ChatSet, c
     )
     show_comparison(made, console)
     assert "Look: 100% of the answers of tuned never stopped" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_numbers_that_are_not_finite_is_said_to_have_them(
+    tuned: Opened, held_out: ChatSet, console: Console, value: float
+) -> None:
+    with torch.no_grad():
+        next(p for n, p in tuned.model.named_parameters() if "lora_B" in n).fill_(value)
+    made = compared(tuned.model, tuned, held_out)
+    assert made.differences["loss"].verdict == NOT_FINITE
+    assert made.flags[0] == "loss, perplexity of tuned: not finite, so the models can't be compared by it"
+    tree = made.to_tree()
+    assert tree["differences"]["loss"]["verdict"] == NOT_FINITE
+    assert tree["differences"]["loss"]["change"] is None
+    json.dumps(tree, allow_nan=False)
+    show_comparison(made, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "nan" not in shown
+    (row,) = [line for line in shown.splitlines() if "loss (nats" in line]
+    assert [cell.strip() for cell in row.split("│")[3:7]] == ["not finite", "not finite", "", "not finite"]
+
+
+def test_a_metric_of_which_no_answer_has_two_numbers_has_no_difference(tuned: Opened, held_out: ChatSet) -> None:
+    calls: list[int] = []
+
+    def second_model_only(answer: str, reference: str, messages: Any) -> float | None:
+        calls.append(1)
+        return 1.0 if len(calls) > 4 else None
+
+    section = EvaluationSection(max_new_tokens=2, max_prompts=4, batch_size=3)
+    metrics = {"late": second_model_only}
+    made = compare(tuned.model, tuned.loaded.tokenizer, tuned.encoder, held_out, section, metrics)
+    assert made.results["tuned"]["late"] == 1.0
+    assert "late" not in made.differences

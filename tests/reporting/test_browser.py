@@ -131,7 +131,7 @@ def test_a_watched_page_renews_itself_without_a_reload(browser: Browser, tmp_pat
     server = make_server(folder.path, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        url = server.url
         browser.open(url)
         browser.run("window.stayed = true")
         assert browser.run("return document.querySelectorAll('canvas').length") == 0

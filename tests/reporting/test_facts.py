@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from phinetune.errors import RunError
 from phinetune.liveness import this_process
 from phinetune.reporting.facts import read_run, read_runs
-from phinetune.run_folder import RunFolder
+from phinetune.run_folder import RESULTS, RunFolder
 from reporting.report_helpers import make_run
 
 
@@ -82,3 +83,21 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / part / "run") for part in ("a", "b")]
     assert [run.name for run in read_runs(paths)] == [str(path) for path in paths]
     assert read_run(paths[0]).name == "run"
+
+
+@pytest.mark.parametrize(
+    ("steps", "notes"),
+    [
+        ([], []),
+        ([3], ["Steps that changed nothing, since their loss or gradients were not finite: 1 (3)."]),
+        (
+            list(range(1, 8)),
+            ["Steps that changed nothing, since their loss or gradients were not finite: 7 (1, 2, 3, 4, 5 …)."],
+        ),
+    ],
+)
+def test_steps_that_were_skipped_are_noted(tmp_path: Path, steps: list[int], notes: list[str]) -> None:
+    folder = make_run(tmp_path / "run")
+    results = json.loads((folder / RESULTS).read_text())
+    (folder / RESULTS).write_text(json.dumps({**results, "training": {**results["training"], "skipped_steps": steps}}))
+    assert read_run(folder).notes == notes

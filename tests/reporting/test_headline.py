@@ -99,3 +99,18 @@ def test_a_later_evaluation_stands_in_where_the_run_made_none(tmp_path: Path) ->
     run = read_run(folder)
     assert headline(run).startswith("Better on 5 held-out chats")
     assert len(run.examples) == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "key", "name"),
+    [
+        ("tuned", "loss", "loss"),
+        ("base", "loss", "loss"),
+        ("tuned", "token_accuracy", "token accuracy"),
+        ("tuned", "my_score", "my score"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_told_first(tmp_path: Path, side: str, key: str, name: str) -> None:
+    spoiled = {**EVALUATION, side: {**EVALUATION[side], key: None}}
+    sentence = told(tmp_path / "run", evaluation=spoiled)
+    assert sentence.startswith(f"Not finite on 80 held-out chats: {name} of {side} is not finite, exact match rose")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -21,41 +22,57 @@ from reporting.report_helpers import make_run
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[int]:
+def served(folder: Path) -> Iterator[str]:
     with make_server(folder, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_address[1]
+        yield server.url
         server.shutdown()
 
 
-def get(port: int, path: str = "/", host: str = "127.0.0.1") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.request("GET", path, headers={"Host": f"{host}:{port}"})
+def get(url: str, path: str | None = None, host: str = "127.0.0.1") -> tuple[int, str]:
+    address = urlsplit(url)
+    assert address.port
+    connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=10)
+    connection.request("GET", path or address.path, headers={"Host": f"{host}:{address.port}"})
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
 
 
 def test_the_page_follows_the_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=4, finished=False)
-    with served(folder) as port:
-        assert "stopped at step 4 of 30" in get(port)[1]
+    with served(folder) as url:
+        assert "stopped at step 4 of 30" in get(url)[1]
         make_run(folder, steps=9, finished=False)
-        assert "stopped at step 9 of 30" in get(port)[1]
+        assert "stopped at step 9 of 30" in get(url)[1]
 
 
 def test_only_this_machine_under_its_own_name_is_answered(tmp_path: Path) -> None:
-    with served(make_run(tmp_path / "run")) as port:
-        assert get(port, host="localhost")[0] == 200
-        assert get(port, host="evil.example")[0] == 403
-        assert get(port, "/results.json")[0] == 404
-        assert get(port, "/../../etc/passwd")[0] == 404
+    with served(make_run(tmp_path / "run")) as url:
+        for host in ("localhost", "127.0.0.1"):
+            assert get(url, host=host)[0] == 200
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[::1]", "0.0.0.0"):
+            assert get(url, host=host)[0] == 403
+        assert get(url, f"{urlsplit(url).path}results.json")[0] == 404
+        assert get(url, "/../../etc/passwd")[0] == 404
+
+
+def test_without_the_token_of_its_address_there_is_no_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with served(folder) as url, served(folder) as other:
+        token = urlsplit(url).path
+        assert len(token) > 20
+        for path in ("/", "/?token=", token[:-2] + "/", f"{token}x", urlsplit(other).path, "/%C3%A9/"):
+            status, text = get(url, path)
+            assert status == 404
+            assert token.strip("/") not in text
+        assert get(url, f"{token}?x")[0] == 200
 
 
 def test_a_run_that_goes_away_is_told(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    with served(folder) as port:
+    with served(folder) as url:
         folder.rename(tmp_path / "moved")
-        status, text = get(port)
+        status, text = get(url)
     assert status == 503
     assert "no such folder" in text
 
@@ -74,8 +91,7 @@ def test_ctrl_c_ends_it_well(tmp_path: Path) -> None:
         try:
             assert process.stdout
             line = process.stdout.readline()
-            port = int(line.partition("http://127.0.0.1:")[2].partition("/")[0])
-            assert get(port)[0] == 200
+            assert get(line.partition(" live at ")[2].partition(" ")[0])[0] == 200
             process.send_signal(signal.SIGINT)
             out, errors = process.communicate(timeout=20)
         finally:

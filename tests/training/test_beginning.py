@@ -25,6 +25,7 @@ from phinetune.config.run import RunConfig
 from phinetune.engine.scoring import Score, score_rows
 from phinetune.errors import ConfigError, ModelError, RunError
 from phinetune.exporting.merge.merge import merge_run
+from phinetune.manifest import write_manifest
 from phinetune.screen.console import silent
 from phinetune.training.prepare import prepare_run, settle
 
@@ -139,6 +140,7 @@ def test_a_checkpoint_that_began_elsewhere_is_refused(chats: Path, tmp_path: Pat
     name = next(name for name in tensors if name.endswith("lora_B.weight"))
     tensors[name][0, -1] += 1e-4
     save_file(tensors, file, metadata={"format": "pt"})
+    write_manifest(file.parent)
     with pytest.raises(RunError, match="began with other values") as told:
         train_only(config, resume=True)
     assert told.value.problems[1:] == [name]

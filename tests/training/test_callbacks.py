@@ -17,7 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from helpers import tiny_config
 from phinetune.config.run import dump_config
 from phinetune.errors import RunError
-from phinetune.training.callbacks import GradientCheck, MetricsWriter
+from phinetune.training.callbacks import GradientCheck, MetricsWriter, _drop_lines_after
 
 
 def test_lines_past_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path: Path) -> None:
@@ -27,6 +27,37 @@ def test_lines_past_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path
     writer = MetricsWriter(file)
     writer.on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), state, None)  # type: ignore[arg-type]
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "kept"),
+    [
+        ('{"step": 1}\n{"step": 2, "answer": "a\u2028b"}\n{"step": 3}\n', [1, 2]),  # a break inside a text
+        ('{"step": 1}\n\0\0\0\0\n{"step": 2}\n', [1, 2]),  # writes that were lost
+        ('{"step": 1}\n[]\n12\n"step"\n{"loss": 3}\n{"step": null}\n{"step": 2}', [1, 2]),
+        ('{"step": 1}\n\udcff\udcfe\n{"step": 3}\n', [1]),
+        ("", []),
+    ],
+)
+def test_each_line_up_to_the_checkpoint_stays_whatever_lies_between(
+    tmp_path: Path, spoiled: str, kept: list[int]
+) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_bytes(spoiled.encode(errors="surrogateescape"))
+    _drop_lines_after(file, 2)
+    lines = [json.loads(line) for line in file.read_text().split("\n") if line]
+    assert [line["step"] for line in lines] == kept
+    assert all(line.get("answer") in (None, "a\u2028b") for line in lines)
+
+
+def test_lines_are_dropped_in_one_rename(tmp_path: Path) -> None:
+    """A process that dies while it drops lines leaves all of them, not some."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    opened = file.open()
+    _drop_lines_after(file, 2)
+    assert opened.read() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
@@ -68,7 +99,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == 75, err
     assert "Traceback" not in err
     assert f"  python -m phinetune train {file} --resume\n" in out
     assert not (run / "results.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, get_scheduler
 from helpers import tiny_config
 from phinetune.engine.packing import PackedCollator
 from phinetune.errors import ConfigError, DataError, RunError
-from phinetune.training.library_errors import told_in_sentences
+from phinetune.training.library_errors import disk_told, disk_trouble, told_in_sentences
 from phinetune.training.prepare import prepare_run, settle
 from phinetune.training.run import open_place, train_run
 
@@ -27,6 +28,8 @@ from phinetune.training.run import open_place, train_run
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
         RuntimeError("MPS backend out of memory"),
+        RuntimeError("could not create a primitive"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
     ids=str,
 )
@@ -93,3 +96,35 @@ def test_what_a_library_finds_while_a_run_trains_is_a_sentence(
     config = tiny_config(chats, tmp_path / "run", **training)
     with pytest.raises(ConfigError):
         train_run(prepare_run(settle(config)), open_place(config))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "can only be read"),
+        (RuntimeError("basic_ios::clear: iostream error"), "could not be written to its end"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "to its end"),
+        (ValueError("cut"), None),
+        (OSError(errno.ENOENT, "No such file"), None),
+    ],
+    ids=str,
+)
+def test_a_disk_that_fails_is_told_with_the_folder(error: Exception, said: str | None) -> None:
+    with pytest.raises(RunError if said else type(error)) as caught, disk_told(Path("runs/mine")), told_in_sentences():
+        raise error
+    if said:
+        assert str(caught.value).startswith("runs/mine: ")
+        assert said in str(caught.value)
+        assert "--resume" in str(caught.value)
+
+
+def test_what_says_more_comes_first_in_a_chain_of_errors() -> None:
+    """torch's error about the file that is cut off is raised while the system's own is handled."""
+    error = RuntimeError("unexpected pos 1 vs 0")
+    error.__context__ = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert disk_trouble(error) == "the disk quota is used up"
+
+
+def test_a_sentence_about_something_else_keeps_its_words() -> None:
+    with pytest.raises(DataError, match=r"^row 3$"), disk_told(Path("runs/mine")):
+        raise DataError("row 3") from OSError(errno.ENOSPC, "No space left on device")

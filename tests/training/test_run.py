@@ -49,6 +49,8 @@ def test_a_run_leaves_exactly_these_files(tiny_run: Path) -> None:
         "base.json",
         "chat_template.jinja",
         "generation_config.json",
+        "log_sums_0.json",
+        "manifest.json",
         "optimizer.pt",
         "rng_state.pth",
         "scheduler.pt",
@@ -227,7 +229,7 @@ def test_a_run_that_diverges_stops_and_names_the_batch(chats: Path, tmp_path: Pa
         train_only(config)
     text = str(caught.value)
     assert "the loss became" in text
-    assert "The batch began: '<|" in text
+    assert "The step's rows began: '<|" in text
     assert (tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors").is_file()
 
 
@@ -278,3 +280,10 @@ def test_a_row_that_spoils_the_run_leaves_no_run(tmp_path: Path) -> None:
         train_only(config)
     assert not (tmp_path / "run").exists()
     assert config.model.path == TINY
+
+
+def test_files_with_text_of_the_user_are_for_the_user_alone(tiny_run: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tiny_run.iterdir() if path.is_file()}
+    private = {"results.json", "start.json", "run.log", "report.html", "samples.jsonl"} & modes.keys()
+    assert {"results.json", "start.json", "run.log", "report.html"} <= private
+    assert {name: modes[name] for name in private} == dict.fromkeys(private, 0o600)

@@ -15,13 +15,14 @@ from phinetune.checkpoints.opened import open_model, opened_config
 from phinetune.checkpoints.tokenizer import open_config
 from phinetune.config.evaluation import CustomMetric, EvaluationSection
 from phinetune.config.run import make_config
-from phinetune.errors import DataError, ModelError
+from phinetune.errors import DataError, ModelError, RunError
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
 from phinetune.evaluation.metrics import row_metrics
 from phinetune.files import write_text
 from phinetune.logs import quiet_libraries
 from phinetune.run_folder import EVALUATION, RunFolder
+from phinetune.run_lock import locked, refuse_if_locked
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, stderr
 from phinetune.screen.harness_tasks import show_tasks
@@ -58,6 +59,8 @@ def evaluate(
     """
     console = console or stderr()
     quiet_libraries()
+    if record and RunFolder(Path(path).expanduser()).is_run:
+        refuse_if_locked(Path(path).expanduser())
     config = opened_config(path, **model_options)
     open_config(config.model)  # a path without a model is told before all else
     options = _options(config.evaluation, evaluation or {}, console)
@@ -95,11 +98,12 @@ def _record(path: str | Path, comparison: Comparison, console: Console) -> None:
         return
     try:
         data = {"held_out": comparison.data, "overlap": comparison.overlap}
-        folder.write_evaluation({"data": data, **comparison.to_tree(examples=EXAMPLES)})
-    except OSError as error:
+        with locked(folder.path):
+            folder.write_evaluation({"data": data, **comparison.to_tree(examples=EXAMPLES)})
+            page = write_page(folder)
+    except (OSError, RunError) as error:
         logger.warning("%s: the evaluation was not kept there: %s", folder.path, error)
         return
-    page = write_page(folder)
     say(console, f"Wrote {folder.path / EVALUATION}{f' and {page}' if page else ''}")
 
 

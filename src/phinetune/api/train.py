@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from phinetune.checkpoints.device import pick_device
 from phinetune.checkpoints.untouched import untouched_base
 from phinetune.config.run import RunConfig
 from phinetune.demo_data.demo_config import demo_config
+from phinetune.durations import read_seconds
 from phinetune.errors import ConfigError, ModelError
 from phinetune.evaluation.compare import compare
 from phinetune.evaluation.metrics import RowMetric
@@ -25,7 +27,9 @@ from phinetune.exporting.hub.card import write_card
 from phinetune.exporting.hub.push import push
 from phinetune.files import write_text
 from phinetune.logs import LEVELS, quiet_libraries, set_up_logging
+from phinetune.planning.limits import check_limits
 from phinetune.run_folder import CARD, RunFolder
+from phinetune.run_lock import locked
 from phinetune.screen.adapted_layers import show_targets
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, silent, stderr
@@ -33,9 +37,11 @@ from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
 from phinetune.screen.progress import ComparisonProgress, ProgressLine
 from phinetune.training.best_checkpoint import needs_answers
+from phinetune.training.callbacks import StopRequest
 from phinetune.training.hub_wish import HubWish
+from phinetune.training.library_errors import disk_told
 from phinetune.training.prepare import PreparedRun, SettledRun, prepare_run, settle
-from phinetune.training.run import TrainedRun, open_place, train_run
+from phinetune.training.run import RunPlace, TrainedRun, open_place, train_run
 
 EXAMPLES = 20  # answered prompts that results.json keeps
 
@@ -67,6 +73,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     changed: bool = False,
+    max_time: float | str | None = None,
     console: Console | None = None,
 ) -> Run:
     """Fine-tune a Phi-3 on chats, compare it with its base, and leave a run in `training_config["output_dir"]`.
@@ -80,6 +87,8 @@ def train(
         resume: go on with the run in output_dir from its newest checkpoint.
         overwrite: replace the run in output_dir.
         changed: with `resume`, go on although something that decides the result has changed; it is recorded.
+        max_time: stop with a checkpoint before so much time is over, counted from this call: seconds, or a text such
+            as `2h30m`.
         console: where to print; standard error if left out.
 
     Raises:
@@ -94,7 +103,9 @@ def train(
         objective=objective,
         engine=engine,
     )
-    return train_config(config, console or stderr(), resume=resume, overwrite=overwrite, changed=changed)
+    return train_config(
+        config, console or stderr(), resume=resume, overwrite=overwrite, changed=changed, max_time=max_time
+    )
 
 
 def demo(
@@ -122,17 +133,34 @@ def demo(
 
 
 def train_config(
-    config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False, changed: bool = False
+    config: RunConfig,
+    console: Console,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    changed: bool = False,
+    max_time: float | str | None = None,
 ) -> Run:
     """`train` for a validated configuration. Of several processes the main one prints to `console` and writes."""
+    stop = StopRequest(_seconds(max_time))
     set_up_logging(_log_level(config))
     quiet_libraries()
     settled = settle(config)
     metrics = look_at_settings(settled)
     console = _join_others(settled, console)
-    place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
+    with locked(config.output_dir) if processes.is_main() else nullcontext():
+        with processes.main_first():  # the others look at a folder that is tidy
+            place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
+        return _train_at(place, settled, metrics, console, stop)
+
+
+def _train_at(
+    place: RunPlace, settled: SettledRun, metrics: Mapping[str, RowMetric], console: Console, stop: StopRequest
+) -> Run:
+    """All of a run that happens while its folder is locked."""
     prepared = prepare_run(settled)
     look_at_rows(prepared, metrics)
+    check_limits(prepared)
     show_data(prepared.chats, prepared.tokenizer, console)
     progress = ProgressLine(console)
     try:
@@ -142,13 +170,29 @@ def train_config(
             look=_look(prepared, metrics),
             callbacks=[progress],
             on_start=lambda model: show_targets(model, console),
+            stop=stop,
         )
     finally:
         progress.close()
-    run = _finish(trained, metrics, console)
+    with disk_told(place.folder.path):
+        run = _finish(trained, metrics, console)
     if settled.settings.push and processes.is_main() and not run.stopped:
         _push(run.path, settled.settings.push, console)
     return run
+
+
+def _seconds(max_time: float | str | None) -> float | None:
+    """`max_time` in seconds.
+
+    Raises:
+        ConfigError: it is no duration.
+    """
+    if max_time is None:
+        return None
+    try:
+        return read_seconds(max_time if isinstance(max_time, str) else f"{max_time:f}s")
+    except ValueError as error:
+        raise ConfigError(f"max_time (--max-time): {error}") from None
 
 
 def _push(folder: Path, wish: HubWish, console: Console) -> None:

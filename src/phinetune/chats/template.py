@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.chats.control import THOUGHTS, ControlTokens, control_tokens
+from phinetune.chats.template_rendering import apply_template
 from phinetune.chats.tools import ToolStyle, lay_out, tool_style
 from phinetune.engine.examples import common_prefix
 
@@ -40,14 +41,11 @@ def render_all(
     ready = [_for_template(control, chat) for chat in chats]
     with_tools = {i for i, chat in enumerate(ready) if any("tools" in m or "tool_calls" in m for m in chat)}
     together = [chat for i, chat in enumerate(ready) if i not in with_tools]
-    texts: list[Any] = []
-    if together:
-        texts += tokenizer.apply_chat_template(together, tokenize=False, add_generation_prompt=reply)
+    texts = apply_template(tokenizer, together, reply=reply) if together else []
     for i in sorted(with_tools):
         chat, tools = lay_out(ready[i], style_of(tokenizer))
-        text: Any = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=reply)
-        texts.insert(i, text)
-    return [str(text) for text in texts]
+        texts[i:i] = apply_template(tokenizer, [chat], tools=tools, reply=reply)
+    return texts
 
 
 def _for_template(control: ControlTokens, messages: Sequence[Message]) -> list[Message]:

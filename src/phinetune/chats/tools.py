@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from phinetune.chats.template_rendering import apply_template
+
 CALL, CALL_END = "<|tool_call|>", "<|/tool_call|>"
 
 _NAME, _VALUE = "zqxname", "zqxvalue"  # words that no template writes itself
@@ -52,7 +54,7 @@ def tool_style(tokenizer: PreTrainedTokenizerBase) -> ToolStyle:
 def _shows(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> bool:
     """Whether the rendered chat contains the test words."""
     try:
-        text = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        text = apply_template(tokenizer, [messages], tools=tools)[0]
     except Exception:  # Jinja and a template's author can raise errors of any class
         return False
     return _NAME in text and _VALUE in text

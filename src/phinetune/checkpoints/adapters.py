@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
 
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_fit
+from phinetune.checkpoints.adapter_values import wrong_values
 from phinetune.checkpoints.load import Base, Loaded
 from phinetune.checkpoints.quantize import why_no_dora
 from phinetune.checkpoints.small_files import read_json
-from phinetune.checkpoints.target_modules import FUSED
 from phinetune.checkpoints.weight_files import read_header
 from phinetune.engine.choice import has_packed_form
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.engine.peft_variants import why_not_begun_again
 from phinetune.errors import ModelError, at_most, told_as
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 
 
@@ -70,11 +67,11 @@ def attach_adapter(loaded: Loaded, folder: Path) -> PeftModel:
     no_dora = why_no_dora("int8" if getattr(loaded.model, "is_loaded_in_8bit", False) else "none", loaded.device)
     if config.use_dora and no_dora:
         raise ModelError(f"{folder}: use_dora: {no_dora}")
+    check_fit(loaded.model.config, config, folder)
     if has_packed_form(loaded.model):
         use_fused_layers(config, loaded.model)
-    with told_as(ModelError, f"{folder / ADAPTER_CONFIG}: does not fit this base{_split_hint(config.target_modules)}"):
+    with told_as(ModelError, f"{folder / ADAPTER_CONFIG}: does not fit this base"):
         model = PeftModel(loaded.model, config)
-    _check_tensors(model, folder)
     model.load_adapter(str(folder), "default", is_trainable=False)
     return model.eval()
 
@@ -87,7 +84,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder}: no adapter there (expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})")
-    read_json(folder / ADAPTER_CONFIG)
+    problems = wrong_values(read_json(folder / ADAPTER_CONFIG))
+    if problems:
+        raise ModelError([f"{folder / ADAPTER_CONFIG}: {problem}" for problem in at_most(problems, 8)])
     read_header(folder / ADAPTER_WEIGHTS)
     with told_as(ModelError, f"{folder / ADAPTER_CONFIG}: not a LoRA configuration"):
         config = LoraConfig.from_pretrained(str(folder))
@@ -95,45 +94,6 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: a {config.peft_type} adapter; only LoRA is supported")
     config.inference_mode = True
     return config
-
-
-def _check_tensors(model: PeftModel, folder: Path) -> None:
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    saved = {name: tensor.shape for name, tensor in read_header(folder / ADAPTER_WEIGHTS).items()}
-    problems = [f"missing: {name}" for name in expected if name not in saved]
-    problems += [f"unexpected: {name}" for name in saved if name not in expected]
-    problems += [
-        f"{name}: adapter shape {saved[name]} does not match the model's {shape}"
-        for name, shape in expected.items()
-        if name in saved and saved[name] != shape
-    ]
-    if problems:
-        hints = _forms(saved, expected)
-        raise ModelError([f"{folder}: the adapter does not fit this base:", *hints, *at_most(problems, 8)])
-
-
-PREFIX = "base_model.model."
-
-
-def _forms(saved: Iterable[str], expected: Iterable[str]) -> list[str]:
-    """Which other form of an adapter the names that don't fit belong to, in a sentence each."""
-    strange = [name for name in saved if name not in expected]
-    hints = [hint for hint in [_split_hint(part for name in strange for part in name.split("."))] if hint]
-    if any(".default." in name for name in strange):
-        hints.append("the names hold the adapter's own name `default`: save the adapter with PEFT's save_pretrained")
-    if any(".base_layer." in name for name in strange):
-        hints.append("it holds weights of the base, too (base_layer); save it with save_embedding_layers=False")
-    if any(PREFIX + name in expected for name in strange):
-        hints.append(f"the names lack `{PREFIX}`, which PEFT's save_pretrained writes")
-    return hints
-
-
-def _split_hint(names: object) -> str:
-    """What to do where layers are named that Phi-3 has fused; empty if none is."""
-    if not isinstance(names, Iterable) or isinstance(names, str) or not any(name in FUSED for name in names):
-        return ""
-    return " (it names split layers, which Phi-3 has fused: `phinetune convert … --to peft-fused` joins them)"
 
 
 def _describe(base: Base) -> str:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from phinetune.chats.template import stop_ids
 from phinetune.checkpoints import random_shapes, starter
+from phinetune.checkpoints.adapter_values import MOST_LAYERS
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.quantize import is_quantized, keep_packing, quantization_config
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.tokenizer_files import check_template, check_tokenizer_files, check_vocabulary
-from phinetune.checkpoints.weight_files import check_weights, fingerprint
+from phinetune.checkpoints.weight_files import fingerprint, lazy_tensors
 from phinetune.checkpoints.whole import check_whole
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import model_class
@@ -130,6 +130,17 @@ def _load_checkpoint(
     return model, base, tokenizer
 
 
+def read_shape(section: ModelSection) -> Phi3Config:
+    """The configuration of the model that `section` names. A hub id is fetched first; no weight is loaded.
+
+    Raises:
+        ModelError: the model can't be found, or its configuration can't be used.
+    """
+    if section.path.startswith(random_shapes.PREFIX):
+        return random_shapes.parse_shape(section.path)
+    return read_config(find_folder(section.path, section.revision)[0])
+
+
 def find_base(section: ModelSection) -> Base:
     """Which base `section` names. A hub id is fetched first; no weight is loaded.
 
@@ -177,7 +188,7 @@ def _read_model(
     kind = model_class(config, fast=fast)
     with ExitStack() as files:
         if section.quantization != "none":
-            source = {"pretrained_model_name_or_path": None, "state_dict": _lazy_tensors(folder, files)}
+            source = {"pretrained_model_name_or_path": None, "state_dict": lazy_tensors(folder, files)}
             source["quantization_config"] = quantization_config(section.quantization, dtype)
             if device.type != "cpu":
                 source["device_map"] = {"": device}
@@ -212,19 +223,6 @@ def read_generation(folder: Path, config: Phi3Config) -> GenerationConfig:
         if not all(type(i) is int for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])):
             raise ModelError(f"{file}: {key} must be a token id or a list of them, not {ids!r}")
     return generation
-
-
-def _lazy_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """The checkpoint's tensors. Each is read when it is asked for, and its memory is freed together with it.
-
-    transformers itself maps the files into memory. Then the pages of tensors that are quantised already stay in memory
-    until the last tensor is loaded. In the end that is the whole checkpoint in 16 bits.
-    """
-    tensors: dict[str, Any] = {}
-    for file in check_weights(folder):
-        opened = files.enter_context(safe_open(file, framework="pt", backend="pread"))
-        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is not a mapping)
-    return tensors
 
 
 def find_folder(path: str, revision: str | None) -> tuple[Path, str | None]:
@@ -284,6 +282,9 @@ def read_config(folder: Path) -> Phi3Config:
     tree.pop("auto_map", None)
     for key in ("rope_scaling", "rope_parameters"):
         _rename_rope(tree.get(key))
+    layers = tree.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # even a list of their names would take memory
+        raise ModelError(f"{file}: num_hidden_layers: {layers:,}: must be {MOST_LAYERS} or less")
     with told_as(ModelError, str(file)):
         config = Phi3Config.from_dict(tree)
     wrong = [key for key in SIZES if type(size := getattr(config, key, 1)) is int and size < 1]

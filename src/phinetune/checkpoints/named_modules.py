@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from phinetune.checkpoints.patterns import why_no_end
 from phinetune.checkpoints.target_modules import ALL_LINEAR, FUSED, linear_layers, resolve_targets
 from phinetune.errors import ConfigError
 
@@ -28,8 +29,11 @@ def resolve_names(model: PreTrainedModel, peft: Mapping[str, Any]) -> dict[str, 
 
     Raises:
         ConfigError: an entry matches nothing, or two entries ask for different things of one module; all are listed.
+            Or a regular expression is broken or has no end; these come first, because they can't be matched.
     """
-    problems: list[str] = []
+    problems = [f"peft_config.{problem}" for problem in why_no_end(peft, [name for name, _ in model.named_modules()])]
+    if problems:
+        raise ConfigError(problems)
     names = _Names(model, problems)
     resolved = dict(peft)
     for key, resolve in RESOLVERS.items():
@@ -72,10 +76,7 @@ def _is_or_ends(entry: str, name: str) -> bool:
 
 def _matches_pattern(entry: str, name: str) -> bool:
     """As PEFT matches a key of `rank_pattern` and `alpha_pattern`."""
-    try:
-        return re.match(rf"(.*\.)?({entry})$", name) is not None
-    except re.error:
-        return False
+    return re.match(rf"(.*\.)?({entry})$", name) is not None
 
 
 def _last_names(names: Iterable[str]) -> list[str]:
@@ -95,11 +96,8 @@ def _targets(names: _Names, peft: Mapping[str, Any]) -> Any:
 
 def _excluded(names: _Names, key: str, wanted: Any) -> Any:
     if isinstance(wanted, str):
-        try:
-            if not any(re.fullmatch(wanted, name) for name in names.linear):
-                names.refuse(key, wanted, "linear layer", _last_names(names.linear))
-        except re.error as error:
-            names.problems.append(f"peft_config.{key}: `{wanted}` is no regular expression: {error}")
+        if not any(re.fullmatch(wanted, name) for name in names.linear):
+            names.refuse(key, wanted, "linear layer", _last_names(names.linear))
         return wanted
     return _entries(names, key, wanted, names.linear, "linear layer")
 

@@ -9,6 +9,7 @@ from typing import Any
 from phinetune.errors import ModelError, reason_of, told_as
 
 LFS_POINTER = b"version https://git-lfs"
+LARGEST = 64 << 20  # bytes; the largest tokenizer.json that is known has half of it
 WEB_PAGE = (b"<!doctype", b"<html")
 
 
@@ -16,8 +17,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint or an adapter.
 
     Raises:
-        ModelError: there is no such file, or it holds something else.
+        ModelError: there is no such file, or it holds something else, or it is too large.
     """
+    if file.exists() and not file.is_file():  # a pipe would be waited for, and a device has no end
+        raise ModelError(f"{file}: {what_to_do(file)}")
+    if file.is_file() and file.stat().st_size > LARGEST:
+        raise ModelError(f"{file}: {file.stat().st_size:,} bytes; at most {LARGEST:,} are read; {what_to_do(file)}")
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

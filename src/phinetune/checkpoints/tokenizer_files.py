@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import Phi3Config, PreTrainedTokenizerBase
 
+from phinetune.chats.template_rendering import apply_template
 from phinetune.checkpoints.small_files import read_json, what_to_do
 from phinetune.errors import ModelError, told_as
 
@@ -51,8 +52,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     remedy = f"mend {TEMPLATE}, or give an instruct checkpoint's folder as model.tokenizer"
     for chat in chats:
         with told_as(ModelError, f"{source}: its chat template can't be rendered ({remedy})"):
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=len(chat) == 1)
-        lost = [message["role"] for message in chat if message["content"] not in str(text)]
+            text = apply_template(tokenizer, [chat], reply=len(chat) == 1)[0]
+        lost = [message["role"] for message in chat if message["content"] not in text]
         if lost:
             raise ModelError(f"{source}: its chat template leaves out what the {lost[0]} says; {remedy}")
 

@@ -6,14 +6,22 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from phinetune.checkpoints.small_files import read_json, what_to_do
-from phinetune.errors import ModelError, at_most, reason_of
+from phinetune.errors import ModelError, at_most, reason_of, told_as
 
+# The dtypes that weights and adapters may have, by safetensors' names.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+LARGEST_HEADER = 16 << 20  # bytes; a header of a thousand tensors has about a hundred thousand
+LONGEST_NAME = 500  # letters of a tensor's name
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -113,20 +121,90 @@ def read_header(file: Path) -> dict[str, HeldTensor]:
         ModelError: the file is damaged or cut off.
     """
     try:
-        with safe_open(file, framework="pt"):  # checks every entry, and that they fill the file to its last byte
-            pass
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+        begin, header = _read_entries(file)
     except Exception as error:  # safetensors raises errors of many classes
         raise ModelError(f"{file}: damaged ({reason_of(error)}); {what_to_do(file)}") from error
     header.pop("__metadata__", None)
-    begin = 8 + length
     tensors = {
         name: HeldTensor(file, e["dtype"], tuple(e["shape"]), *(begin + offset for offset in e["data_offsets"]))
         for name, e in header.items()
     }
     return dict(sorted(tensors.items(), key=lambda item: item[1].start))
+
+
+def _read_entries(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the bytes of the tensors begin, and the entries of a header. The length is checked before it is read."""
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
+        if length > LARGEST_HEADER:
+            raise ValueError(f"its header would have {length:,} bytes; at most {LARGEST_HEADER:,} are read")
+        with safe_open(file, framework="pt"):  # checks every entry, and that they fill the file to its last byte
+            pass
+        header: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=_each_once)
+    too_long = next((name for name in header if len(name) > LONGEST_NAME), None)
+    if too_long:
+        raise ValueError(f"the name of a tensor has {len(too_long):,} letters: {too_long[:40]} …")
+    return 8 + length, header
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header. safetensors itself takes the last of two entries with one name."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:i]))
+        raise ValueError(f"`{twice[:LONGEST_NAME]}` is there twice")
+    return entries
+
+
+def unreadable_dtypes(tensors: Mapping[str, HeldTensor]) -> list[str]:
+    """A problem for each tensor whose dtype is not in `DTYPES`."""
+    return [
+        f"{name} is {held.dtype}; weights of {', '.join(DTYPES)} can be read"
+        for name, held in tensors.items()
+        if held.dtype not in DTYPES
+    ]
+
+
+def read_tensor(held: HeldTensor, name: str) -> Tensor:
+    """One tensor, on the CPU. The file is closed again, so that no more of it stays in memory.
+
+    Raises:
+        ModelError: the file has changed since its header was read.
+    """
+    with told_as(ModelError, f"{held.file}: damaged"), safe_open(held.file, framework="pt") as stream:
+        tensor: Tensor = stream.get_tensor(name)
+    return tensor
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU.
+
+    Raises:
+        ModelError: the file is damaged, or has a dtype that is not in `DTYPES`; the error names the tensors.
+    """
+    header = read_header(file)
+    problems = unreadable_dtypes(header)
+    if problems:
+        raise ModelError([f"{file}: {problem}" for problem in at_most(problems, 8)])
+    with told_as(ModelError, f"{file}: damaged"), safe_open(file, framework="pt") as stream:
+        return {name: stream.get_tensor(name) for name in header}
+
+
+def lazy_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The checkpoint's tensors. Each is read when it is asked for, and its memory is freed together with it.
+
+    transformers itself maps the files into memory. Then the pages of tensors that are quantised already stay in memory
+    until the last tensor is loaded. In the end that is the whole checkpoint in 16 bits.
+
+    Args:
+        files: closes the files when it is left.
+    """
+    tensors: dict[str, Any] = {}
+    for file in check_weights(folder):
+        opened = files.enter_context(safe_open(file, framework="pt", backend="pread"))
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is not a mapping)
+    return tensors
 
 
 def fingerprint(folder: Path) -> str:

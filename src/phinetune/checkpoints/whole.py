@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phinetune.checkpoints.weight_files import HeldTensor, held_tensors
+from phinetune.checkpoints.weight_files import HeldTensor, held_tensors, unreadable_dtypes
 from phinetune.errors import ModelError, at_most, told_as
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names of the dtypes that weights may have
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.\w+$")  # tables that older versions saved; they are computed anew
 SHOWN = 8  # tensors of each kind that an error names
 REMEDY = "fetch the checkpoint again, or write it again with save_pretrained of the whole Phi3ForCausalLM"
@@ -80,7 +79,7 @@ def check_whole(folder: Path, config: Phi3Config) -> None:
     missing = [name for name in wanted if name not in held and not (tied and _twin(name) in held)]
     unknown = [name for name in held if name not in wanted]
     unlike = [name for name in wanted if name in held and held[name].shape != wanted[name]]
-    integers = [name for name in wanted if name in held and held[name].dtype not in DTYPES]
+    integers = unreadable_dtypes({name: held[name] for name in wanted if name in held})
     if not (missing or unknown or unlike or integers):
         return
     hints = [*_forms(held, wanted), *_sizes(held, wanted, config)]
@@ -88,7 +87,7 @@ def check_whole(folder: Path, config: Phi3Config) -> None:
         [f"missing: {name}" for name in missing],
         [f"unexpected: {name}" for name in unknown],
         [f"{n}: shape {held[n].shape} does not match the configuration's {wanted[n]}" for n in unlike],
-        [f"{n} is {held[n].dtype}; weights of {', '.join(DTYPES)} can be read" for n in integers],
+        integers,
     )
     named = [line for problems in lists for line in at_most(problems, SHOWN)]
     raise ModelError(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import typer
 
 from phinetune.cli import config, convert, data, evaluate, export, merge, plan, push, report, talk, train
-from phinetune.errors import PhinetuneError
+from phinetune.errors import PhinetuneError, RunError, reason_of
+from phinetune.secret_text import without_secrets
+from phinetune.terminal_text import visible
+
+LIBRARIES = 2_000_000_000  # bytes of address space that torch, transformers and datasets take by themselves
 
 app = typer.Typer(
     help="Fine-tune a Phi-3 with LoRA on your chats, and see whether it got better.",
@@ -24,17 +29,53 @@ for verb in (report, train, plan, evaluate, talk, merge, export, push, convert, 
 def main() -> None:
     """Entry point. A user's mistake ends with one sentence a problem and status 2, never with a traceback."""
     try:
+        _check_address_space()
         app(prog_name="phinetune")
     except PhinetuneError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a folder that can't be written, a full disk, a closed pipe
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error.problems)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        _fail([_told(error)])
+
+
+def _fail(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(visible(without_secrets(f"error: {problem}")), file=sys.stderr)
+    sys.exit(2)
+
+
+def _told(error: Exception) -> str:
+    """What the machine refused, in a sentence: memory, a disk, a folder, a closed pipe. Any other error is raised."""
+    if isinstance(error, MemoryError):
+        return f"the memory is not enough ({reason_of(error)}); close other programs, or raise this process's limit"
+    from phinetune.training.library_errors import disk_trouble
+
+    trouble = disk_trouble(error)
+    if trouble:
+        return f"{trouble} ({reason_of(error)}); see to the disk and call the command again"
+    if isinstance(error, OSError):
+        return str(error)
+    raise error
+
+
+def _check_address_space() -> None:
+    """Make sure that the libraries can be loaded: without room they end the process without a word.
+
+    Raises:
+        RunError: the limit of this shell is too low.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LIBRARIES:
+        raise RunError(
+            f"this shell limits the address space to {limit / 1e9:.1f} GB (`ulimit -v`), and the libraries alone take "
+            f"about {LIBRARIES / 1e9:.1f} GB; raise that limit"
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 from phinetune.cli.options import Device, NewTokens, RunPath, Seed, System, Temperature, TopK, TopP
 from phinetune.errors import PhinetuneError
 from phinetune.screen.console import stdout
+from phinetune.terminal_text import visible
 
 app = typer.Typer()
 
@@ -45,7 +46,8 @@ def generate(
         seed=seed,
         device=device,
     )
-    print(answer.text)
+    # A program gets the answer to the letter; on a terminal nothing in it acts.
+    print(visible(answer.text, "\n\t") if sys.stdout.isatty() else answer.text)
     if not answer.stopped:
         print(f"(cut at --max-new-tokens {max_new_tokens})", file=sys.stderr)
 

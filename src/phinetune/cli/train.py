@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from phinetune.api.train import Run
 
 app = typer.Typer()
+# The exit status of a run that stopped with a checkpoint: EX_TEMPFAIL of sysexits.h, by which schedulers may start it
+# again.
+STOPPED = 75
 
 
 @app.command()
@@ -28,13 +31,22 @@ def train(
         bool, typer.Option("--changed", help="with --resume: go on although something has changed, and record it")
     ] = False,
     overwrite: Overwrite = False,
+    max_time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="stop with a checkpoint before this time is over, as 2h30m")
+    ] = None,
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Fine-tune by a YAML file, then compare base and tuned model on the held-out chats."""
     from phinetune.api.train import train_config
     from phinetune.config.run import load_config
 
-    made = train_config(load_config(config, overrides), stdout(), resume=resume, overwrite=overwrite, changed=changed)
+    made = train_config(
+        *(load_config(config, overrides), stdout()),
+        resume=resume,
+        overwrite=overwrite,
+        changed=changed,
+        max_time=max_time,
+    )
     _say_next(made, f"{program()} train {config}")
 
 
@@ -53,13 +65,13 @@ def demo(
 
 
 def _say_next(made: Run, command: str) -> None:
-    """What was written and what to do next. A run that was stopped ends the program with status 130."""
+    """What was written and what to do next. A run that was stopped ends the program with status `STOPPED`."""
     path, page = made.path, made.path / "report.html"
     if made.stopped:
         steps = made.results["training"]["steps"]
         stopped = f"Stopped after step {steps}; a checkpoint is in {path}, a report in {page}. Go on with:"
         say(stdout(), [stopped, f"  {command} --resume"])
-        sys.exit(130)
+        sys.exit(STOPPED)
     lines = [
         f"\nWrote {path}: the adapter, its tokenizer, checkpoints, results.json and a model card (README.md)",
         *([f"See how it went: {page}"] if page.is_file() else []),

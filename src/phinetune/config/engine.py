@@ -22,3 +22,9 @@ class EngineSection(Section):
     )
     share_prefixes: bool = Field(True, description="compute a beginning that chats of a step share only once")
     compile: bool = Field(False, description="compile the element-wise operators with torch.compile")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="what becomes of a step whose loss or gradients are not finite: stop (the run ends, earlier "
+        "checkpoints are kept) or skip (the step changes nothing)",
+    )
+    nonfinite_limit: int = Field(10, ge=0, description="with on_nonfinite: skip, how many steps a run may skip")

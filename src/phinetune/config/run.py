@@ -22,6 +22,7 @@ from phinetune.config.objective import ObjectiveSection
 from phinetune.config.section import Section, joined_message
 from phinetune.config.yaml_text import read_yaml
 from phinetune.errors import ConfigError, unknown_key
+from phinetune.secret_text import tree_without_secrets
 
 # If a section is given as text, the text is the value of this one key of the section.
 SHORTHANDS = {"model": "path", "data": "train", "objective": "kind", "engine": "kind"}
@@ -181,7 +182,7 @@ def dump_config(config: RunConfig) -> str:
     """The configuration as YAML: every knob with the value that it has, but no access token."""
     tree = config.model_dump(mode="json")
     tree["training_config"] = {key: value for key, value in tree["training_config"].items() if key not in SECRETS}
-    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100))
+    return str(yaml.safe_dump(tree_without_secrets(tree), sort_keys=False, allow_unicode=True, width=100))
 
 
 def describe_config() -> list[tuple[str, str, str]]:

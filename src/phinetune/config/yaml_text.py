@@ -1,4 +1,8 @@
-"""Reads YAML, and refuses a key that stands twice in one mapping. By YAML's readers the last one wins in silence."""
+"""Reads YAML of a limited size, and refuses a key that stands twice in one mapping.
+
+A short text with aliases of aliases can stand for more values than there is memory. Of a key that stands twice, YAML's
+readers take the last one in silence.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import yaml
 
 from phinetune.errors import ConfigError
 
+LONGEST = 1 << 20  # letters of a text
+MOST_VALUES = 100_000  # values that it may stand for, every alias written out
 MERGE = "tag:yaml.org,2002:merge"  # `<<` takes in the keys of another mapping, and may stand more than once
 
 
@@ -32,24 +38,43 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, where: str, *, lines: bool = True) -> Any:
-    """Read a YAML document.
+    """What a YAML text holds: plain values, lists and dictionaries.
 
     Args:
         where: what error messages call the text.
         lines: whether error messages give lines, too.
 
     Raises:
-        yaml.YAMLError: the text is no YAML.
+        yaml.YAMLError: the text is broken or too long, or stands for too many values.
         ConfigError: keys stand twice in one mapping; the error lists all of them.
     """
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"{len(text):,} letters; at most {LONGEST:,} are read")
     loader = _Loader(text)
     try:
         tree = loader.get_single_data()
+    except RecursionError:
+        raise yaml.YAMLError("values lie too deep in one another") from None
+    except (ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:  # such as a 13th month
+        raise yaml.YAMLError(f"a value can't be read: {error}") from None
     finally:
         loader.dispose()
+    _check_count(tree)
     if loader.twice:
         raise ConfigError([_sentence(where, lines, *found) for found in loader.twice])
     return tree
+
+
+def _check_count(tree: Any) -> None:
+    """Count the values with every alias written out. A value that holds itself has no end, so it is refused, too."""
+    waiting, count = [tree], 0
+    while waiting:
+        value = waiting.pop()
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | set) else []
+        count += 1 + len(parts)
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases (`*name`) stand for more than {MOST_VALUES:,} values")
+        waiting.extend(parts)
 
 
 def _sentence(where: str, lines: bool, key: str, line: int, first: int) -> str:

@@ -22,6 +22,7 @@ MIN_RESAMPLES = 1_000  # the same, if there are so many rows that DRAWS would be
 DRAWS = 50_000_000  # rows that are drawn in all resamples together
 AT_ONCE = 2_000_000  # rows that are drawn at a time: 16 MB
 LEVEL = 95  # of the interval, in percent
+NOT_FINITE = "not finite"  # the verdict where one of the models has no finite number
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Difference:
         change: tuned minus base.
         low, high: the ends of the interval. They are nan if no resample has a value.
         rows: how many rows count.
-        verdict: better, worse, or no clear difference if the interval contains zero.
+        verdict: better, worse, or no clear difference if the interval contains zero; `NOT_FINITE` if a number of one
+            of the models is not finite.
         text: verdict and numbers in one line.
     """
 
@@ -118,7 +120,7 @@ def _difference(measure: Measure, pair: Pairs, drawn: Array) -> Difference:
     tail = (100 - LEVEL) / 2
     usable = drawn[np.isfinite(drawn)]  # a resample without any row that counts has no value
     low, high = np.percentile(usable, [tail, 100 - tail]) if len(usable) else (np.nan, np.nan)
-    verdict = _verdict(measure, low, high)
+    verdict = _verdict(measure, low, high) if np.isfinite(change + low + high) else NOT_FINITE
     return Difference(change, float(low), float(high), counted, verdict, _sentence(measure, verdict, change, low, high))
 
 
@@ -130,6 +132,8 @@ def _verdict(measure: Measure, low: float, high: float) -> str:
 
 def _sentence(measure: Measure, verdict: str, change: float, low: float, high: float) -> str:
     """As `better by 31 points, 95% interval 24 to 38`. Like the verdict, the interval has no sign."""
+    if verdict == NOT_FINITE:
+        return "not finite: no difference can be told"
     if verdict == "no clear difference":
         ends = f"{measure.amount(low, sign=True)} to {measure.amount(high, sign=True)}"
         return f"{verdict}, {LEVEL}% interval {ends}"

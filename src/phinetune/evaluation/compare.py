@@ -83,11 +83,7 @@ class Comparison:
         """
         return {
             "evaluation": self.to_dict(),
-            "differences": {
-                key: difference.to_dict()
-                for key, difference in self.differences.items()
-                if math.isfinite(difference.change + difference.low + difference.high)
-            },
+            "differences": {key: _finite(difference.to_dict()) for key, difference in self.differences.items()},
             "by_tag": {tag: _finite(numbers) for tag, numbers in self.by_tag.items()},
             "json_fields": self.json_fields,
             "flags": self.flags,
@@ -227,7 +223,12 @@ def _compared(
         _differences(sides, section) if len(sides) == 2 else {},
         _by_tag(sides, questions, held_out.tags),
         fields if any(fields.values()) else {},
-        [*shared_sentences(overlap or {}), *unlooked, *_flags(results, section.max_new_tokens)],
+        [
+            *shared_sentences(overlap or {}),
+            *unlooked,
+            *_not_finite(results),
+            *_flags(results, section.max_new_tokens),
+        ],
         held_out.report.to_dict(),
         overlap,
     )
@@ -258,7 +259,7 @@ def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict
         "perplexity": per_token("nll", exponential=True),
         "token_accuracy": per_token("correct", 100.0),
     }
-    answered = {name: mean(name) for name in tuned.answered.means()}
+    answered = {name: both for name in tuned.answered.means() if (both := mean(name)).base_weights.any()}
     by_measure: dict[str, Difference] = {}
     for pairs, rows in ((scored, len(base.scores)), (answered, len(base.answered.answers))):
         measures = measures_of(list(pairs), less_is_better)
@@ -275,6 +276,16 @@ def _by_tag(sides: Mapping[str, _Side], questions: Sequence[Question], tags: Seq
         prompts = [i for i, question in enumerate(questions) if tags[question.row] == tag]
         by_tag[tag] = {"rows": len(rows), **{name: side.numbers(rows, prompts) for name, side in sides.items()}}
     return by_tag
+
+
+def _not_finite(results: Mapping[str, Numbers]) -> list[str]:
+    """A sentence for each model that has a number that is not finite."""
+    flags = []
+    for name, numbers in results.items():
+        found = [key for key, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
+        if found:
+            flags.append(f"{', '.join(found)} of {name}: not finite, so the models can't be compared by it")
+    return flags
 
 
 def _flags(results: Mapping[str, Numbers], limit: int) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from phinetune.checkpoints import random_shapes
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.load import Base
 from phinetune.config.run import make_config
 from phinetune.errors import ModelError

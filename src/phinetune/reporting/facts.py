@@ -117,7 +117,7 @@ def read_run(path: str | Path) -> RunFacts:
     notes: list[str] = []
     start, results, later = (_read_json(folder.path / name, notes) for name in (START, RESULTS, EVALUATION))
     entries, samples = (_read_lines(folder.path / name, notes) for name in (METRICS, SAMPLES))
-    notes += told_changes(start.get("changed"))
+    notes += [*told_changes(start.get("changed")), *_told_skipped(results)]
     state = "finished" if folder.is_finished else "running" if _runs_elsewhere(start) else "stopped"
     name = folder.path.resolve().name
     return RunFacts(
@@ -141,6 +141,14 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunFacts]:
         raise RunError(problems)
     names = Counter(run.name for run in runs)
     return [replace(run, name=str(run.path)) if names[run.name] > 1 else run for run in runs]
+
+
+def _told_skipped(results: Mapping[str, Any]) -> list[str]:
+    steps = (results.get("training") or {}).get("skipped_steps") or []
+    if not steps:
+        return []
+    listed = ", ".join(map(str, steps[:SHOWN_LINES])) + (" …" if len(steps) > SHOWN_LINES else "")
+    return [f"Steps that changed nothing, since their loss or gradients were not finite: {len(steps)} ({listed})."]
 
 
 def _runs_elsewhere(start: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phinetune.data.prepare.shared_rows import all_shared, shared_sentences
-from phinetune.metric_table import Measure, measured
+from phinetune.metric_table import Measure, measured, measures_of
 from phinetune.reporting.facts import RunFacts
 
 # Measures of answers.
@@ -39,7 +39,8 @@ def _compared(run: RunFacts, base: Mapping[str, Any], tuned: Mapping[str, Any]) 
     both = {measure.key: measure for measure in measured({"base": base, "tuned": tuned})}
     told = [measure for measure in (measure_beside_loss(base, tuned), both.get("loss")) if measure]
     chats, prompts = run.held_out.get("kept"), tuned.get("prompts")
-    parts = []
+    broken = not_finite({"base": base, "tuned": tuned})
+    parts = list(broken)
     for measure in told:
         some = measure.key in ANSWERED and prompts and chats and prompts < chats
         ends = interval(measure, run.differences.get(measure.key) or {})
@@ -49,11 +50,21 @@ def _compared(run: RunFacts, base: Mapping[str, Any], tuned: Mapping[str, Any]) 
             + (f" (95% interval {ends})" if ends and measure.key != "loss" else "")
         )
     where = f"on {chats:,} held-out chats" if chats else "on the held-out chats"
-    said = f"{_verdict(run, told, base, tuned)} {where}: {', '.join(parts)}."
+    verdict = "Not finite" if broken else _verdict(run, told, base, tuned)
+    said = f"{verdict} {where}: {', '.join(parts)}."
     shared = [f"{sentence}." for sentence in shared_sentences(run.overlap)]
     if all_shared(run.overlap):
         return " ".join([*shared, f"On them: {said[0].lower()}{said[1:]}"])
     return " ".join([said, *shared])
+
+
+def not_finite(sides: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The measures that are not finite, as `loss of tuned is not finite`. In the files of a run they are null."""
+    return [
+        f"{_name(measure)} of {side} is not finite"
+        for side, numbers in sides.items()
+        for measure in measures_of([key for key, value in numbers.items() if value is None])
+    ]
 
 
 def _verdict(run: RunFacts, told: Sequence[Measure], base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
@@ -85,11 +96,13 @@ def measure_beside_loss(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Me
     return next((both[key] for key in BESIDE_LOSS if key in both and (base[key] or tuned[key])), None)
 
 
+def _name(measure: Measure) -> str:
+    return measure.heading.partition(" (")[0].removesuffix(" %")
+
+
 def _change(measure: Measure, before: float, after: float) -> str:
     """A change in words, as `exact match rose from 0.0% to 96.3%`."""
-    name, percent = measure.heading.partition(" (")[0], ""
-    if name.endswith(" %"):
-        name, percent = name.removesuffix(" %"), "%"
+    name, percent = _name(measure), "%" if " %" in measure.heading else ""
     if before == after:
         return f"{name} stayed at {_spell(measure, after)}{percent}"
     first, last = _spell(measure, before), _spell(measure, after)

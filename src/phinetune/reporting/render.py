@@ -42,7 +42,7 @@ def write_report(path: str | Path, out: Path | None = None) -> Path:
     """
     run = read_run(path)
     target = out or run.path / REPORT
-    write_text(target, run_page(run))
+    write_text(target, run_page(run), private=True)
     return target
 
 
@@ -52,7 +52,7 @@ def write_comparison(paths: Sequence[str | Path], out: Path) -> Path:
     Raises:
         RunError: there is no run at one of the paths.
     """
-    write_text(out, comparison_page(read_runs(paths)))
+    write_text(out, comparison_page(read_runs(paths)), private=True)
     return out
 
 

@@ -14,6 +14,7 @@ from phinetune.reporting.curves import GIB, last_values
 from phinetune.reporting.facts import RunFacts
 from phinetune.reporting.headline import UNCLEAR, interval, measure_beside_loss
 from phinetune.reporting.marking import Marked, MarkedText, mark
+from phinetune.secret_text import tree_without_secrets
 
 ANSWERS = 20  # most held-out prompts that are shown
 RECENT = 20  # newest log entries from which the remaining time is estimated
@@ -239,7 +240,7 @@ def _counts(counted: Any) -> str:
 
 def as_yaml(tree: Any) -> str:
     """A section of the configuration as YAML, as in its file."""
-    return str(yaml.safe_dump(tree or {}, sort_keys=False, allow_unicode=True, width=80)).strip()
+    return str(yaml.safe_dump(tree_without_secrets(tree or {}), sort_keys=False, allow_unicode=True, width=80)).strip()
 
 
 def commands(run: RunFacts) -> list[tuple[str, str]]:

@@ -1,8 +1,13 @@
-"""Serves a run's page while the run trains, only to this machine (on the loopback address)."""
+"""Serves a run's page while the run trains: only to this machine (on the loopback address), and only with its token.
+
+Other users of this machine, and pages from the internet, can reach the loopback address too. The token is in the
+address that is printed, and new each time.
+"""
 
 from __future__ import annotations
 
 import errno
+import secrets
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +24,22 @@ OWN_NAMES = (ADDRESS, "localhost")
 STALE = 10.0  # seconds; the page is then made again even if no file has changed, as the run's process may have ended
 
 
-def make_server(path: str | Path, port: int) -> ThreadingHTTPServer:
+class PageServer(ThreadingHTTPServer):
+    """A server of one page.
+
+    Attributes:
+        url: the page's address, with the token.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, page: Callable[[], str], port: int) -> None:
+        self._token = secrets.token_urlsafe(16)
+        super().__init__((ADDRESS, port), _handler(page, f"/{self._token}/"))
+        self.url = f"http://{ADDRESS}:{self.server_address[1]}/{self._token}/"
+
+
+def make_server(path: str | Path, port: int) -> PageServer:
     """A server of the run's page, bound to the loopback address. Port 0 takes any free port.
 
     Raises:
@@ -27,7 +47,7 @@ def make_server(path: str | Path, port: int) -> ThreadingHTTPServer:
     """
     page = _Page(read_run(path).path)
     try:
-        return ThreadingHTTPServer((ADDRESS, port), _handler(page))
+        return PageServer(page, port)
     except OverflowError:
         raise PhinetuneError(f"--port {port}: a port is a number from 0 to 65535") from None
     except OSError as error:
@@ -57,7 +77,7 @@ class _Page:
         return sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
-def _handler(page: Callable[[], str]) -> type[BaseHTTPRequestHandler]:
+def _handler(page: Callable[[], str], address: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             # A page from the internet could make its own host name point to this address, to read the run. But it
@@ -65,8 +85,8 @@ def _handler(page: Callable[[], str]) -> type[BaseHTTPRequestHandler]:
             host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
             if host not in OWN_NAMES:
                 self._answer(403, "phinetune watch answers to 127.0.0.1 and localhost only.", "text/plain")
-            elif self.path.partition("?")[0] != "/":
-                self._answer(404, "There is one page here: /", "text/plain")
+            elif not secrets.compare_digest(self.path.partition("?")[0].encode(), address.encode()):
+                self._answer(404, "There is one page here, at the address that phinetune watch printed.", "text/plain")
             else:
                 self._answer_with_page()
 
@@ -85,6 +105,7 @@ def _handler(page: Callable[[], str]) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("Referrer-Policy", "no-referrer")
             self.end_headers()
             self.wfile.write(body)
 
@@ -104,8 +125,7 @@ def watch(path: str | Path, port: int, say: Callable[[str], None]) -> None:
         PhinetuneError: there is no run at `path`, or the port is not available.
     """
     with make_server(path, port) as server:
-        server.daemon_threads = True
-        say(f"{path} live at http://{ADDRESS}:{server.server_address[1]}/ (this machine only); Ctrl-C ends it")
+        say(f"{path} live at {server.url} (this machine only, with this address only); Ctrl-C ends it")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

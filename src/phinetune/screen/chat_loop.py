@@ -50,7 +50,7 @@ def _show_answer(conversation: Conversation, message: str, console: Console) -> 
             console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
-        console.print(" [dim](stopped)[/dim]", end="")
+        console.print(" (stopped)", style="dim", end="")
     except PhinetuneError as error:  # a message that is too long; the chat goes on
         console.print(str(error), style="red", markup=False, highlight=False, end="")
     console.print()

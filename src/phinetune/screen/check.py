@@ -13,7 +13,7 @@ from phinetune.data.check.check import CheckReport
 from phinetune.data.check.findings import KINDS, Found
 from phinetune.data.check.histogram import histogram
 from phinetune.data.check.languages import MAX_CHATS
-from phinetune.data.terminal_text import printable
+from phinetune.terminal_text import printable
 
 WIDTH = 24
 PLACES = 3

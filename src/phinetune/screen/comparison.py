@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from phinetune.evaluation.bootstrap import LEVEL
+from phinetune.evaluation.bootstrap import LEVEL, NOT_FINITE
 from phinetune.evaluation.compare import Comparison
 from phinetune.metric_table import Measure, measured
 
@@ -50,14 +51,16 @@ def _results(comparison: Comparison) -> Table:
     return table
 
 
-def _changed(comparison: Comparison, measure: Measure, values: list[float]) -> list[str]:
+def _changed(comparison: Comparison, measure: Measure, values: list[float]) -> list[str | Text]:
     difference = comparison.differences.get(measure.key)
     text = measure.change(*values)[0]
     if difference is None:
         return [text, "", ""]
+    if difference.verdict == NOT_FINITE:
+        return [text, "", NOT_FINITE]
     interval = f"{measure.amount(difference.low, sign=True)} to {measure.amount(difference.high, sign=True)}"
     colour = {"better": "green", "worse": "red"}.get(difference.verdict)
-    return [f"[{colour}]{text}[/]" if colour else text, interval, difference.verdict]
+    return [Text(text, style=colour or ""), interval, difference.verdict]
 
 
 def _fields(shares: Mapping[str, Mapping[str, float]]) -> Table:

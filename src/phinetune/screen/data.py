@@ -7,9 +7,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.data.prepare.chat_sets import Chats
-from phinetune.data.terminal_text import visible
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.screen.console import say
+from phinetune.terminal_text import visible
 
 SHOWN = 700  # characters of a preview
 PREVIEWS = 3

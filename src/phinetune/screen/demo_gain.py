@@ -16,7 +16,7 @@ def show_gain(results: Mapping[str, Any], console: Console) -> None:
     base, tuned = evaluation["base"], evaluation["tuned"]
     for example in results["examples"][:1]:
         for name, text in (("customer", example["prompt"]), *example["answers"].items()):
-            console.print(f"\n[bold]{name}>[/bold] ", end="")
+            console.print(f"\n{name}> ", end="", style="bold")
             console.print(text, markup=False, highlight=False)
     gains = [f"loss {base['loss']:.2f} → {tuned['loss']:.2f}"]
     if "exact_match" in base:  # the prompts were answered

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from phinetune.data.preview import PreviewedRow, TokenText, Turn
-from phinetune.data.terminal_text import printable, visible
+from phinetune.terminal_text import printable, visible
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
 SHOWN = 400  # tokens of a turn that are shown; the middle of a longer one is left out
@@ -30,17 +30,13 @@ def show_row(row: PreviewedRow, console: Console, *, boundaries: bool = False) -
         boundaries: set a ¦ between tokens.
     """
     if row.broken:
-        where, problem = _safe(row.where), _safe(row.problem or "")
-        console.print(f"[bold]{where}[/] · [red]broken[/]: {problem}\n", highlight=False, soft_wrap=True)
+        broken = (("broken", "red"), f": {printable(row.problem or '')}\n")
+        console.print(Text.assemble((printable(row.where), "bold"), " · ", *broken), soft_wrap=True)
         return
     console.print(_heading(row), soft_wrap=True)
     for turn in row.turns:
         console.print(_lines(turn, needs_marks(console), boundaries), soft_wrap=True)
     console.print()
-
-
-def _safe(text: str) -> str:
-    return printable(text).replace("[", "\\[")
 
 
 def _heading(row: PreviewedRow) -> Text:

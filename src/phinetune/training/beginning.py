@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phinetune.engine.peft_variants import changes_the_base, refused_starts, start_notes
 from phinetune.errors import ConfigError, RunError, at_most
 from phinetune.training.settings import Settings

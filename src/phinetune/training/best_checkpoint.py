@@ -141,11 +141,16 @@ class EarlyStop(TrainerCallback):
         self.stopped = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.has_stopped(args, state):
+            control.should_training_stop = True
+
+    def has_stopped(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether the evaluations up to here stop the run."""
         key = PREFIX + str(args.metric_for_best_model).removeprefix(PREFIX)
         sign = 1.0 if args.greater_is_better else -1.0
         best, waited = None, 0
         for value in (sign * entry[key] for entry in state.log_history if key in entry):
             waited = 0 if best is None or value > best + self.threshold else waited + 1
             best = value if best is None else max(best, value)
-        if waited >= self.patience:
-            self.stopped = control.should_training_stop = True
+        self.stopped = waited >= self.patience
+        return self.stopped

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: they write metrics and samples, check gradients, and stop the run on request."""
+"""Callbacks of the trainer: they write metrics and samples, check gradients, and stop the run on request or in time."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from phinetune import processes
 from phinetune.config.run import RunConfig
 from phinetune.engine.device_memory import used_bytes
 from phinetune.errors import RunError
+from phinetune.files import PRIVATE, write_lines
 from phinetune.liveness import this_process
 from phinetune.run_folder import RunFolder
 
@@ -83,18 +84,17 @@ class MetricsWriter(TrainerCallback):
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Delete the lines of a JSON Lines file that belong to later steps."""
+    """Delete the lines of a JSON Lines file that belong to later steps, and lines that a crash left incomplete."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # texts hold other breaks of lines
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break  # a crash left this line incomplete
-        if entry["step"] <= step:
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_lines(path, kept)
 
 
 class SamplesWriter(TrainerCallback):
@@ -114,6 +114,7 @@ class SamplesWriter(TrainerCallback):
         """Append the answers of this step."""
         if samples and state.is_world_process_zero:
             lines = [json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) for sample in samples]
+            self.path.touch(PRIVATE)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(line + "\n" for line in lines))
 
@@ -175,30 +176,88 @@ class GradientCheck(TrainerCallback):
             )
 
 
-class StopRequest(TrainerCallback):
-    """On Ctrl-C or SIGTERM the run finishes the step, saves a checkpoint and stops. A second one stops it at once."""
+# What asks a run to stop. SIGUSR1 is what Slurm sends before its time limit (`--signal=USR1@120`). A platform that
+# lacks one of them can't send it.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 
-    def __init__(self) -> None:
-        self.requested = False
+
+class StopRequest(TrainerCallback):
+    """On one of `STOP_SIGNALS`, and before `max_time` is over, the run finishes its step, saves and stops.
+
+    A Ctrl-C after that stops it at once. Other signals after the first are what schedulers send until the run is gone.
+
+    Attributes:
+        requested: whether the run is to stop.
+    """
+
+    def __init__(self, max_time: float | None = None, began: float | None = None) -> None:
+        """Make one for a run.
+
+        Args:
+            max_time: seconds; None is no limit.
+            began: `time.monotonic()` of when they began; None is now.
+        """
+        self.requested, self._signalled = False, False
+        self._terminals: list[int] = []
+        self._deadline = None if max_time is None else (time.monotonic() if began is None else began) + max_time
+        self._clock = time.monotonic()
+        self._longest = {"step": 0.0, "save": 0.0}  # seconds that one took so far
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._clock = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.requested = processes.any_of(self.requested)  # so all processes stop after the same step
+        self._took("step")
+        self.requested = processes.any_of(self.requested or self._is_late())  # so all stop after the same step
         if self.requested:
-            control.should_save = True
             control.should_training_stop = True
+            control.should_save = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Where the run stops inside an epoch, nothing is done that belongs to the epoch's end.
+
+        At the epoch's end it is saved again, after what is logged and evaluated there.
+        """
+        if self.requested and state.global_step < state.max_steps:
+            whole = _ends_an_epoch(state)
+            control.should_log &= whole
+            control.should_evaluate &= whole
+            control.should_save = whole
+            self._clock = time.monotonic()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._took("save")
+
+    def _took(self, what: str) -> None:
+        """Keep the time since the last look, if it is the longest one."""
+        now = time.monotonic()
+        self._longest[what], self._clock = max(self._longest[what], now - self._clock), now
+
+    def _is_late(self) -> bool:
+        """Whether one more step and a checkpoint might not end in time."""
+        return self._deadline is not None and time.monotonic() + sum(self._longest.values()) >= self._deadline
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = self._signalled = True
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal(self._terminals)
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """A context that handles both signals. Outside the main thread Python can't do that, and nothing is handled."""
-        before = {}
+        """A context that handles the signals. Outside the main thread Python can't do that, and nothing is handled.
+
+        A signal that is ignored, as `nohup` ignores SIGHUP, stays ignored.
+        """
+        before: dict[int, Any] = {}
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, self._request)
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, self._request)
         except ValueError:
             pass
         try:
@@ -206,3 +265,15 @@ class StopRequest(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _ends_an_epoch(state: TrainerState) -> bool:
+    return float(state.epoch or 0.5).is_integer()
+
+
+def _leave_terminal(outputs: Sequence[int]) -> None:
+    """Let what is printed go nowhere: the terminal is gone, and writing to it would end the run before it is saved."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in outputs:
+        os.dup2(nowhere, number)
+    os.close(nowhere)

@@ -56,11 +56,15 @@ class GoingOnTrainer(Trainer):
         """As the parent, but the intervals are those that are set now, and a best one that counts no more is gone."""
         epochs, batches = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
+        self.forget_best()
+        place = self.going_on.stretch
+        return (place.epoch, 0) if place else (epochs, batches)
+
+    def forget_best(self) -> None:
+        """Take the evaluations up to here out of the state if they can't be compared with those to come."""
         if self.going_on.forget_best:
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
             self.state.log_history = [e for e in self.state.log_history if not any(k.startswith("eval_") for k in e)]
-        place = self.going_on.stretch
-        return (place.epoch, 0) if place else (epochs, batches)
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # the parent calls it by names alone
         """As the parent; the epoch that the run goes on in begins at the next row."""

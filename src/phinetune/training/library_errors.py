@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sysconfig
 import traceback
@@ -23,7 +24,23 @@ PASSAGES = {
 # Where libraries lie. Whatever else is in a traceback is the caller's own code.
 INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
 LIBRARIES = ("transformers", "peft", "trl", "torch", "accelerate", "bitsandbytes", "datasets", "safetensors")
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+# The last one is what oneDNN says of any product that it has no memory for.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "could not create a primitive")
+LESS_MEMORY = (
+    "lower training_config.per_device_train_batch_size or max_length, set engine.activation_memory: all or "
+    "model.quantization: nf4; `phinetune plan` tells what fits"
+)
+# What a disk reports, by the system's number: in an OSError, or in the text of an error of a library in Rust.
+DISK_TROUBLES = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would grow past the limit of file sizes (`ulimit -f`, or the file system's own)",
+    errno.EIO: "the disk reports an error",
+    errno.EROFS: "the file system can only be read",
+}
+# What torch says of a file that it could not write to its end: the disk is full or failed, and it does not say which.
+CUT_SHORT = ("unexpected pos", "PytorchStreamWriter failed", "file write failed", "iostream error")
+FAILED_WRITE = "a file could not be written to its end: the disk is full, or reports an error"
 
 
 @contextmanager
@@ -42,12 +59,12 @@ def told_in_sentences() -> Iterator[None]:
     except PhinetuneError:
         raise
     except Exception as error:
+        if disk_trouble(error):
+            raise  # whoever knows the folder tells it
         if _is_out_of_memory(error):
             raise RunError(
-                f"the memory is not enough for this run ({reason_of(error)}); lower "
-                "training_config.per_device_train_batch_size or max_length, set engine.activation_memory: all or "
-                "model.quantization: nf4; `phinetune plan` tells what fits. Checkpoints written before are whole, and "
-                "--resume goes on from them"
+                f"the memory is not enough for this run ({reason_of(error)}); {LESS_MEMORY}. Checkpoints written "
+                "before are whole, and --resume goes on from them"
             ) from error
         library = _library_of(error)
         if library is None:
@@ -58,8 +75,44 @@ def told_in_sentences() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def disk_told(folder: Path) -> Iterator[None]:
+    """A context in which a run's folder is written. What a disk reports becomes a sentence with the folder's name.
+
+    Raises:
+        RunError: the disk is full, at a limit, or fails.
+    """
+    try:
+        yield
+    except PhinetuneError:
+        raise
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        raise RunError(
+            f"{folder}: {trouble}, so the run stopped; checkpoints written before are whole. See to the disk and go on "
+            "with --resume"
+        ) from error
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """What is wrong with a disk, if an error or one that caused it says so; None if they don't."""
+    found = None
+    while error is not None:
+        for number, trouble in DISK_TROUBLES.items():
+            if (isinstance(error, OSError) and error.errno == number) or f"(os error {number})" in str(error):
+                return trouble
+        if any(sign in str(error) for sign in CUT_SHORT):
+            found = FAILED_WRITE
+        error = error.__cause__ or error.__context__
+    return found
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 

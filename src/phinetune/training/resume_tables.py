@@ -16,7 +16,8 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         *("train", "eval", "split", "format", "loss_on", "system", "overlong", "invalid_rows", "limit", "seed"),
         "tag",
     ),
-    "engine": ("activation_memory",),  # recomputes the same numbers
+    # Recomputes the same numbers; and what becomes of a step that would have ended the run.
+    "engine": ("activation_memory", "on_nonfinite", "nonfinite_limit"),
     "evaluation": ("*",),
     "training_config": (
         *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level"),

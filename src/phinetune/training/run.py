@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,14 +21,14 @@ from phinetune.checkpoints.load import Loaded, find_base, load_base
 from phinetune.checkpoints.target_modules import trainable_parameters
 from phinetune.config.run import RunConfig
 from phinetune.engine.lora_layers import use_fused_layers
-from phinetune.errors import PhinetuneError, RunError
-from phinetune.files import is_disk_full
+from phinetune.errors import RunError
 from phinetune.logs import log_file
 from phinetune.run_folder import LOG, RunFolder
+from phinetune.secret_text import tree_without_secrets
 from phinetune.training.best_checkpoint import EarlyStop
 from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.environment import describe_environment
-from phinetune.training.library_errors import told_in_sentences
+from phinetune.training.library_errors import disk_told, told_in_sentences
 from phinetune.training.prepare import PreparedRun
 from phinetune.training.recorded import Record, record_of
 from phinetune.training.resuming import Resumption, check_resume, stretch_of
@@ -51,7 +52,7 @@ class RunPlace:
 
 
 def open_place(config: RunConfig, *, resume: bool = False, overwrite: bool = False, changed: bool = False) -> RunPlace:
-    """The run's folder, looked at and not touched.
+    """The run's folder, after what a killed process left half done there was finished; else it is not touched.
 
     Args:
         resume: go on with the run there; `training_config.resume_from_checkpoint` asks for the same.
@@ -67,7 +68,11 @@ def open_place(config: RunConfig, *, resume: bool = False, overwrite: bool = Fal
         raise RunError("--changed (changed=True) is for a run that goes on; give --resume (resume=True) with it")
     if resume and overwrite:
         raise RunError("--resume goes on with the run in output_dir and --overwrite replaces it; give one of them")
+    if processes.is_main():
+        folder.tidy()
     if resume:
+        if not changed:
+            folder.check_not_stopped_early()
         return RunPlace(folder, folder.checkpoint_to_resume(named), changed)
     folder.check_free(overwrite)
     return RunPlace(folder)
@@ -96,6 +101,7 @@ def train_run(
     look: Look | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     on_start: Callable[[PeftModel], None] = lambda model: None,
+    stop: StopRequest | None = None,
 ) -> TrainedRun:
     """Train a prepared run into its folder. Of several processes the main one writes.
 
@@ -103,6 +109,7 @@ def train_run(
         look: looks at the model at every evaluation.
         callbacks: more callbacks, a progress line for example.
         on_start: is given the model with its adapter before the first step.
+        stop: ends the run before its end; None: signals do.
 
     Raises:
         PhinetuneError: anything a user can mend.
@@ -111,12 +118,13 @@ def train_run(
         record = record_of(prepared, find_base(prepared.config.model).fingerprint)
         resumption = _held_against(prepared, place, record)
         loaded = load_base(prepared.config.model, fast=prepared.engine.fast is not None)
-    own = _Callbacks.of(prepared, place.folder)
+    own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
     trainer = _make_trainer(prepared, loaded, look, own, callbacks)
     facts = _start_facts(trainer, prepared, loaded) | _course(trainer, prepared, record, resumption)
     trainer.add_callback(StartRecord(place.folder, facts, prepared.config, loaded.base.revision))
     if place.checkpoint is None and processes.is_main():
-        place.folder.start(prepared.config, loaded.base.revision)
+        with disk_told(place.folder.path):
+            place.folder.start(prepared.config, loaded.base.revision)
     with log_file(place.folder.path / LOG) if processes.is_main() else nullcontext():
         _log_run(prepared, trainer, loaded)
         on_start(trainer.peft_model)
@@ -164,11 +172,11 @@ class _Callbacks:
     early: EarlyStop | None
 
     @classmethod
-    def of(cls, prepared: PreparedRun, folder: RunFolder) -> _Callbacks:
+    def of(cls, prepared: PreparedRun, folder: RunFolder, stop: StopRequest) -> _Callbacks:
         section = prepared.config.evaluation
         patience, threshold = section.early_stopping_patience, section.early_stopping_threshold
         early = EarlyStop(patience, threshold) if patience else None
-        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), StopRequest(), early)
+        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), stop, early)
 
     def listed(self) -> list[TrainerCallback]:
         early = [self.early] if self.early else []
@@ -189,6 +197,7 @@ def _make_trainer(
         "eval_dataset": held_out.dataset() if held_out else None,
         "look": look,
         "samples": own.samples,
+        "nonfinite": prepared.config.engine,
         # What shows the numbers comes after what counts them.
         "callbacks": [metrics, *more, *others],
     }
@@ -222,17 +231,9 @@ def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> 
 
 
 def _train(trainer: RunTrainer, stop: StopRequest, place: RunPlace) -> None:
-    try:
-        with told_in_sentences(), stop.listening():
-            trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
+    with disk_told(place.folder.path), told_in_sentences(), stop.listening():
+        trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
         trainer.save_final()
-    except (OSError, RuntimeError, ValueError, PhinetuneError) as error:
-        if is_disk_full(error):
-            raise RunError(
-                f"no space is left for {place.folder.path}: the run stopped; checkpoints written before are "
-                "whole. Make room and go on with --resume"
-            ) from error
-        raise
 
 
 def _summary(trainer: RunTrainer, own: _Callbacks, seconds: float) -> dict[str, Any]:
@@ -246,6 +247,7 @@ def _summary(trainer: RunTrainer, own: _Callbacks, seconds: float) -> dict[str, 
         "trainable_parameters": trainable_parameters(trainer.peft_model)[0],
         "stopped_early": bool(own.early and own.early.stopped),
         "best": _best(trainer),
+        "skipped_steps": trainer.finite.skipped,
     }
 
 
@@ -264,8 +266,9 @@ def _best(trainer: RunTrainer) -> dict[str, Any] | None:
 
 
 def _mean_loss(trainer: RunTrainer) -> float | None:
-    """The mean of the logged losses, those before a resume included."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    """The mean of the logged losses, those before a resume included; not of those with a skipped step."""
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [loss for loss in logged if math.isfinite(loss)]
     return sum(losses) / len(losses) if losses else None
 
 
@@ -291,7 +294,7 @@ def _log_run(prepared: PreparedRun, trainer: RunTrainer, loaded: Loaded) -> None
     logger.info("model: %s", prepared.config.model.model_dump())
     logger.info("data: %s", prepared.config.data.model_dump())
     logger.info("objective: %s", prepared.config.objective.model_dump())
-    logger.info("training_config: %s", prepared.settings.training)
+    logger.info("training_config: %s", tree_without_secrets(prepared.settings.training))
     logger.info("peft_config: %s", prepared.settings.peft)
     trains, total = trainable_parameters(trainer.peft_model)
     logger.info("trainable parameters: %s of %s (%.3f%%)", f"{trains:,}", f"{total:,}", 100 * trains / total)

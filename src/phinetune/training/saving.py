@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,9 +15,15 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from phinetune.checkpoints.adapters import BASE_FILE
 from phinetune.checkpoints.load import Loaded
+from phinetune.errors import RunError
 from phinetune.files import publish_files, publish_folder
+from phinetune.manifest import damage, write_manifest
+from phinetune.run_folder import RunFolder
 from phinetune.training.beginning import Beginning
+from phinetune.training.best_checkpoint import EarlyStop
 from phinetune.training.going_on import GoingOnTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointTrainer(GoingOnTrainer):
@@ -61,7 +68,9 @@ class CheckpointTrainer(GoingOnTrainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)  # the parent wrote the staging folder's name
             self.state.save_to_json(str(staged / "trainer_state.json"))
+        write_manifest(staged)
         publish_folder(staged, final)
+        RunFolder(self.folder).replace()
         rotate_checkpoints(
             output_dir=str(self.folder),
             save_total_limit=self.args.save_total_limit,
@@ -91,9 +100,43 @@ class CheckpointTrainer(GoingOnTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As the parent, but the best checkpoint is looked for in this folder, wherever it was when it was written."""
+        place = super()._init_training_state(max_steps, *args, **kwargs)
+        self._find_best()
+        return place
+
+    def _find_best(self) -> None:
+        """Set the state's best checkpoint to the folder that holds it now; None if it is gone, which is told.
+
+        Raises:
+            RunError: it is to be loaded at the end, and is damaged.
+        """
+        step, self.state.best_model_checkpoint = self.state.best_global_step, None
+        if not step:
+            return
+        best, wanted = self.folder / f"checkpoint-{step}", self.args.load_best_model_at_end
+        if best.is_dir():
+            faults = damage(best) if wanted else []
+            if faults:
+                raise RunError(
+                    f"{best}, the best checkpoint up to here, is to be loaded at the end, and can't be: "
+                    f"{', '.join(faults)}; delete it, and `--resume` goes on with the other checkpoints"
+                )
+            self.state.best_model_checkpoint = str(best)
+        elif wanted:
+            logger.warning(
+                "%s, the best checkpoint up to here, is not there; unless a later one is better, the run ends with "
+                "the adapter of its last step",
+                best,
+            )
+
     def _load_best_model(self) -> None:
+        self._find_best()  # again: hours may have passed
+        if self.state.best_model_checkpoint is None:
+            return
         if self.beginning:
-            self.beginning.load(Path(str(self.state.best_model_checkpoint)), self.peft_model)
+            self.beginning.load(Path(self.state.best_model_checkpoint), self.peft_model)
         else:
             super()._load_best_model()
 
@@ -102,7 +145,9 @@ class CheckpointTrainer(GoingOnTrainer):
         if self.args.should_save:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.partial-") as stage:
                 self.save_model(stage, _internal_call=True)
+                write_manifest(Path(stage))
                 publish_files(Path(stage), self.folder)
+            RunFolder(self.folder).replace()
         else:
             self.save_model(str(self.folder), _internal_call=True)  # writes nothing, and gives a sharded model's part
         self.accelerator.wait_for_everyone()
@@ -111,16 +156,28 @@ class CheckpointTrainer(GoingOnTrainer):
         """Write none: the run's card is written once, at its end, with its results (`phinetune.exporting.hub.card`)."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As the parent, but a checkpoint at the last step is loaded and not trained one step further."""
-        if isinstance(resume_from_checkpoint, str):
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
-            max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-            if state.global_step >= max_steps:
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
+        """As the parent, but a run that has come to its end at the checkpoint is not trained one step further."""
+        if isinstance(resume_from_checkpoint, str) and self._has_ended(resume_from_checkpoint):
+            self._load_from_checkpoint(resume_from_checkpoint)
+            if self.args.load_best_model_at_end:
+                self._load_best_model()
+            return TrainOutput(self.state.global_step, 0.0, {})
         self.before_training()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _has_ended(self, checkpoint: str) -> bool:
+        """Whether a run is at its last step or has stopped early at a checkpoint. Then the state is that one's."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        early = next((one for one in self.callback_handler.callbacks if isinstance(one, EarlyStop)), None)
+        stopped = early is not None and not self.going_on.forget_best and early.has_stopped(self.args, state)
+        if state.global_step < max_steps and not stopped:
+            return False
+        if stopped:
+            logger.info("the run has stopped early at step %d: nothing more is trained", state.global_step)
+        self.state = state
+        self.forget_best()
+        return True
 
     def before_training(self) -> None:
         """What has to be done before the first step."""

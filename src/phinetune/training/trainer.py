@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import IterableDataset
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from phinetune.checkpoints.quantize import is_quantized
+from phinetune.config.engine import EngineSection
 from phinetune.engine.fast_engine import FastEngine
-from phinetune.errors import RunError
 from phinetune.training.callbacks import SamplesWriter
+from phinetune.training.finite import FiniteSteps
+from phinetune.training.log_sums import LogSums
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.saving import CheckpointTrainer
 
@@ -26,8 +29,12 @@ Look = Callable[[PeftModel], tuple[dict[str, float], list[dict[str, Any]]]]
 class RunTrainer(CheckpointTrainer):
     """What every trainer of a run does, over any of transformers' or TRL's.
 
-    A loss that is not finite stops the run. An evaluation adds up what its objective counts and keeps no logits.
+    A loss, a gradient or an adapter that is not finite stops the run. What has been added up for the next logged line
+    goes into checkpoints. An evaluation adds up what its objective counts and keeps no logits.
     Nothing is reported to anyone who was not named in `report_to`.
+
+    Attributes:
+        finite: looks at each step, and knows which steps were skipped.
     """
 
     def __init__(
@@ -36,11 +43,15 @@ class RunTrainer(CheckpointTrainer):
         objective: Objective,
         look: Look | None = None,
         samples: SamplesWriter | None = None,
+        nonfinite: EngineSection | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
         self.look, self.samples = look, samples
+        self._sums: LogSums | None = None  # of the checkpoint that the run goes on from, until they are taken up
         super().__init__(**kwargs)
+        self.finite = FiniteSteps(nonfinite or EngineSection(), lambda ids: str(self.tokenizer.decode(ids.tolist())))
+        self.add_callback(self.finite)
 
     def _send_telemetry(self) -> None:
         """Send nothing. TRL reports the kind of every run to the hub unless CI is set."""
@@ -53,19 +64,50 @@ class RunTrainer(CheckpointTrainer):
         self._signature_columns = named  # type: ignore[assignment]
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        ids = inputs["input_ids"]
+        rows = dict(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise RunError(self._not_finite(float(loss), ids))
+        self.finite.saw(rows, loss)
         return loss
 
-    def _not_finite(self, loss: float, ids: torch.Tensor) -> str:
-        starts = [self.tokenizer.decode(row[:24].tolist()) for row in ids]
-        return (
-            f"the loss became {loss} at step {self.state.global_step + 1}, so the run stopped; earlier checkpoints "
-            f"are kept. Try a lower learning_rate, or bf16 in place of fp16. The batch began: "
-            + " | ".join(repr(start) for start in starts[:4])
-        )
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        self.finite.measured(norm)
+        return norm
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.finite.check_saved(self.peft_model, self.state.global_step)
+        super()._save_checkpoint(model, trial)
+
+    def save_final(self) -> None:
+        self.finite.check_saved(self.peft_model, self.state.global_step)
+        super().save_final()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the parent; and what the next logged line is the mean of."""
+        super()._save_rng_state(output_dir)
+        metrics = {name: list(values) for name, values in self._open_metrics().items()}
+        sums = LogSums(float(self._tr_loss), self._globalstep_last_logged, metrics, self.finite.skipped)
+        sums.write(Path(output_dir), self.args.process_index)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the parent, but the first logged line of a run that goes on counts from the last one before."""
+        if isinstance(resume_from_checkpoint, str):
+            self._sums = LogSums.read(Path(resume_from_checkpoint), self.args.process_index)
+            self.finite.skipped = list(self._sums.skipped) if self._sums else []
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # the parent calls it by names alone
+        """As the parent, but the first logged line counts what a checkpoint kept of it."""
+        sums, self._sums = self._sums, None
+        if sums:
+            self._tr_loss += sums.loss
+            self._globalstep_last_logged = sums.since
+            self._open_metrics().update({name: list(values) for name, values in sums.metrics.items()})
+        super()._run_epoch(**kwargs)
+
+    def _open_metrics(self) -> dict[str, list[float]]:
+        """The numbers since the last logged line, by metric."""
+        return {}
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count real tokens: by the mask, since the padding token may be one that chats contain."""
@@ -153,6 +195,9 @@ class FastTrainer(RunTrainer):
             count = self.accelerator.gather(count).sum()
         return count
 
+    def _open_metrics(self) -> dict[str, list[float]]:
+        return self._row_metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent; a training log has the means of the objective's metrics since the last one."""
         if "loss" in logs:
@@ -168,6 +213,10 @@ class PlainTrainer(RunTrainer):
         super().__init__(model=loaded.model, loaded=loaded, **kwargs)
         if is_quantized(loaded.model):
             _undo_rounding(self.peft_model)
+
+    def _open_metrics(self) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = vars(self)["_metrics"]["train"]  # TRL's own
+        return found
 
 
 def _undo_rounding(model: PeftModel) -> None:

@@ -277,7 +277,10 @@ def test_a_tokenizer_or_template_of_its_own_has_an_entry_of_its_own() -> None:
     assert len({key, *keys}) == 4
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "manifest", "missing"])
+MANIFESTS = ["[", "[]", "{}", "null", "", '{"other.arrow": ""}', '{"rows.arrow": null}']
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "missing", *MANIFESTS])
 def test_a_damaged_entry_is_made_anew(tmp_path: Path, harm: str) -> None:
     section = DataSection(train=str(write_jsonl(tmp_path / "a.jsonl", ROWS)))
     rows = list(build_chats(RowEncoder(section, ENCODER, LONGEST)).train.encoded)
@@ -290,9 +293,10 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, harm: str) -> None:
     elif harm == "flip":
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    elif harm == "manifest":
-        file.write_bytes(content)
-        (entry / cache.MANIFEST).write_text("[")
+    elif harm in MANIFESTS:
+        if len(harm) < 3:  # with the rows or without: a manifest that names nothing vouches for nothing
+            file.write_bytes(content)
+        (entry / cache.MANIFEST).write_text(harm)
     again = build_chats(RowEncoder(section, ENCODER, LONGEST)).train
     assert list(again.encoded) == rows
     assert entries(tmp_path) == [entry]

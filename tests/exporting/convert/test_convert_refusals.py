@@ -164,7 +164,7 @@ def test_convolutions_of_loralib_are_refused(tmp_path: Path) -> None:
         ({"up.lora_A": torch.ones(2), "up.lora_B": torch.ones(3, 2)}, "must be matrices"),
         ({}, "the adapter holds no LoRA tensor"),
         ([1], "holds a list, not a state dict"),
-        (nn.Linear(2, 2), "not a checkpoint of tensors that torch can load"),
+        (nn.Linear(2, 2), "not a checkpoint of tensors that can be read"),
     ],
     ids=["another tensor", "no lora_B", "ranks", "vector", "empty", "list", "module"],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from phinetune.data.terminal_text import printable
+from phinetune.terminal_text import printable
 
 KEPT = 100_000  # places kept for each kind; further ones are only counted
 

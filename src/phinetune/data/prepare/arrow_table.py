@@ -21,6 +21,7 @@ from datasets import Dataset, concatenate_datasets
 from phinetune.chats.encoder import ends_a_turn
 from phinetune.data.prepare.copies import key_of
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
+from phinetune.data.prepare.workers import end_with, ending_with_us
 from phinetune.data.read.row import Broken, Row
 from phinetune.data.read.source_parts import PIECE, Source, SourcePart, open_source
 from phinetune.errors import DataError
@@ -67,16 +68,17 @@ def write_table(source: str, encode: RowEncoder, folder: Path) -> None:
     logger.info("preparing %s: about %s rows, %d processes", source, f"{len(pieces) * PIECE:,}", processes)
     index = Dataset.from_dict({key: [getattr(piece, key) for piece in pieces] for key in SourcePart._fields})
     try:
-        index.with_format("arrow").map(
-            encode_pieces,
-            batched=True,
-            batch_size=1,
-            fn_kwargs={"source": opened, "encode": encode},
-            remove_columns=list(SourcePart._fields),
-            num_proc=processes if processes > 1 else None,
-            cache_file_name=str(folder / "rows.arrow"),
-            new_fingerprint="0",  # `datasets` needs none, because the name of the cache's folder identifies the table
-        )
+        with ending_with_us():
+            index.with_format("arrow").map(
+                encode_pieces,
+                batched=True,
+                batch_size=1,
+                fn_kwargs={"source": opened, "encode": encode, "starter": os.getpid()},
+                remove_columns=list(SourcePart._fields),
+                num_proc=processes if processes > 1 else None,
+                cache_file_name=str(folder / "rows.arrow"),
+                new_fingerprint="0",  # `datasets` needs none: the name of the cache's folder identifies the table
+            )
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise
@@ -93,12 +95,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_pieces(batch: pyarrow.Table, source: Source, encode: RowEncoder) -> pyarrow.Table:
-    """The rows of some pieces as lines of the table. Runs in a process of its own.
+def encode_pieces(batch: pyarrow.Table, source: Source, encode: RowEncoder, starter: int) -> pyarrow.Table:
+    """The rows of some pieces as lines of the table. Runs in a process of its own, which ends with its starter.
 
     Args:
         batch: the pieces, with the fields of `SourcePart` as columns.
+        starter: the number of the process that started this one, or of this one.
     """
+    if starter != os.getpid():
+        end_with(starter)
     lines: list[dict[str, Any]] = []
     for piece in batch.to_pylist():
         items = list(source.read(SourcePart(**piece)))

@@ -22,9 +22,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.checkpoints.starter import cache_folder
-from phinetune.data.read.source_parts import file_digest
 from phinetune.errors import DataError
-from phinetune.files import is_disk_full, staged_folder
+from phinetune.files import file_digest, is_disk_full, staged_folder
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
         for remains in target.parent.glob(f".{key}.partial-*"):  # of a process that was killed
             shutil.rmtree(remains, ignore_errors=True)
         try:
-            with staged_folder(target) as stage:
+            with staged_folder(target, private=True) as stage:
                 fill(stage)
                 _write_manifest(stage)
         except OSError as error:
@@ -107,14 +106,17 @@ def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
 
 
 def _write_manifest(folder: Path) -> None:
-    digests = {file.name: file_digest(file) for file in sorted(folder.glob("*.arrow"))}
-    (folder / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(_digests(folder), indent=1), encoding="utf-8")
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files of an entry are those that its manifest lists."""
+    """Whether the files of an entry are those that its manifest lists, no more and no fewer, and at least one."""
     try:
-        digests: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(file_digest(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return bool(digests) and digests == _digests(folder)
+    except (OSError, ValueError):
         return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {file.name: file_digest(file) for file in sorted(folder.glob("*.arrow"))}

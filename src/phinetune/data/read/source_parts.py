@@ -22,6 +22,7 @@ from phinetune.data.read.encodings import NotText, is_utf16_or_utf32, lines_of, 
 from phinetune.data.read.files import is_list, read_file, read_lines, rows_of
 from phinetune.data.read.folders import files_by_split, files_of, is_folder_of_files, is_name
 from phinetune.data.read.row import Broken, Row
+from phinetune.files import file_digest
 
 PIECE = 2048  # rows in a piece; small enough for all processes to get some, and to hold in memory
 LINES = (".jsonl", ".ndjson")
@@ -61,15 +62,6 @@ def digest(source: str, split: str, name: str | None = None) -> str:
     else:
         files = [file["filename"] for file in open_dataset(source, split, name).cache_files]
     return hashlib.sha256("".join([split, *(file_digest(Path(file)) for file in files)]).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            total.update(part)
-    return total.hexdigest()
 
 
 def open_source(source: str, split: str, work: Path, name: str | None = None) -> Source:

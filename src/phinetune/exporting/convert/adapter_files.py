@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phinetune.checkpoints.adapters import read_adapter_config
+from phinetune.checkpoints.patterns import why_no_end
+from phinetune.checkpoints.weight_files import read_tensors
 from phinetune.engine.peft_variants import not_converted, why_not_the_whole_update
 from phinetune.errors import ModelError, at_most
 from phinetune.exporting.convert.layers import Adapter, last_part
+from phinetune.exporting.convert.torch_files import read_state
 from phinetune.files import write_text
 
 PEFT_NAME = re.compile(
@@ -46,10 +48,7 @@ def read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Adapter]]:
             embeddings. The error lists all that it holds beyond these.
     """
     config = read_adapter_config(folder)
-    try:
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except SafetensorError as error:
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: damaged: {error}") from None
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     problems = [f"{folder / ADAPTER_CONFIG}: {what}" for what in _more_than_a_and_b(config)]
     parts: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
@@ -62,6 +61,7 @@ def read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Adapter]]:
         if match["embedding"]:
             embeddings.add(match["layer"])
     problems += _wrong_pairs(parts)
+    problems += [f"{folder / ADAPTER_CONFIG}: {what}" for what in why_no_end(vars(config), parts)]
     if not problems:
         problems += _wrong_ranks(config, parts)
     if problems:
@@ -207,14 +207,14 @@ def read_loralib(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
         ModelError: the file is missing or damaged, or something in it is clearly not lora_A or lora_B of a linear layer
             or an embedding.
     """
-    state = _load_state(file)
+    state = read_state(file)
     parts: dict[str, dict[str, Tensor]] = {}
     problems = []
     for name, tensor in state.items():
-        match = LORALIB_NAME.fullmatch(str(name))
-        if match and isinstance(tensor, Tensor):
+        match = LORALIB_NAME.fullmatch(name)
+        if match:
             parts.setdefault(match["layer"], {})[match["part"]] = tensor.detach()
-        elif isinstance(tensor, Tensor) and str(name).removesuffix(".weight").removesuffix(".bias").endswith(".conv"):
+        elif name.removesuffix(".weight").removesuffix(".bias").endswith(".conv"):
             problems.append(f"{file}: {name} belongs to a convolution, and loralib's convolutions have no form in PEFT")
         else:
             problems.append(f"{file}: {name} is neither a lora_A nor a lora_B of a layer; only those are converted")
@@ -222,19 +222,6 @@ def read_loralib(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
     if problems:
         raise ModelError(at_most(problems))
     return {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
-
-
-def _load_state(file: Path) -> Mapping[Any, Any]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{file}: not a checkpoint of tensors that torch can load: {first}") from None
-    if isinstance(state, Mapping):
-        state = state.get("model_state_dict", state)  # loralib's own examples save it under this key
-    if not isinstance(state, Mapping):
-        raise ModelError(f"{file}: holds a {type(state).__name__}, not a state dict of loralib")
-    return state
 
 
 def write_loralib(adapters: Mapping[str, Adapter], file: Path) -> None:

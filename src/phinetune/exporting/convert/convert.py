@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from transformers import Phi3Config
 
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG, BASE_FILE
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
+from phinetune.checkpoints.adapters import BASE_FILE
 from phinetune.checkpoints.target_modules import FUSED
 from phinetune.errors import ModelError, at_most
 from phinetune.exporting.convert.adapter_files import read_loralib, read_peft, write_loralib, write_peft

@@ -12,8 +12,10 @@ import yaml
 from phinetune.config.run import SECRETS, RunConfig
 from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.exporting.hub.card_usage import adapter_usage
+from phinetune.exporting.hub.markdown import code, fenced, plain
 from phinetune.metric_table import measured
 from phinetune.run_folder import told_changes
+from phinetune.secret_text import tree_without_secrets
 
 
 def write_card(
@@ -30,7 +32,7 @@ def write_card(
     name = repo or config.output_dir.resolve().name
     parts = [
         front_matter("peft", ["lora", "phi3", "phinetune"], base),
-        f"# {name}\n\nA LoRA adapter for {described_base(base)}, trained with phinetune.",
+        f"# {plain(name)}\n\nA LoRA adapter for {described_base(base)}, trained with phinetune.",
         *training_sections(results),
         "## Use\n\n" + adapter_usage(hub_id(base), base["path"], repo, config.output_dir),
         settings_section(config, lora),
@@ -59,7 +61,7 @@ def hub_id(base: Mapping[str, Any]) -> str | None:
 
 def described_base(base: Mapping[str, Any]) -> str:
     """The base and its revision, in Markdown."""
-    return f"`{base['path']}`" + (f" (revision `{base['revision']}`)" if base["revision"] else "")
+    return code(base["path"]) + (f" (revision {code(base['revision'])})" if base["revision"] else "")
 
 
 def training_sections(results: Mapping[str, Any]) -> list[str]:
@@ -75,13 +77,13 @@ def training_sections(results: Mapping[str, Any]) -> list[str]:
 
 def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
     sets = [
-        f"{part.replace('_', ' ')}: `{report['source']}`, {report['kept']} of {report['rows']} chats, "
+        f"{part.replace('_', ' ')}: {code(report['source'])}, {report['kept']} of {report['rows']} chats, "
         f"{report['tokens']:,} tokens, {report['trainable_tokens']:,} of them trained on or scored"
         for part in ("train", "held_out")
         if (report := data.get(part))
     ]
     unlooked = [data["not_compared"]] if data.get("not_compared") else []
-    return [*sets, *shared_sentences(data.get("overlap") or {}), *unlooked]
+    return [*sets, *map(plain, [*shared_sentences(data.get("overlap") or {}), *unlooked])]
 
 
 def _training_lines(training: Mapping[str, Any]) -> str:
@@ -89,17 +91,17 @@ def _training_lines(training: Mapping[str, Any]) -> str:
     return (
         f"{training['steps']} steps, {training['epochs']:.2f} epochs, {training['tokens']:,} tokens in "
         f"{training['seconds']:.0f} s{speed}; {training['trainable_parameters']:,} trainable parameters."
-        + "".join(f"\n\n{sentence}" for sentence in told_changes(training.get("changed")))
+        + "".join(f"\n\n{plain(sentence)}" for sentence in told_changes(training.get("changed")))
     )
 
 
 def _results_table(evaluation: Mapping[str, Any] | None) -> str:
     if not evaluation:
         return "Not measured."
-    lines = ["| | " + " | ".join(evaluation) + " |", "|---|" + "---:|" * len(evaluation)]
+    lines = ["| | " + " | ".join(map(plain, evaluation)) + " |", "|---|" + "---:|" * len(evaluation)]
     for measure in measured(evaluation):
         values = [measure.amount(side[measure.key]) for side in evaluation.values()]
-        lines.append(f"| {measure.heading} | " + " | ".join(values) + " |")
+        lines.append(f"| {plain(measure.heading)} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
@@ -118,4 +120,5 @@ def settings_section(config: RunConfig, lora: Mapping[str, Any]) -> str:
         },
         "training_config": {key: value for key, value in config.training_config.items() if key not in SECRETS},
     }
-    return "## Settings\n\n```yaml\n" + str(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)) + "```"
+    text = yaml.safe_dump(tree_without_secrets(shown), sort_keys=False, allow_unicode=True)
+    return "## Settings\n\n" + fenced("yaml", text)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+from phinetune.exporting.hub.markdown import fenced
 from phinetune.exporting.output_paths import LONGEST_CONTEXT, quoted
 
 ANSWER = """
@@ -24,7 +26,7 @@ def adapter_usage(base_id: str | None, base: str, repo: str | None, folder: Path
         folder: the adapter's folder on this machine.
     """
     local = Path(repo.rsplit("/", 1)[-1]) if repo else folder
-    fetch = [f"hf download {repo} --local-dir {local}"] if repo else []
+    fetch = [f"hf download {repo} --local-dir {quoted(local)}"] if repo else []
     chat = shell([*fetch, f"phinetune chat {quoted(local)}"])
     return "\n\n".join(
         [
@@ -39,13 +41,13 @@ def _peft(base_id: str | None, base: str, place: str, on_hub: bool) -> str:
     if base_id or not on_hub:  # PEFT finds the base by the adapter's own record
         return python(
             "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{place}", dtype="auto")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{place}")'
+            f'model = AutoPeftModelForCausalLM.from_pretrained({json.dumps(place)}, dtype="auto")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(place)})"
         )
     return python(
         "from peft import PeftModel\nfrom phinetune import load\n\n"
-        f'base, tokenizer = load("{base}")  # it is not on the hub\n'
-        f'model = PeftModel.from_pretrained(base, "{place}")'
+        f"base, tokenizer = load({json.dumps(base)})  # it is not on the hub\n"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(place)})"
     )
 
 
@@ -53,8 +55,8 @@ def merged_usage(repo: str | None, name: str) -> str:
     """How to use a merged model, as Markdown. It is in the repository `repo`, or else in a folder called `name`."""
     code = python(
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo or "."}", dtype="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo or "."}")'
+        f'model = AutoModelForCausalLM.from_pretrained({json.dumps(repo or ".")}, dtype="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(repo or '.')})"
     )
     where = "With transformers:" if repo else "With transformers, in this folder:"
     return "\n\n".join([f"{where}\n\n{code}", _programs(repo or name, repo.rsplit("/", 1)[-1] if repo else name)])
@@ -85,9 +87,9 @@ def model_name(name: str) -> str:
 
 def shell(lines: list[str]) -> str:
     """Commands for a shell, as Markdown."""
-    return "```sh\n" + "\n".join(lines) + "\n```"
+    return fenced("sh", "\n".join(lines))
 
 
 def python(loading: str) -> str:
     """Code that loads `model` and `tokenizer`, followed by code that answers a chat, as Markdown."""
-    return f"```python\n{loading}\n{ANSWER}\n```"
+    return fenced("python", f"{loading}\n{ANSWER}")

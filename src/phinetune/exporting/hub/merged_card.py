@@ -8,6 +8,7 @@ from typing import Any
 from phinetune.checkpoints.starter import REQUIREMENT
 from phinetune.exporting.hub.card import described_base, front_matter
 from phinetune.exporting.hub.card_usage import merged_usage
+from phinetune.exporting.hub.markdown import code, plain
 from phinetune.exporting.merge.merged import SIXTEEN_BIT
 
 MEANING = {
@@ -30,7 +31,7 @@ def write_merged_card(
     """
     parts = [
         front_matter("transformers", ["phi3", "phinetune", "merged"], record["base"], "finetune"),
-        f"# {repo or name}\n\n{_what_it_is(record)}",
+        f"# {plain(repo or name)}\n\n{_what_it_is(record)}",
         *([] if training else ["## Held-out loss\n\n" + _losses(record.get("held_out_loss"))]),
         *training,
         "## Use\n\n" + merged_usage(repo, name),
@@ -45,8 +46,8 @@ def _what_it_is(record: Mapping[str, Any]) -> str:
     origin = f" The starter is SmolLM2-135M-Instruct ({REQUIREMENT})." if base["path"] == "starter" else ""
     return (
         f"A Phi-3 in {record['dtype']}: {described_base(base)}{quantised}, with the LoRA adapter "
-        f"`{record['adapter']['path']}` merged into it by phinetune.{origin} It runs without an adapter; do not load "
-        "that adapter on it again."
+        f"{code(record['adapter']['path'])} merged into it by phinetune.{origin} It runs without an adapter; do not "
+        "load that adapter on it again."
     )
 
 

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, read_adapter_config, read_base
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phinetune.checkpoints.adapters import BASE_FILE, read_adapter_config, read_base
 from phinetune.checkpoints.load import Base
 from phinetune.checkpoints.opened import recorded_config
 from phinetune.checkpoints.tokenizer import TOKENIZER_FILES

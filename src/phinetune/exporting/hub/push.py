@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.errors import ModelError
 from phinetune.exporting.hub.published import Published, check_holds_no, read_published, write_adapter, write_merged
 from phinetune.exporting.merge.merged import MERGED_FILE

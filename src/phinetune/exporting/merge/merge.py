@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Phi3Config
 
+from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.weight_files import INDEX, WEIGHTS
 from phinetune.errors import ModelError
 from phinetune.exporting.hub.merged_card import write_merged_card
@@ -170,7 +171,7 @@ def _write_weights(merged: MergedCheckpoint, folder: Path, limit: int) -> tuple[
 
 def _write_config(merged: MergedCheckpoint, folder: Path) -> None:
     """Write config.json: the base's own with the changes, so that a client finds every key that the base has."""
-    tree = merged.config.to_diff_dict() if merged.folder is None else _read(merged.folder / "config.json")
+    tree = merged.config.to_diff_dict() if merged.folder is None else read_json(merged.folder / "config.json")
     kept = {key: value for key, value in tree.items() if key not in NOT_KEPT}
     kept |= {
         "architectures": merged.config.architectures,
@@ -199,11 +200,6 @@ def _rope(config: Phi3Config) -> dict[str, Any]:
         return both
     factors = {key: rope[key] for key in ("short_factor", "long_factor")}
     return {**both, "rope_scaling": {"type": "longrope", **factors}}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return tree
 
 
 def _copy_tokenizer_model(merged: MergedCheckpoint, folder: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,10 +15,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_base, read_adapter_config
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phinetune.checkpoints.adapters import check_base, read_adapter_config
 from phinetune.checkpoints.opened import recorded_config
+from phinetune.checkpoints.small_files import read_json
 from phinetune.config.model import ModelSection
-from phinetune.errors import ModelError
+from phinetune.errors import ModelError, reason_of
 from phinetune.exporting.base_files import BaseFiles, open_base, quantized, trained_dtype
 from phinetune.exporting.merge.weight_deltas import EMBED, HEAD, WeightDelta, read_weight_deltas
 from phinetune.exporting.merge.weights import check_fit
@@ -244,9 +245,9 @@ def _check_not_merged(folder: Path | None, source: Path) -> None:
     if file is None or not file.is_file():
         return
     try:
-        digest = json.loads(file.read_text(encoding="utf-8"))["adapter"]["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: broken: {error}") from None
+        digest = read_json(file)["adapter"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{file}: broken: {reason_of(error)}") from None
     if digest == adapter_digest(source):
         raise ModelError(f"{source}: already merged: {folder} is the base with this adapter already in it")
 

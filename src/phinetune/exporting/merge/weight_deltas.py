@@ -7,8 +7,6 @@ must hold.
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +14,17 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Embedding, LoraLayer
-from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phinetune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phinetune.checkpoints.target_modules import FUSED
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, check_tensors, with_shapes_of
+from phinetune.checkpoints.weight_files import HeldTensor, read_header, read_tensors
 from phinetune.engine.peft_variants import not_merged, why_not_the_whole_update
 from phinetune.errors import ModelError, at_most
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-PREFIX = "base_model.model."
+COPY = ".base_layer.weight"  # how the name of a copy of the base's weight ends
 BLOCK = 1 << 20  # elements that are merged at a time
 
 
@@ -96,11 +91,12 @@ def read_weight_deltas(config: Phi3Config, adapter: LoraConfig, folder: Path) ->
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tuned = _with_adapter(model, adapter, folder)
-    wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}
-    found = _read_tensors(folder)
-    copies = {name: found.pop(name) for name in list(found) if name.endswith(".base_layer.weight")}
-    _check_fit(wanted, found, folder)
+    tuned = with_shapes_of(model, adapter, folder)
+    header = read_header(folder / ADAPTER_WEIGHTS)
+    check_tensors(tuned, {name: held for name, held in header.items() if not name.endswith(COPY)}, folder)
+    _check_copies(header, shapes, folder)
+    found = read_tensors(folder / ADAPTER_WEIGHTS)
+    copies = {name: found.pop(name) for name in list(found) if name.endswith(COPY)}
     deltas = dict(_lora_deltas(tuned, found, copies))
     for name, tensor in found.items():  # what is left are modules_to_save
         deltas[name.removeprefix(PREFIX)] = WeightDelta(replacement=tensor)
@@ -117,38 +113,20 @@ def _check_variants(adapter: LoraConfig, folder: Path) -> None:
         raise ModelError(problems)
 
 
-def _with_adapter(model: Phi3ForCausalLM, adapter: LoraConfig, folder: Path) -> PeftModel:
-    """PEFT's model on the `meta` device: it has all the layers and no numbers."""
-    config = copy.deepcopy(adapter)
-    config.init_lora_weights = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of tied embeddings; `MergedCheckpoint` handles them
-            return PeftModel(model, config, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, RuntimeError) as error:
-        hint = ""
-        if set(adapter.target_modules or ()) & set(FUSED):
-            hint = "; it names split layers, which Phi-3 has fused: `phinetune convert … --to peft-fused` joins them"
-        raise ModelError(f"{folder / ADAPTER_CONFIG}: does not fit this base: {error}{hint}") from error
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / ADAPTER_WEIGHTS)
-    except SafetensorError as error:
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: damaged: {error}") from None
-
-
-def _check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], folder: Path) -> None:
-    problems = [f"missing: {name}" for name in wanted if name not in found]
-    problems += [f"unexpected: {name}" for name in found if name not in wanted]
-    problems += [
-        f"{name}: adapter shape {tuple(found[name].shape)} does not match the model's {shape}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name].shape) != shape
+def _check_copies(header: Mapping[str, HeldTensor], shapes: Shapes, folder: Path) -> None:
+    """Make sure that copies of the base's weights have the shapes of the base's weights."""
+    copies = {
+        f"{name.removeprefix(PREFIX).removesuffix(COPY)}.weight": held
+        for name, held in header.items()
+        if name.endswith(COPY)
+    }
+    problems = [
+        f"{folder / ADAPTER_WEIGHTS}: a copy of {name} has the shape {held.shape}, and the base has {shapes.get(name)}"
+        for name, held in copies.items()
+        if held.shape != shapes.get(name)
     ]
     if problems:
-        raise ModelError([f"{folder}: the adapter does not fit this base:", *at_most(problems, 8)])
+        raise ModelError(at_most(problems, 8))
 
 
 def _lora_deltas(

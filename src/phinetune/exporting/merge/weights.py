@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phinetune.checkpoints.weight_files import check_weights
+from phinetune.checkpoints.weight_files import DTYPES, held_tensors, read_tensor, unreadable_dtypes
 from phinetune.errors import ModelError, at_most
 
-# The dtypes that a Phi-3's weights may have, by safetensors' names.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 NF4_BLOCK = 64  # weights that share one scale, as in transformers
 
 
@@ -62,39 +59,15 @@ class FolderWeights:
         Raises:
             ModelError: files are missing or damaged, or weights have a dtype that is not in `DTYPES`.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        self._files: dict[str, Path] = {}
-        self.shapes: Mapping[str, tuple[int, ...]] = shapes
-        self.dtypes: Mapping[str, torch.dtype] = dtypes
-        problems = []
-        for file in check_weights(folder):
-            try:
-                for name, dtype, shape in _header(file):
-                    if dtype not in DTYPES:
-                        problems.append(f"{file}: {name} is {dtype}; weights of {', '.join(DTYPES)} can be read")
-                        continue
-                    shapes[name], dtypes[name], self._files[name] = shape, DTYPES[dtype], file
-            except SafetensorError as error:
-                problems.append(f"{file}: damaged: {error}")
+        self._held = held_tensors(folder)
+        problems = unreadable_dtypes(self._held)
         if problems:
-            raise ModelError(problems)
+            raise ModelError([f"{folder}: {problem}" for problem in at_most(problems, 8)])
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: held.shape for name, held in self._held.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {name: DTYPES[held.dtype] for name, held in self._held.items()}
 
     def get(self, name: str) -> Tensor:
-        try:
-            with safe_open(self._files[name], framework="pt") as stream:
-                tensor: Tensor = stream.get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{self._files[name]}: damaged: {error}") from None
-        return tensor
-
-
-def _header(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(name, safetensors' dtype, shape) of every tensor of a file."""
-    with safe_open(file, framework="pt") as stream:
-        for name in stream.keys():  # noqa: SIM118 (the stream is not a mapping)
-            part = stream.get_slice(name)
-            yield name, part.get_dtype(), tuple(part.get_shape())
+        return read_tensor(self._held[name], name)
 
 
 class MemoryWeights:

@@ -15,6 +15,7 @@ from phinetune import evaluate, generate, load, train
 from phinetune.api.train import train_config
 from phinetune.config.data import OtherSplit
 from phinetune.errors import ConfigError, DataError, ModelError, PhinetuneError
+from phinetune.exporting.hub.markdown import plain
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_a_run_on_a_stream_says_which_rows_were_compared(chats: Path, tmp_path: 
     told = "the held-out chats were compared with the first 12 training rows only, because the rest of a stream"
     assert results["data"]["not_compared"].startswith(told)
     assert results["flags"][0] == results["data"]["not_compared"]
-    assert results["flags"][0] in (tmp_path / "run" / "README.md").read_text()
+    assert plain(results["flags"][0]) in (tmp_path / "run" / "README.md").read_text()
     before = console.file.getvalue().partition("The first chats as the model sees them")[0]  # type: ignore[attr-defined]
     assert told[:60] in before
     assert evaluate(tmp_path / "run", console=console, record=False).flags == results["flags"]

@@ -96,6 +96,7 @@ def test_a_run_on_a_stream_says_which_rows_were_compared(chats: Path, tmp_path: 
     assert results["data"]["not_compared"].startswith(told)
     assert results["flags"][0] == results["data"]["not_compared"]
     assert plain(results["flags"][0]) in (tmp_path / "run" / "README.md").read_text()
+    assert (tmp_path / "run" / "report.html").is_file()
     before = console.file.getvalue().partition("The first chats as the model sees them")[0]  # type: ignore[attr-defined]
     assert told[:60] in before
     assert evaluate(tmp_path / "run", console=console, record=False).flags == results["flags"]

@@ -210,4 +210,5 @@ def test_a_second_ctrl_c_ends_a_real_process_with_status_130(chats: Path, tmp_pa
         process.send_signal(signal.SIGINT)
         if process.poll() is not None:
             break
-    assert process.wait(60) == 130
+    # A third one in the moment before the program ignores them ends it by the signal: 130 to a shell, too.
+    assert process.wait(60) in (130, -signal.SIGINT)

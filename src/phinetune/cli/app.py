@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,7 @@ def main() -> None:
     except PhinetuneError as error:
         _fail(error.problems)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more Ctrl-C would end it with another status
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

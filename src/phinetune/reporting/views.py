@@ -207,9 +207,12 @@ def summary_items(run: RunFacts) -> list[tuple[str, str]]:
     return items
 
 
+SETS = ("train", "held_out")
+
+
 def data_rows(sets: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """(name of a fact, one value for each set) for the sets that are recorded."""
-    present = [report for report in sets.values() if report]
+    present = [sets[name] for name in SETS if sets.get(name)]  # beside them stands what the sets share
     if not present:
         return []
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # What a user may have set: these decide how OpenMP's threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # How often a thread of libgomp looks for work before it sleeps. libgomp's own 300,000 takes the processor from others
-# for milliseconds; without any looks, a step on a quiet machine takes 30 to 45% longer (benchmarks/results/waiting.md).
+# for milliseconds; without any looks, a step on a quiet machine takes 30 to 45% longer (benchmarks/waiting.py).
 SPINS = 10_000
 IDLE = ("idle", "iowait", "guest", "guest_nice")  # the kernel counts a guest's time as user time, too
 

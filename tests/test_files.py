@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from phinetune.files import file_digest, is_disk_full, publish_files, publish_folder, remove, staged_folder, write_text
+from phinetune.files import disk_trouble, file_digest, publish_files, publish_folder, remove, staged_folder, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -76,9 +76,10 @@ def test_published_files_replace_their_namesakes_only(tmp_path: Path) -> None:
 def test_a_full_disk_is_recognised_through_its_wrappers() -> None:
     wrapped = RuntimeError("zip writer failed")
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-    assert is_disk_full(wrapped)
-    assert not is_disk_full(RuntimeError("something else"))
-    assert not is_disk_full(None)
+    assert disk_trouble(wrapped) == "no space is left"
+    assert disk_trouble(RuntimeError("write failed: No space left on device")) == "no space is left"
+    assert disk_trouble(RuntimeError("something else")) is None
+    assert disk_trouble(None) is None
 
 
 @pytest.mark.parametrize("there", ["folder", "file", "link", "dangling link", "nothing"])

@@ -41,9 +41,17 @@ def write_lines(path: Path, lines: Iterable[str], *, private: bool = False) -> N
 
 # What a rename to a folder says if another process has put something there in the meantime.
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors (Rust) and torch's zip writer raise error types of their own, with the number in the text.
-DISK_FULL_SIGNS = ("No space left on device", *(f"os error {number})" for number in DISK_FULL))
+# What a disk reports, by the system's number: in an OSError, or in the text of an error of a library in Rust.
+DISK_TROUBLES = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would grow past the limit of file sizes (`ulimit -f`, or the file system's own)",
+    errno.EIO: "the disk reports an error",
+    errno.EROFS: "the file system can only be read",
+}
+# What torch says of a file that it could not write to its end: the disk is full or failed, and it does not say which.
+CUT_SHORT = ("unexpected pos", "PytorchStreamWriter failed", "file write failed", "iostream error")
+FAILED_WRITE = "a file could not be written to its end: the disk is full, or reports an error"
 
 
 @contextmanager
@@ -128,15 +136,18 @@ def file_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that a disk or a quota is full."""
+def disk_trouble(error: BaseException | None) -> str | None:
+    """What is wrong with a disk, if an error or one that caused it says so; None if they don't."""
+    found = None
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            return True
-        if any(sign in str(error) for sign in DISK_FULL_SIGNS):
-            return True
+        for number, trouble in DISK_TROUBLES.items():
+            signs = (f"(os error {number})", os.strerror(number))
+            if (isinstance(error, OSError) and error.errno == number) or any(sign in str(error) for sign in signs):
+                return trouble
+        if any(sign in str(error) for sign in CUT_SHORT):
+            found = FAILED_WRITE
         error = error.__cause__ or error.__context__
-    return False
+    return found
 
 
 def _sync(path: Path) -> None:

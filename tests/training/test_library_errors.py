@@ -15,7 +15,8 @@ from transformers import TrainerCallback, get_scheduler
 from helpers import tiny_config
 from phinetune.engine.packing import PackedCollator
 from phinetune.errors import ConfigError, DataError, RunError
-from phinetune.training.library_errors import disk_told, disk_trouble, told_in_sentences
+from phinetune.files import disk_trouble
+from phinetune.training.library_errors import disk_told, told_in_sentences
 from phinetune.training.prepare import prepare_run, settle
 from phinetune.training.run import open_place, train_run
 

@@ -24,7 +24,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from phinetune.errors import ModelError
-from phinetune.files import is_disk_full, remove, staged_folder
+from phinetune.files import disk_trouble, remove, staged_folder
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def ensure_starter(pip_options: Sequence[str] = ()) -> Path:
             if not target.is_dir():
                 _make_starter(target, pip_options)
     except (OSError, SafetensorError) as error:
-        reason = "no space is left" if is_disk_full(error) else str(error)
+        reason = disk_trouble(error) or str(error)
         raise ModelError(
             f"could not write the starter model to {target.parent}: {reason}; "
             "set PHINETUNE_HOME to a folder with 1 GB free"

@@ -10,6 +10,7 @@ import typer
 
 from phinetune.cli import config, convert, data, evaluate, export, merge, plan, push, report, talk, train
 from phinetune.errors import PhinetuneError, RunError, reason_of
+from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
 from phinetune.terminal_text import visible
 
@@ -52,8 +53,6 @@ def _told(error: Exception) -> str:
     """What the machine refused, in a sentence: memory, a disk, a folder, a closed pipe. Any other error is raised."""
     if isinstance(error, MemoryError):
         return f"the memory is not enough ({reason_of(error)}); close other programs, or raise this process's limit"
-    from phinetune.training.library_errors import disk_trouble
-
     trouble = disk_trouble(error)
     if trouble:
         return f"{trouble} ({reason_of(error)}); see to the disk and call the command again"

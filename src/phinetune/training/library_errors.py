@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from phinetune.errors import ConfigError, PhinetuneError, RunError, reason_of
+from phinetune.files import disk_trouble
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +31,6 @@ LESS_MEMORY = (
     "lower training_config.per_device_train_batch_size or max_length, set engine.activation_memory: all or "
     "model.quantization: nf4; `phinetune plan` tells what fits"
 )
-# What a disk reports, by the system's number: in an OSError, or in the text of an error of a library in Rust.
-DISK_TROUBLES = {
-    errno.ENOSPC: "no space is left",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file would grow past the limit of file sizes (`ulimit -f`, or the file system's own)",
-    errno.EIO: "the disk reports an error",
-    errno.EROFS: "the file system can only be read",
-}
-# What torch says of a file that it could not write to its end: the disk is full or failed, and it does not say which.
-CUT_SHORT = ("unexpected pos", "PytorchStreamWriter failed", "file write failed", "iostream error")
-FAILED_WRITE = "a file could not be written to its end: the disk is full, or reports an error"
 
 
 @contextmanager
@@ -94,19 +84,6 @@ def disk_told(folder: Path) -> Iterator[None]:
             f"{folder}: {trouble}, so the run stopped; checkpoints written before are whole. See to the disk and go on "
             "with --resume"
         ) from error
-
-
-def disk_trouble(error: BaseException | None) -> str | None:
-    """What is wrong with a disk, if an error or one that caused it says so; None if they don't."""
-    found = None
-    while error is not None:
-        for number, trouble in DISK_TROUBLES.items():
-            if (isinstance(error, OSError) and error.errno == number) or f"(os error {number})" in str(error):
-                return trouble
-        if any(sign in str(error) for sign in CUT_SHORT):
-            found = FAILED_WRITE
-        error = error.__cause__ or error.__context__
-    return found
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 
+from phinetune.config.places import with_absolute_places
 from phinetune.data.prepare.cache import tokenizer_digest
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.training.environment import describe_environment
@@ -65,14 +65,13 @@ def count_of(report: Mapping[str, Any]) -> str:
 
 def settings_of(prepared: PreparedRun) -> Record:
     """The part of the record that follows from the configuration and the machine."""
-    config, args = prepared.config, prepared.args
+    config, args = with_absolute_places(prepared.config), prepared.args
     fast = prepared.engine.fast
     filled = bool(fast.fill) if fast else args.packing
     packing = f"tokens, {prepared.settings.max_length} a row" if filled else "conversations"
     tree = {
-        "model": _placed(config.model.model_dump(), ("path", "tokenizer"))
-        | {"dtype": str(prepared.dtype), "device": prepared.device.type},
-        "data": _placed(config.data.model_dump(), ("train", "eval")) | {"packing": packing},
+        "model": config.model.model_dump() | {"dtype": str(prepared.dtype), "device": prepared.device.type},
+        "data": config.data.model_dump() | {"packing": packing},
         "peft_config": _peft(prepared),
         "training_config": args.to_dict(),
         "objective": {"kind": prepared.objective.kind, **prepared.objective.options.model_dump()},
@@ -89,20 +88,6 @@ def settings_of(prepared: PreparedRun) -> Record:
     }
     record: Record = json.loads(json.dumps(flat, sort_keys=True, default=_plain))
     return record
-
-
-def _placed(section: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A section with the absolute paths of the files and folders that it names."""
-    return section | {key: _absolute(section[key]) for key in keys}
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(entry) for entry in value]
-    if isinstance(value, dict):
-        return {key: _absolute(entry) for key, entry in value.items()}
-    place = Path(value).expanduser() if isinstance(value, str) else None
-    return str(place.resolve()) if place and place.exists() else value
 
 
 def _peft(prepared: PreparedRun) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phinetune.checkpoints.starter import cache_folder
 from phinetune.errors import DataError
-from phinetune.files import file_digest, is_disk_full, staged_folder
+from phinetune.files import disk_trouble, file_digest, staged_folder
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +95,11 @@ def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
                 fill(stage)
                 _write_manifest(stage)
         except OSError as error:
-            if not is_disk_full(error):
+            trouble = disk_trouble(error)
+            if trouble is None:
                 raise
             raise DataError(
-                f"no space is left for prepared data in {target.parent}; delete older entries there, set "
+                f"{trouble} for prepared data in {target.parent}; delete older entries there, set "
                 "PHINETUNE_HOME to a folder with more room, or set data.streaming: true"
             ) from error
         logger.info("kept in %s for later runs (it may be deleted)", target)

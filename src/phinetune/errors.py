@@ -87,3 +87,8 @@ def reason_of(error: BaseException, longest: int = 300) -> str:
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= longest else f"{text[:longest]} …"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says. Some libraries add paragraphs of advice."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -40,7 +40,9 @@ def moved(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("change", [turned, edited, moved])
-def test_a_share_of_other_rows_with_the_same_counts_is_refused(tmp_path: Path, change: Any) -> None:
+def test_a_share_of_other_rows_with_the_same_counts_is_refused(
+    tmp_path: Path, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = [chat(f"What is {i}?", f"It is no {i}.") for i in range(9)]
     file = write_jsonl(tmp_path / "a.jsonl", own)
     run = run_on(file, tmp_path / "run")
@@ -52,6 +54,7 @@ def test_a_share_of_other_rows_with_the_same_counts_is_refused(tmp_path: Path, c
     start = json.loads((run / "start.json").read_text())
     del start["decides"]  # as older runs have it
     (run / "start.json").write_text(json.dumps(start))
+    monkeypatch.setattr(held_out, "rows_digest", lambda _: pytest.fail("the rows were hashed for nothing"))
     assert held_out_chats(config, run)
 
 

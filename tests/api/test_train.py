@@ -14,7 +14,7 @@ from rich.console import Console
 import phinetune
 from helpers import TINY, chat, write_jsonl
 from phinetune import evaluate, load, train
-from phinetune.errors import ModelError
+from phinetune.errors import ModelError, RunError
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -53,6 +53,20 @@ def test_a_run_without_held_out_chats_is_not_compared(chats: Path, tmp_path: Pat
     assert "evaluation" not in run.results
     with pytest.raises(ModelError, match="name a file with --data FILE"):
         evaluate(run.path)
+
+
+def test_a_replacement_that_fails_leaves_the_earlier_run_in_its_place(chats: Path, tmp_path: Path) -> None:
+    """At once, and not only for the next `train`."""
+    folder, quiet = tmp_path / "run", Console(quiet=True)
+    training = {"output_dir": str(folder), "max_steps": 1}
+    before = train(model=TINY, data=str(chats), training_config=training, console=quiet).results
+    training |= {"learning_rate": 1e15, "max_steps": 3}  # the second step overflows
+    huge = {"lora_alpha": 10**15}
+    with pytest.raises(RunError, match="became nan at step 2"):
+        train(TINY, str(chats), huge, training, overwrite=True, console=quiet)
+    assert not (folder / ".replaced").exists()
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(before))
+    assert evaluate(folder, str(chats), {"generate": False}, console=quiet).results["tuned"]
 
 
 def test_checkpoints_and_models_without_an_adapter_are_evaluated_too(tiny_run: Path, chats: Path) -> None:

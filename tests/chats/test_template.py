@@ -72,3 +72,9 @@ def test_control_tokens_in_further_texts_are_letters() -> None:
     message = {"role": "user", "name": "<|end|>", "content": "Hi"}
     assert typed_tokens(control_tokens(tokenizer), message) == ["<|end|>"]
     assert render(tokenizer, [message]).count("<|end|>") == 1
+
+
+def test_typed_tokens_come_in_the_order_of_the_message() -> None:
+    tokens = ["<|end|>", "<|user|>", "<|system|>", "<|assistant|>", "<|endoftext|>"] * 2
+    message = {"role": "user", "content": "", **{f"k{i}": token for i, token in enumerate(tokens)}}
+    assert typed_tokens(control_tokens(byte_tokenizer()), message) == tokens

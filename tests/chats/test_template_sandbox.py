@@ -217,6 +217,13 @@ def test_a_long_chat_is_within_the_limits_of_a_template_that_builds_its_text_up(
         ("{{ messages.append(1) }}", SecurityError),
         ("{{ lipsum() }}", UndefinedError),
         ("{{ 'x'|urlize }}", TemplateError),
+        ("{{ 1 // 0 }}", TemplateError),
+        ("{{ 2.0 ** 5000 }}", TemplateError),
+        ("{{ '{x}'.format() }}", TemplateError),
+        ("{{ '{}'.format() }}", TemplateError),
+        ("{{ 1|dictsort }}", TemplateError),
+        ("{{ [2] + 1 }}", TemplateError),
+        ("{{ 'a'.index('b') }}", TemplateError),
         ("{% for %}", TemplateError),
     ],
 )

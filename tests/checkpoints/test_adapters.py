@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from helpers import TINY
-from phinetune.checkpoints.adapters import attach_adapter, read_base
+from phinetune.checkpoints.adapters import attach_adapter, read_base, usable_adapter
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.checkpoints.opened import open_model
 from phinetune.checkpoints.target_modules import linear_layers, matched_targets, resolve_targets, trainable_parameters
@@ -74,7 +74,8 @@ def test_the_matched_table_counts_parameters_by_the_formula(tiny: Loaded) -> Non
 
 def test_an_adapter_answers_as_in_plain_peft(tiny_run: Path, tiny: Loaded) -> None:
     ids = torch.tensor([[5, 6, 7]])
-    ours = attach_adapter(load_base(ModelSection(path=TINY)), tiny_run)
+    section = ModelSection(path=TINY)
+    ours = attach_adapter(load_base(section), tiny_run, usable_adapter(tiny_run, section))
     plain = PeftModel.from_pretrained(tiny.model, str(tiny_run))
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, plain(ids).logits)
@@ -91,12 +92,11 @@ def copy_adapter(run: Path, target: Path, without: tuple[str, ...] = ()) -> Path
 
 
 def test_an_adapter_for_another_base_is_refused(tiny_run: Path) -> None:
-    other = load_base(ModelSection(path=TINY, seed=1))
     with pytest.raises(ModelError, match="another model; load the adapter on the base it was trained on"):
-        attach_adapter(other, tiny_run)
+        usable_adapter(tiny_run, ModelSection(path=TINY, seed=1))
 
 
-def test_all_tensors_that_do_not_fit_are_listed(tiny_run: Path, tmp_path: Path, tiny: Loaded) -> None:
+def test_all_tensors_that_do_not_fit_are_listed(tiny_run: Path, tmp_path: Path) -> None:
     folder = copy_adapter(tiny_run, tmp_path / "adapter", without=("base.json",))
     tensors = load_file(folder / "adapter_model.safetensors")
     names = sorted(tensors)
@@ -104,7 +104,7 @@ def test_all_tensors_that_do_not_fit_are_listed(tiny_run: Path, tmp_path: Path, 
     tensors[names[1]] = tensors[names[1]][:, :-1].contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(ModelError) as caught:
-        attach_adapter(tiny, folder)
+        usable_adapter(folder, ModelSection(path=TINY))
     text = "\n".join(caught.value.problems)
     assert f"missing: {names[0]}" in text
     assert "unexpected: extra" in text
@@ -125,11 +125,11 @@ def test_all_tensors_that_do_not_fit_are_listed(tiny_run: Path, tmp_path: Path, 
     ],
     ids=["no weights", "damaged weights", "broken base.json", "broken configuration", "no LoRA"],
 )
-def test_a_broken_adapter_is_refused(tiny_run: Path, tmp_path: Path, tiny: Loaded, break_it: Any, words: str) -> None:
+def test_a_broken_adapter_is_refused(tiny_run: Path, tmp_path: Path, break_it: Any, words: str) -> None:
     folder = copy_adapter(tiny_run, tmp_path / "adapter")
     break_it(folder)
     with pytest.raises(ModelError) as caught:
-        attach_adapter(tiny, folder)
+        usable_adapter(folder, ModelSection(path=TINY))
     assert words in str(caught.value)
 
 
@@ -144,13 +144,13 @@ def test_a_broken_adapter_is_refused(tiny_run: Path, tmp_path: Path, tiny: Loade
     ids=["state dict", "no prefix", "split layers", "layers of the base"],
 )
 def test_another_form_of_an_adapter_is_named(
-    tiny_run: Path, tmp_path: Path, tiny: Loaded, rename: Callable[[str], str], words: str
+    tiny_run: Path, tmp_path: Path, rename: Callable[[str], str], words: str
 ) -> None:
     folder = copy_adapter(tiny_run, tmp_path / "adapter", without=("base.json",))
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=words):
-        attach_adapter(tiny, folder)
+        usable_adapter(folder, ModelSection(path=TINY))
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_another_form_of_an_adapter_is_named(
     ids=["split layers", "unknown layer", "no rank"],
 )
 def test_a_configuration_that_does_not_fit_is_told(
-    tiny_run: Path, tmp_path: Path, tiny: Loaded, changes: dict[str, Any], words: str
+    tiny_run: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     folder = copy_adapter(tiny_run, tmp_path / "adapter")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(ModelError, match=words):
-        attach_adapter(tiny, folder)
+        usable_adapter(folder, ModelSection(path=TINY))
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": None}, {"path": 5}, {"revision": 1}, {"seed": "x"}, {"more": 1}])

@@ -138,7 +138,8 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(home: Path, starter_folde
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("could not write the starter model"), done.stderr
-    assert "no space is left" in last
+    assert "past the limit of file sizes" in last
+    assert last.endswith("set PHINETUNE_HOME to a folder with 1 GB free")
     assert left_in(home) == []
 
 

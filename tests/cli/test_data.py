@@ -134,6 +134,9 @@ def test_a_configuration_gives_files_lengths_and_held_out_chats(
         f"Next: phinetune data preview {train} --config {config}; phinetune train {config}"
     )
     assert run("check", held, "--config", config) == 0  # the held-out chats alone are not compared with themselves
+    spelt = tmp_path / "x" / ".." / held.name
+    (tmp_path / "x").mkdir()
+    assert run("check", spelt, "--config", config) == 0
     capsys.readouterr()
     same = config_for(train, tmp_path, eval=str(train))
     assert run("check", "--config", same) == 1

@@ -52,6 +52,8 @@ def test_metrics_and_a_tag_are_named_on_the_command_line(
     [
         (("--metrics", "[blue]"), "there is no metric `blue`; did you mean `bleu`?"),
         (("--metrics", "[bleu"), "write it as YAML"),
+        (("--metrics", "[{name: x, regex: a, regex: b}]"), "`regex` is given twice; keep one of them"),
+        (("--metrics", "[" * 3000), "values lie too deep in one another"),
         (("--metrics", "[{name: x, function: 'gone.py:f'}]"), "no such file: gone.py"),
         (("--tag", "topic"), "no row of"),
         (("--tasks", "mmlu"), "--data and --tasks are two evaluations"),

@@ -26,6 +26,10 @@ def config_of(model: dict[str, Any], **training: Any) -> RunConfig:
         ({"load_in_4bit": True}, {"quantization": "nf4"}),
         ({"load_in_4bit": False, "load_in_8bit": True}, {"quantization": "int8"}),
         ({"load_in_4bit": True, "quantization": "nf4"}, {"quantization": "nf4"}),
+        ({"load_in_4bit": True, "quantization": "none"}, {"quantization": "nf4"}),
+        ({"torch_dtype": "bfloat16", "dtype": "auto"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": torch.bfloat16, "dtype": "bf16"}, {"dtype": "bfloat16"}),
+        ({"device": "auto", "device_map": "cuda"}, {"device": "cuda"}),
         ({"quantization_config": {"load_in_8bit": True}}, {"quantization": "int8"}),
         (
             {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}},
@@ -88,6 +92,12 @@ def test_what_can_not_be_had_is_refused(given: dict[str, Any], words: str) -> No
 def test_what_has_no_effect_is_named(caplog: pytest.LogCaptureFixture, given: dict[str, Any], words: str) -> None:
     config_of(given)
     assert words in caplog.text
+
+
+def test_one_dtype_in_two_spellings_is_no_difference(caplog: pytest.LogCaptureFixture) -> None:
+    four_bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    assert config_of({"dtype": "bf16", "quantization_config": four_bits}).model.dtype == "bfloat16"
+    assert "products are computed" not in caplog.text
 
 
 def test_settings_of_the_training_go_there(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,9 +12,11 @@ from phinetune.config.yaml_text import LONGEST, read_yaml
 from phinetune.errors import ConfigError
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+MERGES = "a0: &a0 {k: x}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 7))
 BAD = {
     "aliases of aliases": (LAUGHS, "stand for more than 100,000 values"),
     "dictionaries of aliases": (LAUGHS.replace("[", "{k: [").replace("]", "]}"), "stand for more than"),
+    "merge keys of merge keys": (MERGES, "stand for more than"),
     "a list in itself": ("data: &a [*a]", "stand for more than"),
     "a dictionary in itself": ("data: &a {b: *a}", "stand for more than"),
     "too deep": ("[" * 3_000, "too deep"),

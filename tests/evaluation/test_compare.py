@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from helpers import read_rows
-from phinetune.checkpoints.adapters import attach_adapter
+from phinetune.checkpoints.adapters import attach_adapter, usable_adapter
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.opened import Opened, open_model
 from phinetune.config.data import DataSection
@@ -167,7 +167,7 @@ def test_a_model_without_a_packed_form_scores_alike(
 ) -> None:
     fast = score_rows(tuned.model, held_out.encoded, 3)
     plain = load_base(tuned.config.model, fast=False)
-    model = attach_adapter(plain, tiny_run)
+    model = attach_adapter(plain, tiny_run, usable_adapter(tiny_run, tuned.config.model))
     for one, other in zip(score_rows(model, held_out.encoded, 5), fast, strict=True):
         assert (one.tokens, one.correct) == (other.tokens, other.correct)
         assert one.nll == pytest.approx(other.nll, rel=1e-5)

@@ -10,6 +10,7 @@ import pytest
 from helpers import chat, tiny_config, write_jsonl
 from phinetune.api.plan import plan_config
 from phinetune.api.train import train_config
+from phinetune.chats.encoder import ChatEncoder
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError
 from phinetune.metric_table import METRICS
@@ -79,3 +80,17 @@ def test_a_named_metric_without_a_number_is_told_at_the_start(
         config.evaluation.metrics = names
     plan_config(config, probe=False)
     assert {name for name in METRICS if f"evaluation.metrics: `{name}` has no number" in caplog.text} == set(told)
+
+
+def test_the_questions_are_rendered_once(chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, prompt_ids = [], ChatEncoder.prompt_ids
+
+    def noted(encoder: ChatEncoder, chat: Any) -> Any:
+        asked.append(chat)
+        return prompt_ids(encoder, chat)
+
+    monkeypatch.setattr(ChatEncoder, "prompt_ids", noted)
+    config = chosen_by("exact_match", chats, tmp_path)
+    config.evaluation.metrics = ["exact_match"]
+    plan_config(config, probe=False)
+    assert len(asked) == 3

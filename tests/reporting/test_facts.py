@@ -101,3 +101,22 @@ def test_steps_that_were_skipped_are_noted(tmp_path: Path, steps: list[int], not
     results = json.loads((folder / RESULTS).read_text())
     (folder / RESULTS).write_text(json.dumps({**results, "training": {**results["training"], "skipped_steps": steps}}))
     assert read_run(folder).notes == notes
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (
+            "model: {path: a}\nmodel: {path: b}\n",
+            "can't be read: config.yaml:3: `model` is given twice, first in line 2",
+        ),
+        ("a: &a [&b [x, x]]\nb: &c [" + "*a, " * 999 + "]\nc: [" + "*c, " * 99 + "]\n", "stand for more than 100,000"),
+    ],
+    ids=["a key twice", "aliases of aliases"],
+)
+def test_a_configuration_from_elsewhere_is_read_as_one_of_ours(tmp_path: Path, text: str, note: str) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().splitlines()[0] + "\n" + text)
+    run = read_run(folder)
+    assert run.config == {}
+    assert any(note in one for one in run.notes)

@@ -107,8 +107,11 @@ def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on(
 ) -> None:
     conversation.opened.model.config.max_position_embeddings = 60
     long = "How many? " * 9
+    conversation.turns = before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     with pytest.raises(ConfigError, match="tokens, and the model has positions for 60, answer included; shorten it"):
         conversation.answer(long)
+    assert conversation.turns == before
+    conversation.reset()
     shown = talk(conversation, console, long, "Hi")
     assert "the model has positions for 60" in shown
     assert [turn["content"] for turn in conversation.turns[::2]] == ["Hi"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from helpers import TINY, tiny_config, train_only
 from phinetune.api.evaluate import evaluate
 from phinetune.api.train import train_config
-from phinetune.checkpoints.adapters import attach_adapter
+from phinetune.checkpoints.adapters import usable_adapter
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.opened import open_model
 from phinetune.checkpoints.untouched import untouched_base
@@ -195,7 +195,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "loftq": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "set model.quantization: nf4"),
     "a typo": ({"init_lora_weights": "pisa"}, "did you mean `pissa`?"),
     "other letters": ({"init_lora_weights": "PiSSA"}, "did you mean `pissa`?"),
-    "no number": ({"init_lora_weights": "pissa_niter_x"}, "did you mean `pissa_niter_n`?"),
+    "no number": ({"init_lora_weights": "pissa_niter_x"}, "did you mean `pissa_niter_16`?"),
+    "the letter": ({"init_lora_weights": "pissa_niter_N"}, "did you mean `pissa_niter_16`?"),
     "a number": ({"init_lora_weights": 1}, "`1` is none of true, false, gaussian"),
     "nothing": ({"init_lora_weights": None}, "`None` is none of"),
     "settings of another start": ({"eva_config": {"rho": 2}}, "peft_config.eva_config belongs to"),
@@ -218,7 +219,7 @@ def test_an_adapter_of_others_that_began_by_chance_is_not_loaded(tmp_path: Path)
     lora = LoraConfig(r=2, init_lora_weights=start, target_modules=["o_proj"], task_type="CAUSAL_LM")
     get_peft_model(loaded.model, lora).save_pretrained(str(tmp_path))
     with pytest.raises(ModelError, match="which changed the base's weights"):
-        attach_adapter(load_base(ModelSection(path=TINY)), tmp_path)
+        usable_adapter(tmp_path, ModelSection(path=TINY))
 
 
 def test_an_adapter_of_others_is_compared_with_the_base_as_it_is(chats: Path, tmp_path: Path) -> None:

@@ -53,6 +53,40 @@ class Overflows(TrainerCallback):
                 next(p for n, p in model.named_parameters() if "lora_A" in n)[0, 0] = float("inf")
 
 
+class BadLoss(TrainerCallback):
+    """A step whose loss is no number, as that of a row that overflows."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if state.global_step + 1 == self.step:
+            self.spoiled = next(p for n, p in model.named_parameters() if "lora_B" in n)
+            self.before = self.spoiled.detach().clone()
+            with torch.no_grad():
+                self.spoiled.fill_(float("nan"))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                self.spoiled.copy_(self.before)
+
+
+class Killed(TrainerCallback):
+    """A run that dies after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 def run(
     config: RunConfig,
     begin: Callable[[PeftModel], None] = lambda model: None,
@@ -122,6 +156,22 @@ def test_a_skipped_step_changes_nothing_and_is_counted(chats: Path, tmp_path: Pa
     assert is_finite(tmp_path / "run")
     norms = [json.loads(line)["grad_norm"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [norm is None for norm in norms] == [False, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(("bad", "finite"), [(1, [False, True, True]), (3, [True, False, True])])
+@pytest.mark.parametrize("form", FORMS)
+def test_only_the_line_with_the_skipped_loss_has_none(
+    chats: Path, tmp_path: Path, form: str, bad: int, finite: list[bool]
+) -> None:
+    """A line is of two steps, and a checkpoint in the middle of the second one keeps what was added up."""
+    training = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    config = with_engine(tiny_config(chats, tmp_path / "run", **training), on_nonfinite="skip", **FORMS[form])
+    file = tmp_path / "run" / "metrics.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[BadLoss(bad), Killed(5)])
+    assert [json.loads(line)["loss"] is not None for line in file.read_text().splitlines()] == finite[:2]
+    assert run(config, resume=True).summary["skipped_steps"] == [bad]
+    assert [json.loads(line)["loss"] is not None for line in file.read_text().splitlines()] == finite
 
 
 def test_no_more_steps_are_skipped_than_the_limit_and_a_resume_counts_on(chats: Path, tmp_path: Path) -> None:

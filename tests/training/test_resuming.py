@@ -297,6 +297,30 @@ def test_a_changed_run_that_died_before_its_next_checkpoint_keeps_its_change(cha
     assert [entry["step"] for entry in made.summary["changed"]] == [4]
 
 
+@pytest.mark.parametrize("gone", [{4, 5}, {5}])
+def test_a_change_stays_in_force_from_an_earlier_checkpoint(
+    chats: Path, tmp_path: Path, console: Console, gone: set[int]
+) -> None:
+    """The rows that the checkpoint has not seen come in steps of the new size, and the card names the change."""
+    folder = tmp_path / "run"
+    stop_at(config_of(chats, folder, save_steps=2), 4)
+    config = config_of(chats, folder, save_steps=2, per_device_train_batch_size=3, learning_rate=1e-3)
+    stop_at(config, 5, resume=True, changed=True)
+    for step in gone:
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    made = train_config(config, console, resume=True)
+    begun, epochs = (2, [5, 8]) if 4 in gone else (4, [6, 9])  # of 9 rows 2 are done, then 3, 3, 1; or 4, then 3, 2
+    tokens = {entry["step"]: entry["tokens"] for entry in metrics(folder)}
+    assert 2 * tokens[epochs[0]] == tokens[epochs[1]]
+    assert len(tokens) == epochs[1]
+    rates = [entry["learning_rate"] for entry in metrics(folder)]
+    assert rates == [1e-2] * begun + [1e-3] * (epochs[1] - begun)
+    (change,) = made.results["training"]["changed"]
+    assert change["step"] == begun
+    told = f"Resumed with something changed at step {begun}: "
+    assert plain(told) in (folder / "README.md").read_text()
+
+
 def _training(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in config.training_config.items() if key != "output_dir"}
 
@@ -402,6 +426,13 @@ def test_a_run_of_an_older_version_is_compared_as_far_as_its_files_tell(
 
 
 # ---- checkpoints that can't be gone on from, and wishes in the dictionary
+
+
+def test_a_run_without_checkpoints_is_not_warned_of_what_they_hold(
+    chats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_only(config_of(chats, tmp_path / "run", save_only_model=True, save_strategy="no", max_steps=1))
+    assert "checkpoints hold no optimizer" not in caplog.text
 
 
 def test_checkpoints_without_an_optimizer_are_not_gone_on_from_and_not_deleted(

@@ -80,6 +80,25 @@ def test_values_that_only_the_library_knows_are_refused_as_a_sentence(tiny: Load
         make_lora_config(read_settings({"layers_pattern": "layers", "target_modules": ["o_proj"]}, {}), tiny.model)
 
 
+def test_what_is_told_keeps_the_order_of_the_dictionary() -> None:
+    elsewhere = ["pad_token", "eos_token", "truncation_mode", "chat_template_path", "dataset_text_field"]
+    compiled = ["torch_compile_mode", "torch_compile_backend"]
+    values = {"torch_compile_mode": "default", "torch_compile_backend": "inductor"}
+    refused: dict[str, Any] = {"tf32": True, "accelerator_config": {"bad": 1}, "load_best_model_at_end": True}
+    for turn in (list, reversed):
+        with pytest.raises(ConfigError) as caught:
+            read_settings({}, dict.fromkeys(turn(elsewhere), "x"))
+        told = [f"training_config: `{key}` is not used here" for key in turn(elsewhere)]
+        assert [problem.split(";")[0] for problem in caught.value.problems] == told
+        settings = read_settings({}, {key: values[key] for key in turn(compiled)})
+        assert settings.notes == [f"training_config: `{key}` turns `torch_compile` on" for key in turn(compiled)]
+        assert settings.training["torch_compile"] is True
+        keys = list(turn(list(refused)))
+        with pytest.raises(ConfigError, match=f"^training_config.{keys[0]}: "):
+            args_of({key: refused[key] for key in keys})
+    assert not read_settings({}, {**values, "torch_compile": False}).notes
+
+
 def test_other_kinds_of_adapter_are_refused() -> None:
     with pytest.raises(ConfigError, match="peft_type must be LORA, not IA3"):
         read_settings({"peft_type": "IA3"}, {})

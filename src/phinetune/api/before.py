@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from phinetune import processes
 from phinetune.engine.generate import check_prompts
-from phinetune.evaluation.countable import check_countable, without_numbers
+from phinetune.evaluation.answering import questions_of
+from phinetune.evaluation.countable import check_countable, names_metrics, without_numbers
 from phinetune.evaluation.metrics import RowMetric, row_metrics
 from phinetune.exporting.hub.push import check_can_push
 from phinetune.training.best_checkpoint import best_metric
@@ -35,13 +36,18 @@ def look_at_rows(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> Non
     Raises:
         PhinetuneError: they don't, or a fixed prompt is too long for the model.
     """
-    encoder, fixed = prepared.rows.encoder, prepared.config.evaluation.fixed_prompts
+    encoder, section = prepared.rows.encoder, prepared.config.evaluation
+    fixed = section.fixed_prompts
     if isinstance(fixed, list):
         chats = [encoder.prepare([{"role": "user", "content": text}]) for text in fixed]
         check_prompts([encoder.prompt_ids(chat) for chat in chats], prepared.shape.max_position_embeddings)
     name, held_out = best_metric(prepared.settings.training), prepared.chats.held_out
-    if name and held_out and name not in prepared.objective.metrics:
-        check_countable(name, metrics, prepared.rows.encoder, held_out, prepared.config.evaluation)
-    if held_out and processes.is_main():
-        for line in without_numbers(metrics, encoder, held_out, prepared.config.evaluation):
-            logger.warning(line)
+    counted = name if name and name not in prepared.objective.metrics else None
+    told = processes.is_main() and names_metrics(section)
+    if not held_out or not (counted or told):
+        return
+    questions = questions_of(encoder, held_out, section.max_prompts)
+    if counted:
+        check_countable(counted, metrics, questions)
+    for line in without_numbers(metrics, questions) if told else ():
+        logger.warning(line)

@@ -13,9 +13,8 @@ from phinetune.config.data import DataSection
 from phinetune.config.run import RunConfig
 from phinetune.data.check.check import CheckReport, check_files
 from phinetune.data.check.fix import Fixed, check_target, write_fixed
-from phinetune.data.prepare.sources import held_out_section, weighted
+from phinetune.data.prepare.sources import check_there, held_out_section, identity, weighted
 from phinetune.data.preview import PreviewedRow, preview_rows
-from phinetune.data.read.any_source import check_source
 from phinetune.errors import DataError, PhinetuneError
 from phinetune.logs import quiet_libraries
 
@@ -88,7 +87,7 @@ def check_config(
         raise PhinetuneError("no file of chats: name one, or a configuration with data.train (--config CONFIG)")
     encode, section = row_encoder(config), None if held_out else held_out_section(config.data)
     others = list(held_out) or _not_trained_on(config.data, section, files)
-    _check_sources([*chosen, *others])
+    check_there([*chosen, *others])
     if fix:
         check_target(fix)
     report = check_files(chosen, others, encode, on_row, replace(encode, section=section) if section else None)
@@ -125,7 +124,7 @@ def preview(
 def preview_config(config: RunConfig, file: str, rows: int = 3) -> list[PreviewedRow]:
     """`preview` for a validated configuration."""
     quiet_libraries()
-    _check_sources([file])
+    check_there([file])
     return list(preview_rows(file, row_encoder(config), rows))
 
 
@@ -133,11 +132,5 @@ def _not_trained_on(data: DataSection, held_out: DataSection | None, files: Sequ
     """The configuration's sources of held-out chats, without the ones that are looked at as training files."""
     if held_out is None:
         return []
-    same = (held_out.split, held_out.name) == (data.split, data.name)
-    return [path for path, _ in weighted(held_out.train) if not (same and path in files)]
-
-
-def _check_sources(sources: Sequence[str]) -> None:
-    problems = [problem for source in sources if (problem := check_source(source))]
-    if problems:
-        raise DataError(problems)
+    looked_at = {identity(path, data) for path in files}
+    return [path for path, _ in weighted(held_out.train) if identity(path, held_out) not in looked_at]

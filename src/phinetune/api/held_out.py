@@ -136,6 +136,5 @@ def _changed(path: Path, facts: Mapping[str, Any], held_out: ChatSet) -> str | N
                 f"{now['tokens']:,} now"
             )
     digest = ((run.read_start() if run else {}).get("decides") or {}).get(HELD_OUT_ROWS)
-    return (
-        "held_out: as many rows and tokens as then, but others" if digest not in (None, rows_digest(held_out)) else None
-    )
+    differs = digest is not None and digest != rows_digest(held_out)
+    return "held_out: as many rows and tokens as then, but others" if differs else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -151,7 +151,13 @@ def train_config(
     with locked(config.output_dir) if processes.is_main() else nullcontext():
         with processes.main_first():  # the others look at a folder that is tidy
             place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
-        return _train_at(place, settled, metrics, console, stop)
+        try:
+            return _train_at(place, settled, metrics, console, stop)
+        except BaseException:
+            if processes.is_main():
+                with suppress(OSError):
+                    place.folder.tidy()  # a run that was to be replaced is seen again
+            raise
 
 
 def _train_at(

@@ -84,8 +84,9 @@ def typed_tokens(control: ControlTokens, message: Message) -> list[str]:
     """The control tokens inside a message, which the tokenizer would take for the template's own."""
     spared = THOUGHTS if message["role"] == "assistant" else frozenset()
     found = control.find(message["content"])
-    for key in message.keys() - {"role", "content", "train"}:
-        found += [token for text in _texts(message[key]) for token in control.find(text)]
+    for key, value in message.items():
+        if key not in ("role", "content", "train"):
+            found += [token for text in _texts(value) for token in control.find(text)]
     return [token for token in found if token not in spared]
 
 

@@ -21,7 +21,8 @@ from phinetune.chats.template_sandbox import LimitedEnvironment
 
 LONGEST = 200_000  # letters of a template's source; the longest published ones have some 20,000
 LONGEST_DATE = 200  # letters of a format of dates
-# Names under which the reasoning of a message is passed. Templates read the first; gpt-oss' reads the second.
+# Names under which the reasoning of a message is passed, as transformers looks for them. Templates read the first;
+# gpt-oss' reads the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -72,6 +73,8 @@ def _render(template: Template, messages: list[dict[str, Any]], letters: int, va
                 raise SecurityError(EXCESS)
     except (MemoryError, RecursionError) as error:
         raise SecurityError(f"it goes beyond the limits of a chat template ({type(error).__name__})") from None
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from None
     return "".join(pieces)
 
 

@@ -20,6 +20,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from phinetune.checkpoints.patterns import why_no_end
 from phinetune.checkpoints.target_modules import FUSED
 from phinetune.checkpoints.weight_files import HeldTensor, read_header, unreadable_dtypes
+from phinetune.checkpoints.whole import meta_model
 from phinetune.errors import ModelError, at_most, told_as
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,8 +38,7 @@ def check_fit(shape: Phi3Config, adapter: LoraConfig, folder: Path) -> None:
     Raises:
         ModelError: it does not fit; the error says why, or names the tensors.
     """
-    with torch.device("meta"):
-        model = Phi3ForCausalLM(shape)
+    model = meta_model(f"the base of {folder}", shape)
     check_tensors(with_shapes_of(model, adapter, folder), read_header(folder / ADAPTER_WEIGHTS), folder)
 
 

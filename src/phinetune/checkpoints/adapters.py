@@ -8,10 +8,12 @@ from peft import LoraConfig, PeftModel
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_fit
 from phinetune.checkpoints.adapter_values import wrong_values
-from phinetune.checkpoints.load import Base, Loaded
+from phinetune.checkpoints.device import pick_device
+from phinetune.checkpoints.load import Base, Loaded, find_base, read_shape
 from phinetune.checkpoints.quantize import why_no_dora
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.weight_files import read_header
+from phinetune.config.model import ModelSection
 from phinetune.engine.choice import has_packed_form
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.engine.peft_variants import why_not_begun_again
@@ -52,22 +54,33 @@ def check_base(base: Base, folder: Path) -> None:
         )
 
 
-def attach_adapter(loaded: Loaded, folder: Path) -> PeftModel:
-    """Load the adapter in `folder` onto its base. The model is in evaluation mode.
+def usable_adapter(folder: Path, section: ModelSection) -> LoraConfig:
+    """The configuration of the adapter in `folder`, which can be used on the base that `section` names.
+
+    No weights of the base are loaded.
 
     Raises:
         ModelError: the folder holds no adapter, the adapter belongs to another base, or its tensors don't fit this
             base; the error names all of them.
     """
-    check_base(loaded.base, folder)
     config = read_adapter_config(folder)
+    check_base(find_base(section), folder)
     lost = why_not_begun_again(config.init_lora_weights)
     if lost:
         raise ModelError(f"{folder}: {lost}")
-    no_dora = why_no_dora("int8" if getattr(loaded.model, "is_loaded_in_8bit", False) else "none", loaded.device)
+    no_dora = why_no_dora(section.quantization, pick_device(section.device))
     if config.use_dora and no_dora:
         raise ModelError(f"{folder}: use_dora: {no_dora}")
-    check_fit(loaded.model.config, config, folder)
+    check_fit(read_shape(section), config, folder)
+    return config
+
+
+def attach_adapter(loaded: Loaded, folder: Path, config: LoraConfig) -> PeftModel:
+    """Load the adapter in `folder` onto its base. The model is in evaluation mode.
+
+    Args:
+        config: what `usable_adapter` returned for the folder and this base.
+    """
     if has_packed_form(loaded.model):
         use_fused_layers(config, loaded.model)
     with told_as(ModelError, f"{folder / ADAPTER_CONFIG}: does not fit this base"):

@@ -26,7 +26,7 @@ from phinetune.checkpoints.weight_files import fingerprint, lazy_tensors
 from phinetune.checkpoints.whole import check_whole
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import model_class
-from phinetune.errors import ModelError, reason_of, told_as
+from phinetune.errors import ModelError, first_line, reason_of, told_as
 
 logger = logging.getLogger(__name__)
 
@@ -255,10 +255,9 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.path: {repo}: could not be fetched from the hub ({reason}); check the name, the network and, "
-            "for a gated repository, HF_TOKEN; or give a folder"
+            f"model.path: {repo}: could not be fetched from the hub ({first_line(error)}); check the name, the network "
+            "and, for a gated repository, HF_TOKEN; or give a folder"
         ) from error
     return folder, folder.name  # the hub's cache names a snapshot's folder after its commit
 

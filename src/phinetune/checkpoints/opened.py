@@ -10,9 +10,9 @@ from typing import Any
 from peft import PeftModel
 
 from phinetune.chats.encoder import ChatEncoder, make_encoder
-from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, check_fit
-from phinetune.checkpoints.adapters import attach_adapter, check_base, read_adapter_config, read_base
-from phinetune.checkpoints.load import Loaded, find_base, load_base, read_shape
+from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
+from phinetune.checkpoints.adapters import attach_adapter, read_adapter_config, read_base, usable_adapter
+from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.checkpoints.small_files import what_to_do
 from phinetune.checkpoints.untouched import untouched_base
 from phinetune.config.model import ModelSection
@@ -56,13 +56,11 @@ def open_model(path: str | Path, config: RunConfig | None = None, **model_option
     quiet_libraries()
     config = config or opened_config(path, **model_options)
     folder = Path(path).expanduser()
-    if is_adapter(folder):
-        adapter = read_adapter_config(folder)  # what can't be used is told before the base is loaded
-        check_base(find_base(config.model), folder)
-        check_fit(read_shape(config.model), adapter, folder)
+    # An adapter that can't be used is told before the base is loaded.
+    adapter = usable_adapter(folder, config.model) if is_adapter(folder) else None
     loaded = load_base(config.model, fast=config.engine.kind == "fast")
     encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
-    model = attach_adapter(loaded, folder) if is_adapter(folder) else loaded.model
+    model = attach_adapter(loaded, folder, adapter) if adapter else loaded.model
     return Opened(loaded, model, encoder, config)
 
 

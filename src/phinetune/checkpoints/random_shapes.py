@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
-from phinetune.errors import ModelError, unknown_key
+from phinetune.config.yaml_text import read_yaml
+from phinetune.errors import ConfigError, ModelError, unknown_key
 
 PREFIX = "random:"
 
@@ -73,13 +74,15 @@ def parse_shape(path: str) -> Phi3Config:
     """The model configuration that `random:SHAPE` describes.
 
     Raises:
-        ModelError: the preset or a key is unknown, or the sizes don't fit together.
+        ModelError: the preset or a key is unknown, a key is given twice, or the sizes don't fit together.
     """
     name, brace, rest = path.removeprefix(PREFIX).strip().partition("{")
     if name and name not in PRESETS:
         raise ModelError(f"model.path: {path}: unknown shape `{name}`; known: {', '.join(PRESETS)}")
     try:
-        given = yaml.safe_load("{" + rest) if brace else {}
+        given = read_yaml("{" + rest, f"model.path: {path}", lines=False) if brace else {}
+    except ConfigError as error:
+        raise ModelError(error.problems) from None
     except yaml.YAMLError:
         raise ModelError(f"model.path: {path}: write it as random:{{layers: 4, hidden_size: 64}}") from None
     given = {SHORT_NAMES.get(key, key): value for key, value in given.items()}

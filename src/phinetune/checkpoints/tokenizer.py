@@ -9,7 +9,7 @@ from transformers import Phi3Config, PreTrainedTokenizerBase
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.load import HUB_FILES, Base, find_folder, load_tokenizer, read_config
 from phinetune.config.model import ModelSection
-from phinetune.errors import ModelError
+from phinetune.errors import ModelError, first_line
 
 # The files that a tokenizer's save_pretrained may write into a folder.
 TOKENIZER_FILES = (
@@ -60,8 +60,7 @@ def _small_files(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=SMALL_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.path: {source}: could not be fetched from the hub ({reason}); check the name, the "
+            f"model.path: {source}: could not be fetched from the hub ({first_line(error)}); check the name, the "
             "network and, for a gated repository, HF_TOKEN; or give a folder"
         ) from error

@@ -67,7 +67,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Phi3Config, sou
     Raises:
         ModelError: the tokenizer's ids go beyond the model's vocabulary.
     """
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if highest < 0:
+        raise ModelError(f"{source}: its tokenizer has no tokens; give the model's own tokenizer")
     if highest >= config.vocab_size:
         raise ModelError(
             f"{source}: its tokenizer has ids up to {highest} (`{token}`), and the model has embeddings for "

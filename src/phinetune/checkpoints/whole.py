@@ -117,9 +117,21 @@ def expected_shapes(folder: Path, config: Phi3Config) -> dict[str, tuple[int, ..
     Raises:
         ModelError: no model can be made of this configuration.
     """
-    with told_as(ModelError, f"{folder / 'config.json'}: no model can be made of it"), torch.device("meta"):
-        model = Phi3ForCausalLM(config)
+    model = meta_model(str(folder / "config.json"), config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def meta_model(where: str, config: Phi3Config) -> Phi3ForCausalLM:
+    """The model of a configuration on torch's `meta` device: its layers and shapes, and no numbers.
+
+    Args:
+        where: what error messages call the configuration.
+
+    Raises:
+        ModelError: no model can be made of it.
+    """
+    with told_as(ModelError, f"{where}: no model can be made of it"), torch.device("meta"):
+        return Phi3ForCausalLM(config)
 
 
 def _twin(name: str) -> str | None:

@@ -71,10 +71,12 @@ def _refuse_beside_tasks(**given: Any) -> None:
 def _read_metrics(text: str | None) -> Any:
     import yaml
 
+    from phinetune.config.yaml_text import read_yaml
+
     try:
-        return yaml.safe_load(text) if text else None
+        return read_yaml(text, f"--metrics {text}", lines=False) if text else None
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "broken"
+        problem = getattr(error, "problem", None) or error
         raise PhinetuneError(f"--metrics {text}: write it as YAML, e.g. [exact_match, bleu] ({problem})") from None
 
 

@@ -64,6 +64,9 @@ def translate_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a keyword asks for what can't be had, or two of them ask for different things.
     """
     section = dict(given)
+    for key in ("dtype", "torch_dtype"):
+        if key in section:
+            section[key] = _dtype(section[key])
     for key, name in OTHER_NAMES.items():
         if key in section:
             _set(section, name, section.pop(key), key)
@@ -77,15 +80,20 @@ def translate_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
     for key, translate in TRANSLATED.items():
         if key in section:
             translate(section, section.pop(key))
-    if "dtype" in section:
-        name = str(section.pop("dtype")).removeprefix("torch.")
-        section |= {} if name == "None" else {"dtype": DTYPES.get(name, name)}
+    if section.get("dtype", "auto") is None:
+        del section["dtype"]
     return section
 
 
+def _dtype(value: Any) -> str | None:
+    """A dtype by its long name; None if the value asks for nothing."""
+    name = str(value).removeprefix("torch.")
+    return None if name == "None" else DTYPES.get(name, name)
+
+
 def _set(section: dict[str, Any], key: str, value: Any, by: str) -> None:
-    """Set a key of the section as the keyword `by` asks."""
-    if section.get(key) not in (None, value):
+    """Set a key of the section as the keyword `by` asks. A key that is written with its default asks for nothing."""
+    if section.get(key) not in (None, "auto", "none", value):
         raise ValueError(f"`{by}: {value}` and `{key}: {section[key]}` don't go together; keep `{key}`")
     section[key] = value
 
@@ -122,8 +130,6 @@ def _flash_attention(section: dict[str, Any], value: Any) -> None:
 def _quantization(kind: str, by: str) -> Callable[[dict[str, Any], Any], None]:
     def translate(section: dict[str, Any], value: Any) -> None:
         if value:
-            if section.get("quantization") == "none":
-                del section["quantization"]
             _set(section, "quantization", kind, by)
             logger.warning("model.%s is taken as model.quantization: %s", by, kind)
 
@@ -139,10 +145,10 @@ def _bitsandbytes(section: dict[str, Any], value: Any) -> None:
     if len(bits) != 1:
         raise ValueError("`quantization_config`: it should have `load_in_4bit: true` or `load_in_8bit: true`")
     TRANSLATED[next(iter(bits))](section, True)
-    dtype = str(tree.get("bnb_4bit_compute_dtype") or "").removeprefix("torch.")
+    dtype = _dtype(tree.get("bnb_4bit_compute_dtype") or None)
     if "load_in_4bit" in bits and dtype and section.get("dtype") in (None, "auto"):
         section["dtype"] = dtype
-    elif "load_in_4bit" in bits and dtype and str(section["dtype"]).removeprefix("torch.") != dtype:
+    elif "load_in_4bit" in bits and dtype and section["dtype"] != dtype:
         logger.warning("model.quantization_config: products are computed in model.dtype, not in %s", dtype)
     own = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     unlike = [key for key, kept in own.items() if "load_in_4bit" in bits and tree.get(key, kept) != kept]

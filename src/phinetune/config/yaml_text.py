@@ -14,15 +14,17 @@ from phinetune.errors import ConfigError
 
 LONGEST = 1 << 20  # letters of a text
 MOST_VALUES = 100_000  # values that it may stand for, every alias written out
+TOO_MANY = f"its aliases (`*name`) stand for more than {MOST_VALUES:,} values"
 MERGE = "tag:yaml.org,2002:merge"  # `<<` takes in the keys of another mapping, and may stand more than once
 
 
 class _Loader(yaml.SafeLoader):
-    """Notes each key that stands twice, with its line and that of the first one."""
+    """Notes each key that stands twice, with its line and that of the first one. Counts what merge keys take in."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.twice: list[tuple[str, int, int]] = []
+        self.taken = 0
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -35,6 +37,13 @@ class _Loader(yaml.SafeLoader):
                 self.twice.append((key.value, line, lines[key.tag, key.value]))
             lines.setdefault((key.tag, key.value), line)
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Called for each mapping, and again wherever a merge key takes it in, before its keys are copied there."""
+        super().flatten_mapping(node)
+        self.taken += len(node.value)
+        if self.taken > MOST_VALUES:
+            raise yaml.YAMLError(TOO_MANY)
 
 
 def read_yaml(text: str, where: str, *, lines: bool = True) -> Any:
@@ -73,7 +82,7 @@ def _check_count(tree: Any) -> None:
         parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | set) else []
         count += 1 + len(parts)
         if count > MOST_VALUES:
-            raise yaml.YAMLError(f"its aliases (`*name`) stand for more than {MOST_VALUES:,} values")
+            raise yaml.YAMLError(TOO_MANY)
         waiting.extend(parts)
 
 

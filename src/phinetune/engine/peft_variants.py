@@ -82,7 +82,6 @@ STARTS: Mapping[bool | str, Start] = {
     "orthogonal": Start(),
     "mica": Start(),
     "pissa": Start(moves=True),
-    "pissa_niter_N": Start(moves=True),
     "olora": Start(moves=True),
     "eva": Start(refused="it looks at activations over the data first, which a run does not do"),
     "corda": Start(moves=True, refused="it looks at covariances over the data first, which a run does not do"),
@@ -95,13 +94,14 @@ STARTS: Mapping[bool | str, Start] = {
 }
 # The keys that hold the settings of one start each. PEFT ignores them with any other start.
 CONFIGS = {"eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga", "loftq_config": "loftq"}
-ITERATED_PISSA = re.compile(r"pissa_niter_\d+")
+ITERATED_PISSA = re.compile(r"pissa_niter_\d+")  # N rounds of a fast decomposition
+ITERATED = Start(moves=True)
 
 
 def find_start(init_lora_weights: object) -> Start | None:
     """The start that this value of `init_lora_weights` names; None if there is no such start."""
     if isinstance(init_lora_weights, str) and ITERATED_PISSA.fullmatch(init_lora_weights):
-        return STARTS["pissa_niter_N"]
+        return ITERATED
     return STARTS.get(init_lora_weights) if isinstance(init_lora_weights, (bool, str)) else None
 
 
@@ -117,9 +117,10 @@ def refused_starts(peft: Mapping[str, Any], quantization: str) -> list[str]:
     given = f"peft_config.init_lora_weights: `{name}`"
     problems = []
     if start is None:
-        near = difflib.get_close_matches(str(name).lower(), [str(one).lower() for one in STARTS], n=1)
+        names = [*(str(one).lower() for one in STARTS), "pissa_niter_16"]
+        near = difflib.get_close_matches(str(name).lower(), names, n=1)
         hint = f" did you mean `{near[0]}`?" if near else ""
-        problems.append(f"{given} is none of {', '.join(str(one).lower() for one in STARTS)};{hint}".rstrip(";"))
+        problems.append(f"{given} is none of {', '.join(names)} (or another number);{hint}".rstrip(";"))
     elif start.refused:
         problems.append(f"{given} can't be had: {start.refused}; or leave the key out")
     elif quantization != "none" and not start.quantized:

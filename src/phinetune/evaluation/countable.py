@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from phinetune.chats.encoder import ChatEncoder
 from phinetune.config.evaluation import EvaluationSection
-from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.errors import ConfigError
-from phinetune.evaluation.answering import Question, questions_of
+from phinetune.evaluation.answering import Question
 from phinetune.evaluation.metrics import RowMetric
 from phinetune.metric_table import METRICS
 
 KEY = "training_config.metric_for_best_model"
 
 
-def check_countable(
-    name: str, metrics: Mapping[str, RowMetric], encoder: ChatEncoder, held_out: ChatSet, section: EvaluationSection
-) -> None:
+def check_countable(name: str, metrics: Mapping[str, RowMetric], questions: Sequence[Question]) -> None:
     """Make sure that an evaluation will have a number for a metric of answers.
 
     A metric of this package has a number for a row or not by the row's reference alone. So the references are tried
@@ -25,11 +21,11 @@ def check_countable(
 
     Args:
         metrics: see `phinetune.evaluation.metrics.row_metrics`.
+        questions: see `phinetune.evaluation.answering.questions_of`.
 
     Raises:
         ConfigError: no held-out chat gives a number.
     """
-    questions = questions_of(encoder, held_out, section.max_prompts)
     if not questions:
         raise ConfigError(
             f"{KEY}: `{name}` is counted from answers, and the held-out rows are no chats that could be answered; take "
@@ -44,17 +40,18 @@ def check_countable(
         )
 
 
-def without_numbers(
-    metrics: Mapping[str, RowMetric], encoder: ChatEncoder, held_out: ChatSet, section: EvaluationSection
-) -> list[str]:
-    """A line for each metric of this package that the user named and for which no held-out chat gives a number.
+def names_metrics(section: EvaluationSection) -> bool:
+    """Whether the user named metrics of answers, and there will be answers."""
+    return section.generate and section.metrics != list(METRICS)
+
+
+def without_numbers(metrics: Mapping[str, RowMetric], questions: Sequence[Question]) -> list[str]:
+    """A line for each metric of this package that was named and for which no held-out chat gives a number.
 
     Args:
         metrics: see `phinetune.evaluation.metrics.row_metrics`.
+        questions: see `phinetune.evaluation.answering.questions_of`.
     """
-    if not section.generate or section.metrics == list(METRICS):
-        return []
-    questions = questions_of(encoder, held_out, section.max_prompts)
     return [
         f"evaluation.metrics: `{name}` has no number for any of the {len(questions)} held-out chats that are answered, "
         "since their own answers hold no JSON"

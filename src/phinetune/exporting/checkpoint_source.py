@@ -7,17 +7,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, Phi3Config, PreTrainedTokenizerBase
 
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.load import Base
+from phinetune.checkpoints.whole import EMBED, HEAD, meta_model
 from phinetune.config.run import make_config
 from phinetune.errors import ModelError
 from phinetune.exporting.base_files import BaseFiles, open_base
 from phinetune.exporting.merge.merged import open_merged
-from phinetune.exporting.merge.weight_deltas import EMBED, HEAD
-from phinetune.exporting.merge.weights import check_fit
 from phinetune.logs import quiet_libraries
 
 
@@ -92,7 +91,7 @@ class UnadaptedCheckpoint:
         self._embed = EMBED
         if self.config.tie_word_embeddings:
             self._resolve_tie()
-        self._names = self._checked_names()
+        self._names = self._tensor_names()
 
     def _resolve_tie(self) -> None:
         """Find out where the files hold a tied pair.
@@ -106,14 +105,11 @@ class UnadaptedCheckpoint:
         if len(held) == 2 and not torch.equal(self._weights.get(EMBED), self._weights.get(HEAD)):
             self.config.tie_word_embeddings = False
 
-    def _checked_names(self) -> list[str]:
-        """The names of the model's tensors, after a check that the weights hold all of them."""
-        with torch.device("meta"):
-            model = Phi3ForCausalLM(self.config)
+    def _tensor_names(self) -> list[str]:
+        """The names of the model's tensors. The weights hold all of them (`open_base`)."""
         tied = self.config.tie_word_embeddings
-        wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != HEAD or not tied}
-        check_fit(self._weights, wanted, self._place, self.base.path)
-        return list(wanted)
+        model = meta_model(self.base.path, self.config)
+        return [name for name in model.state_dict() if name != HEAD or not tied]
 
     def _place(self, name: str) -> str:
         """The name under which the files hold a tensor."""

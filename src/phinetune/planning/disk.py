@@ -11,6 +11,7 @@ from trl import SFTConfig
 from phinetune.planning.memory import FLOAT32, optimizer_bytes, optimizer_name
 from phinetune.planning.sizes import Sizes
 from phinetune.training.steps import Steps
+from phinetune.training.value_rules import plain_name
 
 
 def checkpoint_bytes(args: SFTConfig, sizes: Sizes, steps: Steps) -> int:
@@ -27,7 +28,7 @@ def checkpoint_bytes(args: SFTConfig, sizes: Sizes, steps: Steps) -> int:
 
 def _count(args: SFTConfig, steps: Steps) -> int:
     """How many checkpoints the run saves."""
-    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    strategy = plain_name(args.save_strategy)
     if strategy == "steps":
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps.count))
         return -(-steps.count // int(every))  # rounded up, because the last step always saves one

@@ -9,6 +9,7 @@ from trl import SFTConfig
 from phinetune.engine.activation_memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes, Level
 from phinetune.engine.kernels.cross_entropy import CHUNK_ELEMENTS
 from phinetune.planning.sizes import Sizes
+from phinetune.training.value_rules import plain_name
 
 FLOAT32 = 4  # bytes
 # Bytes of state per parameter. An optimizer that is not listed counts as AdamW; none keeps more than AdamW.
@@ -67,7 +68,7 @@ class Parts:
 
 def optimizer_name(args: SFTConfig) -> str:
     """The optimizer's name, as in `training_config.optim`."""
-    return str(getattr(args.optim, "value", args.optim))
+    return plain_name(args.optim)
 
 
 def optimizer_bytes(name: str) -> int:

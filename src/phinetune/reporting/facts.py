@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from phinetune.errors import RunError
+from phinetune.config.yaml_text import read_yaml
+from phinetune.errors import ConfigError, RunError
 from phinetune.liveness import is_alive
 from phinetune.run_folder import CONFIG, EVALUATION, METRICS, RESULTS, SAMPLES, START, RunFolder, told_changes
 
@@ -159,8 +160,8 @@ def _runs_elsewhere(start: Mapping[str, Any]) -> bool:
 
 def _read_config(folder: RunFolder, notes: list[str]) -> Mapping[str, Any]:
     try:
-        tree = yaml.safe_load((folder.path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = read_yaml((folder.path / CONFIG).read_text(encoding="utf-8"), CONFIG)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
         notes.append(f"{CONFIG} can't be read: {error}")
         return {}
     return tree if isinstance(tree, dict) else {}

@@ -14,7 +14,7 @@ from transformers import TextIteratorStreamer
 
 from phinetune.chats.template import Message
 from phinetune.checkpoints.opened import Opened
-from phinetune.engine.generate import Answer, Sampling, answer_limits, answer_prompts
+from phinetune.engine.generate import Answer, Sampling, answer_limits, answer_prompts, check_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -39,24 +39,29 @@ class Conversation:
         """Token ids of the conversation with `message` as its next user turn.
 
         The oldest turns leave a conversation that outgrows the model's positions, and a line in the log says so.
+
+        Raises:
+            ConfigError: the message by itself is too long. The conversation stays as it was.
         """
         positions = int(self.opened.model.config.max_position_embeddings)
         room = min(self.max_new_tokens, int(positions * ROOM))
-        before = len(self.turns)
-        ids = self._all_ids(message)
-        while self.turns and len(ids) + room > positions:
-            self.turns = self.turns[2:]
-            ids = self._all_ids(message)
-        if len(self.turns) < before:
+        turns = self.turns
+        ids = self._all_ids(turns, message)
+        while turns and len(ids) + room > positions:
+            turns = turns[2:]
+            ids = self._all_ids(turns, message)
+        check_prompts([ids], positions)
+        if len(turns) < len(self.turns):
             logger.warning(
                 "the conversation has outgrown the model's %d positions: its oldest %d turns were left out",
-                *(positions, before - len(self.turns)),
+                *(positions, len(self.turns) - len(turns)),
             )
+        self.turns = turns
         return ids
 
-    def _all_ids(self, message: str) -> list[int]:
+    def _all_ids(self, turns: list[Message], message: str) -> list[int]:
         head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        chat = [*head, *self.turns, {"role": "user", "content": message}]
+        chat = [*head, *turns, {"role": "user", "content": message}]
         return self.opened.encoder.prompt_ids(self.opened.encoder.prepare(chat))
 
     def answer(self, message: str) -> Answer:

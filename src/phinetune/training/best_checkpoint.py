@@ -14,9 +14,10 @@ from phinetune.errors import ConfigError
 from phinetune.metric_table import keys_of, measures_of
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.settings import Settings
+from phinetune.training.value_rules import plain_name
 
 PREFIX = "eval_"
-BY_METRIC = ("greedy", "reduce_lr_on_plateau")  # schedules that go by the metric of the best checkpoint
+WATCHING = ("greedy", "reduce_lr_on_plateau")  # schedules that follow the losses, or the best checkpoint's metric
 OTHER_NAMES = {"mean_token_accuracy": "token_accuracy"}  # TRL's name, and ours
 
 
@@ -58,8 +59,7 @@ def _idle_direction(training: dict[str, Any], section: EvaluationSection) -> lis
         return []
     if not _evaluates(training):
         return ["training_config: `greater_is_better` has no effect: `eval_strategy` is `no`"]
-    schedule = training.get("lr_scheduler_type")
-    by_loss = training.get("load_best_model_at_end") or str(getattr(schedule, "value", schedule)) in BY_METRIC
+    by_loss = training.get("load_best_model_at_end") or plain_name(training.get("lr_scheduler_type")) in WATCHING
     if best_metric(training) or by_loss or section.early_stopping_patience:
         return []
     return ["training_config: `greater_is_better` has no effect: `metric_for_best_model` is not set"]
@@ -94,8 +94,7 @@ def _not_counted(name: str, known: list[str]) -> list[str]:
 
 
 def _evaluates(training: dict[str, Any]) -> bool:
-    strategy = training.get("eval_strategy") or "no"
-    return str(getattr(strategy, "value", strategy)) != "no"
+    return plain_name(training.get("eval_strategy") or "no") != "no"
 
 
 def _without_held_out(training: dict[str, Any], config: RunConfig) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from phinetune.training.value_rules import plain_name
+
 # Keys that no engine reads here, and why.
 SCORED = "held-out chats are scored batch by batch in the model's dtype, and no logits are kept"
 ROWS = "rows are read and encoded as the section `data` says"
@@ -27,7 +29,7 @@ IDLE_TRAINING: Mapping[str, str] = {
     "label_names": SCORED,
     "length_column_name": ROWS,
     "local_rank": "the launcher says which process this is",
-    "logging_nan_inf_filter": "a loss that is not finite always stops the run",
+    "logging_nan_inf_filter": "engine.on_nonfinite says what becomes of a loss that is not finite",
     "parallelism_config": "each process trains on one device with the whole model",
     "prediction_loss_only": SCORED,
     "remove_unused_columns": ROWS,
@@ -56,11 +58,11 @@ def _is_set(value: Any) -> bool:
 
 
 def _by_steps(value: Any) -> bool:
-    return str(getattr(value, "value", value)) == "steps"
+    return plain_name(value) == "steps"
 
 
 def _chooses_modules(optimizer: Any) -> bool:
-    return str(getattr(optimizer, "value", optimizer)).startswith(("galore", "apollo"))
+    return plain_name(optimizer).startswith(("galore", "apollo"))
 
 
 # Keys that do something only together with another one: that key, the value it needs, and whether a value is that.
@@ -137,8 +139,7 @@ def overruled(training: Mapping[str, Any]) -> list[str]:
     """A line for each key of `training_config` that does nothing beside the value of another one. It stays in the
     arguments, which a resumed run is held against.
     """
-    schedule = training.get("lr_scheduler_type")
-    schedule = str(getattr(schedule, "value", schedule))
+    schedule = plain_name(training.get("lr_scheduler_type"))
     found = {}
     if training.get("warmup_steps") and schedule in WITHOUT_WARMUP:
         other = WITHOUT_WARMUP[schedule]

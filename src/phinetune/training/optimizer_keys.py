@@ -9,6 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig
 
+from phinetune.training.value_rules import plain_name
+
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 OTHERS = ("0.123", "7", "true", "bfloat16")  # values that are tried: one of them changes what is read
 
@@ -36,7 +38,7 @@ def _keys(optim_args: str | None) -> list[str]:
 
 
 def _name(args: SFTConfig) -> str:
-    return str(getattr(args.optim, "value", args.optim))
+    return plain_name(args.optim)
 
 
 def _options(args: SFTConfig, model: PreTrainedModel, **changes: Any) -> str:

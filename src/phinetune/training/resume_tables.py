@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from phinetune.engine.peft_variants import changes_the_base
+from phinetune.training.best_checkpoint import WATCHING
 from phinetune.training.recorded import TRAIN_COUNT, TRAIN_ROWS, Record
 
 # The one table of what may change without harm, by section: what is shown, kept, written or looked at, and how memory
@@ -59,7 +60,6 @@ NEVER: Mapping[str, str] = {
     "training_config.deepspeed": OTHER_STATE,
     "training_config.fsdp": OTHER_STATE,
     "training_config.fsdp_config": OTHER_STATE,
-    "training_config.parallelism_config": OTHER_STATE,
 }
 # Keys of `peft_config` that change no tensor's shape, and so can be taken.
 SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
@@ -76,7 +76,6 @@ SCHEDULE = {
     *("training_config.learning_rate", "training_config.lr_scheduler_type", "training_config.lr_scheduler_kwargs"),
     *("training_config.warmup_steps", "training_config.max_steps", "training_config.num_train_epochs"),
 }
-WATCHING = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the losses they have seen
 
 
 def is_harmless(key: str, *records: Record) -> bool:

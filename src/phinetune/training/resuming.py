@@ -87,7 +87,8 @@ class Resumption:
         keys = {key for entry in self.changed if entry["step"] == self.step for key in entry["keys"]}
         forget = bool(keys & {HELD_OUT_ROWS, TOKENIZER}) or any(map(counts_for_the_best, keys))
         stretches, last = list(self.stretches), self.stretches[-1]
-        if {one.key for one in self.differences} & (ORDER | STEP_SIZE):
+        changed_now = {one.key for one in self.differences} | (keys if last.step < self.step else set())
+        if changed_now & (ORDER | STEP_SIZE):
             stretches.append(self._next(last, keys, rows))
         elif len(stretches) == 1:
             return GoingOn(None, bool(self.changed), forget), stretches
@@ -147,7 +148,8 @@ def check_resume(folder: RunFolder, checkpoint: Path, prepared: PreparedRun, now
         logger.warning("not compared, since the run recorded nothing of it: %s", ", ".join(missing))
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     step = state.global_step
-    history = [entry for entry in start.get("changed") or [] if entry["step"] <= step]
+    # What was changed after this checkpoint, in steps that are gone, is in force from here on.
+    history = [{**entry, "step": min(entry["step"], step)} for entry in start.get("changed") or []]
     if counted:
         texts = [one.brief() for one in counted]
         history.append({"step": step, "what": texts, "keys": [one.key for one in counted]})

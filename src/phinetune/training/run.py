@@ -34,6 +34,7 @@ from phinetune.training.recorded import Record, record_of
 from phinetune.training.resuming import Resumption, check_resume, stretch_of
 from phinetune.training.settings import make_lora_config
 from phinetune.training.trainer import FastTrainer, Look, RunTrainer
+from phinetune.training.value_rules import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +288,7 @@ def _log_run(prepared: PreparedRun, trainer: RunTrainer, loaded: Loaded) -> None
         loaded.model.dtype,
         precision,
     )
-    if args.save_only_model and str(args.save_strategy) != "no":
+    if args.save_only_model and plain_name(args.save_strategy) != "no":
         logger.warning("save_only_model: checkpoints hold no optimizer, so a stopped run can't go on with --resume")
     if args.bf16 and prepared.engine.fast is None and not has_native_bf16(loaded.device):
         logger.warning("bf16 without the fast engine, on a processor that multiplies it slowly: expect slow steps")

@@ -32,6 +32,7 @@ from phinetune.training.retired_keys import (
     translate,
     translate_peft,
 )
+from phinetune.training.value_rules import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,11 @@ logger = logging.getLogger(__name__)
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,  # SFTConfig's 2e-5 is for full fine-tuning; LoRA needs ten times as much
     "report_to": "none",  # nothing leaves the machine unless the user asks for it
-    "logging_nan_inf_filter": False,  # a loss that is not finite must stop the run, not be replaced by a mean
+    "logging_nan_inf_filter": False,  # a loss that is not finite must be seen, not be replaced by a mean
 }
 PEFT_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 FALSE_ASKS = {"completion_only_loss"}  # keys of which false asks for something; null would not
-COMPILED = {"torch_compile_backend", "torch_compile_mode"}  # each of them turns `torch_compile` on
+COMPILED = ("torch_compile_backend", "torch_compile_mode")  # each of them turns `torch_compile` on
 # What the fast engine does in a way of its own, and the knob for it.
 PLAIN_ONLY = {
     "gradient_checkpointing": "engine.activation_memory",
@@ -104,14 +105,14 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
 def _read_training(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
     """`training_config` without retired keys, checked, and without what has no effect."""
     defaults = _defaults(SFTConfig) | TRAINING_DEFAULTS
-    for key in ELSEWHERE.keys() & given.keys():
-        if given[key] not in (None, defaults[key]) and (given[key] is not False or key in FALSE_ASKS):
+    for key, value in given.items():
+        if key in ELSEWHERE and value not in (None, defaults[key]) and (value is not False or key in FALSE_ASKS):
             problems.append(f"training_config: `{key}` is not used here; {ELSEWHERE[key]}")
     given = {key: value for key, value in given.items() if key not in ELSEWHERE}
-    for key in COMPILED & given.keys():
-        if given[key] is not None and "torch_compile" not in given:
-            notes.append(f"training_config: `{key}` turns `torch_compile` on")
-            given["torch_compile"] = True
+    if "torch_compile" not in given:
+        compiling = [key for key in given if key in COMPILED and given[key] is not None]
+        notes += [f"training_config: `{key}` turns `torch_compile` on" for key in compiling]
+        given |= {"torch_compile": True} if compiling else {}
     active = leave_out_idle("training_config", given, IDLE_TRAINING, NEEDS_TRAINING, defaults, notes)
     training = checked("training_config", SFTConfig, active, RETIRED_TRAINING.keys(), problems)
     notes += overruled(training)
@@ -129,7 +130,7 @@ def _read_peft(given: Mapping[str, Any], problems: list[str], notes: list[str]) 
     if str(given.get("peft_type", "LORA")).upper().removeprefix("PEFTTYPE.") != "LORA":
         problems.append(f"peft_config: peft_type must be LORA, not {given['peft_type']}")
     task = peft.pop("task_type", None)
-    if task is not None and str(getattr(task, "value", task)) != "CAUSAL_LM":
+    if task is not None and plain_name(task) != "CAUSAL_LM":
         problems.append(f"peft_config.task_type: a Phi-3 is trained as CAUSAL_LM, not as {task!r}; leave the key out")
     if peft.get("arrow_config"):
         problems.append("peft_config.arrow_config: Arrow chooses among adapters that are there; a run trains one")
@@ -219,7 +220,9 @@ def _sft_config(given: Mapping[str, Any]) -> SFTConfig:
 def _refused_key(given: Mapping[str, Any]) -> str:
     """The key of `training_config` that is refused alone, too; the whole dictionary if only the combination is."""
     of_the_machine = {key: given[key] for key in ("output_dir", "use_cpu", "bf16") if key in given}
-    for key in given.keys() - of_the_machine.keys():
+    for key in given:
+        if key in of_the_machine:
+            continue
         try:
             _sft_config({**of_the_machine, key: given[key]})
         except Exception:

@@ -69,6 +69,12 @@ class RunTrainer(CheckpointTrainer):
         self.finite.saw(rows, loss)
         return loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent; the next logged loss is added up from nothing, also after one that is not a number."""
+        if "loss" in logs:
+            self._tr_loss.zero_()  # the parent subtracts the sum from itself, which leaves nan for nan
+        super().log(logs, start_time)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         self.finite.measured(norm)

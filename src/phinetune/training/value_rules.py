@@ -78,13 +78,17 @@ RANGES: Mapping[str, Range] = {
     # Of peft_config.
     "lora_alpha": POSITIVE,
     "lora_dropout": BELOW_ONE,
-    "qalora_group_size": COUNT,
     "r": COUNT,
 }
 
 
+def plain_name(value: Any) -> str:
+    """A name as YAML has it, of a text or of a library's `Enum`."""
+    return str(getattr(value, "value", value))
+
+
 def _values(kind: type[Enum]) -> tuple[str, ...]:
-    return tuple(str(member.value) for member in kind)
+    return tuple(map(plain_name, kind))
 
 
 STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")  # YAML reads their `no` as false
@@ -145,7 +149,7 @@ def _broken_range(key: str, value: Any) -> str | None:
 
 
 def _broken_name(key: str, value: str | Enum) -> str | None:
-    name = str(value.value if isinstance(value, Enum) else value)
+    name = plain_name(value)
     known = NAMES.get(key)
     if known is None:
         return None

@@ -325,3 +325,16 @@ def test_a_table_with_a_blank_answer_says_so(tmp_path: Path) -> None:
     (place,) = report.findings.by_kind["content"].places
     assert place.detail == "`output` is empty, and the row needs its text"
     assert "form" not in kinds(report)
+
+
+def test_ids_beside_a_chat_hide_no_near_copy(tmp_path: Path) -> None:
+    rows = [{**chat(LONG, f"It will rain on day {i}."), "input_ids": [i]} for i in (1, 2)]
+    assert places(check(write_jsonl(tmp_path / "a.jsonl", rows)), "near") == ["a.jsonl:2"]
+
+
+def test_copies_among_rows_of_ids_that_are_too_long_are_found(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, last]} for last in (8, 9, 8)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    report = check(file, held_out=write_jsonl(tmp_path / "h.jsonl", rows[1:2]), max_length=3)
+    assert places(report, "duplicate") == ["a.jsonl:3"]
+    assert places(report, "shared") == ["a.jsonl:2"]

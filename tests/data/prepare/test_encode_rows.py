@@ -228,3 +228,23 @@ def test_outcomes_come_in_order_whatever_becomes_of_the_rows() -> None:
     assert [one.row.where for one in made] == [f"a:{i}" for i in range(6)]
     assert [one.form for one in made] == ["messages", None, "text", "tokens", "messages", "messages"]
     assert [one.encoded is not None for one in made] == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("1 // (m.content|length - 2)", "ZeroDivisionError: "),
+        ("2.0 ** (m.content|length - 2 or 5000)", "OverflowError: "),
+        ("(m.content[2:] or '{x}').format()", "KeyError: 'x'"),
+        ("(m.content[2:] or '{}').format()", "IndexError: "),
+        ("(1 if m.content|length == 2 else {})|dictsort", "AttributeError: "),
+    ],
+)
+def test_a_chat_at_which_a_template_stumbles_is_refused_in_a_sentence(expression: str, words: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ " + expression + " }}{% endfor %}"
+    rows = [Row("a", chat("What?", "Nothing.")), Row("b", chat("Hm", "Nothing."))]
+    sound, refused = RowEncoder(DataSection(), make_encoder(tokenizer), None)(rows)
+    assert sound.encoded
+    assert refused.error
+    assert str(refused.error).startswith(f"the chat template refuses it: {words}")

@@ -155,3 +155,16 @@ def calling(arguments: Any, **more: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_what_storage_may_have_changed_is_told(row: dict[str, Any], wanted: set[str]) -> None:
     assert audit_row(row, "messages").notes == wanted
+
+
+def test_what_is_not_read_is_named_in_the_order_of_the_row() -> None:
+    more = dict.fromkeys(["f", "c", "a", "h", "e", "b", "g", "d"], "x")
+    call = {**CALL, "function": {**CALL["function"], **more}, **more}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi", **more}]},
+        {**ANSWER, "tool_calls": [call]},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}, **more}]
+    found = list(audit_row({"messages": turns, "tools": tools}, "messages").unused)
+    for place in ("turns[].content[]", "tools[]", "turns[].tool_calls[]", "turns[].tool_calls[].function"):
+        assert [name for name in found if name.rpartition(".")[0] == place] == [f"{place}.{key}" for key in more]

@@ -103,7 +103,7 @@ def check_files(
     counts, template = DataReport(", ".join(files)), describe_template(encoder)
     report = CheckReport(files, section.split, counts, encode.max_length, template, name=section.name)
     checker = _RowChecker(encode, report)
-    overlap = Overlap(report.findings, section.format, report.left_out)
+    overlap = Overlap(report.findings, report.left_out)
     count = 0
     for outcome, title in checker.check(files, report.counts):
         _measure(outcome, encoder, report)
@@ -113,7 +113,7 @@ def check_files(
         if title:
             report.left_out[count] = title
         if not outcome.error:
-            overlap.take_in(count, outcome.row)
+            overlap.take_in(count, outcome)
         count += 1
     if held_out:
         report.held_out = DataReport(", ".join(held_out))
@@ -121,7 +121,7 @@ def check_files(
         for outcome, _ in checker.check(held_out, report.held_out):
             if not outcome.piece:
                 on_row()
-                overlap.hold_out(outcome.row)
+                overlap.hold_out(outcome)
     if report.lengths and not report.ends_a_turn:
         report.findings.add("no_stop", ", ".join(files), "no label is an end-of-turn token")
     return report

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from jinja2 import TemplateError
@@ -146,10 +146,6 @@ class RowEncoder:
             source = ""
         digest = hashlib.sha256(source.encode()).hexdigest()
         return {"rows": f"{kind.__module__}.{kind.__qualname__}", "source": digest, "fields": own}
-
-    def with_section(self, **changes: Any) -> RowEncoder:
-        """The same row encoder with other values in its section."""
-        return replace(self, section=self.section.model_copy(update=changes))
 
 
 def _read(row: Row, section: DataSection, encoder: ChatEncoder, taken: Sequence[str]) -> RowOutcome:

@@ -105,13 +105,13 @@ def _files(section: DataSection) -> list[str]:
 
 
 def _check_apart(section: DataSection, held_out: DataSection) -> None:
-    trained = {_identity(path, section) for path, _ in weighted(section.train)}
-    twice = [path for path, _ in weighted(held_out.train) if _identity(path, held_out) in trained]
+    trained = {identity(path, section) for path, _ in weighted(section.train)}
+    twice = [path for path, _ in weighted(held_out.train) if identity(path, held_out) in trained]
     if twice:
         raise ConfigError([_apart_sentence(path, section) for path in twice])
 
 
-def _identity(path: str, section: DataSection) -> tuple[str | None, ...]:
+def identity(path: str, section: DataSection) -> tuple[str | None, ...]:
     """What tells the rows of a source from those of another. Several spellings of a path are one source."""
     place = Path(path).expanduser()
     if place.is_file():

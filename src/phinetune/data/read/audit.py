@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,28 +133,31 @@ def _is_call(turn: Mapping[str, Any], names: tuple[str, str]) -> bool:
 
 def _audit_parts(name: str, parts: Sequence[Mapping[str, Any]], made: Audit) -> None:
     for part in parts:
-        for key in part.keys() - {"type", "text"}:
-            made.add(f"{name}[].{key}", part[key])
+        _add_others(f"{name}[]", part, {"type", "text"}, made)
 
 
 def _audit_tools(tools: Sequence[Mapping[str, Any]], made: Audit) -> None:
     for tool in tools:
         if isinstance(tool.get("function"), Mapping):
-            for key in tool.keys() - {"type", "function"}:
-                made.add(f"tools[].{key}", tool[key])
+            _add_others("tools[]", tool, {"type", "function"}, made)
         _note(tool.get("function") or tool, made)
 
 
 def _audit_call(call: Mapping[str, Any], was_text: bool, made: Audit) -> None:
     """Look at a call. Nulls and numbers in JSON text are the user's own; storage changes no text."""
     function = call.get("function") or call
-    for key in call.keys() - (READ_OF_CALL if function is call else READ_OF_CALL - {"name"}):
-        made.add(f"turns[].tool_calls[].{key}", call[key])
+    _add_others("turns[].tool_calls[]", call, READ_OF_CALL if function is call else READ_OF_CALL - {"name"}, made)
     if function is not call:
-        for key in function.keys() - {"name", *ARGUMENTS}:
-            made.add(f"turns[].tool_calls[].function.{key}", function[key])
+        _add_others("turns[].tool_calls[].function", function, {"name", *ARGUMENTS}, made)
     if not was_text:
         _note([function.get(key) for key in ARGUMENTS], made)
+
+
+def _add_others(name: str, item: Mapping[str, Any], read: Set[str], made: Audit) -> None:
+    """Note what an object has beside the keys that are read, in its own order."""
+    for key, value in item.items():
+        if key not in read:
+            made.add(f"{name}.{key}", value)
 
 
 def _note(value: Any, made: Audit) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.data.read.row import Row
-from phinetune.errors import DataError
+from phinetune.errors import DataError, first_line
 
 
 def open_dataset(source: str, split: str, name: str | None = None, *, streaming: bool = False) -> Any:
@@ -50,8 +50,9 @@ def _hub(source: str, split: str, name: str | None, streaming: bool) -> Any:
     try:
         return datasets.load_dataset(source, name, split=split, streaming=streaming)
     except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{source}: no such file, and can't be loaded from the hub as a data set ({reason})") from error
+        raise DataError(
+            f"{source}: no such file, and can't be loaded from the hub as a data set ({first_line(error)})"
+        ) from error
 
 
 def _pick_split(where: str, data: Any, split: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from phinetune.chats.template import Message
+from phinetune.chats.template_rendering import REASONING
 from phinetune.config.row_forms import READY, ROW_FORMS, expected_keys
 from phinetune.data.read.safe_json import load_json
 from phinetune.data.read.tool_calls import FUNCTION_CALL, read_calls, read_tools
@@ -35,7 +36,6 @@ ROLES = {
 KEYS_SHOWN = 12
 TEXT_PARTS = ("text", "input_text", "output_text", None)  # types of the parts of a `content`; Bedrock's have no type
 READ_OF_TURN = frozenset({"tool_calls", FUNCTION_CALL, "train", "weight"})  # beside the keys of its role and its text
-REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives templates the first one that it finds
 _OWN = frozenset({"role", "content", "tools"})  # keys of a `Message` that no other key of a turn may replace
 _SAID = ("content", "tool_calls", FUNCTION_CALL, "refusal")  # keys by which an object with a `role` is a turn
 _ROLE = re.compile(r"""(["'])role\1\s*:""")

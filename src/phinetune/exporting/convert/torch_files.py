@@ -17,7 +17,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from phinetune.errors import ModelError, at_most, reason_of
+from phinetune.errors import ModelError, at_most, first_line
 
 LARGEST = 16 << 30  # bytes of a file
 LARGEST_PICKLE = 16 << 20  # bytes of the part that names the tensors; it has about 200 for each
@@ -47,7 +47,7 @@ def read_state(file: Path) -> Mapping[str, Tensor]:
         held = _look_through(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch, pickletools and zipfile raise errors of many classes
-        raise ModelError(f"{file}: not a checkpoint of tensors that can be read: {_first_line(error)}") from None
+        raise ModelError(f"{file}: not a checkpoint of tensors that can be read: {first_line(error)}") from None
     if isinstance(state, Mapping):
         state = state.get("model_state_dict", state)  # loralib's own examples save it under this key
     if not isinstance(state, Mapping):
@@ -64,12 +64,6 @@ def _bytes_of(values: Iterable[Tensor]) -> int:
     """The bytes of all tensors' numbers. Tensors that share theirs count once."""
     storages = [value.untyped_storage() for value in values]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says. torch adds paragraphs of advice, such as to switch `weights_only` off."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return reason_of(ValueError(first))
 
 
 def _look_through(file: Path) -> int:

@@ -14,10 +14,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from phinetune.checkpoints.whole import EMBED, HEAD
 from phinetune.errors import ModelError, at_most
 from phinetune.exporting.gguf.model import ARCHITECTURE, as_array, stored, stored_type, tensor_names
 from phinetune.exporting.merge.merged import MergedCheckpoint
-from phinetune.exporting.merge.weight_deltas import EMBED, HEAD, WeightDelta, read_weight_deltas
+from phinetune.exporting.merge.weight_deltas import WeightDelta, read_weight_deltas
 
 INSTEAD = "export the merged model instead, with --to gguf"
 

@@ -7,7 +7,6 @@ and for the merged tensors that it keeps.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,11 +18,12 @@ from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phinetune.checkpoints.adapters import check_base, read_adapter_config
 from phinetune.checkpoints.opened import recorded_config
 from phinetune.checkpoints.small_files import read_json
+from phinetune.checkpoints.whole import EMBED, HEAD
 from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError, reason_of
 from phinetune.exporting.base_files import BaseFiles, open_base, quantized, trained_dtype
-from phinetune.exporting.merge.weight_deltas import EMBED, HEAD, WeightDelta, read_weight_deltas
-from phinetune.exporting.merge.weights import check_fit
+from phinetune.exporting.merge.weight_deltas import WeightDelta, read_weight_deltas
+from phinetune.files import file_digest
 from phinetune.logs import quiet_libraries
 from phinetune.run_folder import RunFolder
 
@@ -86,12 +86,7 @@ class MergedCheckpoint:
         return torch.equal(self._weights.get(EMBED), self._weights.get(HEAD))
 
     def _in_order(self, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """The model's tensors in the order of the base's files.
-
-        Raises:
-            ModelError: the files lack some of them, or hold them with another shape.
-        """
-        check_fit(self._weights, wanted, self._place, self.base.path)
+        """The model's tensors in the order of the base's files, which hold all of them (`open_base`)."""
         order = {name: i for i, name in enumerate(self._weights.shapes)}
         return sorted(wanted, key=lambda name: order.get(name, len(order)))
 
@@ -254,4 +249,4 @@ def _check_not_merged(folder: Path | None, source: Path) -> None:
 
 def adapter_digest(source: Path) -> str:
     """SHA-256 of an adapter's weights file."""
-    return hashlib.sha256((source / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+    return file_digest(source / ADAPTER_WEIGHTS)

@@ -22,8 +22,6 @@ from phinetune.checkpoints.weight_files import HeldTensor, read_header, read_ten
 from phinetune.engine.peft_variants import not_merged, why_not_the_whole_update
 from phinetune.errors import ModelError, at_most
 
-EMBED = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 COPY = ".base_layer.weight"  # how the name of a copy of the base's weight ends
 BLOCK = 1 << 20  # elements that are merged at a time
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -24,27 +24,6 @@ class Weights(Protocol):
 
     def get(self, name: str) -> Tensor:
         """The tensor, on the CPU. Do not write into it."""
-
-
-def check_fit(weights: Weights, wanted: Mapping[str, tuple[int, ...]], place: Callable[[str], str], base: str) -> None:
-    """Make sure that a base's weights are those of its configuration.
-
-    Args:
-        wanted: the configuration's shapes by tensor name.
-        place: gives the name under which the weights hold a tensor.
-        base: the base's name for the error message.
-
-    Raises:
-        ModelError: tensors are missing, or have another shape.
-    """
-    problems = [f"missing: {name}" for name in wanted if place(name) not in weights.shapes]
-    problems += [
-        f"{name}: shape {weights.shapes[place(name)]} does not match the configuration's {shape}"
-        for name, shape in wanted.items()
-        if weights.shapes.get(place(name), shape) != shape
-    ]
-    if problems:
-        raise ModelError([f"{base}: the weights don't fit its config.json:", *at_most(problems, 8)])
 
 
 class FolderWeights:

@@ -21,19 +21,18 @@ def row() -> list[Segment]:
     return [*(Segment(*at) for at in MIXED), *tree, Segment(237, 244), Segment(244, 304), Segment(304, 336)]
 
 
-def to_torch(segments: list[Segment], heads: Heads, dtype: torch.dtype) -> list[int]:
+def to_torch(segments: list[Segment], heads: Heads, fused_from: int = 32) -> list[int]:
     """Lengths of the runs that go to torch's attention."""
-    runs = plan(segments, heads, dtype, CPU)
+    runs = plan(segments, heads, CPU, lambda length: length > fused_from)
     assert sum(run.length for run in runs) == segments[-1].stop
     return [run.length for run in runs if run.groups is None]
 
 
-def test_long_roots_alone_go_to_the_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", 32)
-    assert to_torch(row(), HEADS, torch.float32) == [40, 33, 50, 60]  # neither 34, which branches, nor 32
-    assert to_torch(row(), WINDOWED, torch.float32) == [40, 33]
-    assert to_torch(row(), HEADS, torch.bfloat16) == []
-    assert to_torch([Segment(0, 40), Segment(40, 41, ((0, 40),))], HEADS, torch.float32) == []
+def test_long_roots_alone_go_to_the_fused_attention() -> None:
+    assert to_torch(row(), HEADS) == [40, 33, 50, 60]  # neither 34, which branches, nor 32
+    assert to_torch(row(), WINDOWED) == [40, 33]
+    assert to_torch(row(), HEADS, 60) == []
+    assert to_torch([Segment(0, 40), Segment(40, 41, ((0, 40),))], HEADS) == []
 
 
 def grouped(segments: list[Segment], heads: Heads = HEADS) -> Groups:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phinetune.engine.segments import LEAST_RATIO, Segment, group_segments, read_segments
+from phinetune.engine.segments import LEAST_RATIO, PADDED, Segment, group_segments, read_segments
 
 CPU = torch.device("cpu")
 
@@ -66,6 +66,12 @@ def test_like_lengths_come_together_and_others_do_not() -> None:
 def test_the_longest_of_a_group_is_the_measure() -> None:
     groups = group_segments(read_segments(table([(12, -1), (9, -1), (7, -1), (5, -1)])), CPU)
     assert [one.own.shape for one in groups] == [(2, 12), (2, 7)]  # 7 is like 9, but not like 12
+
+
+def test_long_ones_are_not_padded() -> None:
+    longer = PADDED + 1
+    groups = group_segments(read_segments(table([(longer, -1), (longer - 1, -1), (longer, -1), (PADDED - 1, -1)])), CPU)
+    assert [one.own.shape for one in groups] == [(2, longer), (2, PADDED)]
 
 
 def test_the_shorter_ones_are_padded_at_their_ends_with_their_first_token() -> None:

@@ -36,8 +36,9 @@ from engine.engine_helpers import (
     with_prompt,
 )
 from phinetune.engine.activation_memory import LayerSizes, Level
-from phinetune.engine.attention_plan import FLASH_FROM
 from phinetune.engine.examples import Encoded
+from phinetune.engine.kernels import attention
+from phinetune.engine.kernels.attention import FUSED_FROM
 from phinetune.engine.packing import pack
 from phinetune.engine.phi3 import rope_limit
 
@@ -100,8 +101,12 @@ def test_the_two_sides_of_longropes_limit_rotate_unlike() -> None:
 
 
 @pytest.mark.parametrize("shape", [phi3_mini, windowed])
-def test_a_row_long_enough_for_torchs_own_attention_is_the_same(shape: Shape) -> None:
-    rows = make_rows([20, FLASH_FROM + 1, 70, FLASH_FROM + 40])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_row_long_enough_for_torchs_own_attention_is_the_same(
+    shape: Shape, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_fused_is_faster", lambda heads: fused)
+    rows = make_rows([20, FUSED_FROM + 1, 70, FUSED_FROM + 40])
     pair = make_pair(shape())
     assert_same(packed(pair.fast, rows), one_by_one(pair.plain, rows))
 
@@ -373,13 +378,14 @@ def test_shared_beginnings_are_recomputed_to_the_bit(shape: Shape, levels: tuple
     assert_equal_to_the_bit(packed(pair.fast, rows, share=True), wanted)
 
 
-@pytest.mark.parametrize("long", [300, FLASH_FROM + 1])
-def test_a_shared_beginning_of_any_length_changes_nothing(long: int) -> None:
+@pytest.mark.parametrize("long", [300, FUSED_FROM + 1])
+def test_a_shared_beginning_of_any_length_changes_nothing(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row beside it is long enough for torch's own attention, and in the second case the beginning itself is."""
+    monkeypatch.setattr(attention, "_fused_is_faster", lambda heads: True)
     pair = make_pair(phi3_mini())
     system = make_rows([long])[0].input_ids
     branches = [system + row.input_ids for row in make_rows([30, 5, 70, 65], seed=1)]
-    rows = [Encoded(ids, with_prompt(ids)) for ids in branches] + make_rows([FLASH_FROM + 9], seed=2)
+    rows = [Encoded(ids, with_prompt(ids)) for ids in branches] + make_rows([FUSED_FROM + 9], seed=2)
     batch = pack(rows, share=True)
     assert max(depths(batch)) == 1
     assert_same(packed_step(pair.fast, batch), one_by_one(pair.plain, rows))

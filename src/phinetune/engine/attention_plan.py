@@ -4,17 +4,13 @@ keys and values lie.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from phinetune.engine.segments import Group, Segment, group_segments
-
-# Longer segments (in tokens) go to torch's fused attention on a CPU in float32. benchmarks/attention.py measures both.
-FLASH_FROM = 2048
 
 
 @dataclass(frozen=True)
@@ -113,12 +109,15 @@ class AttentionRun:
     groups: Groups | None
 
 
-def plan(segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, device: torch.device) -> list[AttentionRun]:
+def plan(
+    segments: Sequence[Segment], heads: Heads, device: torch.device, fuses: Callable[[int], bool] = lambda length: False
+) -> list[AttentionRun]:
     """Plan how to attend within segments. One plan serves all layers.
 
     Args:
         segments: they cover the row in order. A branch stands after its parent and before the next root.
-        dtype, device: those of qkv.
+        device: that of qkv.
+        fuses: whether torch's fused attention is faster for a root of so many tokens.
 
     Returns:
         runs that cover the tokens in order.
@@ -129,7 +128,7 @@ def plan(segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, device: 
         branches = i + 1 < len(segments) and bool(segments[i + 1].above)
         # torch's fused attention supports neither branches nor a window.
         simple = not segment.above and not branches and len(segment) <= (heads.window or len(segment))
-        alone = simple and len(segment) > _fused_from(dtype, device)
+        alone = simple and fuses(len(segment))
         if alone or not runs or fused[-1]:
             runs.append([])
             fused.append(alone)
@@ -137,13 +136,6 @@ def plan(segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, device: 
     return [
         fused_run(run) if alone else grouped_run(run, heads, device) for run, alone in zip(runs, fused, strict=True)
     ]
-
-
-def _fused_from(dtype: torch.dtype, device: torch.device) -> float:
-    """The length in tokens above which torch's fused attention is faster. Its bfloat16 backward on a CPU never is."""
-    if device.type != "cpu":
-        return 0
-    return FLASH_FROM if dtype == torch.float32 else math.inf
 
 
 def fused_run(segments: Sequence[Segment]) -> AttentionRun:

@@ -22,7 +22,7 @@ from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.attention_plan import AttentionRun, Heads, plan
 from phinetune.engine.kernels import rotary
-from phinetune.engine.kernels.attention import attention
+from phinetune.engine.kernels.attention import attention, fuses
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
 from phinetune.engine.kernels.norm import rms_norm
 from phinetune.engine.kernels.recompute import recomputed
@@ -248,7 +248,9 @@ class Phi3Model(transformers_phi3.Phi3Model):
         cos, sin = self._rotation(positions, parts)
         levels = self._levels(len(positions))
         first: Any = self.layers[0]
-        runs = plan(parts, first.self_attn.heads, hidden.dtype, hidden.device)
+        heads = first.self_attn.heads
+        fused = functools.partial(fuses, heads=heads, dtype=hidden.dtype, device=hidden.device)
+        runs = plan(parts, heads, hidden.device, fused)
         row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels, on_qkv)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

@@ -19,6 +19,7 @@ from torch import Tensor
 Range = tuple[int, int]
 
 SHORTEST_SHARED = 16  # tokens; computing fewer tokens again costs less than the products of one more segment
+PADDED = 512  # tokens; longer segments are not padded: their scores cost more than a product for each
 LEAST_RATIO = 0.7  # segments with at least this share of the longest one's length are padded and computed with it
 
 
@@ -87,7 +88,8 @@ def _by_length(family: Sequence[Segment]) -> Iterator[list[Segment]]:
     """Segments of similar length together, the longest first."""
     similar: list[Segment] = []
     for segment in sorted(family, key=len, reverse=True):
-        if similar and len(segment) < LEAST_RATIO * len(similar[0]):
+        ratio = LEAST_RATIO if similar and len(similar[0]) <= PADDED else 1
+        if similar and len(segment) < ratio * len(similar[0]):
             yield similar
             similar = []
         similar.append(segment)

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from phinetune.engine.attention_plan import Heads, plan
+from phinetune.engine.kernels import attention as kernel
+from phinetune.engine.kernels import attention_ways
 from phinetune.engine.kernels.attention import _key_head_chunks, attention
+from phinetune.engine.kernels.attention_ways import Way
 from phinetune.engine.kernels.matmul import scratch
 from phinetune.engine.segments import read_segments
 
@@ -44,6 +47,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def go(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute every group in this way."""
+    monkeypatch.setattr(kernel, "_way", lambda group, heads, qkv: way)
+
+
+def fuse_from(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer roots go to torch's fused attention, in every dtype."""
+    monkeypatch.setattr(kernel, "fuses", lambda found, **_: found > length)
 
 
 def table(forest: Sequence[tuple[int, int]]) -> Table:
@@ -93,7 +106,8 @@ def reference(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Table, heads: Hea
 
 
 def attend(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Table, heads: Heads) -> Tensor:
-    runs = plan(read_segments(torch.tensor(segments)), heads, qkv.dtype, CPU)
+    fused = functools.partial(kernel.fuses, heads=heads, dtype=qkv.dtype, device=CPU)
+    runs = plan(read_segments(torch.tensor(segments)), heads, CPU, fused)
     return attention(qkv.clone(), cos, sin, runs, heads)  # it overwrites its input
 
 
@@ -150,14 +164,36 @@ def test_a_part_of_each_head_is_rotated(name: str, rotated: int) -> None:
     assert_equal_to_the_reference(FORESTS[name], NINE, rotated=rotated)
 
 
+WAYS = {
+    "one key head in small blocks": Way(16, 1),
+    "all together in small blocks": Way(16, 1 << 20),
+    "one key head whole": Way(256, 1),
+    "some together, whole": Way(256, 1 << 14),
+}
+
+
 @each_forest
-@pytest.mark.parametrize("window", [None, 9])
-def test_small_blocks_and_parts_change_nothing(
-    forest: list[tuple[int, int]], window: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("window", [None, 9, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_way_gives_the_same(
+    forest: list[tuple[int, int]], window: int | None, dtype: torch.dtype, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK_QUERIES", 16)
-    monkeypatch.setattr("phinetune.engine.kernels.attention.MAX_SCORES", 1)  # each key head on its own
-    assert_equal_to_the_reference(forest, Heads(4, 2, SIZE, 0.4, window))
+    """What scratch memory held before must not matter: here it holds no numbers."""
+    for kept in scratch.held.values():
+        kept.fill_(float("nan"))
+    go(way, monkeypatch)
+    assert_equal_to_the_reference(forest, Heads(4, 2, SIZE, 0.4, window), dtype)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
+def test_every_way_is_near_in_bfloat16(way: Way, product: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the processor's own bfloat16 products, and where they go through float32."""
+    go(way, monkeypatch)
+    monkeypatch.setattr(kernel, "product_dtype", lambda x: product)
+    for found, wanted in both(FORESTS["three levels"], GROUPED, torch.bfloat16):
+        assert (found.double() - wanted.double()).norm() < 0.02 * wanted.double().norm()
 
 
 @pytest.mark.parametrize(("window", "keys"), [(None, 150), (9, 9 + 16)])
@@ -166,23 +202,23 @@ def test_heads_are_computed_together_as_far_as_the_scores_allow(
 ) -> None:
     """Two key heads of three, then the last one."""
     heads = Heads(9, 3, SIZE, 0.4, window)
-    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK_QUERIES", 16)
-    monkeypatch.setattr("phinetune.engine.kernels.attention.MAX_SCORES", 2 * heads.shared * 16 * keys)
-    (run,) = plan(read_segments(torch.tensor(table(FORESTS["one root"]))), heads, torch.float32, CPU)
+    way = Way(16, 2 * heads.shared * 16 * keys)
+    go(way, monkeypatch)
+    (run,) = plan(read_segments(torch.tensor(table(FORESTS["one root"]))), heads, CPU)
     assert run.groups is not None
-    assert [list(_key_head_chunks(one, heads)) for one in run.groups.members] == [[slice(0, 2), slice(2, 3)]]
+    assert [list(_key_head_chunks(one, heads, way)) for one in run.groups.members] == [[slice(0, 2), slice(2, 3)]]
     assert_equal_to_the_reference(FORESTS["one root"], heads)
 
 
-def test_segments_are_computed_together_as_far_as_the_scores_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_are_computed_together_as_far_as_the_scores_allow() -> None:
     segments = read_segments(torch.tensor(table([(10, -1)] * 5)))
-
-    (run,) = plan(segments, GROUPED, torch.float32, CPU)
+    (run,) = plan(segments, GROUPED, CPU)
     assert run.groups is not None
     (group,) = run.groups.members
-    assert list(_key_head_chunks(group, GROUPED)) == [slice(0, 10)]  # five segments of two key heads
-    monkeypatch.setattr("phinetune.engine.kernels.attention.MAX_SCORES", 2 * GROUPED.heads * 10 * 10)
-    assert list(_key_head_chunks(group, GROUPED)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    whole = attention_ways.together(10)
+    assert list(_key_head_chunks(group, GROUPED, whole)) == [slice(0, 10)]  # five segments of two key heads
+    fewer = Way(10, 2 * GROUPED.heads * 10 * 10)
+    assert list(_key_head_chunks(group, GROUPED, fewer)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
 
 
 # -- torch's fused attention, for long roots ----------------------------------------------------------------------
@@ -203,13 +239,13 @@ MIXTURES = {
 def test_the_fused_attention_gives_the_same(
     forest: list[tuple[int, int]], heads: Heads, window: int | None, rotated: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", 32)
+    fuse_from(32, monkeypatch)
     limited = Heads(heads.heads, heads.kv_heads, SIZE, 0.4, window)
     assert_equal_to_the_reference(forest, limited, torch.float32, rotated)
 
 
 def test_fused_and_grouped_bfloat16_are_both_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.engine.attention_plan._fused_from", lambda dtype, device: 32)
+    fuse_from(32, monkeypatch)
     for found, wanted in both(MIXED, GROUPED, torch.bfloat16):
         assert (found.double() - wanted.double()).norm() < 0.02 * wanted.double().norm()
 
@@ -227,11 +263,11 @@ def below(segments: Table, i: int) -> set[int]:
 
 
 @each_forest
-@pytest.mark.parametrize("flash_from", [1000, 100])
+@pytest.mark.parametrize("fused_from", [1000, 100])
 def test_other_segments_tokens_change_no_bit(
-    forest: list[tuple[int, int]], flash_from: int, monkeypatch: pytest.MonkeyPatch
+    forest: list[tuple[int, int]], fused_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", flash_from)
+    fuse_from(fused_from, monkeypatch)
     segments = table(forest)
     qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
     before = attend(qkv, cos, sin, segments, GROUPED)
@@ -255,9 +291,9 @@ def test_a_segment_gives_no_gradient_beside_and_below_itself(forest: list[tuple[
         assert reached == {j for j in range(len(segments)) if i in below(segments, j)}, f"from segment {i}"
 
 
-@pytest.mark.parametrize("flash_from", [1000, 32])
-def test_without_gradients_the_output_is_the_same(flash_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phinetune.engine.attention_plan.FLASH_FROM", flash_from)
+@pytest.mark.parametrize("fused_from", [1000, 32])
+def test_without_gradients_the_output_is_the_same(fused_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_from(fused_from, monkeypatch)
     segments = table(MIXED)
     qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
     trained = attend(qkv.clone().requires_grad_(), cos, sin, segments, GROUPED)
@@ -270,8 +306,7 @@ def test_without_gradients_the_output_is_the_same(flash_from: int, monkeypatch: 
 
 
 def test_training_goes_on_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No test before this one has cached a mask of this size.
-    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK_QUERIES", 23)
+    kernel._triangles.cache_clear()
     monkeypatch.setattr(scratch, "held", {})
     segments = table([(23, -1)])
     with torch.inference_mode():
@@ -290,13 +325,55 @@ def test_training_goes_on_after_inference_mode(monkeypatch: pytest.MonkeyPatch) 
 def test_gradcheck(
     forest: list[tuple[int, int]], window: int | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phinetune.engine.kernels.attention.BLOCK_QUERIES", 2)
+    go(Way(2, 1), monkeypatch)
     heads = Heads(2, kv_heads, 2, 0.7, window)
     segments = table(forest)
     tokens = segments[-1][1]
     torch.manual_seed(0)
     qkv = torch.randn(tokens, heads.total * 2, dtype=torch.float64, requires_grad=True)
     angles = torch.randn(tokens, 1, dtype=torch.float64)
-    runs = plan(read_segments(torch.tensor(segments)), heads, qkv.dtype, CPU)
+    runs = plan(read_segments(torch.tensor(segments)), heads, CPU)
     cos, sin = angles.cos(), angles.sin()
     assert torch.autograd.gradcheck(lambda x: attention(x.clone(), cos, sin, runs, heads), (qkv,), fast_mode=True)
+
+
+# -- which way is taken -------------------------------------------------------------------------------------------
+
+
+def test_only_lengths_between_are_measured_and_long_ones_alike() -> None:
+    assert attention_ways.kind(128, CPU, False) == attention_ways.together(128)
+    assert [attention_ways.kind(length, CPU, False) for length in (129, 256, 257, 5000)] == [256, 256, 512, 2048]
+    assert attention_ways.kind(300, CPU, True) == attention_ways.each(512)  # a window would make other scores
+    assert attention_ways.kind(300, torch.device("cuda"), False) == attention_ways.each(512)
+
+
+def test_a_way_is_preferred_only_if_it_is_clearly_faster() -> None:
+    ways = attention_ways.candidates(256)
+    usual, other = ways[0], ways[1]
+    assert usual == attention_ways.together(256)
+    for gain, wanted in ((1.05, usual), (1.2, other)):
+        taken = {**dict.fromkeys(ways, 2.0), usual: gain, other: 1.0}
+        assert attention_ways.fastest(ways, taken.__getitem__) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_ways_are_measured_once(dtype: torch.dtype) -> None:
+    kernel._fastest.cache_clear()
+    (run,) = plan(read_segments(torch.tensor(table([(200, -1), (220, -1)]))), NINE, CPU)
+    assert run.groups is not None
+    qkv = torch.empty(1, dtype=dtype)
+    found = {kernel._way(group, NINE, qkv) for group in run.groups.members}
+    assert len(found) == 1
+    assert found <= set(attention_ways.candidates(256))
+    assert kernel._fastest.cache_info().misses == 1
+
+
+def test_torchs_attention_is_measured_for_long_float32_roots_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_ways, "TIMED", 32)
+    kernel._fused_is_faster.cache_clear()
+    known = [(2049, torch.bfloat16, CPU), (2048, torch.float32, CPU), (1, torch.bfloat16, torch.device("cuda"))]
+    assert [kernel.fuses(length, NINE, dtype, device) for length, dtype, device in known] == [False, False, True]
+    assert not kernel._fused_is_faster.cache_info().misses
+    assert kernel.fuses(2049, NINE, torch.float32, CPU) in (False, True)
+    assert kernel._fused_is_faster.cache_info().misses == 1
+    kernel._fused_is_faster.cache_clear()

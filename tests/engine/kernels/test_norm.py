@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
-from phinetune.engine.kernels.norm import rms_norm
+from phinetune.engine.kernels.norm import add_rms_norm, rms_norm
 
 SHAPES = [(5, 12), (1, 12), (2, 3, 12), (4, 1)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -93,9 +95,41 @@ def test_a_token_of_zeros_stays_finite() -> None:
 
 def test_x_and_a_number_a_token_are_kept() -> None:
     x, weight, _ = leaves((2, 3, 12), torch.bfloat16)
-    grad_fn = rms_norm(x, weight, 1e-5).grad_fn
-    assert grad_fn is not None
+    view = rms_norm(x, weight, 1e-5).grad_fn
+    assert view is not None
+    grad_fn: Any = view.next_functions[0][0]
     kept = grad_fn.saved_tensors
     assert sorted((t.shape, t.dtype) for t in kept) == sorted(
-        [((2, 3, 12), torch.bfloat16), ((12,), torch.bfloat16), ((2, 3, 1), torch.float32)]
+        [((6, 12), torch.bfloat16), ((12,), torch.bfloat16), ((6,), torch.float32)]
     )
+
+
+# -- with the sum before it ---------------------------------------------------------------------------------------
+
+
+@each_shape
+def test_a_sum_and_its_norm_are_the_two_operators_one_after_the_other(shape: tuple[int, ...]) -> None:
+    x, weight, grad = leaves(shape, torch.float32)
+    residual = x.detach().flip(0).requires_grad_()
+    found = add_rms_norm(x, residual, weight, 1e-5)
+    total = x + residual
+    wanted = total, by_transformers(total, weight, 1e-5)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    grads = grad.flip(-1), grad  # of the sum and of the norm
+    ours, theirs = (torch.autograd.grad(out, (x, residual, weight), grads) for out in (found, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_either_output_of_the_sum_may_go_unused_and_what_is_frozen_gets_no_gradient() -> None:
+    x, weight, grad = leaves((5, 12), torch.float32, trains=False)
+    for used in (0, 1):
+        (dx,) = torch.autograd.grad(add_rms_norm(x, torch.ones(5, 12), weight, 1e-5)[used], x, grad)
+        plain = x + 1 if used == 0 else by_transformers(x + 1, weight, 1e-5)
+        torch.testing.assert_close(dx, torch.autograd.grad(plain, x, grad)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_in_bfloat16_the_norm_is_that_of_the_rounded_sum() -> None:
+    x, weight, _ = leaves((64, 96), torch.bfloat16)
+    total, out = add_rms_norm(x, x.detach() / 3, weight, 1e-5)
+    assert torch.equal(total, x + x.detach() / 3)
+    assert torch.equal(out, rms_norm(total, weight, 1e-5))

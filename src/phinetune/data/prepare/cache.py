@@ -21,9 +21,9 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.checkpoints.starter import cache_folder
 from phinetune.errors import DataError
 from phinetune.files import disk_trouble, file_digest, staged_folder
+from phinetune.home import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The language-model head and its log-softmax in one, a chunk of logits at a time.
+"""The language-model head and its cross-entropy in one, a chunk of logits at a time.
 
 Only positions that have a label are given at all. `linear_cross_entropy` gives one sum. It computes the gradient of
 the hidden states in the forward, while a chunk's logits are there (Hsu et al. 2024, Liger Kernel, section 3.2).
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phinetune.engine.kernels.chunks import row_chunks
 from phinetune.engine.kernels.matmul import BLOCK_ELEMENTS, accumulator, product_dtype, read_blocks, round_into
+from phinetune.engine.kernels.native.operator import Operator, drawn
 
 CHUNK_ELEMENTS = 1 << 25  # logits alive at a time: 128 MB in float32
 
@@ -64,13 +66,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros_like(nll)
-        for part, seen, log_p, logits in _chunks(hidden, weight, len(labels)):
-            picked = log_p.gather(1, labels[part, None]).squeeze(1)
-            nll -= torch.dot(picked, weights[part])
-            correct += torch.dot((log_p.argmax(-1) == labels[part]).float(), weights[part])
-            if d_hidden is not None or d_weight is not None:
-                d_logits = _gradient(log_p, labels[part], weights[part], logits)
-                _add_gradients(d_logits, seen, weight, d_hidden, d_weight, part)
+        learns = d_hidden is not None or d_weight is not None
+        for part, seen, logits in _chunks(hidden, weight, len(labels)):
+            log_probs, first = weights.new_empty(2, len(seen)).unbind()
+            _cross_entropy_(logits, labels[part], weights[part] if learns else None, log_probs, first)
+            nll -= torch.dot(log_probs, weights[part])
+            correct += torch.dot(first, weights[part])
+            if learns:
+                _add_gradients(logits, seen, weight, d_hidden, d_weight, part)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(correct)
@@ -95,9 +98,8 @@ class _LinearLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         found = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         first = torch.empty_like(found)
-        for part, _, log_p, _ in _chunks(hidden, weight, len(labels)):
-            found[part] = log_p.gather(1, labels[part, None]).squeeze(1)
-            first[part] = (log_p.argmax(-1) == labels[part]).float()
+        for part, _, logits in _chunks(hidden, weight, len(labels)):
+            _cross_entropy_(logits, labels[part], None, found[part], first[part])
         ctx.save_for_backward(hidden, weight, labels)
         ctx.mark_non_differentiable(first)
         return found, first
@@ -108,31 +110,29 @@ class _LinearLogProbs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for part, seen, log_p, logits in _chunks(hidden, weight, len(labels)):
-            d_logits = _gradient(log_p, labels[part], -grad[part], logits)
-            _add_gradients(d_logits, seen, weight, d_hidden, d_weight, part)
+        pulls = -grad.contiguous()
+        for part, seen, logits in _chunks(hidden, weight, len(labels)):
+            _cross_entropy_(logits, labels[part], pulls[part], *torch.empty_like(pulls[part].expand(2, -1)))
+            _add_gradients(logits, seen, weight, d_hidden, d_weight, part)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
 
 
-def _chunks(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(labels, their hidden states in the products' dtype, log-softmax in float32, logits) of a chunk at a time.
+def _chunks(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(labels, their hidden states in the products' dtype, logits) of a chunk at a time.
 
-    The next chunk overwrites the last two. Where products are taken in float32 they are one tensor.
+    The next chunk overwrites the logits.
     """
     work = product_dtype(hidden)
     rows = min(count, max(1, CHUNK_ELEMENTS // weight.shape[0]))
     # Made once: fresh pages for every chunk take longer than softmax.
     logits = hidden.new_empty(rows, weight.shape[0], dtype=work)
-    # float32 logits are turned into their log-softmax where they lie.
-    log_p = logits if work == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
     for start in range(0, count, max(1, rows)):
         part = slice(start, min(start + rows, count))
         size = part.stop - start
         seen = hidden[part].to(work)
         for columns, block in _blocks(weight, work):
             torch.mm(seen, block.t(), out=logits[:size, columns])
-        torch.log_softmax(logits[:size], dim=-1, dtype=torch.float32, out=log_p[:size])
-        yield part, seen, log_p[:size], logits[:size]
+        yield part, seen, logits[:size]
 
 
 def _add_gradients(
@@ -158,9 +158,26 @@ def _times(d_logits: Tensor, weight: Tensor, into: Tensor) -> None:
     round_into(total, into)
 
 
-def _gradient(log_p: Tensor, labels: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
-    """weight · (softmax − one-hot), in float32 over `log_p`, rounded over `logits` where these are narrower."""
-    p = log_p.exp_()
-    p[torch.arange(len(labels), device=p.device), labels] -= 1.0
-    p.mul_(weights[:, None])
-    return p if logits.dtype == p.dtype else logits.copy_(p)
+def _by_torch(logits: Tensor, labels: Tensor, weights: Tensor | None, log_probs: Tensor, first: Tensor) -> None:
+    """Write each label's log-probability, and 1 where it is the first of the largest logits, else 0.
+
+    With `weights`, the logits become their gradient, weight · (softmax − one-hot), which is computed in float32.
+    """
+    for rows in row_chunks(logits):
+        seen, own = logits[rows], labels[rows, None]
+        first[rows] = (seen.argmax(-1) == own[:, 0]).to(first.dtype)
+        log_p = torch.log_softmax(seen, dim=-1, dtype=torch.float32)
+        log_probs[rows] = log_p.gather(1, own)[:, 0]
+        if weights is not None:
+            p = log_p.exp_()
+            p[torch.arange(len(p), device=p.device), own[:, 0]] -= 1.0
+            seen.copy_(p.mul_(weights[rows, None]))
+
+
+def _sample(kind: torch.dtype) -> tuple[Tensor, ...]:
+    (logits,) = drawn((32, 32064), kind=kind)
+    labels = torch.arange(32)
+    return logits, labels, torch.ones(32), torch.empty(32), torch.empty(32)
+
+
+_cross_entropy_ = Operator("cross_entropy_", _by_torch, _sample)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from phinetune.engine.kernels.chunks import row_chunks
 from phinetune.engine.kernels.compiled import compiled
+from phinetune.engine.kernels.native.operator import Operator, drawn, rows_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, compile: bool = False) -> Tensor:
@@ -20,55 +21,136 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, compile: bool = False) ->
     Args:
         x: shape (..., width).
         weight: shape (width).
-        compile: whether forward and backward are compiled.
+        compile: whether forward and backward are compiled where they have no native form.
 
     Returns:
         shape (..., width).
     """
-    out: Tensor = _RMSNorm.apply(x, weight, eps, compile)  # type: ignore[no-untyped-call]
-    return out
+    rows = rows_of(x)
+    out: Tensor = _RMSNorm.apply(rows, weight, eps, compile and not _forward.is_native(x))  # type: ignore[no-untyped-call]
+    return out if x.dim() == 2 else out.view(x.shape)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, and its `rms_norm`, in one pass over both; backwards in one pass, too.
+
+    Args:
+        x, residual: shape (..., width).
+        weight: shape (width).
+
+    Returns:
+        the sum and the norm, each of shape (..., width).
+    """
+    total: Tensor
+    total, out = _AddRMSNorm.apply(rows_of(x), rows_of(residual), weight, eps)  # type: ignore[no-untyped-call]
+    return total.view(x.shape), out.view(x.shape)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x, the weight and one float32 number per token for the backward."""
+    """Keeps x, the weight and one float32 number per token for the backward. x has shape (rows, width)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compile: bool) -> Tensor:
         ctx.compile = compile
-        out: Tensor
         if compile:
-            out, scale = compiled(_forward)(x, weight, eps)
+            out, scale = compiled(_normed)(x, weight, eps)
         else:
-            out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-            for rows in row_chunks(x):
-                out[rows], scale[rows] = _forward(x[rows], weight, eps)
+            out, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+            _forward(x, None, weight, eps, out, scale, None)
         ctx.save_for_backward(x, weight, scale)
-        return out
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        d_weight = dx = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (grad * (x * scale)).reshape(-1, len(weight)).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0] and ctx.compile:
-            dx = compiled(_backward)(grad, x, weight, scale)
-        elif ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            for rows in row_chunks(x):
-                dx[rows] = _backward(grad[rows], x[rows], weight, scale[rows])
-        return dx, d_weight, None, None
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        dx = None
+        if needs_x and ctx.compile:
+            dx = compiled(_slope)(grad, x, weight, scale)
+        elif needs_x:
+            dx = _grad_of_x(grad, x, weight, scale, None)
+        return dx, _grad_of_weight(grad, x, weight, scale) if needs_weight else None, None, None
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The output, shape (..., width), and scale = 1 / √(mean(x²) + eps), shape (..., 1)."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+class _AddRMSNorm(torch.autograd.Function):
+    """Keeps the sum, the weight and one float32 number per token. All have shape (rows, width)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, total, scale = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+        _forward(x, residual, weight, eps, out, scale, total)
+        ctx.save_for_backward(total, weight, scale)
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, scale = ctx.saved_tensors
+        needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
+        dx = _grad_of_x(grad, total, weight, scale, rows_of(d_total)) if needs_x or needs_residual else None
+        return (
+            dx if needs_x else None,
+            dx if needs_residual else None,
+            _grad_of_weight(grad, total, weight, scale) if needs_weight else None,
+            None,
+        )
+
+
+def _grad_of_x(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Tensor | None) -> Tensor:
+    dx = torch.empty_like(x)
+    _backward(rows_of(grad), x, weight, scale, beside, dx)
+    return dx
+
+
+def _grad_of_weight(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return (grad * (x * scale[:, None])).sum(0).to(weight.dtype)
+
+
+def _forward_by_torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, scale: Tensor, total: Tensor | None
+) -> None:
+    """Write the norm of x to `out`, and 1 / √(mean(x²) + eps) to `scale`, shape (rows).
+
+    With `residual`, that of x + residual, which is written to `total`.
+    """
+    if residual is not None and total is not None:
+        x = torch.add(x, residual, out=total)
+    for rows in row_chunks(x):
+        out[rows], scale[rows] = _normed(x[rows], weight, eps)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The output, shape (rows, width), and scale = 1 / √(mean(x²) + eps), shape (rows)."""
+    length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     scale = (length.square() / x.shape[-1] + eps).rsqrt()
-    return (x * scale).to(x.dtype) * weight, scale
+    return (x * scale[:, None]).to(x.dtype) * weight, scale
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _backward_by_torch(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Tensor | None, dx: Tensor
+) -> None:
+    """Write the gradient of x to `dx`, plus `beside` where it is given: the gradient that x has from elsewhere."""
+    for rows in row_chunks(x):
+        dx[rows] = _slope(grad[rows], x[rows], weight, scale[rows])
+    if beside is not None:
+        dx += beside
+
+
+def _slope(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """dx = scale · (g − n · mean(g · n)), where n = x · scale and g = grad · weight."""
-    g = (grad * weight).float()
-    share = (g * x).sum(-1, keepdim=True) * scale.square() / x.shape[-1]
-    return g.addcmul_(x.float(), share, value=-1).mul_(scale).to(x.dtype)
+    g, by = (grad * weight).float(), scale[:, None]
+    share = (g * x).sum(-1, keepdim=True) * by.square() / x.shape[-1]
+    return g.addcmul_(x.float(), share, value=-1).mul_(by).to(x.dtype)
+
+
+def _sample(kind: torch.dtype) -> tuple[Any, ...]:
+    x, residual, weight = drawn((256, 3072), (256, 3072), (3072,), kind=kind)
+    return x, residual, weight, 1e-5, torch.empty_like(x), torch.empty(256), torch.empty_like(x)
+
+
+def _sample_backward(kind: torch.dtype) -> tuple[Any, ...]:
+    grad, x, weight = drawn((256, 3072), (256, 3072), (3072,), kind=kind)
+    return grad, x, weight, torch.ones(256), None, torch.empty_like(x)
+
+
+_forward = Operator("rms_norm", _forward_by_torch, _sample)
+_backward = Operator("rms_norm_backward", _backward_by_torch, _sample_backward)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from phinetune.engine.kernels.chunks import row_chunks
+from phinetune.engine.kernels.native.operator import Operator, drawn
 
 
 def rotate_(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
@@ -22,18 +23,29 @@ def rotate_(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> 
     Returns:
         `states` itself.
     """
-    cos, sin = cos[:, None].to(states.dtype), sin[:, None].to(states.dtype)
-    for rows in row_chunks(states):
-        _rotate_(states[rows], cos[rows], sin[rows], -1.0 if back else 1.0)
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    has_gaps = states.stride(-1) != 1 or cos.stride(-1) != 1 or sin.stride(-1) != 1  # then it can't be read as vectors
+    (_by_torch if has_gaps else _rotate_)(states, cos, sin, -1.0 if back else 1.0)
     return states
 
 
-def _rotate_(states: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+def _by_torch(states: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    """Rotate `states` in place, by the angles or, if the sign is -1, by their opposites."""
     half = cos.shape[-1]
-    first, second = states[..., :half], states[..., half : 2 * half]
-    first_sin = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-sign)
-    second.mul_(cos).add_(first_sin, alpha=sign)
+    for rows in row_chunks(states):
+        c, s = cos[rows, None], sin[rows, None]
+        first, second = states[rows, :, :half], states[rows, :, half : 2 * half]
+        first_sin = first * s
+        first.mul_(c).addcmul_(second, s, value=-sign)
+        second.mul_(c).add_(first_sin, alpha=sign)
+
+
+def _sample(kind: torch.dtype) -> tuple[Tensor | float, ...]:
+    states, cos, sin = drawn((256, 12, 96), (256, 48), (256, 48), kind=kind)
+    return states, cos, sin, 1.0
+
+
+_rotate_ = Operator("rotate_", _by_torch, _sample)
 
 
 def tables(inv_freq: Tensor, positions: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from phinetune.engine.kernels.chunks import row_chunks
 from phinetune.engine.kernels.compiled import compiled
+from phinetune.engine.kernels.native.operator import Operator, drawn, rows_of
 
 
 def swiglu(gate_up: Tensor, *, compile: bool = False) -> Tensor:
@@ -17,13 +18,12 @@ def swiglu(gate_up: Tensor, *, compile: bool = False) -> Tensor:
 
     Args:
         gate_up: shape (..., 2 · width). The first half is the gate, the second half is up.
-        compile: whether forward and backward are compiled.
+        compile: whether forward and backward are compiled where they have no native form.
 
     Returns:
         shape (..., width).
     """
-    rows = gate_up if gate_up.dim() == 2 else gate_up.reshape(-1, gate_up.shape[-1])
-    out: Tensor = _SwiGLU.apply(rows, compile)  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLU.apply(rows_of(gate_up), compile and not _forward.is_native(gate_up))  # type: ignore[no-untyped-call]
     return out if gate_up.dim() == 2 else out.view(*gate_up.shape[:-1], out.shape[1])
 
 
@@ -35,10 +35,9 @@ class _SwiGLU(torch.autograd.Function):
         ctx.compile = compile
         ctx.save_for_backward(gate_up)
         if compile:
-            return compiled(_forward)(gate_up)  # type: ignore[no-any-return]
+            return compiled(_activated)(gate_up)  # type: ignore[no-any-return]
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        for rows in row_chunks(gate_up):
-            out[rows] = _forward(gate_up[rows])
+        _forward(gate_up, out)
         return out
 
     @staticmethod
@@ -47,12 +46,16 @@ class _SwiGLU(torch.autograd.Function):
         if ctx.compile:
             return compiled(_backward_to_compile)(grad, gate_up), None
         out = torch.empty_like(gate_up)
-        for rows in row_chunks(gate_up):
-            _backward(grad[rows], gate_up[rows], out[rows])
+        _backward(rows_of(grad), gate_up, out)
         return out, None
 
 
-def _forward(gate_up: Tensor) -> Tensor:
+def _forward_by_torch(gate_up: Tensor, out: Tensor) -> None:
+    for rows in row_chunks(gate_up):
+        out[rows] = _activated(gate_up[rows])
+
+
+def _activated(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -64,13 +67,28 @@ def _backward_to_compile(grad: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], dim=-1)
 
 
-def _backward(grad: Tensor, gate_up: Tensor, out: Tensor) -> None:
+def _backward_by_torch(grad: Tensor, gate_up: Tensor, out: Tensor) -> None:
     """Write the same gradient to `out`, by operators that torch has fused already.
 
     Each operator writes into `out` itself: new memory would cost as much time as the operators take.
     """
-    gate, up = gate_up.chunk(2, dim=-1)
-    d_gate, d_up = out.chunk(2, dim=-1)
-    torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)
-    torch.mul(grad, up, out=d_gate)
-    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    for rows in row_chunks(gate_up):
+        gate, up = gate_up[rows].chunk(2, dim=-1)
+        d_gate, d_up = out[rows].chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=d_up).mul_(grad[rows])
+        torch.mul(grad[rows], up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+
+
+def _sample(kind: torch.dtype) -> tuple[Tensor, ...]:
+    (gate_up,) = drawn((256, 2 * 3072), kind=kind)
+    return gate_up, gate_up.new_empty(256, 3072)
+
+
+def _sample_backward(kind: torch.dtype) -> tuple[Tensor, ...]:
+    grad, gate_up = drawn((256, 3072), (256, 2 * 3072), kind=kind)
+    return grad, gate_up, torch.empty_like(gate_up)
+
+
+_forward = Operator("swiglu", _forward_by_torch, _sample)
+_backward = Operator("swiglu_backward", _backward_by_torch, _sample_backward)

@@ -1,0 +1,85 @@
+// Cross-entropy of a chunk of logits: each row is read from memory once, and its gradient is written over it.
+#pragma once
+
+#include "rows.h"
+
+#include <cmath>
+
+namespace phinetune {
+
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+constexpr int64_t BLOCK = 2048;  // logits that are looked at twice while the fastest cache holds them
+
+// The maximum of some logits and the sum of exp(logit - maximum), as they are found block by block.
+struct Softmax {
+  float top = LOWEST;
+  float total = 0;
+
+  template <typename T>
+  void add(const T* logits, int64_t count) {
+    Vec highest(LOWEST);
+    along(count, [&](int64_t at, auto n) {
+      highest = Vec::set(highest, at::vec::maximum(highest, load(logits + at, n)), n);
+    });
+    const float high = at::vec::vec_reduce_all<float>(
+        [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, highest);
+    if (high == LOWEST) {
+      return;  // these have no share
+    }
+    if (high > top) {
+      total *= std::exp(top - high);
+      top = high;
+    }
+    const Vec from(top);
+    total += sum_along(count, [&](int64_t at, auto n) { return (load(logits + at, n) - from).exp_u20(); });
+  }
+};
+
+// logits: (rows, vocabulary); labels: int64; log_probs: the label's log-probability; first: 1 where the label is the
+// first of the largest logits, else 0. With weights, logits become weight * (softmax - one-hot).
+void cross_entropy_(
+    const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& weights, const Tensor& log_probs,
+    const Tensor& first) {
+  STD_TORCH_CHECK(logits.dim() == 2, "phinetune: logits of another shape");
+  const int64_t rows = logits.size(0), width = logits.size(1);
+  check_rows(logits, rows, width);
+  for (const Tensor* each : {&log_probs, &first, weights ? &*weights : &first}) {
+    check_vector(*each, rows);
+    check_type(*each, torch::headeronly::ScalarType::Float);
+  }
+  check_vector(labels, rows);
+  check_type(labels, torch::headeronly::ScalarType::Long);
+  const int64_t* wanted = static_cast<const int64_t*>(labels.data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    STD_TORCH_CHECK(wanted[row] >= 0 && wanted[row] < width, "phinetune: the label ", wanted[row], " has no logit");
+  }
+  by_type(logits, [&](auto kind) {
+    using T = decltype(kind);
+    const Rows<T> all(logits);
+    const float* w = weights ? static_cast<const float*>(weights->data_ptr()) : nullptr;
+    float* found = static_cast<float*>(log_probs.data_ptr());
+    float* is_first = static_cast<float*>(first.data_ptr());
+    each_row(rows, width, [&](int64_t row) {
+      T* seen = all[row];
+      const int64_t label = wanted[row];
+      Softmax softmax;
+      for (int64_t at = 0; at < width; at += BLOCK) {
+        softmax.add(seen + at, std::min(BLOCK, width - at));
+      }
+      const float own = static_cast<float>(seen[label]);
+      found[row] = own - softmax.top - std::log(softmax.total);
+      // Only for a label with the largest logit it matters whether an earlier one is as large.
+      is_first[row] = own == softmax.top && std::find(seen, seen + label, seen[label]) == seen + label;
+      if (w) {
+        const Vec top(softmax.top), by(w[row] / softmax.total);
+        along(width, [&](int64_t at, auto n) {
+          store((load(seen + at, n) - top).exp_u20() * by, seen + at, n);
+        });
+        const float p = std::exp(own - softmax.top) / softmax.total;
+        seen[label] = static_cast<T>(w[row] * (p - 1.0f));
+      }
+    });
+  });
+}
+
+}  // namespace phinetune

@@ -1,0 +1,130 @@
+"""An element-wise operator in two forms: native and torch's. The native one runs where it measured faster."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phinetune.engine.kernels.native import build
+from phinetune.files import write_text
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16)
+TRIALS = "trials.json"  # seconds of both forms, measured once beside the library
+ROUNDS = 7  # of a trial
+SLOWER = 1.2  # a native form is left aside above this many times torch's seconds: other programs disturb a trial
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far a native result may lie from torch's
+
+Run = Callable[..., Any]
+_all: dict[str, Operator] = {}
+
+
+class Operator:
+    """Calls one of two forms of an operator. Both write their results into tensors that the caller made.
+
+    Args:
+        name: of the native form, `torch.ops.phinetune.<name>`.
+        by_torch: the other form, for every device and dtype; the reference in tests. It takes the same arguments.
+        sample: makes arguments of a usual size in a dtype, for the trial. The first of them is a tensor of that dtype.
+    """
+
+    def __init__(self, name: str, by_torch: Run, sample: Callable[[torch.dtype], tuple[Any, ...]]) -> None:
+        self.name, self.by_torch, self.sample = name, by_torch, sample
+        _all[name] = self
+
+    def __call__(self, first: Tensor, *others: Any) -> None:
+        self.form(first)(first, *others)
+
+    def is_native(self, x: Tensor) -> bool:
+        """Whether the native form takes `x`."""
+        return self.form(x) is not self.by_torch
+
+    def form(self, x: Tensor) -> Run:
+        """The form that takes `x`, its first argument."""
+        if x.device.type != "cpu" or x.dtype not in DTYPES or torch.compiler.is_compiling():
+            return self.by_torch
+        return chosen().get((self.name, x.dtype), self.by_torch)
+
+
+@functools.cache
+def chosen() -> dict[tuple[str, torch.dtype], Run]:
+    """The native forms that measured faster on this machine, by name and dtype. Empty if there is no library."""
+    try:
+        folder = build.built(_try_all)
+        _load(folder)
+        trials = json.loads((folder / TRIALS).read_text(encoding="utf-8"))
+    except (build.NotBuilt, OSError, ValueError) as error:
+        logger.warning("element-wise kernels run as torch's operators, which take longer: %s", error)
+        return {}
+    faster = [title.split() for title, seconds in trials.items() if seconds["native_is_faster"]]
+    return {(name, getattr(torch, kind)): native_form(name) for name, kind in faster}
+
+
+def _load(folder: Path) -> None:
+    """Load the library, but once: torch refuses a second registration of an operator."""
+    if not hasattr(torch.ops.phinetune, "rms_norm"):
+        torch.ops.load_library(str(folder / build.LIBRARY))
+
+
+def native_form(name: str) -> Run:
+    """The native form of an operator, once its library is loaded."""
+    run: Run = getattr(torch.ops.phinetune, name).default
+    return run
+
+
+def _try_all(folder: Path) -> None:
+    """Load a new library, time its operators beside torch's, and keep what was found."""
+    from phinetune.engine.kernels import cross_entropy, norm, rotary, swiglu  # noqa: F401  they register operators
+
+    _load(folder)
+    found = {
+        f"{name} {str(kind).removeprefix('torch.')}": trial(operator, kind)
+        for name, operator in _all.items()
+        for kind in DTYPES
+    }
+    for title, seconds in found.items():
+        if not seconds["native_is_faster"]:
+            logger.warning("the native form of %s is left aside: %s", title, seconds)
+    write_text(folder / TRIALS, json.dumps(found, indent=1))
+
+
+@torch.no_grad()
+def trial(operator: Operator, kind: torch.dtype) -> dict[str, Any]:
+    """The shortest of some runs of each form in turn, in seconds, whether the results agree, and which form wins."""
+    forms = {"native": native_form(operator.name), "torch": operator.by_torch}
+    results: dict[str, list[Tensor]] = {}
+    best = dict.fromkeys(forms, float("inf"))
+    for _ in range(ROUNDS):
+        for name, run in forms.items():
+            arguments = operator.sample(kind)
+            start = time.perf_counter()
+            run(*arguments)
+            best[name] = min(best[name], time.perf_counter() - start)
+            results[name] = [value for value in arguments if isinstance(value, Tensor)]
+    pairs = zip(*results.values(), strict=True)
+    agrees = all(torch.allclose(a.float(), b.float(), rtol=CLOSE[kind], atol=CLOSE[kind]) for a, b in pairs)
+    return {**best, "agrees": agrees, "native_is_faster": agrees and best["native"] <= SLOWER * best["torch"]}
+
+
+def drawn(*shapes: tuple[int, ...], kind: torch.dtype) -> list[Tensor]:
+    """Normal numbers of these shapes, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(kind) for shape in shapes]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x`, shape (..., width), as (rows, width) with no gaps between the elements of a row.
+
+    A row with gaps is copied: vectors are read from neighbouring places.
+    """
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] < 2 else rows.contiguous()

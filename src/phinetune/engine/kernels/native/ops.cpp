@@ -1,0 +1,26 @@
+// torch.ops.phinetune: the element-wise kernels of phinetune.engine.kernels on a CPU. They allocate nothing; they write
+// into tensors that the caller made. Built by build.py.
+#include "cross_entropy.h"
+#include "norm.h"
+#include "rotary.h"
+#include "swiglu.h"
+
+STABLE_TORCH_LIBRARY(phinetune, m) {
+  m.def("rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) scale, "
+        "Tensor(c!)? total) -> ()");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, Tensor? beside, Tensor(a!) dx) -> ()");
+  m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
+  m.def("swiglu_backward(Tensor grad, Tensor gate_up, Tensor(a!) out) -> ()");
+  m.def("rotate_(Tensor(a!) states, Tensor cos, Tensor sin, float sign) -> ()");
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? weights, Tensor(b!) log_probs, Tensor(c!) first) "
+        "-> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&phinetune::rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&phinetune::rms_norm_backward));
+  m.impl("swiglu", TORCH_BOX(&phinetune::swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&phinetune::swiglu_backward));
+  m.impl("rotate_", TORCH_BOX(&phinetune::rotate_));
+  m.impl("cross_entropy_", TORCH_BOX(&phinetune::cross_entropy_));
+}

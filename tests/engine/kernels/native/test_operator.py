@@ -1,0 +1,228 @@
+"""Each native operator gives what torch's form gives, at any width and with any strides, and rounds no worse."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from phinetune.engine.kernels import cross_entropy, norm, rotary, swiglu
+from phinetune.engine.kernels.native import operator
+from phinetune.engine.kernels.native.operator import Operator, chosen, rows_of
+
+WIDTHS = [1, 7, 16, 33, 130, 3072]
+ROWS = [0, 1, 5]
+each_size = pytest.mark.parametrize(("rows", "width"), [*itertools.product(ROWS, WIDTHS)], ids=str)
+each_dtype = pytest.mark.parametrize("dtype", operator.DTYPES, ids=["float32", "bfloat16"])
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    if not chosen():
+        pytest.skip("no native kernels on this machine: the log says why")
+
+
+def wide(rows: int, width: int, seed: int, more: int = 3) -> Tensor:
+    """Normal float64 numbers, shape (rows, width), in rows that lie apart in memory, as in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width + more, generator=generator, dtype=torch.float64).bfloat16().double()[:, :width]
+
+
+def cast(argument: Any, dtype: torch.dtype) -> Any:
+    """A copy of an argument with the same strides, its float64 numbers in another dtype."""
+    if not isinstance(argument, Tensor) or argument.dtype != torch.float64:
+        return argument.clone() if isinstance(argument, Tensor) else argument
+    made = torch.empty_strided(argument.shape, argument.stride(), dtype=dtype)
+    return made.copy_(argument)
+
+
+def compare(
+    op: Operator, arguments: tuple[Any, ...], written: tuple[int, ...], dtype: torch.dtype, formula: Any = None
+) -> None:
+    """Run the native form, torch's in the same dtype, and a formula (default: torch's form) in float64: the truth."""
+    forms = (operator.native_form(op.name), dtype), (op.by_torch, dtype), (formula or op.by_torch, torch.float64)
+    found, theirs, exact = [], [], []
+    for results, (run, kind) in zip((found, theirs, exact), forms, strict=True):
+        given = [cast(argument, kind) for argument in arguments]
+        run(*given)
+        results += [given[i].double() for i in written]
+        for i, argument in enumerate(arguments):  # what is not written to stays as it was
+            if isinstance(argument, Tensor) and i not in written:
+                assert torch.equal(given[i].double(), argument.double())
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, exact, rtol=2e-6, atol=2e-6)
+    for ours, plain, wanted in zip(found, theirs, exact, strict=True):
+        assert (ours - wanted).norm() <= 1.02 * (plain - wanted).norm() + 1e-5 * wanted.norm()
+
+
+def norm_formula(x: Tensor, residual: Any, weight: Tensor, eps: float, out: Tensor, scale: Tensor, total: Any) -> None:
+    if residual is not None:
+        x = torch.add(x, residual, out=total)
+    scale.copy_((x.square().mean(-1) + eps).rsqrt())
+    torch.mul(x * (x.square().mean(-1, keepdim=True) + eps).rsqrt(), weight, out=out)
+
+
+def slope_formula(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Any, dx: Tensor) -> None:
+    by, g = scale.double()[:, None], grad * weight
+    dx.copy_(by * (g - x * by.square() * (g * x).mean(-1, keepdim=True)) + (0 if beside is None else beside))
+
+
+@each_dtype
+@each_size
+@pytest.mark.parametrize("adds", [False, True], ids=["alone", "after a sum"])
+def test_rms_norm(rows: int, width: int, adds: bool, dtype: torch.dtype) -> None:
+    x, residual, out, total = (wide(rows, width, seed) for seed in range(4))
+    weight, scale = wide(1, width, 4)[0], torch.zeros(rows)
+    more = (residual, total) if adds else (None, None)
+    written = (4, 5, 6) if adds else (4, 5)
+    compare(norm._forward, (x, more[0], weight, 1e-5, out, scale, more[1]), written, dtype, norm_formula)
+
+
+@each_dtype
+@each_size
+@pytest.mark.parametrize("adds", [False, True], ids=["alone", "beside another gradient"])
+def test_rms_norm_backward(rows: int, width: int, adds: bool, dtype: torch.dtype) -> None:
+    grad, x, beside, dx = (wide(rows, width, seed) for seed in range(4))
+    weight, scale = wide(1, width, 4)[0], torch.rand(rows) + 0.5
+    compare(norm._backward, (grad, x, weight, scale, beside if adds else None, dx), (5,), dtype, slope_formula)
+
+
+@each_dtype
+@each_size
+def test_swiglu_and_its_backward(rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up, grad, d_gate_up = wide(rows, 2 * width, 0), wide(rows, width, 1), wide(rows, 2 * width, 2)
+    compare(swiglu._forward, (2 * gate_up, wide(rows, width, 3)), (1,), dtype)
+    compare(swiglu._backward, (grad, 2 * gate_up, d_gate_up), (2,), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("half", [1, 4, 7, 16, 24, 48])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rotation_in_a_wider_tensor(rows: int, half: int, sign: float, dtype: torch.dtype) -> None:
+    size = 2 * half + 5  # the last features of a head are not rotated
+    qkv = wide(rows, 4 * size, 0)
+    states = qkv.as_strided((rows, 3, size), (qkv.stride(0), size, 1))
+    compare(rotary._rotate_, (states, wide(rows, half, 1), wide(rows, half, 2), sign), (0,), dtype)
+
+
+@each_dtype
+@each_size
+@pytest.mark.parametrize("learns", [False, True], ids=["scores", "gradient"])
+def test_cross_entropy(rows: int, width: int, learns: bool, dtype: torch.dtype) -> None:
+    logits = 4 * wide(rows, width, 0)
+    labels = logits.argmax(-1) if width > 1 and rows else torch.zeros(rows, dtype=torch.int64)
+    labels[::2] = width // 2  # some are the first choice, some are not
+    weights = torch.arange(rows) - 1.5 if learns else None
+    arguments = (logits, labels, weights, torch.zeros(rows), torch.zeros(rows))
+    compare(cross_entropy._cross_entropy_, arguments, (0, 3, 4) if learns else (3, 4), dtype)
+
+
+def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs, first = torch.empty(2, len(labels)).unbind()
+    operator.native_form("cross_entropy_")(logits, labels, None, log_probs, first)
+    return log_probs, first
+
+
+@each_dtype
+def test_of_equal_logits_the_first_is_the_choice(dtype: torch.dtype) -> None:
+    logits = torch.zeros(4, 5000, dtype=dtype)
+    logits[:, [70, 3000]] = 1.0
+    assert score(logits, torch.tensor([70, 3000, 0, 4999]))[1].tolist() == [1, 0, 0, 0]
+
+
+def test_logits_of_minus_infinity_have_no_share_and_rows_grow_in_any_order() -> None:
+    """A block of them may come first, or hold a whole row; and the maximum may rise from block to block."""
+    logits = torch.linspace(-200, 200, 9000).repeat(3, 1)
+    logits[0, :5000] = float("-inf")
+    logits[1] = logits[1].flip(0)
+    logits[2] = float("-inf")
+    wanted = logits.double().log_softmax(-1)
+    labels = torch.tensor([8000, 20, 0])
+    found, first = score(logits, labels)
+    torch.testing.assert_close(found[:2].double(), wanted[[0, 1], labels[:2]], rtol=1e-6, atol=1e-6)
+    assert found[2].isnan()
+    assert first.tolist()[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_told(bad: float) -> None:
+    logits = torch.randn(3, 5000)
+    logits[:, 4000] = bad
+    assert not score(logits, torch.tensor([0, 4000, 4999]))[0].isfinite().any()
+    gate_up = torch.tensor([[bad, 1.0, 2.0, 1.0]])
+    out = swiglu.swiglu(gate_up)
+    assert not out[0, 0].isfinite()
+    x = torch.tensor([[bad, 1.0]])
+    assert not norm.rms_norm(x, torch.ones(2), 1e-5)[0, 0].isfinite()
+
+
+@pytest.mark.parametrize("label", [-1, 5, 2**40])
+def test_a_label_without_a_logit_is_refused(label: int) -> None:
+    with pytest.raises(RuntimeError, match="has no logit"):
+        score(torch.zeros(2, 5), torch.tensor([0, label]))
+
+
+def test_what_would_be_read_past_its_end_is_refused() -> None:
+    x, weight, scale = torch.zeros(4, 8), torch.ones(8), torch.empty(4)
+    run = operator.native_form("rms_norm")
+    run(x, None, weight, 1e-5, torch.empty(4, 8), scale, None)
+    for wrong in (torch.empty(4, 7), torch.empty(3, 8), torch.empty(8, 4).t(), torch.empty(4, 8).double(), scale):
+        with pytest.raises(RuntimeError, match="phinetune: "):
+            run(x, None, weight, 1e-5, wrong, scale, None)
+    with pytest.raises(RuntimeError, match="phinetune: "):
+        run(x, x, weight, 1e-5, torch.empty(4, 8), scale, None)
+    with pytest.raises(RuntimeError, match="phinetune: "):
+        run(x, None, weight, 1e-5, torch.empty(4, 8), torch.empty(3), None)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_are_shared_out_among_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    x, out, weight = wide(300, 700, 0), wide(300, 700, 1), wide(1, 700, 2)[0]
+    compare(norm._forward, (x, None, weight, 1e-5, out, torch.zeros(300), None), (4, 5), torch.float32, norm_formula)
+
+
+def test_float64_and_other_devices_take_torchs_form() -> None:
+    form = norm._forward.form
+    assert form(torch.zeros(1)) is operator.native_form("rms_norm")
+    for x in (torch.zeros(1).double(), torch.zeros(1).half(), torch.zeros(1, device="meta")):
+        assert form(x) is norm._forward.by_torch
+
+
+def test_rows_with_gaps_are_copied_and_others_are_not() -> None:
+    x = torch.randn(2, 3, 8)
+    assert rows_of(x).data_ptr() == x.data_ptr()
+    assert rows_of(x[0, :, 2:6]).data_ptr() == x[0, :, 2:6].data_ptr()
+    turned = x[0].t()
+    assert torch.equal(rows_of(turned), turned)
+    assert rows_of(turned).stride(-1) == 1
+
+
+def test_a_form_that_gives_something_else_or_takes_longer_is_left_aside() -> None:
+    """The trial runs the native form beside a form of ours: one that is wrong, and one that does nothing."""
+
+    def wrong(gate_up: Tensor, out: Tensor) -> None:
+        swiglu._forward.by_torch(gate_up, out)
+        out += 1
+
+    def quick(gate_up: Tensor, out: Tensor) -> None:
+        out.untyped_storage()
+
+    right = swiglu._forward
+    try:
+        seconds = operator.trial(Operator("swiglu", wrong, right.sample), torch.float32)
+        assert not seconds["agrees"]
+        assert not seconds["native_is_faster"]
+
+        def sample(kind: torch.dtype) -> tuple[Any, ...]:  # zeros, so that nothing need be done
+            return torch.zeros(64, 2048, dtype=kind), torch.zeros(64, 1024, dtype=kind)
+
+        seconds = operator.trial(Operator("swiglu", quick, sample), torch.float32)
+        assert seconds["agrees"]
+        assert not seconds["native_is_faster"]
+    finally:
+        operator._all["swiglu"] = right

@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,6 +23,11 @@ from exporting.hub.hub_helpers import Hub, point_at, serve_hub
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.config.model import ModelSection
+
+# Of the properties in tests/soak: a few inputs, always the same; with --hypothesis-profile=soak thousands of new ones.
+settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
+settings.register_profile("soak", max_examples=2000, deadline=None, database=None, print_blob=True)
+settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True)

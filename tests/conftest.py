@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,6 +25,12 @@ from exporting.hub.hub_helpers import Hub, point_at, serve_hub
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.config.model import ModelSection
+
+# Of the properties in tests/soak: a few inputs, always the same; with --hypothesis-profile=soak thousands of new ones.
+set_hypothesis_home_dir(tempfile.gettempdir())
+settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
+settings.register_profile("soak", max_examples=2000, deadline=None, database=None, print_blob=True)
+settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
 from phinetune.terminal_text import visible
 
@@ -57,13 +58,42 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")  # one line says so, not one for each layer
 
 
+class RunLog(logging.FileHandler):
+    """Writes log lines to a file. What the disk refuses is told once, and the program goes on without those lines."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(SafeFormatter())
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say what the disk reports. Any other error is shown as logging shows it."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        else:
+            self._tell(error)
+
+    def close(self) -> None:
+        """Close the file; lines that can't be written any more are given up."""
+        try:
+            super().close()
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            self._told = True
+            why = disk_trouble(error) or str(error)
+            print(f"{self.baseFilename}: {why}; lines of this log are missing", file=sys.stderr)
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """A context in which phinetune's log lines, from INFO on, are also written to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(0o600)  # for the user alone: a row or an answer may stand in it
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(SafeFormatter())
+    handler = RunLog(path)
     logger = logging.getLogger("phinetune")
     logger.addHandler(handler)
     try:

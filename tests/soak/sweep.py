@@ -4,8 +4,9 @@
 
 After each fault the run goes on with `--resume`. Its adapter, metrics and results must then be those of a run that was
 never disturbed, to the bit; or the program must have refused in a sentence, with everything written before still there.
-A process that has imported everything forks for each run, so that a case takes seconds. With `--at` and one fault, one
-case is run again.
+A process that has imported everything and made one run forks for each run, so that a case takes about a second. A disk
+that is as an earlier fault left it is counted, and not gone on from again. With `--at` and one fault, one case
+is run again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import gc
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +48,10 @@ FAULTS: dict[str, tuple[int, int]] = {
     "LOST": (4, 0),  # killed, and what was not flushed is lost: names kept
     "LOST-NAMES": (4, 0),  # … and names that were not flushed are lost, too
 }
+# What is left of names after a kill, as Disk.write calls it; nothing is lost after a mere KILL.
+KEPT = {"KILL": "", "LOST": "all", "LOST-NAMES": "flushed"}
+TENSORS = {".safetensors", ".pt", ".pth", ".bin"}
+MOST_SECONDS = 300  # of one run, on a busy machine
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
 # In metrics.jsonl and results.json: what a clock or the machine decides.
 CLOCKED = {
@@ -79,6 +89,7 @@ class Report:
     reads: int
     cases: int = 0
     refused: int = 0
+    states: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -97,7 +108,24 @@ class Sweep:
         self.shim = ctypes.CDLL(os.environ[SHIM])
         self.shim.faults_seen.restype = ctypes.c_long
         self.config = self._write_config(form)
+        self.went_on: set[str] = set()  # states of the disk
+        self._killed: tuple[int, Ended, Disk] | None = None
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """One run in this process, so that those that it forks find modules, patterns and tables already there."""
         _import_all()
+        self.clear()
+        kept = [os.dup(1), os.dup(2)]
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+        status = _train(self.config)
+        sys.stdout.flush(), sys.stderr.flush()
+        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        if status:
+            raise SystemExit("the run fails without a fault; see phinetune train")
+        gc.collect()
+        gc.freeze()  # a collection in a forked process leaves what came with it alone
 
     def _write_config(self, form: str) -> Path:
         rows = [
@@ -151,18 +179,13 @@ class Sweep:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1), os.dup2(handle, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        sys.argv = ["phinetune", "train", str(self.config), *options]
         kind, number = FAULTS[fault.name]
+        path = str(log).encode() if log else b""
         status = 1
         try:
-            from phinetune.cli.app import main
-
-            path = str(log).encode() if log else b""
+            signal.alarm(MOST_SECONDS)
             self.shim.faults_arm(str(self.root).encode(), path, fault.at, kind, number, int(fault.reads))
-            main()
-            status = 0
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+            status = _train(self.config, *options)
         except BaseException:  # as the interpreter does: a traceback and status 1
             traceback.print_exc()
         finally:
@@ -187,25 +210,55 @@ class Sweep:
         }
 
     def case(self, fault: Fault, expected: dict[str, Any]) -> tuple[list[str], bool]:
-        """One fault, then `--resume` (a new start where nothing had begun). Returns what is wrong, and a refusal."""
-        self.clear()
-        before = Disk.of(self.root)
-        log = self.place / "log.bin"
-        ended = self.run(fault=fault, log=log)
+        """One fault, then `--resume` (a new start where nothing had begun) unless an earlier case went on from the same
+        disk. Returns what is wrong, and whether the run was refused in a sentence."""
+        ended = self._disturbed(fault)
         problems = _unlike_a_sentence(ended)
-        if fault.name.startswith("LOST"):
-            for operation in read_log(log):
-                before.apply(operation)
-            before.write("all" if fault.name == "LOST" else "flushed")
-        if ended.status == 0 and not fault.name.startswith("LOST"):
+        if ended.status == 0:
             return problems + self._unlike(expected), False
+        state = self.state()
+        if state not in self.went_on:
+            self.went_on.add(state)
+            problems += self._go_on(expected)
+        return problems, ended.status == 2
+
+    def _disturbed(self, fault: Fault) -> Ended:
+        """A run with a fault, and the disk as the fault leaves it. One killed run serves the three kinds of kills."""
+        kept = None if fault.reads else KEPT.get(fault.name)
+        if not kept or self._killed is None or self._killed[0] != fault.at:
+            self.clear()
+            disk, log = Disk.of(self.root), self.place / "log.bin"
+            ended = self.run(fault=fault, log=None if kept is None else log)
+            if kept is None:
+                return ended
+            for operation in read_log(log):
+                disk.apply(operation)
+            self._killed = fault.at, ended, disk
+        _, ended, disk = self._killed
+        if kept:
+            disk.write(kept)
+        return ended
+
+    def state(self) -> str:
+        """What tells a state of the disk from others, whatever the clock, the process and the names of temporary files:
+        a hash of all names and bytes, with a figure in a text counted as any other figure."""
+        all_of_it = hashlib.sha256()
+        for place in sorted(self.root.rglob("*")):
+            name = re.sub(r"(\.partial-|\.tmp)\w+", r"\1", str(place.relative_to(self.root)))
+            held = place.read_bytes() if place.is_file() else b"/"
+            if place.suffix not in TENSORS:
+                held = re.sub(rb"[0-9a-f]{64}|[0-9.e+-]+", b"0", held)
+            all_of_it.update(f"{name} {len(held)} ".encode() + held)
+        return all_of_it.hexdigest()
+
+    def _go_on(self, expected: dict[str, Any]) -> list[str]:
         again = self.run("--resume")
         if again.status == 2 and "no run to go on with" in again.text:
             again = self.run()
-        problems += _unlike_a_sentence(again)
+        problems = _unlike_a_sentence(again)
         if again.status == 0:
-            return problems + self._unlike(expected), ended.status == 2
-        return [*problems, f"could not go on: {again.text.strip()[-400:]}"], ended.status == 2
+            return problems + self._unlike(expected)
+        return [*problems, f"could not go on: {again.text.strip()[-400:]}"]
 
     def _unlike(self, expected: dict[str, Any]) -> list[str]:
         try:
@@ -218,7 +271,8 @@ class Sweep:
 
 def _unlike_a_sentence(ended: Ended) -> list[str]:
     if "Traceback" in ended.text or ended.status not in (0, 2, -9):
-        return [f"status {ended.status}: {ended.text.strip()[-700:]}"]
+        shown = ended.text[ended.text.rfind("Traceback") :] if "Traceback" in ended.text else ended.text[-700:]
+        return [f"status {ended.status}: {shown.strip()[:1500]}"]
     if ended.status == 2 and "error: " not in ended.text:
         return [f"status 2 without a sentence: {ended.text.strip()[-300:]}"]
     return []
@@ -242,6 +296,18 @@ def _first_difference(a: Any, b: Any) -> str:
     return f"{str(a)[:120]} is not {str(b)[:120]}"
 
 
+def _train(config: Path, *options: str) -> int:
+    """`phinetune train`, as the command line starts it. Returns its exit status."""
+    from phinetune.cli.app import main
+
+    sys.argv = ["phinetune", "train", str(config), *options]
+    try:
+        main()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    return 0
+
+
 def _import_all() -> None:
     """Import what a run imports, so that a forked process need not."""
     import torch
@@ -258,27 +324,47 @@ def sweep(place: Path, form: str, faults: Sequence[str], seed: int, most: int | 
     """All cases of a form, or `most` of them drawn by `seed`, or those at one operation."""
     made = Sweep(place, form)
     made.clear()
-    undisturbed = made.run()
+    log = place / "undisturbed.bin"
+    undisturbed = made.run(log=log)
     if undisturbed.status:
         raise SystemExit(f"the undisturbed run failed:\n{undisturbed.text}")
     expected = made.left()
     made.clear()
     reads = made.run(fault=Fault(reads=True)).seen
     report = Report(undisturbed.seen, reads)
-    cases = [Fault(name, i) for name in faults for i in range(1, undisturbed.seen + 1)]
-    cases += [Fault("EIO", i, reads=True) for i in range(1, reads + 1)] if "EIO" in faults else []
+    cases = _cases(faults, undisturbed.seen, _writes(log), reads if "EIO" in faults else 0)
     if at is not None:
         cases = [case for case in cases if case.at == at]
     elif most is not None:
         cases = random.Random(seed).sample(cases, min(most, len(cases)))
+    began = time.monotonic()
     for case in cases:
         problems, refused = made.case(case, expected)
         report.cases += 1
         report.refused += refused
+        report.states = len(made.went_on)
         report.problems += [f"{form}: {case}: {problem}" for problem in problems]
         if problems:
             print(f"{form}: {case}:\n  " + "\n  ".join(problems), flush=True)
+        if report.cases % 100 == 0:
+            took = f"{report.states} states, {time.monotonic() - began:.0f} s"
+            print(f"{form}: {report.cases} of {len(cases)} cases, {took}", flush=True)
     return report
+
+
+def _writes(log: Path) -> set[int]:
+    """The numbers of the operations that can be cut short: writes of two bytes and more."""
+    return {one.number for one in read_log(log) if one.kind == "w" and len(one.data) > 1}
+
+
+def _cases(faults: Sequence[str], operations: int, writes: set[int], reads: int) -> list[Fault]:
+    """Each fault at each operation; the three kinds of kills at one operation follow one another."""
+    plain = [name for name in faults if name not in KEPT]
+    kills = [name for name in KEPT if name in faults]
+    numbers = range(1, operations + 1)
+    cases = [Fault(name, i) for i in numbers for name in kills]
+    cases += [Fault(name, i) for name in plain for i in numbers if name != "SHORT" or i in writes]
+    return cases + [Fault("EIO", i, reads=True) for i in range(1, reads + 1)]
 
 
 def main() -> None:
@@ -299,7 +385,8 @@ def main() -> None:
         report = sweep(Path(folder), given.form, given.faults.split(","), given.seed, given.most, given.at)
     print(
         f"{given.form}, seed {given.seed}: {report.operations} operations and {report.reads} reads; "
-        f"{report.cases} cases, {report.refused} refused in a sentence, {len(report.problems)} problems"
+        f"{report.cases} cases, {report.refused} refused in a sentence, "
+        f"{report.states} states of the disk gone on from, {len(report.problems)} problems"
     )
     raise SystemExit(bool(report.problems))
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.qlora [--only whole,layers,merge] [--dtype float32] [--shape random:phi-3-mini] [--quick]
 
-Writes benchmarks/results/qlora.json and qlora.md. The weights are random, of the true shape, and lie in float16 in
+Writes benchmarks/results/qlora/*.json and qlora.md. The weights are random, of the true shape, and lie in float16 in
 several files as the hub has them: 7.6 GB, written once into phinetune's cache folder (`PHINETUNE_HOME`); merging takes
 twice that beside it for a while. `--dtype` is what is computed in. Memory is resident memory at its largest, of loading
 (up to the first forward) and of training apart.
@@ -29,7 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from benchmarks.train import RESULTS, Row, as_table, machine, measure, write
+from benchmarks.fresh import measure
+from benchmarks.machine import machine
+from benchmarks.store import Book, Part, Row
+from benchmarks.train import HEADINGS, cells
 from benchmarks.worker import LORA
 from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.adapters import ADAPTER_WEIGHTS, BASE_FILE
@@ -105,6 +108,14 @@ def merge(config: Phi3Config, dtype: str, quick: bool) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Phi3Config, str, bool], list[Row]]] = {"whole": whole, "layers": layers, "merge": merge}
+
+
+def meaning(name: str, part: Part) -> str:
+    """What a part of this benchmark is."""
+    return PARTS[name].__doc__ or ""
+
+
+BOOK = Book("qlora", "QLoRA and merging on Phi-3 mini's shape", HEADINGS, cells, meaning)
 
 
 def saved(config: Phi3Config) -> Path:
@@ -190,11 +201,9 @@ def main() -> None:
     config = random_shapes.parse_shape(options.shape)
     for name in options.only.split(","):
         rows = PARTS[name](config, options.dtype, options.quick)
-        console.print(as_table(name, rows))
-        about = machine(options.dtype)
-        meanings = {part: measured.__doc__ for part, measured in PARTS.items()}
-        write({name: rows}, about, meanings, "qlora", "QLoRA and merging on Phi-3 mini's shape")
-    console.print(f"Wrote {RESULTS / 'qlora.md'} and qlora.json")
+        console.print(BOOK.table(name, rows))
+        written = BOOK.keep({name: {"machine": machine(options.dtype), "rows": rows}})
+    console.print(f"Wrote {' and '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

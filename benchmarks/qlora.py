@@ -118,15 +118,18 @@ def meaning(name: str, part: Part) -> str:
 BOOK = Book("qlora", "QLoRA and merging on Phi-3 mini's shape", HEADINGS, cells, meaning)
 
 
-def saved(config: Phi3Config) -> Path:
-    """A checkpoint of random weights of that shape, written shard by shard unless it is there."""
+def saved(config: Phi3Config, device: str = "cpu") -> Path:
+    """A checkpoint of random weights of that shape, drawn on `device`, written shard by shard unless it is there."""
     shape = hashlib.sha256(config.to_json_string().encode()).hexdigest()[:8]
-    target = starter.cache_folder() / f"bench-{config.num_hidden_layers}-layers-{shape}"
+    target = (
+        starter.cache_folder()
+        / f"bench-{config.num_hidden_layers}-layers-{shape}{'' if device == 'cpu' else '-' + device}"
+    )
     if target.is_dir():
         return target
     with staged_folder(target) as folder:
         places: dict[str, str] = {}
-        for i, shard in enumerate(_shards(config), 1):
+        for i, shard in enumerate(_shards(config, device), 1):
             file = f"model-{i:05d}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
             places |= dict.fromkeys(shard, file)
@@ -138,17 +141,18 @@ def saved(config: Phi3Config) -> Path:
     return target
 
 
-def _shards(config: Phi3Config) -> Iterator[dict[str, Tensor]]:
+def _shards(config: Phi3Config, device: str) -> Iterator[dict[str, Tensor]]:
     """Weights as a new model's: normal, norms of ones; one shard in memory at a time."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Phi3ForCausalLM(config).state_dict().items()}
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     shard: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if "norm" in name:
             tensor = torch.ones(shape, dtype=STORED)
         else:
-            tensor = (torch.randn(shape, generator=draw) * config.initializer_range).to(STORED)
+            drawn = torch.randn(shape, generator=draw, device=device) * config.initializer_range
+            tensor = drawn.to(STORED).cpu()
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard = {}
@@ -156,15 +160,15 @@ def _shards(config: Phi3Config) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def made_rows(config: Phi3Config, steps: int) -> dict[str, Any]:
-    """`steps` steps of made-up rows of LENGTH tokens each, so that nobody pads: a letter is a token here."""
+def made_rows(config: Phi3Config, steps: int, chats: int = CHATS, length: int = LENGTH) -> dict[str, Any]:
+    """`steps` steps of `chats` made-up rows of `length` tokens each, so that nobody pads: a letter is a token here."""
     tokenizer = random_shapes.byte_tokenizer(config.vocab_size)
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]
-    letters = LENGTH - len(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"])
+    letters = length - len(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"])
     draw = random.Random(1)
     made = [
         {"instruction": "x", "input": "", "output": "".join(draw.choices(string.ascii_lowercase, k=letters))}
-        for _ in range(CHATS * steps)
+        for _ in range(chats * steps)
     ]
     file = Path(tempfile.mkdtemp()) / "rows.json"
     file.write_text(json.dumps(made))

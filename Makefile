@@ -7,7 +7,7 @@ STAMP := .venv/.setup-done
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-examples lint bench soak clean
+.PHONY: help setup demo test test-examples lint bench bench-quick soak clean
 
 help:
 	@echo 'make setup   build .venv; a second call reuses it'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-examples   set up, then run everything in examples/; minutes'
 	@echo 'make lint    set up, then check style, types and imports'
 	@echo 'make bench   set up, then measure layers, training and answering beside loralib, PEFT, TRL and transformers; hours'
+	@echo 'make bench-quick   the main ratios of these in five minutes'
 	@echo 'make soak    set up, then fail every file operation of a run in turn; hours (SEED=, MOST=, AT=, FAULTS=)'
 	@echo 'make clean   delete .venv and the caches; runs/ stays'
 	@echo
@@ -51,6 +52,9 @@ bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.qlora
 	@.venv/bin/python -m benchmarks.generate
 	@.venv/bin/python -m benchmarks.waiting
+
+bench-quick: $(STAMP)
+	@.venv/bin/python -m benchmarks.quick
 
 FAULTS = ENOSPC,EIO,EINTR,SHORT,KILL,LOST,LOST-NAMES
 soak: $(STAMP)

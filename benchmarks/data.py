@@ -2,7 +2,7 @@
 
     python -m benchmarks.data [--only starter,phi3,million] [--rows 20000] [--million 1000000] [--quick]
 
-Writes benchmarks/results/data.json and data.md. Rows are Alpaca's, repeated, each with a number of its own so that
+Writes benchmarks/results/data/*.json and data.md. Rows are Alpaca's, repeated, each with a number of its own so that
 none is the same. Ours is timed from the file to what the trainer takes, reading included and nothing kept from before;
 TRL from a data set that is already in memory-mapped Arrow, its own preparation alone (template, tokens, labels,
 truncation), with as many processes. "resident" is the most that all processes of a run held at a time: pages that
@@ -25,11 +25,11 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.train import HERE, RESULTS, SHARED, alpaca_rows, machine
+from benchmarks.fresh import SHARED, alpaca_rows
+from benchmarks.machine import machine
+from benchmarks.store import HERE, Book, Part, Row
 
-Row = dict[str, Any]
 LENGTH = 1024
 HEADINGS = ("", "rows/s", "tokens/s", "× TRL", "resident GB", "sum of RSS GB", "processes", "besides")
 
@@ -225,21 +225,12 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def write(name: str, rows: list[Row]) -> None:
-    """results/data.json, and data.md for people; parts that were not run now are kept from before."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / "data.json"
-    parts = json.loads(file.read_text())["parts"] if file.is_file() else {}
-    parts[name] = {"machine": machine("none"), "rows": rows}
-    file.write_text(json.dumps({"parts": parts}, indent=1) + "\n")
-    lines = ["# Preparing data beside TRL", "", "Written by `python -m benchmarks.data`, which says how."]
-    for one, part in parts.items():
-        m = part["machine"]
-        lines += ["", f"## {one}", "", (PARTS[one].__doc__ or "").strip()]
-        lines += [f"Measured {m['date']} on {m['processor']} ({m['instructions']}).", ""]
-        lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 2) + "---|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in part["rows"]]
-    (RESULTS / "data.md").write_text("\n".join(lines) + "\n")
+def meaning(name: str, part: Part) -> str:
+    """What a part of this benchmark is."""
+    return PARTS[name].__doc__ or ""
+
+
+BOOK = Book("data", "Preparing data beside TRL", HEADINGS, cells, meaning)
 
 
 def main() -> None:
@@ -259,12 +250,9 @@ def main() -> None:
     console = Console()
     for name in options.only.split(","):
         rows = PARTS[name](options)
-        table = Table(*HEADINGS, title=name)
-        for row in rows:
-            table.add_row(*cells(row))
-        console.print(table)
-        write(name, rows)
-    console.print(f"Wrote {RESULTS / 'data.md'} and data.json")
+        console.print(BOOK.table(name, rows))
+        written = BOOK.keep({name: {"machine": machine("none"), "rows": rows}})
+    console.print(f"Wrote {' and '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

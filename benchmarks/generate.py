@@ -4,7 +4,7 @@
 
 The prompts are the demo's, in the order of its files. Answers end at the model's stop tokens or at `--limit` tokens;
 tokens are counted up to there, padding and what a batch computes past an answer's end are not. Writes
-benchmarks/results/generate.json and generate.md.
+benchmarks/results/generate/*.json and generate.md.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.train import HERE, RESULTS, Row, machine, measure
+from benchmarks.fresh import measure
+from benchmarks.machine import machine
+from benchmarks.store import HERE, Book, Part, Row
 
 # transformers in its default use: one call over all prompts, or one a prompt; batches are what people do next.
 WAYS: dict[str, dict[str, Any]] = {
@@ -78,36 +79,13 @@ def cells(row: Row) -> list[str]:
 HEADINGS = ("", "seconds", "tokens/s", "peak GB", "× phinetune's time", "as one by one")
 
 
-def as_table(title: str, rows: list[Row]) -> Table:
-    """The rows for the terminal."""
-    table = Table(title=title)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in rows:
-        table.add_row(*cells(row))
-    return table
+def meaning(name: str, part: Part) -> str:
+    """What was answered."""
+    under = "under a new LoRA" if PARTS.get(name) else "without an adapter"
+    return f"{part['prompts']} prompts of the demo, at most {part['limit']} tokens an answer, the starter {under}."
 
 
-def write(found: dict[str, Any], about: dict[str, Any]) -> None:
-    """results/generate.json, and generate.md for people; parts that were not run now are kept from before."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / "generate.json"
-    before = json.loads(file.read_text())["parts"] if file.is_file() else {}
-    parts = {**before, **{name: {"machine": about, **one} for name, one in found.items()}}
-    file.write_text(json.dumps({"parts": parts}, indent=1) + "\n")
-    lines = ["# Answering beside transformers", "", "Written by `python -m benchmarks.generate`, which says how."]
-    for name, one in parts.items():
-        m = one["machine"]
-        lines += ["", f"## {name}", ""]
-        lines += [
-            f"{one['prompts']} prompts of the demo, at most {one['limit']} tokens an answer. Measured {m['date']} on "
-            f"{m['processor']} ({m['instructions']}), {m['threads']} threads, {m['dtype']}.",
-            "",
-            "| " + " | ".join(HEADINGS) + " |",
-            "|---|" + "---:|" * (len(HEADINGS) - 1),
-        ]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in one["rows"]]
-    (RESULTS / "generate.md").write_text("\n".join(lines) + "\n")
+BOOK = Book("generate", "Answering beside transformers", HEADINGS, cells, meaning)
 
 
 def main() -> None:
@@ -125,11 +103,10 @@ def main() -> None:
     prompts, console = write_prompts(count), Console()
     for name in options.only.split(","):
         rows = part(prompts, limit, options.dtype, PARTS[name])
-        console.print(as_table(f"{name}: {count} prompts, at most {limit} tokens an answer", rows))
+        console.print(BOOK.table(f"{name}: {count} prompts, at most {limit} tokens an answer", rows))
         if not options.quick:
-            write({name: {"prompts": count, "limit": limit, "rows": rows}}, machine(options.dtype))
-    if not options.quick:
-        console.print(f"Wrote {RESULTS / 'generate.md'} and generate.json")
+            about = {"machine": machine(options.dtype), "prompts": count, "limit": limit}
+            console.print(f"Wrote {' and '.join(map(str, BOOK.keep({name: {**about, 'rows': rows}})))}")
 
 
 if __name__ == "__main__":

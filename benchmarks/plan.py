@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan [--only starter,shape,nf4,recomputed] [--steps 8]
 
-Writes benchmarks/results/plan.json and plan.md. Memory is the peak while training (VmHWM, reset at the first step) less
-what the program held before the model was loaded, its data included; time is that of training alone.
+Writes benchmarks/results/plan/*.json and plan.md. Memory is the peak while training (VmHWM, reset at the first step)
+less what the program held before the model was loaded, its data included; time is that of training alone.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.train import HERE, RESULTS, SHAPE, alpaca_rows, machine
+from benchmarks.fresh import SHAPE, alpaca_rows
+from benchmarks.machine import instruction_set, machine
+from benchmarks.store import HERE, Book, Part, Row
 
-Row = dict[str, Any]
-HEADINGS = ("", "steps", "memory GB", "predicted", "off by", "seconds", "predicted", "off by")
+HEADINGS = ("", "steps", "memory GB", "predicted", "off by", "seconds", "predicted", "off by", "measured")
 CASES: dict[str, Row] = {
     "starter": {"model": {"path": "starter"}, "batch": 8},
     "shape": {"model": {"path": SHAPE}, "batch": 4},
@@ -120,23 +120,24 @@ def cells(row: Row) -> list[str]:
     plan, run, off = row["plan"], row["run"], row["off"]
     memory = [f"{one['bytes'] / 1e9:.2f}" for one in (run, plan)]
     seconds = [f"{one['seconds']:.1f}" for one in (run, plan)]
-    return [row["what"], str(row["steps"]), *memory, f"{off['bytes']:+.0%}", *seconds, f"{off['seconds']:+.0%}"]
+    offs = [f"{off[key]:+.0%}" for key in ("bytes", "seconds")]
+    return [row["what"], str(row["steps"]), *memory, offs[0], *seconds, offs[1], row["date"]]
 
 
-def write(rows: list[Row]) -> None:
-    """results/plan.json, and plan.md for people; cases that were not run now are kept from before."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / "plan.json"
-    cases = json.loads(file.read_text())["cases"] if file.is_file() else {}
-    cases |= {row["what"]: {"machine": machine("auto"), **row} for row in rows}
-    file.write_text(json.dumps({"cases": cases}, indent=1) + "\n")
-    dates = sorted({case["machine"]["date"] for case in cases.values()})
-    names = sorted({f"{m['processor']} ({m['instructions']})" for m in (case["machine"] for case in cases.values())})
-    lines = ["# What a plan predicts and what the run takes", "", "Written by `python -m benchmarks.plan`.", ""]
-    lines += [f"Measured {', '.join(dates)} on {', '.join(names)}.", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
-    lines += ["| " + " | ".join(cells(case)) + " |" for case in cases.values()]
-    (RESULTS / "plan.md").write_text("\n".join(lines) + "\n")
+def meaning(name: str, part: Part) -> str:
+    """What is compared."""
+    return "The plan's peak of memory and its seconds of training beside what the run took."
+
+
+BOOK = Book("plan", "What a plan predicts and what the run takes", HEADINGS, cells, meaning)
+
+
+def keep(rows: list[Row]) -> list[Path]:
+    """Write the cases; those of this instruction set that were not run now stay."""
+    about = machine("auto")
+    before = BOOK.sides().get(instruction_set(), {}).get("cases", {"rows": []})["rows"]
+    cases = {row["what"]: row for row in before} | {row["what"]: {**row, "date": about["date"]} for row in rows}
+    return BOOK.keep({"cases": {"machine": about, "rows": list(cases.values())}})
 
 
 def main() -> None:
@@ -149,13 +150,9 @@ def main() -> None:
     cli.add_argument("--steps", type=int, default=8)
     options = cli.parse_args()
     rows = [compare(case, options.steps) for case in options.only.split(",")]
-    table = Table(*HEADINGS, title="plan and run")
-    for row in rows:
-        table.add_row(*cells(row))
     console = Console()
-    console.print(table)
-    write(rows)
-    console.print(f"Wrote {RESULTS / 'plan.md'} and plan.json")
+    console.print(BOOK.table("plan and run", [{**row, "date": "now"} for row in rows]))
+    console.print(f"Wrote {' and '.join(map(str, keep(rows)))}")
 
 
 if __name__ == "__main__":

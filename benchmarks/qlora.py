@@ -2,7 +2,7 @@
 
     python -m benchmarks.qlora [--only whole,layers,merge] [--dtype float32] [--shape random:phi-3-mini] [--quick]
 
-Writes benchmarks/results/qlora.json and qlora.md. The weights are random, of the true shape, and lie in float16 in
+Writes benchmarks/results/qlora/*.json and qlora.md. The weights are random, of the true shape, and lie in float16 in
 several files as the hub has them: 7.6 GB, written once into phinetune's cache folder (`PHINETUNE_HOME`); merging takes
 twice that beside it for a while. `--dtype` is what is computed in. Memory is resident memory at its largest, of loading
 (up to the first forward) and of training apart.
@@ -29,7 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from benchmarks.train import RESULTS, Row, as_table, machine, measure, write
+from benchmarks.fresh import measure
+from benchmarks.machine import machine
+from benchmarks.store import Book, Part, Row
+from benchmarks.train import HEADINGS, cells
 from benchmarks.worker import LORA
 from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.adapters import ADAPTER_WEIGHTS, BASE_FILE
@@ -107,15 +110,26 @@ def merge(config: Phi3Config, dtype: str, quick: bool) -> list[Row]:
 PARTS: dict[str, Callable[[Phi3Config, str, bool], list[Row]]] = {"whole": whole, "layers": layers, "merge": merge}
 
 
-def saved(config: Phi3Config) -> Path:
-    """A checkpoint of random weights of that shape, written shard by shard unless it is there."""
+def meaning(name: str, part: Part) -> str:
+    """What a part of this benchmark is."""
+    return PARTS[name].__doc__ or ""
+
+
+BOOK = Book("qlora", "QLoRA and merging on Phi-3 mini's shape", HEADINGS, cells, meaning)
+
+
+def saved(config: Phi3Config, device: str = "cpu") -> Path:
+    """A checkpoint of random weights of that shape, drawn on `device`, written shard by shard unless it is there."""
     shape = hashlib.sha256(config.to_json_string().encode()).hexdigest()[:8]
-    target = starter.cache_folder() / f"bench-{config.num_hidden_layers}-layers-{shape}"
+    target = (
+        starter.cache_folder()
+        / f"bench-{config.num_hidden_layers}-layers-{shape}{'' if device == 'cpu' else '-' + device}"
+    )
     if target.is_dir():
         return target
     with staged_folder(target) as folder:
         places: dict[str, str] = {}
-        for i, shard in enumerate(_shards(config), 1):
+        for i, shard in enumerate(_shards(config, device), 1):
             file = f"model-{i:05d}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
             places |= dict.fromkeys(shard, file)
@@ -127,17 +141,18 @@ def saved(config: Phi3Config) -> Path:
     return target
 
 
-def _shards(config: Phi3Config) -> Iterator[dict[str, Tensor]]:
+def _shards(config: Phi3Config, device: str) -> Iterator[dict[str, Tensor]]:
     """Weights as a new model's: normal, norms of ones; one shard in memory at a time."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Phi3ForCausalLM(config).state_dict().items()}
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     shard: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if "norm" in name:
             tensor = torch.ones(shape, dtype=STORED)
         else:
-            tensor = (torch.randn(shape, generator=draw) * config.initializer_range).to(STORED)
+            drawn = torch.randn(shape, generator=draw, device=device) * config.initializer_range
+            tensor = drawn.to(STORED).cpu()
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard = {}
@@ -145,15 +160,15 @@ def _shards(config: Phi3Config) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def made_rows(config: Phi3Config, steps: int) -> dict[str, Any]:
-    """`steps` steps of made-up rows of LENGTH tokens each, so that nobody pads: a letter is a token here."""
+def made_rows(config: Phi3Config, steps: int, chats: int = CHATS, length: int = LENGTH) -> dict[str, Any]:
+    """`steps` steps of `chats` made-up rows of `length` tokens each, so that nobody pads: a letter is a token here."""
     tokenizer = random_shapes.byte_tokenizer(config.vocab_size)
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]
-    letters = LENGTH - len(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"])
+    letters = length - len(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"])
     draw = random.Random(1)
     made = [
         {"instruction": "x", "input": "", "output": "".join(draw.choices(string.ascii_lowercase, k=letters))}
-        for _ in range(CHATS * steps)
+        for _ in range(chats * steps)
     ]
     file = Path(tempfile.mkdtemp()) / "rows.json"
     file.write_text(json.dumps(made))
@@ -190,11 +205,9 @@ def main() -> None:
     config = random_shapes.parse_shape(options.shape)
     for name in options.only.split(","):
         rows = PARTS[name](config, options.dtype, options.quick)
-        console.print(as_table(name, rows))
-        about = machine(options.dtype)
-        meanings = {part: measured.__doc__ for part, measured in PARTS.items()}
-        write({name: rows}, about, meanings, "qlora", "QLoRA and merging on Phi-3 mini's shape")
-    console.print(f"Wrote {RESULTS / 'qlora.md'} and qlora.json")
+        console.print(BOOK.table(name, rows))
+        written = BOOK.keep({name: {"machine": machine(options.dtype), "rows": rows}})
+    console.print(f"Wrote {' and '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

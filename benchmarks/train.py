@@ -1,8 +1,8 @@
 """Training speed and memory beside TRL with PEFT, in fresh processes on the same machine, model and rows.
 
-    python -m benchmarks.train [--only starter,shape,peak,prefix,whole] [--dtype bfloat16] [--quick]
+    python -m benchmarks.train [--only starter,shape,peak,prefix,chats,whole] [--dtype bfloat16] [--quick]
 
-Writes benchmarks/results/train.json and train.md. Tokens are real ones: padding does not count. "share of peak" is
+Writes benchmarks/results/train/*.json and train.md. Tokens are real ones: padding does not count. "share of peak" is
 useful work (see `benchmarks.worker.useful`; recomputation does not count) over the best rate of a matrix product,
 in the same dtype or in float32, whichever is faster here; measured beside it.
 """
@@ -10,58 +10,16 @@ in the same dtype or in float32, whichever is faster here; measured beside it.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-SHARED = HERE.parents[1] / "shared"
-SHAPE = "random:{layers: 4}"  # Phi-3 mini's, four layers of it
-
-PATIENCE = 1800  # seconds a measurement
-COMPILING = 480  # where torch.compile is tried: it may compile for longer than the run is long
-
-Row = dict[str, Any]
-
-
-def measure(kind: str, **options: Any) -> Row:
-    """One measurement in a fresh process; a peer that fails or takes too long gives a line in place of numbers."""
-    command = [sys.executable, "-m", "benchmarks.worker", kind, json.dumps(options)]
-    patience = COMPILING if options.get("compile") or options.get("engine") == "compiled" else PATIENCE
-    try:
-        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=patience)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {patience // 60} minutes"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
-    if "tokens" in row:
-        row["tokens_per_s"] = row["tokens"] / row["seconds"]
-    return row
-
-
-def alpaca_rows() -> str:
-    """The benchmark's rows: those beside the repository, else the demo's in the same form."""
-    there = SHARED / "data" / "alpaca_en_demo.json"
-    if there.is_file():
-        return str(there)
-    demo = HERE.parent / "src" / "phinetune" / "demo_data" / "train.jsonl"
-    rows = [json.loads(line)["messages"] for line in demo.read_text().splitlines()]
-    made = [{"instruction": m[-2]["content"], "input": "", "output": m[-1]["content"]} for m in rows if len(m) >= 2]
-    file = Path(tempfile.mkdtemp()) / "rows.json"
-    file.write_text(json.dumps(made))
-    return str(file)
+from benchmarks.fresh import NO_DEADLINE, SHAPE, SHARED, Deadline, alpaca_rows, measure, short_chats
+from benchmarks.machine import machine
+from benchmarks.store import Book, Part, Row
 
 
 def saved_shape(dtype: str) -> str:
@@ -87,14 +45,25 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "TRL, batch 1, torch_compile": {"batch": 1, "compile": True},
 }
 
+SHORT_CHATS = 4672
 QUICK = 3  # settings; torch_compile takes minutes to begin
 
 
-def against_trl(model: str, rows: int, dtype: str, settings: Mapping[str, dict[str, Any]] = TRL_SETTINGS) -> list[Row]:
-    """TRL in these settings, and this project at batch 8, on the same rows."""
-    common = {"model": model, "data": alpaca_rows(), "rows": rows, "dtype": dtype}
-    found = [{"what": name, **measure("trl", **common, **setting)} for name, setting in settings.items()]
-    ours = {"what": "phinetune, batch 8", **measure("phinetune", **common, batch=8, engine={})}
+def against_trl(
+    model: str,
+    rows: int,
+    dtype: str,
+    settings: Mapping[str, dict[str, Any]] = TRL_SETTINGS,
+    *,
+    data: str | None = None,
+    batch: int = 8,
+    deadline: Deadline = NO_DEADLINE,
+) -> list[Row]:
+    """TRL in these settings, the first of which the ratios are to, and this project, on the same rows."""
+    common = {"model": model, "data": data or alpaca_rows(), "rows": rows, "dtype": dtype}
+    found = [{"what": name, **measure("trl", deadline, **common, **setting)} for name, setting in settings.items()]
+    ours = measure("phinetune", deadline, **common, batch=batch, engine={})
+    ours = {"what": f"phinetune, batch {batch}", **ours}
     default = found[0].get("tokens_per_s")
     best = max(row.get("tokens_per_s", 0.0) for row in found)
     for row in (*found, ours):
@@ -129,22 +98,49 @@ def shape(dtype: str, quick: bool) -> list[Row]:
     return [*rows, *steps]
 
 
+SHAPES = ((4, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))  # chats and tokens a chat
+QUICK_SHAPES = SHAPES[:3]
+PEERS = {"compiled": "transformers + PEFT, compiled", "plain": "transformers + PEFT"}
+
+
 def peak(dtype: str, quick: bool) -> list[Row]:
-    """Share of the machine's peak at Phi-3 mini's shape with 4 layers, and growth with the tokens of a step."""
+    """Share of the machine's peak at Phi-3 mini's shape with 4 layers, growth with the tokens of a step, and peers."""
     rates = measure("gemm", dtype=dtype)["flop_per_s"]
-    rows = []
-    for chats, length in ((4, 256), (4, 1024), (1, 4096)) + (() if quick else ((4, 4096), (1, 16384))):
-        rounds = 3 if chats * length <= 4096 else 1
-        common = {"model": SHAPE, "engine": "fast", "chats": chats, "length": length, "dtype": dtype, "memory": "auto"}
-        row = measure("step", **common, rounds=rounds, attention_apart=True)
-        if "seconds" in row:
-            rest = row["seconds"] * (1 - row["attention_share"])
-            row["ms_a_token_without_attention"] = 1e3 * rest / row["tokens"]
-            row["share_of_peak"] = row["useful_flop"] / row["seconds"] / max(rates.values())
-            row[f"times the rate of {dtype} products"] = row["useful_flop"] / row["seconds"] / rates[dtype]
-        rows.append({"what": f"{chats} × {length} tokens", **row})
     seen = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
-    return [{"what": f"matrix products, GFLOP/s: {seen}"}, *rows]
+    rows: list[Row] = [{"what": f"matrix products, GFLOP/s: {seen}"}]
+    for chats, length in QUICK_SHAPES if quick else SHAPES:
+        rows += at_shape(chats, length, dtype, rates, {} if quick else PEERS)
+    return rows
+
+
+def at_shape(
+    chats: int,
+    length: int,
+    dtype: str,
+    rates: Mapping[str, float],
+    peers: Mapping[str, str],
+    deadline: Deadline = NO_DEADLINE,
+    rounds: int | None = None,
+) -> list[Row]:
+    """A step of this many chats, all tokens labelled, by peers and by this project, as shares of products' `rates`."""
+    common = {"model": SHAPE, "chats": chats, "length": length, "dtype": dtype}
+    common["rounds"] = rounds or (3 if chats * length <= 4096 else 1)
+    name = f"{chats} × {length} tokens"
+    rows = [
+        {"what": f"{name}, {what}", **measure("step", deadline, engine=way, **common)} for way, what in peers.items()
+    ]
+    ours = measure("step", deadline, engine="fast", memory="auto", attention_apart=True, **common)
+    for row in (*rows, ours):
+        if rates and "seconds" in row:
+            row["share_of_peak"] = row["useful_flop"] / row["seconds"] / max(rates.values())
+    if "seconds" in ours:
+        rest = ours["seconds"] * (1 - ours["attention_share"])
+        ours["ms_a_token_without_attention"] = 1e3 * rest / ours["tokens"]
+        if rates:
+            ours[f"times the rate of {dtype} products"] = ours["useful_flop"] / ours["seconds"] / rates[dtype]
+        for what, row in zip(peers.values(), rows, strict=True):
+            ours |= {f"times {what}": row["seconds"] / ours["seconds"]} if "seconds" in row else {}
+    return [*rows, {"what": f"{name}, phinetune", **ours}]
 
 
 def prefix(dtype: str, quick: bool) -> list[Row]:
@@ -168,6 +164,16 @@ def prefix(dtype: str, quick: bool) -> list[Row]:
     return rows
 
 
+def chats(dtype: str, quick: bool) -> list[Row]:
+    """One epoch of 4,672 short chats of about 96 tokens, batch 16, the starter, beside TRL at the same settings."""
+    from phinetune.checkpoints.starter import ensure_starter
+
+    count = 192 if quick else SHORT_CHATS
+    return against_trl(
+        str(ensure_starter()), count, dtype, {"TRL, batch 16": {"batch": 16}}, data=short_chats(count), batch=16
+    )
+
+
 def whole(dtype: str, quick: bool) -> list[Row]:
     """The whole of Phi-3 mini, 32 layers, in bfloat16, 1,024 tokens a step, activation memory auto; its first step."""
     row = measure(
@@ -181,47 +187,15 @@ PARTS: dict[str, Callable[[str, bool], list[Row]]] = {
     "shape": shape,
     "peak": peak,
     "prefix": prefix,
+    "chats": chats,
     "whole": whole,
 }
-
-
-def machine(dtype: str) -> dict[str, Any]:
-    """What was measured on."""
-    import peft
-    import transformers
-    import trl
-
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": 2,
-        "memory_gb": round(int(memory) / 1e6, 1),
-        "dtype": dtype,
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, trl)},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text().splitlines() if Path(file).is_file() else []
-
-
-def as_table(title: str, rows: list[Row]) -> Table:
-    """The rows of a part, numbers rounded for reading."""
-    table = Table(title=title)
-    for column in ("", "tokens/s", "peak GB", "first loss", "× TRL's default", "besides"):
-        table.add_column(column, justify="left" if column in ("", "besides") else "right")
-    for row in rows:
-        table.add_row(*cells(row))
-    return table
 
 
 def cells(row: Row) -> list[str]:
     """A row as text: name, tokens/s, peak memory, first loss, ratio to the default, whatever else was found."""
     besides = [
-        f"{k.replace('_', ' ')} {v:.2f}" for k, v in row.items() if k.startswith("times") and k != "times_default"
+        f"{k.replace('_', ' ')} {v:.2f}" for k, v in row.items() if v and k.startswith("times") and k != "times_default"
     ]
     shares = ("share_of_peak", "attention_share", "overhead")
     besides += [f"{k.replace('_', ' ')} {v:.1%}" for k, v in row.items() if k in shares]
@@ -239,34 +213,13 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def write(
-    found: dict[str, list[Row]],
-    about: dict[str, Any],
-    meanings: Mapping[str, str | None],
-    name: str = "train",
-    title: str = "Training beside TRL with PEFT",
-) -> None:
-    """results/NAME.json, and NAME.md for people; parts that were not run now are kept from before.
+def meaning(name: str, part: Part) -> str:
+    """What a part of this benchmark is."""
+    return PARTS[name].__doc__ or ""
 
-    Args:
-        meanings: what each part is.
-    """
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    parts = {**before.get("parts", {}), **{part: {"machine": about, "rows": rows} for part, rows in found.items()}}
-    file.write_text(json.dumps({"parts": parts}, indent=1) + "\n")
-    lines = [f"# {title}", "", f"Written by `python -m benchmarks.{name}`, which says how."]
-    for key, part in parts.items():
-        m = part["machine"]
-        lines += ["", f"## {key}", "", (meanings[key] or "").strip()]
-        lines += [
-            f"Measured {m['date']} on {m['processor']} ({m['instructions']}), {m['threads']} threads, {m['dtype']}.",
-            "",
-        ]
-        lines += ["| | tokens/s | peak GB | first loss | × TRL's default | besides |", "|---|---:|---:|---:|---:|---|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in part["rows"]]
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+HEADINGS = ("", "tokens/s", "peak GB", "first loss", "× TRL's default", "besides")
+BOOK = Book("train", "Training beside TRL with PEFT", HEADINGS, cells, meaning)
 
 
 def main() -> None:
@@ -281,10 +234,10 @@ def main() -> None:
     console = Console()
     for name in options.only.split(","):
         rows = PARTS[name](options.dtype, options.quick)
-        console.print(as_table(name, rows))
+        console.print(BOOK.table(name, rows))
         about = machine("bfloat16" if name == "whole" else options.dtype)
-        write({name: rows}, about, {part: measured.__doc__ for part, measured in PARTS.items()})
-    console.print(f"Wrote {RESULTS / 'train.md'} and train.json")
+        written = BOOK.keep({name: {"machine": about, "rows": rows}})
+    console.print(f"Wrote {' and '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m benchmarks.waiting [--rounds 5] [--only step,answers,large]
 
-Each way of waiting is measured in fresh processes, in turns. Writes benchmarks/results/waiting.json and waiting.md.
+Each way of waiting is measured in fresh processes, in turns. Writes benchmarks/results/waiting/*.json and
+waiting.md.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.train import HERE, RESULTS, SHAPE, Row, machine
+from benchmarks.fresh import SHAPE
+from benchmarks.machine import machine
+from benchmarks.store import HERE, Book, Part, Row
 from phinetune.cpu_share import SPINS, WAITING
 
 OWN = "libgomp's own"
@@ -61,8 +63,8 @@ def busy_cores(count: int) -> Iterator[None]:
             program.wait()
 
 
-def compare(case: str, rounds: int, prompts: str) -> Row:
-    """The times of a case by state of the machine and by way, in seconds, a list of rounds each."""
+def compare(case: str, rounds: int, prompts: str) -> list[Row]:
+    """The times of a case by way and by state of the machine, in seconds, a list of rounds each."""
     _, kind, options = CASES[case]
     given = {**options, "prompts": prompts, "way": "phinetune", "adapter": False} if kind == "generate" else options
     times: dict[str, dict[str, list[float]]] = {}
@@ -72,35 +74,33 @@ def compare(case: str, rounds: int, prompts: str) -> Row:
             for _ in range(rounds if state == "quiet" else max(2, rounds // 2)):
                 for way, environment in WAYS.items():
                     times[state][way].append(seconds(kind, given, environment))
-    return {"case": case, "times": times}
+    return compared(case, times)
 
 
-def cells(row: Row) -> list[list[str]]:
-    """A line a way: the median time in each state over that of libgomp's own way, in the same rounds."""
-    lines = []
+def compared(case: str, times: dict[str, dict[str, list[float]]]) -> list[Row]:
+    """A row a way: the median of its time over that of libgomp's own way in the same round, in each state."""
+    rows = []
     for way in WAYS:
-        ratios = []
-        for state in ("quiet", "busy"):
-            own, this = row["times"][state][OWN], row["times"][state][way]
-            ratios.append(f"{statistics.median(b / a for a, b in zip(own, this, strict=True)):.2f}")
-        quiet, busy = (statistics.median(row["times"][state][way]) for state in ("quiet", "busy"))
-        lines.append([CASES[row["case"]][0], way, *ratios, f"{busy / quiet:.1f}"])
-    return lines
+        row: Row = {"what": CASES[case][0], "way": way, "times": {state: times[state][way] for state in times}}
+        for state, by_way in times.items():
+            row[state] = statistics.median(b / a for a, b in zip(by_way[OWN], by_way[way], strict=True))
+        row["busy over quiet"] = statistics.median(times["busy"][way]) / statistics.median(times["quiet"][way])
+        rows.append(row)
+    return rows
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, in the order of `HEADINGS`."""
+    return [row["what"], row["way"], *(f"{row[key]:.2f}" for key in ("quiet", "busy", "busy over quiet"))]
+
+
+def meaning(name: str, part: Part) -> str:
+    """What busy means."""
+    return "Busy: one program on each core that does nothing but use it. Medians of ratios in the same round."
 
 
 HEADINGS = ("", "how threads wait", "quiet: time over own", "busy: time over own", "busy over quiet")
-
-
-def write(rows: list[Row]) -> None:
-    """results/waiting.json, and waiting.md for people."""
-    about = machine("auto")
-    (RESULTS / "waiting.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    lines = ["# How threads wait for each other", "", "Written by `python -m benchmarks.waiting`.", ""]
-    lines += [f"Measured {about['date']} on {about['processor']} ({about['instructions']}), {os.cpu_count()} cores."]
-    lines += ["Busy: one program on each core that does nothing but use it. Medians of ratios in the same round.", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|---|---|---:|---:|---:|"]
-    lines += ["| " + " | ".join(line) + " |" for row in rows for line in cells(row)]
-    (RESULTS / "waiting.md").write_text("\n".join(lines) + "\n")
+BOOK = Book("waiting", "How threads wait for each other", HEADINGS, cells, meaning, words=HEADINGS[:2])
 
 
 def demo_prompts(folder: str) -> str:
@@ -128,15 +128,12 @@ def main() -> None:
     options = cli.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prompts = demo_prompts(folder)
-        rows = [compare(case, options.rounds, prompts) for case in options.only.split(",")]
-    table = Table(*HEADINGS, title="how threads wait")
-    for row in rows:
-        for line in cells(row):
-            table.add_row(*line)
-    console = Console()
-    console.print(table)
-    write(rows)
-    console.print(f"Wrote {RESULTS / 'waiting.md'} and waiting.json")
+        parts = {case: compare(case, options.rounds, prompts) for case in options.only.split(",")}
+    console, about = Console(), machine("auto")
+    for case, rows in parts.items():
+        console.print(BOOK.table(case, rows))
+    written = BOOK.keep({case: {"machine": about, "rows": rows} for case, rows in parts.items()})
+    console.print(f"Wrote {' and '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

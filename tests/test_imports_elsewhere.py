@@ -63,7 +63,7 @@ def test_every_name_that_is_imported_is_there(file: Path) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("file", ["benchmarks/train.py", "benchmarks/generate.py", "tools/make_demo_data.py"])
+@pytest.mark.parametrize("file", ["benchmarks/fresh.py", "benchmarks/generate.py", "tools/make_demo_data.py"])
 def test_the_demos_data_is_where_it_is_looked_for(file: str) -> None:
     (folder,) = set(re.findall(r'"phinetune" / "(\w+)"', (ROOT / file).read_text(encoding="utf-8")))
     assert (ROOT / "src" / "phinetune" / folder / "train.jsonl").is_file()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from phinetune.api.held_out import chats_of, held_out_chats
 from phinetune.api.report import write_page
+from phinetune.api.sections import DataValue, holds_data, one_or_several
 from phinetune.api.train import EXAMPLES
 from phinetune.checkpoints.opened import open_model, opened_config
 from phinetune.checkpoints.tokenizer import open_config
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.run import make_config
+from phinetune.data.read.held_data import hold_function
 from phinetune.errors import DataError, ModelError, RunError
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
@@ -31,12 +33,14 @@ from phinetune.screen.progress import ComparisonProgress
 logger = logging.getLogger(__name__)
 
 
+@holds_data
 def evaluate(
     path: str | Path,
-    data: str | Sequence[str] | None = None,
+    data: DataValue = None,
     evaluation: Mapping[str, Any] | None = None,
     *,
     tag: str | None = None,
+    row: Callable[..., Any] | None = None,
     out: str | Path | None = None,
     record: bool = True,
     console: Console | None = None,
@@ -46,9 +50,11 @@ def evaluate(
 
     Args:
         path: a run, an adapter folder or a model.
-        data: file of chats; None takes the run's own held-out chats, a file's or the share of its training chats.
+        data: file of chats, several, or a data object (see `train`); None takes the run's own held-out chats: those of
+            its final verdict, a file's, or the share of its training chats.
         evaluation: the section `evaluation`.
         tag: column of the data by whose values the results are split as well; None takes the run's `data.tag`.
+        row: the function that makes a row of what the data holds, if the run was trained with one.
         out: write the results to this file as JSON, every answer included.
         record: keep the results in the run's folder as evaluation.json, and renew its report.
         console: where to print; standard error if left out.
@@ -67,7 +73,13 @@ def evaluate(
     metrics = open_metrics(options)  # functions that can't be had are told before anything slow begins
     if tag:
         config.data.tag = tag
-    held_out = chats_of(config, data) if data else held_out_chats(config, Path(path).expanduser())
+    if row:
+        config.data.row = hold_function(row)
+    held_out = (
+        chats_of(config, one_or_several(data, "data"))
+        if data is not None
+        else held_out_chats(config, Path(path).expanduser())
+    )
     if held_out is None:
         raise ModelError(f"{path}: no held-out chats are recorded there; name a file with --data FILE")
     if tag and not any(held_out.tags):

@@ -15,8 +15,10 @@ from phinetune.config.run import RunConfig
 from phinetune.data.prepare.build_sets import SMALL, build_chats, compare_sets, read_few, read_sets
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
-from phinetune.data.prepare.sources import check_there, held_out_section, name_held_out, name_sources, weighted
+from phinetune.data.prepare.named_sources import name_sources, weighted
+from phinetune.data.prepare.sources import check_there, held_out_section, name_held_out
 from phinetune.data.read.any_source import check_source
+from phinetune.data.read.held_data import held_rows, is_held_name
 from phinetune.errors import DataError
 from phinetune.training.limits import limit_length
 from phinetune.training.objectives.registry import make_objective
@@ -81,8 +83,10 @@ def _compare_with_training(encode: RowEncoder, held_out: ChatSet) -> None:
 
 def _why_not_here(source: str) -> str | None:
     """Why the rows of a source are not on this disk; None if they are."""
-    if Path(source).expanduser().exists():
+    if held_rows(source) or Path(source).expanduser().exists():
         return None
+    if is_held_name(source):
+        return f"{source} was in a Python program's memory"
     return f"{source} is gone" if check_source(source) else f"{source} is no file or folder on this disk"
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from phinetune.api.before import look_at_rows, look_at_settings
-from phinetune.api.sections import DataValue, SectionValue, make_sections
+from phinetune.api.sections import DataValue, SectionValue, holds_data, make_sections
 from phinetune.config.run import RunConfig
 from phinetune.logs import quiet_libraries
 from phinetune.planning.plan import Plan, plan_prepared
 from phinetune.training.prepare import prepare_run, settle
 
 
+@holds_data
 def plan(
     model: SectionValue = None,
     data: DataValue = None,

@@ -13,7 +13,7 @@ from typing import Any
 from phinetune import processes
 from phinetune.api.before import look_at_rows, look_at_settings
 from phinetune.api.report import write_page
-from phinetune.api.sections import DataValue, SectionValue, make_sections
+from phinetune.api.sections import DataValue, SectionValue, holds_data, make_sections
 from phinetune.checkpoints.device import pick_device
 from phinetune.checkpoints.untouched import untouched_base
 from phinetune.config.run import RunConfig
@@ -61,6 +61,7 @@ class Run:
     stopped: bool
 
 
+@holds_data
 def train(
     model: SectionValue = None,
     data: DataValue = None,
@@ -80,11 +81,14 @@ def train(
 
     Args:
         model: hub id, folder, `starter`, or the section `model` as a dictionary.
-        data: file of chats, a list of them, or the section `data` as a dictionary (`train`, `eval`, …).
+        data: file of chats, or a list of them; a `Dataset`, `DatasetDict` or `IterableDataset`, a pandas or polars
+            frame, a list or an iterator of dicts; or the section `data` as a dictionary (`train`, `eval`, …) that has
+            any of these, and a function as its `row`.
         peft_config: keys of `peft.LoraConfig`.
         training_config: keys of `trl.SFTConfig`.
         evaluation, objective, engine: these sections.
-        resume: go on with the run in output_dir from its newest checkpoint.
+        resume: go on with the run in output_dir from its newest checkpoint. Data in memory is given again, and is
+            held against what the run recorded of it.
         overwrite: replace the run in output_dir.
         changed: with `resume`, go on although something that decides the result has changed; it is recorded.
         max_time: stop with a checkpoint before so much time is over, counted from this call: seconds, or a text such

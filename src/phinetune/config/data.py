@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from phinetune.config.row_forms import FORM_NAMES
+from phinetune.config.format_fields import parse_template
+from phinetune.config.row_forms import FORM_NAMES, ROW_FORMS
 from phinetune.config.section import Section, checked_entry, one_of
+from phinetune.errors import unknown_key
+
+TREATED = ("keep", "fold", "drop")  # what `data.system` does with system messages
+OF_A_CHAT = ("user", "assistant", "system", "tag")  # what `data.columns` names besides the keys of the forms
+COLUMN_KEYS = (*OF_A_CHAT, *sorted({key for form in ROW_FORMS for key in form.read} - set(OF_A_CHAT)))
 
 
 class WeightedFile(Section):
@@ -17,13 +24,23 @@ class WeightedFile(Section):
     path: str = Field(description="file, datasets folder or hub id")
     weight: float = Field(1.0, gt=0, le=100, description="2 takes every row twice, 0.5 a drawn half of them")
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
 
 class OtherSplit(Section):
-    """Held-out chats that are a split of a data set, by default of the one that is trained on."""
+    """Held-out or test chats that are a split of a data set, by default of the one that is trained on."""
 
     path: str | None = Field(None, description="datasets folder or hub id; data.train if left out")
     split: str | None = Field(None, description="its split; data.split if left out")
     name: str | None = Field(None, description="its configuration; data.name if left out")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @model_validator(mode="after")
     def _names_something(self) -> OtherSplit:
@@ -37,16 +54,48 @@ class DataSection(Section):
 
     train: str | list[str | WeightedFile] | None = Field(
         None,
-        description="file (.jsonl .json .csv .parquet), datasets folder or hub id; or a list of them, where "
-        "{path: …, weight: 2} takes a file's rows twice and weight 0.5 half of them",
+        description="file (.jsonl .json .csv .tsv .parquet .xlsx .txt .md; text also as .gz or .zst), pattern such as "
+        "chats/*.jsonl, datasets folder or hub id; or a list of them, where {path: …, weight: 2} takes a file's rows "
+        "twice and weight 0.5 half of them; in Python also a Dataset, a data frame, a list or an iterator of dicts",
     )
     eval: float | str | list[str] | OtherSplit | None = Field(
         None,
         description="held-out chats: a file like `train`; the fraction of `train` to hold out; or {split: validation} "
         "for another split of `train` ({path: …, split: …, name: …} for one of another data set)",
     )
+    test: str | list[str] | OtherSplit | None = Field(
+        None,
+        description="chats for the final verdict, looked at once, after training: a file, or {split: test}; "
+        "`eval` then guides the training alone",
+    )
     split: str = Field("train", description="split to read of a datasets folder or hub id")
-    name: str | None = Field(None, description="configuration to read of a datasets folder or hub id")
+    name: str | None = Field(
+        None, description="configuration to read of a datasets folder or hub id; of an .xlsx file, the sheet"
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="which column is what: {user: question, assistant: answer, system: context, tag: topic}, or a key "
+        "of a form as {messages: dialog}; a.b is the key b inside the column a; `phinetune data columns FILE` proposes",
+    )
+    prompt: str | None = Field(
+        None, description='the question as a template of columns, such as "Translate to {lang}: {text}"'
+    )
+    completion: str | None = Field(None, description='the answer as a template of columns, such as "{target}"')
+    system_text: str | None = Field(
+        None,
+        description="system message of every row that has none of its own; may hold {column}s; a `system` of several "
+        "words means this",
+    )
+    row: str | None = Field(
+        None,
+        description="in Python only: a function that is given a row as a dict and returns a dict of a known form, a "
+        "list of messages, a text, or None to leave the row out",
+    )
+    text_by: Literal["paragraph", "tokens"] = Field(
+        "paragraph",
+        description="what is a row of a .txt or .md file: a paragraph; or as much as fits, cut at "
+        "training_config.max_length tokens",
+    )
     format: Annotated[str, one_of("auto", *FORM_NAMES)] = Field(
         "auto",
         description=f"form of the rows: {', '.join(FORM_NAMES)}; auto looks at each row's keys. text and tokens "
@@ -89,6 +138,75 @@ class DataSection(Section):
     )
     seed: int = Field(0, description="seed of the split by fraction and of the rows drawn by weight")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_for_all_rows(cls, value: Any) -> Any:
+        """Take a `system` of several words for `system_text`, and `columns.tag` for `tag`."""
+        if not isinstance(value, Mapping):
+            return value
+        tree, text = dict(value), value.get("system")
+        if isinstance(text, str) and text not in TREATED and len(text.split()) > 1:
+            if tree.get("system_text") is not None:
+                raise ValueError("`system` and `system_text` both hold a text; keep one of them")
+            tree["system_text"] = tree.pop("system")
+        columns = tree.get("columns")
+        if isinstance(columns, Mapping) and "tag" in columns:
+            if tree.get("tag") not in (None, columns["tag"]):
+                raise ValueError(f"`tag` names {tree['tag']} and `columns` {columns['tag']}; keep one of them")
+            tree["tag"] = columns["tag"]
+            tree["columns"] = {key: column for key, column in columns.items() if key != "tag"}
+        return tree
+
+    @field_validator("system", mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in TREATED:
+            raise ValueError(
+                f"Input should be 'keep', 'fold' or 'drop', not {value!r}; a system message of one word is written as "
+                "`system_text`"
+            )
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_keys(cls, value: dict[str, str]) -> dict[str, str]:
+        known = ", ".join((*OF_A_CHAT, "messages", "prompt", "completion", "text"))
+        problems = [f"{unknown_key('columns', key, COLUMN_KEYS)} (keys are {known}, …)" for key in value]
+        problems = [problem for problem, key in zip(problems, value, strict=True) if key not in COLUMN_KEYS]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return value
+
+    @field_validator("prompt", "completion", "system_text")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        parse_template(value or "")
+        return value
+
+    @model_validator(mode="after")
+    def _said_once(self) -> DataSection:
+        """Refuse two ways to say what a question, an answer or a system message is."""
+        problems = [
+            f"`{knob}` and `columns.{key}` both say what the {what} is; keep one of them"
+            for knob, key, what in (
+                ("prompt", "user", "question"),
+                ("prompt", "prompt", "question"),
+                ("completion", "assistant", "answer"),
+                ("completion", "completion", "answer"),
+            )
+            if getattr(self, knob) is not None and key in self.columns
+        ]
+        problems += [
+            f"`columns` names both {ours} and {theirs}, which are one thing; keep one of them"
+            for ours, theirs in (("user", "prompt"), ("assistant", "completion"))
+            if ours in self.columns and theirs in self.columns
+        ]
+        if self.row and (self.columns or self.prompt is not None or self.completion is not None):
+            problems.append("`row` makes the whole row, so leave `columns`, `prompt` and `completion` out")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
     @field_validator("train", mode="before")
     @classmethod
     def _weighted_files(cls, value: Any) -> Any:
@@ -99,14 +217,16 @@ class DataSection(Section):
             return _text(value, "name a file, a datasets folder or a hub id, or a list of them")
         return [_training_file(entry, f"entry {i}") for i, entry in enumerate(value, 1)]
 
-    @field_validator("eval", mode="before")
+    @field_validator("eval", "test", mode="before")
     @classmethod
-    def _other_split(cls, value: Any) -> Any:
+    def _other_split(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Mapping):
-            return checked_entry(OtherSplit, value, "eval")
+            return checked_entry(OtherSplit, value, str(info.field_name))
         if isinstance(value, (list, tuple)):
             lone = "a list names files or folders; a fraction or a split stands alone, without a list"
             return [_text(entry, lone, f"entry {i}") for i, entry in enumerate(value, 1)]
+        if info.field_name == "test":
+            return value if isinstance(value, OtherSplit) else _text(value, "name a file, or write {split: test}")
         return value if isinstance(value, (int, float, OtherSplit)) else _fraction_of(_text(value, "name a file"))
 
     @field_validator("eval")
@@ -131,6 +251,8 @@ def _text(value: Any, wanted: str, where: str = "") -> str | None:
     Raises:
         ValueError: it is something else.
     """
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
     if isinstance(value, str) or (value is None and not where):
         return value
     raise ValueError(f"{where + ': ' if where else ''}{value!r} is no text; {wanted}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ def with_absolute_places(config: RunConfig) -> RunConfig:
     made.model.tokenizer = _absolute(made.model.tokenizer)
     made.data.train = _absolute(made.data.train)
     made.data.eval = _absolute(made.data.eval)
+    made.data.test = _absolute(made.data.test)
     for metric in made.evaluation.own:
         name_places(metric, absolute_place)
     return made
@@ -38,6 +41,8 @@ def _absolute(value: Any) -> Any:
 
 
 def absolute_place(place: str) -> str:
-    """The absolute path of a file or folder that exists; anything else as it is."""
+    """The absolute path of a file or folder that exists, or of a pattern that a file fits; anything else as it is."""
     path = Path(place).expanduser()
+    if any(sign in place for sign in "*?[") and not path.exists() and glob.glob(str(path), recursive=True):
+        return os.path.abspath(path)
     return str(path.resolve()) if place and path.exists() else place

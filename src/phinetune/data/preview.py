@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message, render, tokenize
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, describe_size, is_huge
+from phinetune.data.prepare.first_rows import LOOKED_AT, look_at_first
 from phinetune.data.read.any_source import scan_rows
-from phinetune.data.read.row import Broken
+from phinetune.data.read.row import Broken, Row
+from phinetune.data.read.row_mapping import RowMapping
 from phinetune.engine.examples import IGNORED, Encoded, common_prefix
 
 _ANCHOR = "a"  # put before tokens when they are decoded, because decoding treats the beginning of a text in another way
@@ -74,7 +76,12 @@ def preview_rows(source: str, encode: RowEncoder, rows: int) -> Iterator[Preview
     Raises:
         DataError: the source does not exist, or is of an unknown kind.
     """
-    for row in islice(scan_rows(source, encode.section.split, encode.section.name), rows):
+    section = encode.section
+    first = list(islice(scan_rows(source, section.split, section.name, text_by=section.text_by), max(rows, LOOKED_AT)))
+    mapping = RowMapping.of(section)
+    if mapping and not mapping.function:
+        look_at_first(source, [row for row in first if isinstance(row, Row)], section)
+    for row in first[:rows]:
         if not isinstance(row, Broken) and is_huge(row, encode.max_length):
             row = Broken(row.where, f"far too long to be a chat: {describe_size(row)}")
         yield preview_row(row if isinstance(row, Broken) else next(encode([row])), encode.encoder)

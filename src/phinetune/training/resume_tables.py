@@ -15,7 +15,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     "data": (
         # The rows that come of these are compared by content.
         *("train", "eval", "split", "format", "loss_on", "system", "overlong", "invalid_rows", "limit", "seed"),
-        "tag",
+        *("test", "columns", "prompt", "completion", "system_text", "row", "text_by", "tag"),
     ),
     # Recomputes the same numbers; and what becomes of a step that would have ended the run.
     "engine": ("activation_memory", "on_nonfinite", "nonfinite_limit"),
@@ -80,8 +80,8 @@ SCHEDULE = {
 
 def is_harmless(key: str, *records: Record) -> bool:
     """Whether runs with these records give the same adapter, though they differ in `key`."""
-    if not _in(HARMLESS, key):
-        return False
+    if not _in(HARMLESS, key) or (key == "data.row" and any(record.get("data.streaming") for record in records)):
+        return False  # of a stream only the first rows are compared, so its function has to be the same
     return not (counts_for_the_best(key) and any(map(_evaluations_decide, records)))
 
 

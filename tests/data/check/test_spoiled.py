@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import json
@@ -253,9 +254,11 @@ def test_what_is_sound_in_an_unusual_way_is_no_finding(tmp_path: Path, check: An
     assert (status, json.loads(out)["findings"]) == (0, [])
 
 
-def test_a_packed_file_is_refused_with_what_to_do(tmp_path: Path, check: Any) -> None:
+def test_a_packed_file_is_read_or_refused_with_what_to_do(tmp_path: Path, check: Any) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines()))
-    status, out, err = check(tmp_path / "a.jsonl.gz")
+    assert check(tmp_path / "a.jsonl.gz")[0] == 0
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(lines()))
+    status, out, err = check(tmp_path / "a.jsonl.bz2")
     assert (status, out) == (2, "")
     assert "unpack it first" in err
 

@@ -114,15 +114,26 @@ def test_a_split_that_is_not_there_is_refused(tmp_path: Path, split: str, words:
 
 def test_data_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", {"n": 1})
-    for name in ("b.jsonl.gz", "c.tsv", "d.arrow"):
+    for name in ("b.jsonl.bz2", "c.feather", "d.arrow"):
         (tmp_path / name).write_text("x")
     with pytest.raises(DataError) as caught:
         read_rows(str(tmp_path))
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [
-        str(tmp_path / name) for name in ("b.jsonl.gz", "c.tsv", "d.arrow")
+        str(tmp_path / name) for name in ("b.jsonl.bz2", "c.feather", "d.arrow")
     ]
     assert "unpack it first" in caught.value.problems[0]
     assert caught.value.problems[0].endswith("; or move it out of the folder")
+
+
+def test_texts_are_rows_where_they_are_all_that_a_folder_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.md").write_text("# One\n\nFirst.\n\nSecond.\n")
+    (tmp_path / "LICENSE.txt").write_text("Free.\n")
+    (tmp_path / "README.md").write_text("About.\n")
+    assert is_folder_of_files(tmp_path)
+    assert fields(tmp_path) == [{"text": "# One\n\nFirst."}, {"text": "Second."}]
+    write(tmp_path, "b.jsonl", {"n": 1})
+    assert fields(tmp_path) == [{"n": 1}]
+    assert caplog.text == ""
 
 
 def test_a_file_of_no_split_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,9 +146,6 @@ def test_a_file_of_no_split_is_named(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_other_folders_are_left_to_datasets(tmp_path: Path) -> None:
-    write(tmp_path / "texts", "a.txt", "Once.")
-    assert not is_folder_of_files(tmp_path / "texts")
-    assert fields(tmp_path / "texts") == [{"text": '"Once."'}]
     datasets.Dataset.from_list([{"n": 1}]).save_to_disk(str(tmp_path / "saved"))
     assert not is_folder_of_files(tmp_path / "saved")
     assert fields(tmp_path / "saved") == [{"n": 1}]

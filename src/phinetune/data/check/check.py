@@ -22,7 +22,7 @@ from phinetune.data.check.text_checks import (
     text_troubles,
     turn_troubles,
 )
-from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
+from phinetune.data.prepare.encode_rows import TOO_LONG, RowEncoder, RowOutcome
 from phinetune.data.prepare.report import DataReport
 from phinetune.data.read.messages import strings
 from phinetune.data.read.row import Broken, Row
@@ -35,7 +35,8 @@ class CheckReport:
     """What was found in the files.
 
     Attributes:
-        files: the training files. Of a data set, `split` of the configuration `name` is read.
+        files: the training files. Of a data set, `split` of the configuration `name` is read; `text_by` is what is
+            a row of a text.
         counts: what became of the rows of the training files.
         checkpoint: what its template does with system messages, tool turns, tools and tool calls.
         lengths: the tokens and the trainable tokens of each kept row.
@@ -62,6 +63,7 @@ class CheckReport:
     ends_a_turn: bool = False
     held_out: DataReport | None = None
     name: str | None = None
+    text_by: str = "paragraph"
 
     @property
     def spoiled(self) -> bool:
@@ -101,7 +103,9 @@ def check_files(
     """
     section, encoder = encode.section, encode.encoder
     counts, template = DataReport(", ".join(files)), describe_template(encoder)
-    report = CheckReport(files, section.split, counts, encode.max_length, template, name=section.name)
+    report = CheckReport(
+        *(files, section.split, counts, encode.max_length, template), name=section.name, text_by=section.text_by
+    )
     checker = _RowChecker(encode, report)
     overlap = Overlap(report.findings, report.left_out)
     count = 0
@@ -182,7 +186,8 @@ class _RowChecker:
         """The rows that can be checked. For all other places a finding is added."""
         for file in files:
             empty = True
-            for item in scan_file(file, self.encode.section.split, self.encode.section.name):
+            section = self.encode.section
+            for item in scan_file(file, section.split, section.name, section.text_by):
                 empty = False
                 row = as_row(item, self.report.max_length)
                 if row is None:
@@ -204,7 +209,7 @@ class _RowChecker:
         """The kind and the detail of each finding in a row."""
         if outcome.error:
             yield outcome.error.kind, str(outcome.error)
-        elif outcome.reason:
+        elif outcome.reason and outcome.reason.startswith(TOO_LONG):
             yield "too_long", outcome.reason
         elif outcome.cut:
             yield "cut", ""

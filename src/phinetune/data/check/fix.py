@@ -81,7 +81,7 @@ def write_fixed(report: CheckReport, out: Path) -> Fixed:
 def _lines(report: CheckReport, made: Fixed) -> Iterator[str]:
     """The rows that stay, as lines of JSON. Counts rows in `made` while they are read."""
     number = -1
-    for found in (one for file in report.files for one in scan_file(file, report.split, report.name)):
+    for found in (one for file in report.files for one in scan_file(file, report.split, report.name, report.text_by)):
         row = as_row(found, report.max_length)
         if row is None:
             made.left_out[KINDS[unreadable(found)[0]].title] += 1

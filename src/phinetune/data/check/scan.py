@@ -10,10 +10,10 @@ from phinetune.data.read.row import Broken, Row
 from phinetune.errors import DataError
 
 
-def scan_file(file: str, split: str, name: str | None = None) -> Iterator[Row | Broken]:
+def scan_file(file: str, split: str, name: str | None = None, text_by: str = "paragraph") -> Iterator[Row | Broken]:
     """The rows and broken places of a file, in order. A source that can't be read at all is one broken place."""
     try:
-        yield from scan_rows(file, split, name)
+        yield from scan_rows(file, split, name, text_by=text_by)
     except DataError as error:
         yield Broken(file, str(error))
 

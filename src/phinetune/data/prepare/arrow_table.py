@@ -62,8 +62,9 @@ def write_table(source: str, encode: RowEncoder, folder: Path) -> None:
     Raises:
         DataError: the source can't be opened, or a process was killed.
     """
-    opened = open_source(source, encode.section.split, folder, encode.section.name)
-    pieces = opened.pieces(encode.section.limit)
+    section = encode.section
+    opened = open_source(source, section.split, folder, section.name, section.text_by)
+    pieces = opened.pieces(section.limit)
     processes = max(1, min(cores(), len(pieces)))
     logger.info("preparing %s: about %s rows, %d processes", source, f"{len(pieces) * PIECE:,}", processes)
     index = Dataset.from_dict({key: [getattr(piece, key) for piece in pieces] for key in SourcePart._fields})

@@ -21,14 +21,10 @@ from phinetune.data.prepare.cache import cache_key, cached_folder
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
 from phinetune.data.prepare.copies import SetKeys, count_shared, groups_of, keys_of, with_near
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
+from phinetune.data.prepare.first_rows import look_at_first
+from phinetune.data.prepare.named_sources import name_sources, weighted
 from phinetune.data.prepare.report import DataReport
-from phinetune.data.prepare.sources import (
-    check_sources,
-    held_out_section,
-    name_held_out,
-    name_sources,
-    weighted,
-)
+from phinetune.data.prepare.sources import check_sources, held_out_section, name_held_out
 from phinetune.data.prepare.splits import held_out_places, split_places
 from phinetune.data.prepare.stream import first_rows, stream, tell_unused
 from phinetune.data.read.any_source import read_first, scan_rows
@@ -40,7 +36,10 @@ from phinetune.errors import DataError, at_most
 logger = logging.getLogger(__name__)
 
 # The keys that a table depends on.
-SETTINGS = {"split", "name", "format", "loss_on", "system", "overlong", "overlap", "limit", "tag"}
+SETTINGS = {
+    *("split", "name", "format", "loss_on", "system", "overlong", "overlap", "limit", "tag", "text_by"),
+    *("columns", "prompt", "completion", "system_text", "row"),
+}
 OVERLAP = DataSection.model_fields["overlap"].default
 SMALL = 5000  # rows; for fewer, starting other processes takes longer than the work
 
@@ -96,7 +95,11 @@ def _tell_without_effect(chats: Chats, encode: RowEncoder) -> None:
 
 def _columns(section: DataSection) -> str:
     """The columns of a section's first row, as the end of a sentence."""
-    items = scan_rows(weighted(section.train)[0][0], section.split, section.name, streaming=section.streaming)
+    items = scan_rows(
+        *(weighted(section.train)[0][0], section.split, section.name),
+        streaming=section.streaming,
+        text_by=section.text_by,
+    )
     row = next((item for item in items if isinstance(item, Row)), None)
     return f"; there are the columns {', '.join(row.fields)}" if row else ""
 
@@ -210,7 +213,9 @@ def _read_small(paths: Sequence[str], section: DataSection) -> list[list[Row]] |
     rows: list[list[Row]] = []
     broken: list[str] = []
     for path in paths:
-        own, problems = read_first(path, section.split, most - sum(map(len, rows)), section.name)
+        left = most - sum(map(len, rows))
+        own, problems = read_first(path, section.split, left, section.name, section.text_by)
+        look_at_first(path, own, section)
         rows.append(own)
         broken += problems
     if sum(map(len, rows)) > SMALL:

@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 # The folders and files of this package, and the libraries, whose code decides what a row's token ids are.
 CODE = (
     *("data/read", "data/prepare", "chats", "checkpoints", "training/objectives"),
-    *("engine/examples.py", "config/row_forms.py"),
+    *("engine/examples.py", "config/row_forms.py", "config/format_fields.py"),
 )
 LIBRARIES = ("tokenizers", "transformers", "jinja2")
 

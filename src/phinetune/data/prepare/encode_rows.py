@@ -21,6 +21,7 @@ from phinetune.data.read.audit import RENDERED, Audit, audit_row, is_rendered
 from phinetune.data.read.messages import detect_form, size_of, strings, to_messages
 from phinetune.data.read.ready_rows import read_ids, read_text
 from phinetune.data.read.row import Row
+from phinetune.data.read.row_mapping import NO_SYSTEM, LeftOut, MappedRow, RowMapping
 from phinetune.engine.examples import Encoded
 from phinetune.errors import ConfigError, RowError
 
@@ -29,6 +30,7 @@ BATCH = 512  # chats that are tokenised in one call; the tokenizer uses all core
 HUGE = 400_000
 TURNS = 1_000
 NOTHING_TRAINED = "no token to train on"
+TOO_LONG = "longer than"
 
 
 @dataclass
@@ -127,7 +129,8 @@ class RowEncoder:
         """
         waiting = iter(rows)
         taken = [*self.uses, *([self.section.tag] if self.section.tag else [])]
-        while batch := [_read(row, self.section, self.encoder, taken) for row in itertools.islice(waiting, BATCH)]:
+        read = _RowReader(self.section, self.encoder, taken, RowMapping.of(self.section))
+        while batch := [read(row) for row in itertools.islice(waiting, BATCH)]:
             _encode(batch, self.encoder)
             for outcome in batch:
                 yield from _fit(outcome, self.section, self.encoder, self.max_length)
@@ -148,33 +151,57 @@ class RowEncoder:
         return {"rows": f"{kind.__module__}.{kind.__qualname__}", "source": digest, "fields": own}
 
 
-def _read(row: Row, section: DataSection, encoder: ChatEncoder, taken: Sequence[str]) -> RowOutcome:
-    outcome = RowOutcome(row)
-    try:
-        form = detect_form(row.fields) if section.format == "auto" else section.format
+@dataclass(frozen=True)
+class _RowReader:
+    """Reads rows: from their columns to the messages, the text or the ids that they hold.
+
+    Attributes:
+        taken: columns that something else uses.
+        mapping: what makes a known form of the user's columns; None if they have one.
+    """
+
+    section: DataSection
+    encoder: ChatEncoder
+    taken: Sequence[str]
+    mapping: RowMapping | None
+
+    def __call__(self, row: Row) -> RowOutcome:
+        outcome = RowOutcome(row)
+        try:
+            made = self.mapping(row.fields) if self.mapping else MappedRow(row.fields)
+            self._read(made, outcome)
+        except LeftOut as error:
+            outcome.reason = str(error)
+        except RowError as error:
+            outcome.refuse(error)
+        return outcome
+
+    def _read(self, made: MappedRow, outcome: RowOutcome) -> None:
+        section, encoder = self.section, self.encoder
+        form = detect_form(made.fields) if section.format == "auto" else section.format
         if form == "tokens":
-            outcome.encoded = read_ids(row.fields, encoder.vocabulary)
+            outcome.encoded = read_ids(made.fields, encoder.vocabulary)
         elif form == "text":
-            outcome.text = read_text(row.fields)
+            outcome.text = read_text(made.fields)
         else:
-            outcome.messages = to_messages(row.fields, form)
+            outcome.messages = made.with_system(to_messages(made.fields, form))
             outcome.chat = encoder.prepare(outcome.messages)
         outcome.form = form
-        outcome.audit = audit_row(row.fields, form, encoder.reads, taken)
+        outcome.audit = audit_row(made.fields, form, encoder.reads, self.taken)
+        for key, value in made.hidden.items():
+            outcome.audit.add(key, value)
+        outcome.audit.notes |= made.notes | ({NO_SYSTEM} if made.system and form in READY else set())
         if any(is_rendered(message, control_tokens(encoder.tokenizer)) for message in outcome.messages):
             outcome.audit.notes.add(RENDERED)
         if section.system == "drop" and outcome.messages and outcome.messages[0]["role"] == "system":
             outcome.audit.add("system messages (data.system: drop)", outcome.messages[0]["content"])
-    except RowError as error:
-        outcome.refuse(error)
-    return outcome
 
 
 def _encode(batch: Sequence[RowOutcome], encoder: ChatEncoder) -> None:
     texts = [outcome for outcome in batch if outcome.text is not None and outcome.error is None]
     for outcome, encoded in zip(texts, encoder.encode_texts([one.text or "" for one in texts]), strict=True):
         outcome.encoded = encoded
-    chats = [outcome for outcome in batch if outcome.error is None and outcome.form not in READY]
+    chats = [outcome for outcome in batch if outcome.chat and outcome.error is None]
     try:
         for outcome, encoded in zip(chats, encoder.encode([one.chat for one in chats]), strict=True):
             outcome.encoded = encoded
@@ -207,7 +234,7 @@ def _fit(
             outcome.fitted, outcome.encoded = fitted
             outcome.cut = True
         else:
-            outcome.encoded, outcome.reason = None, f"longer than {max_length} tokens"
+            outcome.encoded, outcome.reason = None, f"{TOO_LONG} {max_length} tokens"
     if outcome.encoded and not outcome.encoded.trainable:
         outcome.refuse(RowError(NOTHING_TRAINED, "untrained"))
     yield outcome

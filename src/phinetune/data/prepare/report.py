@@ -10,6 +10,8 @@ from typing import Any
 
 from phinetune.data.prepare.encode_rows import RowOutcome
 from phinetune.data.read.audit import FLOATS, NULLS, RENDERED
+from phinetune.data.read.plain_values import AS_JSON, WRITTEN
+from phinetune.data.read.row_mapping import GAP, NO_SYSTEM, OWN_SYSTEM
 
 REASONS_SHOWN = 4
 COLUMNS_SHOWN = 30
@@ -21,6 +23,11 @@ NOTES = {
     "stay as they are)",
     RENDERED: "WARNING: prompts that hold this template's tokens already, so that training writes a second template "
     "around them; give such rows as `text`, or remove the tokens",
+    WRITTEN: "numbers, dates or truth values written as text (3, 2024-05-01, true)",
+    AS_JSON: "lists or objects written as JSON; name what is inside as column.key, if that is meant",
+    GAP: "empty columns in a template, which leave a gap there",
+    OWN_SYSTEM: "a system message of the row's own, which stays (data.system_text is for the others)",
+    NO_SYSTEM: "rows of text or ids, which get no data.system_text",
 }
 
 

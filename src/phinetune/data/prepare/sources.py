@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from phinetune.config.data import DataSection, OtherSplit, WeightedFile
+from phinetune.config.data import DataSection, OtherSplit
+from phinetune.data.prepare.named_sources import name_sources, weighted
 from phinetune.data.prepare.stream import check_stream
 from phinetune.data.read.any_source import check_source
+from phinetune.data.read.files import has_sheets
 from phinetune.data.read.folders import files_by_split, is_folder_of_files
+from phinetune.data.read.held_data import held_rows
+from phinetune.data.read.row_mapping import RowMapping
 from phinetune.errors import ConfigError, DataError
-
-Named = str | Sequence[str | WeightedFile] | None
-
-
-def weighted(source: Named) -> list[tuple[str, float]]:
-    """Each source and its weight, which is 1 if none is given."""
-    entries = [source] if isinstance(source, str) else list(source or [])
-    return [(entry, 1.0) if isinstance(entry, str) else (entry.path, entry.weight) for entry in entries]
-
-
-def name_sources(source: Named) -> str:
-    """The sources in one line, for example `a.jsonl, b.jsonl × 2`."""
-    return ", ".join(path if weight == 1 else f"{path} × {weight:g}" for path, weight in weighted(source))
 
 
 def held_out_section(section: DataSection) -> DataSection | None:
     """The section with the held-out chats as its `train`; None if they are no source, but a share or none at all."""
-    given = section.eval
-    if given is None or isinstance(given, float):
+    return None if isinstance(section.eval, float) else _other_section(section, section.eval)
+
+
+def test_section(section: DataSection) -> DataSection | None:
+    """The section with the chats of the final verdict as its `train`; None if there are none."""
+    return _other_section(section, section.test)
+
+
+def _other_section(section: DataSection, given: Any) -> DataSection | None:
+    if given is None:
         return None
-    changes = {"train": given, "eval": None, "limit": None}
+    changes = {"train": given, "eval": None, "test": None, "limit": None}
     if isinstance(given, OtherSplit):
         changes["train"] = given.path or [path for path, _ in weighted(section.train)]
         changes |= {"split": given.split or section.split, "name": given.name or section.name}
@@ -40,11 +40,19 @@ def held_out_section(section: DataSection) -> DataSection | None:
 
 def name_held_out(section: DataSection) -> str:
     """The sources of held-out chats in one line; a split that is not the one to train on is named, too."""
-    held_out = held_out_section(section)
+    return _name_other(held_out_section(section), section.eval)
+
+
+def name_test(section: DataSection) -> str:
+    """The sources of the chats of the final verdict in one line."""
+    return _name_other(test_section(section), section.test)
+
+
+def _name_other(held_out: DataSection | None, given: Any) -> str:
     if held_out is None:
         return ""
     parts = [part for part in (held_out.name, held_out.split) if part]
-    more = f" ({', '.join(parts)})" if isinstance(section.eval, OtherSplit) else ""
+    more = f" ({', '.join(parts)})" if isinstance(given, OtherSplit) else ""
     return f"{name_sources(held_out.train)}{more}"
 
 
@@ -60,13 +68,13 @@ def check_sources(section: DataSection) -> None:
         raise DataError("data.train: no file given; set it to a file of chats")
     if section.streaming:
         check_stream(section)
-    held_out = held_out_section(section)
-    check_there([path for one in (section, held_out) if one for path, _ in weighted(one.train)])
-    problems = _of_files(section, held_out)
+    RowMapping.of(section)  # a function that no program holds is told now
+    others = {"eval": held_out_section(section), "test": test_section(section)}
+    check_there([path for one in (section, *others.values()) if one for path, _ in weighted(one.train)])
+    problems = _of_files(section, others)
     if problems:
         raise ConfigError(problems)
-    if held_out:
-        _check_apart(section, held_out)
+    _check_apart(section, others)
 
 
 def check_there(sources: Sequence[str]) -> None:
@@ -80,58 +88,77 @@ def check_there(sources: Sequence[str]) -> None:
         raise DataError(problems)
 
 
-def _of_files(section: DataSection, held_out: DataSection | None) -> list[str]:
-    """What a file is asked for that only a data set has: a configuration, or another split."""
+def _of_files(section: DataSection, others: Mapping[str, DataSection | None]) -> list[str]:
+    """What a file, or rows in memory, are asked for that only a data set has: a configuration, or another split."""
     problems = []
     if section.name:
         problems += [
-            f"data.name: {path} is a file, which has no configurations; leave the key out" for path in _files(section)
+            f"data.name: {what}, which has no configurations; leave the key out" for what in _files(section, "name")
         ]
     if section.split != "train":
-        problems += [
-            f"data.split: {path} is a file, which has no splits; leave the key out" for path in _files(section)
-        ]
-    if held_out and isinstance(section.eval, OtherSplit) and (section.eval.split or section.eval.name):
-        problems += [
-            f"data.eval: {path} is a file, which has neither splits nor configurations; write `eval: 0.1` to hold a "
-            "tenth of the rows out, or name another file"
-            for path in _files(held_out)
-        ]
+        problems += [f"data.split: {what}, which has no splits; leave the key out" for what in _files(section, "split")]
+    for key, other in others.items():
+        given = getattr(section, key)
+        if other and isinstance(given, OtherSplit) and (given.split or given.name):
+            tenth = "write `eval: 0.1` to hold a tenth of the rows out, or " if key == "eval" else ""
+            problems += [
+                f"data.{key}: {what}, which has neither splits nor configurations; {tenth}name another file"
+                for what in _files(other, "split" if given.split else "name")
+            ]
     return problems
 
 
-def _files(section: DataSection) -> list[str]:
-    return [path for path, _ in weighted(section.train) if Path(path).expanduser().is_file()]
+def _files(section: DataSection, key: str) -> list[str]:
+    """The sources that have no splits, or no configurations (`key`: "split" or "name"), with what each is."""
+    found = []
+    for path, _ in weighted(section.train):
+        held = held_rows(path)
+        if held:
+            found += [f"{path} is in memory"] if key == "name" or not held.has_splits else []
+        elif Path(path).expanduser().is_file() and not (key == "name" and has_sheets(Path(path))):
+            found.append(f"{path} is a file")
+    return found
 
 
-def _check_apart(section: DataSection, held_out: DataSection) -> None:
+def _check_apart(section: DataSection, others: Mapping[str, DataSection | None]) -> None:
+    """Make sure that no source is trained on and held out, nor held out and the final verdict."""
     trained = {identity(path, section) for path, _ in weighted(section.train)}
-    twice = [path for path, _ in weighted(held_out.train) if identity(path, held_out) in trained]
-    if twice:
-        raise ConfigError([_apart_sentence(path, section) for path in twice])
+    problems, held_out = [], set()
+    for key, other in others.items():
+        if other is None:
+            continue
+        for path, _ in weighted(other.train):
+            if identity(path, other) in trained:
+                problems.append(_apart_sentence(path, section, key))
+            elif identity(path, other) in held_out:
+                problems.append(f"data.test: {path} is data.eval, too; the verdict needs chats that guided nothing")
+            held_out.add(identity(path, other))
+    if problems:
+        raise ConfigError(problems)
 
 
 def identity(path: str, section: DataSection) -> tuple[str | None, ...]:
     """What tells the rows of a source from those of another. Several spellings of a path are one source."""
     place = Path(path).expanduser()
     if place.is_file():
-        return (str(place.resolve()),)
+        return (str(place.resolve()), *([section.name] if has_sheets(place) else []))
     return (str(place.resolve()) if place.exists() else path.casefold(), section.split, section.name)
 
 
-def _apart_sentence(path: str, section: DataSection) -> str:
-    place = Path(path).expanduser()
+def _apart_sentence(path: str, section: DataSection, key: str) -> str:
+    place, held = Path(path).expanduser(), held_rows(path)
+    tenth = "write `eval: 0.1` to hold a tenth of it out, or " if key == "eval" else ""
+    if held and not held.has_splits:
+        return f"data.{key}: {path}: these are the rows that are trained on; {tenth}give other rows"
     if place.is_file():
-        return (
-            f"data.eval: {path} is the file that is trained on; write `eval: 0.1` to hold a tenth of it out, or name "
-            "another file"
-        )
-    others = [split for split in _splits(place) if split != section.split]
+        return f"data.{key}: {path} is the file that is trained on; {tenth}name another file"
+    others = [split for split in (held.splits if held else _splits(place)) if split != section.split]
     known = f"; there are the splits {', '.join(others)}" if others else ""
     example = others[0] if others else "validation"
+    this = ", or `eval: 0.1` to hold a tenth of this one out" if key == "eval" else ""
     return (
-        f"data.eval: the split `{section.split}` of {path} is trained on; write `eval: {{split: {example}}}` for "
-        f"another split, or `eval: 0.1` to hold a tenth of this one out{known}"
+        f"data.{key}: the split `{section.split}` of {path} is trained on; write `{key}: {{split: {example}}}` for "
+        f"another split{this}{known}"
     )
 
 

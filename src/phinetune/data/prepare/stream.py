@@ -11,6 +11,8 @@ from datasets import Features, IterableDataset, List, Value
 
 from phinetune.config.data import DataSection, WeightedFile
 from phinetune.data.prepare.encode_rows import BATCH, RowEncoder
+from phinetune.data.prepare.first_rows import look_at_first
+from phinetune.data.prepare.named_sources import name_sources, weighted
 from phinetune.data.read.any_source import scan_rows
 from phinetune.data.read.row import Broken, Row
 from phinetune.errors import ConfigError, DataError
@@ -42,7 +44,9 @@ def first_rows(section: DataSection) -> list[Row]:
     Raises:
         DataError: a source can't be opened, or one of these rows is broken.
     """
-    return list(itertools.islice(_rows(section), BATCH))
+    rows = list(itertools.islice(_rows(section), BATCH))
+    look_at_first(name_sources(section.train), rows, section)
+    return rows
 
 
 def tell_unused(source: str, limit: int | None) -> None:
@@ -75,9 +79,8 @@ def _encoded(encode: RowEncoder) -> Iterator[dict[str, Any]]:
 
 def _rows(section: DataSection) -> Iterator[Row]:
     """The rows within the limit. That a source gives none is told where the limit is reached."""
-    sources = [section.train] if isinstance(section.train, str) else section.train or []
     taken = 0
-    for source in map(str, sources):
+    for source, _ in weighted(section.train):
         if taken == section.limit:
             tell_unused(source, section.limit)
             continue
@@ -93,7 +96,7 @@ def _unbroken(source: str, section: DataSection) -> Iterator[Row]:
     Raises:
         DataError: the source has a broken place. It is raised when that place is reached.
     """
-    for item in scan_rows(source, section.split, section.name, streaming=True):
+    for item in scan_rows(source, section.split, section.name, streaming=True, text_by=section.text_by):
         if isinstance(item, Broken):
             raise DataError(f"{item.where}: {item.problem}")
         yield item

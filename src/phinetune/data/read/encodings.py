@@ -6,6 +6,8 @@ import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
+from phinetune.data.read.packed import open_bytes
+
 # Byte order marks. The longer ones come first: UTF-32's begins like UTF-16's.
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -46,10 +48,11 @@ def refuse_other_kinds(path: Path) -> None:
     Raises:
         NotText: it is of another kind.
     """
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         head = file.read(32)
+    kinds = {b"PAR1": ".parquet", b"PK\x03\x04": ".xlsx"}
     for mark, kind in OTHER_KINDS.items():
-        if head.startswith(mark) and not (mark == b"PAR1" and path.suffix.lower() == ".parquet"):
+        if head.startswith(mark) and kinds.get(mark) != path.suffix.lower():
             raise NotText(f"the file is not what its name says; it is {kind}")
 
 
@@ -60,7 +63,7 @@ def is_utf16_or_utf32(path: Path) -> bool:
 
 def _utf16_or_utf32(path: Path) -> str | None:
     """The name of the file's encoding, if that is UTF-16 or UTF-32; else None."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         head = file.read(4)
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
     return marked or ZERO_BYTES.get(tuple(byte == 0 for byte in head))
@@ -77,11 +80,12 @@ def lines_of(path: Path, start: int = 0, stop: int | None = None, first: int = 1
     """
     name = _utf16_or_utf32(path)
     if name:
-        text = path.read_bytes().decode(name, errors="replace").removeprefix("\ufeff")
+        with open_bytes(path) as file:
+            text = file.read().decode(name, errors="replace").removeprefix("\ufeff")
         yield from enumerate((_DecodedLine(line, name) for line in text.split("\n")), 1)
         return
-    with path.open("rb") as file:
-        place = file.seek(start)
+    with open_bytes(path) as file:
+        place = file.seek(start) if start else 0
         for number, line in enumerate(file, first):
             yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             place += len(line)

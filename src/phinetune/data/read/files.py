@@ -1,14 +1,13 @@
-"""Rows of a file, each with its place: JSON Lines, JSON, CSV, Parquet."""
+"""Rows of a file, each with its place: JSON Lines, JSON, Parquet; tables and texts are read in files of their own."""
 
 from __future__ import annotations
 
-import csv
+import io
 import json
 import logging
 import re
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,60 @@ from phinetune.data.read.encodings import (
     lines_of,
     refuse_other_kinds,
 )
+from phinetune.data.read.packed import PACKED, kind_of, open_bytes
 from phinetune.data.read.row import Broken, Row
 from phinetune.data.read.safe_json import TOO_DEEP, first_twin, is_deep, load_json, load_with_twins
+from phinetune.data.read.tables import can_read_sheets, read_csv, read_sheet, read_tsv
+from phinetune.data.read.text_files import read_text_file
 
 logger = logging.getLogger(__name__)
 
-PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".tar", ".tgz")
-MISSING: Any = object()  # stands where a row of a CSV file has no cell
+SHEETS = ".xlsx"
+TEXTS = (".txt", ".md")
 BATCH = 1024  # rows of a Parquet file in memory at a time
 
 
 def unknown_kind(path: Path) -> str | None:
     """What is wrong with the kind of a file, judged by its name; None if it can be read."""
-    kind = path.suffix.lower()
+    kind = kind_of(path)
+    if kind == SHEETS and not can_read_sheets():
+        return f"{path}: .xlsx files are read by openpyxl, which is not installed: pip install 'phinetune[xlsx]'"
     hint = "; unpack it first" if kind in PACKED else ""
     return None if kind in READERS else f"{path}: unknown kind of file{hint}; known: {', '.join(READERS)}"
 
 
-def read_file(path: Path) -> Iterator[Row | Broken]:
+def has_sheets(path: Path) -> bool:
+    """Whether a file is made of sheets, which have names."""
+    return kind_of(path) == SHEETS
+
+
+def read_file(path: Path, name: str | None = None, text_by: str = "paragraph") -> Iterator[Row | Broken]:
+    """The rows of a file and its broken places, in order.
+
+    Args:
+        name: of the sheet of an .xlsx file.
+        text_by: what is a row of a text: `paragraph` or `tokens`.
+    """
     try:
-        kind = path.suffix.lower()
+        kind = kind_of(path)
         refuse_other_kinds(path)
-        if kind in (".json", ".csv") and is_utf16_or_utf32(path):
+        if kind in (".json", ".csv", ".tsv", *TEXTS) and is_utf16_or_utf32(path):
             line, problem = bad_place(path)
             yield Broken(f"{path}:{line}", problem, "encoding")
             return
-        yield from READERS[kind](path)
+        if kind == SHEETS:
+            yield from read_sheet(path, name)
+        elif kind in TEXTS:
+            yield from read_text_file(path, text_by)
+        else:
+            yield from READERS[kind](path)
     except NotText as error:
         yield Broken(f"{path}:{error.line}", str(error))
     except UnicodeDecodeError:
         line, problem = bad_place(path)
         yield Broken(f"{path}:{line}", problem, "encoding")
+    except (EOFError, zlib.error):
+        yield Broken(str(path), "the archive is damaged: it ends in its middle, or its bytes are not its own")
     except OSError as error:
         yield Broken(str(path), f"can't be read: {error.strerror or error}")
 
@@ -62,7 +84,7 @@ def _json_lines(path: Path) -> Iterator[Row | Broken]:
 
 def is_list(path: Path) -> bool:
     """Whether a file holds one JSON list, whatever its name says."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         listed = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     return listed and not is_utf16_or_utf32(path)
 
@@ -97,11 +119,12 @@ def _load(text: str) -> tuple[Any, str | None]:
 
 
 def _json(path: Path) -> Iterator[Row | Broken]:
-    text = path.read_text(encoding="utf-8-sig")
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig") as file:
+        text = file.read()
     try:
         tree, twins = load_with_twins(text)
     except json.JSONDecodeError as error:
-        by_line = path.suffix.lower() != ".json" or text[: error.pos].rstrip().endswith("}")
+        by_line = kind_of(path) != ".json" or text[: error.pos].rstrip().endswith("}")
         if error.msg == "Extra data" and by_line:
             yield from read_lines(path, lines_of(path))  # JSON Lines under the wrong name
         else:
@@ -160,40 +183,6 @@ def _lines_of_items(text: str, start: int, count: int) -> list[int]:
     return lines
 
 
-def _csv(path: Path) -> Iterator[Row | Broken]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, restval=MISSING)
-        line = 1
-        try:
-            problem = _other_separator(reader.fieldnames or []) or _named_twice(reader.fieldnames or [])
-            if problem:
-                yield Broken(f"{path}:1", problem)
-                return
-            line = reader.line_num + 1
-            for fields in reader:
-                if fields.pop(None, None) is not None:
-                    yield Broken(f"{path}:{line}", "more cells than the header has columns")
-                elif MISSING in fields.values():
-                    yield Broken(f"{path}:{line}", "fewer cells than the header has columns")
-                else:
-                    yield Row(f"{path}:{line}", {k: v or None for k, v in fields.items()})
-                line = reader.line_num + 1
-        except csv.Error as error:
-            yield Broken(f"{path}:{line}", f"broken CSV: {error}")
-
-
-def _other_separator(header: Sequence[str]) -> str | None:
-    sign = next((sign for sign in ";\t|" if sign in "".join(header)), None) if len(header) == 1 else None
-    name = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(sign or "")
-    return f"the columns are set apart by {name}; save the file with commas" if name else None
-
-
-def _named_twice(header: Sequence[str]) -> str | None:
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    return f"two columns are named `{twice[0]}`, and only one could be read; rename one" if twice else None
-
-
 def _parquet(path: Path) -> Iterator[Row | Broken]:
     import pyarrow
     import pyarrow.parquet
@@ -223,8 +212,11 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Broken]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _csv,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
     ".parquet": _parquet,
+    SHEETS: read_sheet,
+    **dict.fromkeys(TEXTS, lambda path: read_text_file(path, "paragraph")),
 }
 
 

@@ -9,18 +9,23 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from phinetune.data.read.files import PACKED, READERS, read_file, unknown_kind
+from phinetune.data.read.files import READERS, TEXTS, read_file, unknown_kind
+from phinetune.data.read.packed import PACKED, kind_of
 from phinetune.data.read.row import Broken, Row
 from phinetune.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|changelog|requirements|citation)\b", re.IGNORECASE
+)  # texts about the data
 SAVED = ("state.json", "dataset_dict.json")  # files of a data set that `datasets` saved
-TABLES = (".tsv", ".arrow", ".xlsx", ".feather", ".orc", ".avro")  # data that nothing here reads
+TABLES = (".arrow", ".xls", ".feather", ".orc", ".avro")  # data that nothing here reads
 
 
 def is_folder_of_files(source: str | Path) -> bool:
@@ -28,7 +33,7 @@ def is_folder_of_files(source: str | Path) -> bool:
     path = Path(source).expanduser()
     if any((path / name).is_file() for name in SAVED):
         return False
-    return any(file.suffix.lower() in READERS for file in visible_files(path))
+    return any(kind_of(file) in READERS and not _is_about(file) for file in visible_files(path))
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
@@ -39,12 +44,13 @@ def visible_files(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def scan_folder(path: Path, split: str, name: str | None = None) -> Iterator[Row | Broken]:
+def scan_folder(path: Path, split: str, name: str | None = None, text_by: str = "paragraph") -> Iterator[Row | Broken]:
     """The rows and the broken places of a split, file by file.
 
     Args:
         split: a split's name, or parts of splits as `datasets` writes them (`train[:10%]`, `train+test`).
         name: of a configuration that the folder's README.md lists.
+        text_by: see `read_file`.
 
     Raises:
         DataError: see `files_by_split`; or the folder has no such split.
@@ -52,9 +58,9 @@ def scan_folder(path: Path, split: str, name: str | None = None) -> Iterator[Row
     splits = files_by_split(path, name)
     _name_files_left_out(path, splits)
     if is_name(split):
-        return _scan_files(files_of(path, splits, split))
+        return _scan_files(files_of(path, splits, split), text_by)
     return itertools.chain.from_iterable(
-        itertools.islice(_scan_files(splits[part.splitname]), part.from_, part.to)
+        itertools.islice(_scan_files(splits[part.splitname], text_by), part.from_, part.to)
         for part in _parts(path, splits, split)
     )
 
@@ -75,8 +81,8 @@ def files_of(path: Path, splits: dict[str, list[Path]], split: str) -> list[Path
     return splits[split]
 
 
-def _scan_files(files: Sequence[Path]) -> Iterator[Row | Broken]:
-    return itertools.chain.from_iterable(map(read_file, files))
+def _scan_files(files: Sequence[Path], text_by: str = "paragraph") -> Iterator[Row | Broken]:
+    return itertools.chain.from_iterable(read_file(file, text_by=text_by) for file in files)
 
 
 def _parts(path: Path, splits: dict[str, list[Path]], split: str) -> list[Any]:
@@ -98,6 +104,9 @@ def files_by_split(path: Path, name: str | None = None) -> dict[str, list[Path]]
             files that are not there.
     """
     found = {split: list(filter(_is_data, files)) for split, files in _by_datasets(path, name).items()}
+    tables = {split: [file for file in files if kind_of(file) not in TEXTS] for split, files in found.items()}
+    if any(tables.values()):  # beside them, a text is a note about them
+        found = tables
     unknown = [unknown_kind(file) for file in dict.fromkeys(itertools.chain.from_iterable(found.values()))]
     if any(unknown):
         raise DataError([f"{problem}; or move it out of the folder" for problem in unknown if problem])
@@ -106,14 +115,22 @@ def files_by_split(path: Path, name: str | None = None) -> dict[str, list[Path]]
 
 def _name_files_left_out(path: Path, splits: dict[str, list[Path]]) -> None:
     """Tell of data files in no split: where some names have a split's word, `datasets` passes the others over."""
-    left = sorted(set(filter(_is_data, visible_files(path))) - set(itertools.chain.from_iterable(splits.values())))
+    read = set(itertools.chain.from_iterable(splits.values()))
+    texts = any(kind_of(file) in TEXTS for file in read)
+    data = {file for file in visible_files(path) if _is_data(file) and (texts or kind_of(file) not in TEXTS)}
+    left = sorted(data - read)
     if left and not _lists_files(path):
         names = ", ".join(map(str, left))
         logger.warning("%s: in none of the splits %s, so not read: %s", path, ", ".join(splits), names)
 
 
 def _is_data(file: Path) -> bool:
-    return file.suffix.lower() in (*READERS, *PACKED, *TABLES)
+    return kind_of(file) in (*READERS, *PACKED, *TABLES) and not _is_about(file)
+
+
+def _is_about(file: Path) -> bool:
+    """Whether a text tells of the data, as a README does, and is none."""
+    return kind_of(file) in TEXTS and ABOUT.match(file.name) is not None
 
 
 def _by_datasets(path: Path, name: str | None) -> dict[str, list[Path]]:

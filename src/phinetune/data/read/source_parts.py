@@ -21,6 +21,8 @@ from phinetune.data.read.datasets_library import open_dataset
 from phinetune.data.read.encodings import NotText, is_utf16_or_utf32, lines_of, refuse_other_kinds
 from phinetune.data.read.files import is_list, read_file, read_lines, rows_of
 from phinetune.data.read.folders import files_by_split, files_of, is_folder_of_files, is_name
+from phinetune.data.read.held_data import held_rows
+from phinetune.data.read.plain_values import jsonable
 from phinetune.data.read.row import Broken, Row
 from phinetune.files import file_digest
 
@@ -50,7 +52,12 @@ class Source(Protocol):
 
 
 def digest(source: str, split: str, name: str | None = None) -> str:
-    """SHA-256 of a source's content: of the file, or of the split's name and the files of a data set or a folder."""
+    """SHA-256 of a source's content: of the file, or of the rows in memory; of a data set or a folder, of the split's
+    name and the files.
+    """
+    held = held_rows(source)
+    if held:
+        return f"{split if held.has_splits else ''} {held.digest}"
     path = Path(source).expanduser()
     if path.is_file():
         return file_digest(path)
@@ -64,31 +71,35 @@ def digest(source: str, split: str, name: str | None = None) -> str:
     return hashlib.sha256("".join([split, *(file_digest(Path(file)) for file in files)]).encode()).hexdigest()
 
 
-def open_source(source: str, split: str, work: Path, name: str | None = None) -> Source:
+def open_source(source: str, split: str, work: Path, name: str | None = None, text_by: str = "paragraph") -> Source:
     """The source, ready to be read in pieces.
 
     Args:
         work: a folder for a copy, named `source.*`, if the source itself can't be read in pieces.
         name: the configuration of a folder or hub id.
+        text_by: see `scan_rows`.
     """
+    if held_rows(source):
+        return _copy_rows(scan_rows(source, split), work / "source.jsonl")
     path = Path(source).expanduser()
     if path.is_file():
-        return _open_file(path, work / "source")
+        return _open_file(path, work / "source", name, text_by)
     if not is_folder_of_files(path):
         return DatasetSource(source, open_dataset(source, split, name))
     if not is_name(split):
-        return _copy_rows(scan_rows(source, split, name), work / "source.jsonl")
+        return _copy_rows(scan_rows(source, split, name, text_by=text_by), work / "source.jsonl")
     files = files_of(path, files_by_split(path, name), split)
-    return FolderSource([_open_file(file, work / f"source.{number}") for number, file in enumerate(files)])
+    opened = [_open_file(file, work / f"source.{i}", None, text_by) for i, file in enumerate(files)]
+    return FolderSource(opened)
 
 
-def _open_file(path: Path, copy: Path) -> Source:
+def _open_file(path: Path, copy: Path, name: str | None, text_by: str) -> Source:
     """A file, ready to be read in pieces. `copy`: the name of a copy, without an ending."""
     if path.suffix.lower() in LINES and _is_text(path):
         return LineSource(path)
     if path.suffix.lower() == ".parquet":
         return _copy_parquet(path, copy)
-    return _copy_rows(read_file(path), Path(f"{copy}.jsonl"))
+    return _copy_rows(read_file(path, name, text_by), Path(f"{copy}.jsonl"))
 
 
 def _is_text(path: Path) -> bool:
@@ -215,7 +226,7 @@ def _copy_rows(items: Iterable[Row | Broken], target: Path) -> Source:
     with target.open("w", encoding="ascii") as file:
         for item in items:
             values = (*item,) if isinstance(item, Row) else (item.where, item.problem, item.kind)
-            file.write(json.dumps(values, default=str) + "\n")
+            file.write(json.dumps(values, default=jsonable) + "\n")
     return LineSource(target, is_copy=True)
 
 

@@ -104,6 +104,12 @@ def _remove_private(config: RunConfig) -> None:
         data.eval = _name(data.eval)
     elif isinstance(data.eval, OtherSplit) and data.eval.path:
         data.eval = data.eval.model_copy(update={"path": _name(data.eval.path)})
+    if isinstance(data.test, list):
+        data.test = [_name(place) for place in data.test]
+    elif isinstance(data.test, str):
+        data.test = _name(data.test)
+    elif data.test and data.test.path:
+        data.test = data.test.model_copy(update={"path": _name(data.test.path)})
     if config.model.tokenizer:
         config.model.tokenizer = _name(config.model.tokenizer)
     for metric in config.evaluation.own:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 # scored: over labelled tokens, without an answer. metric: of answers, where `evaluation.metrics` names it.
 # answer: of answers, always.
 Kind = Literal["scored", "metric", "answer"]
+
+
+LESS = "↓"  # stands behind the heading of a measure in which less is better
+LESS_TOLD = f"{LESS} less is better; elsewhere more is"
 
 
 class Measure(NamedTuple):
@@ -27,6 +31,11 @@ class Measure(NamedTuple):
     more_is_better: bool
     is_percent: bool = True
     kind: Kind = "metric"
+
+    @property
+    def titled(self) -> str:
+        """The heading, with `LESS` where less is better."""
+        return self.heading if self.more_is_better else f"{self.heading} {LESS}"
 
     def change(self, before: float, after: float) -> tuple[str, bool]:
         """The signed difference in this measure's format, and whether it is one for the better."""
@@ -70,17 +79,44 @@ METRICS = keys_of("metric")
 RESERVED = frozenset({*(measure.key for measure in MEASURES), *COUNTS, *TIMES})
 
 
-def measures_of(keys: Collection[str], less_is_better: Collection[str] = ()) -> list[Measure]:
-    """The measures among `keys`: those of the table, then a user's own."""
+def measures_of(
+    keys: Collection[str],
+    less_is_better: Collection[str] = (),
+    percents: Collection[str] = (),
+    values: Mapping[str, Sequence[Any]] | None = None,
+) -> list[Measure]:
+    """The measures among `keys`: those of the table, then a user's own.
+
+    Args:
+        less_is_better: the keys of own ones in which less is better.
+        percents: the keys of own ones that are shares of a hundred.
+        values: what will be shown of them, by key; it decides how many decimals an own one needs.
+    """
     known = {measure.key: measure for measure in MEASURES}
     own = [key for key in keys if key not in known and key not in COUNTS]
     return [
         *(measure for measure in MEASURES if measure.key in keys),
-        *(Measure(key, key.replace("_", " "), "{:.1f}", key not in less_is_better, False) for key in own),
+        *(_own(key, key not in less_is_better, key in percents, (values or {}).get(key, ())) for key in own),
     ]
 
 
-def measured(sides: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
-    """The measures of which every side has a number."""
-    keys = list(next(iter(sides.values()), {}))
-    return measures_of([key for key in keys if all(side.get(key) is not None for side in sides.values())])
+def _own(key: str, more_is_better: bool, is_percent: bool, values: Sequence[Any]) -> Measure:
+    """A measure of the user's own. Numbers up to 1 may be shares, whose third decimal still says something."""
+    numbers = [abs(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    form = "{:.3f}" if numbers and 0 < max(numbers) <= 1 and not is_percent else "{:.1f}"
+    return Measure(key, key.replace("_", " ") + (" %" if is_percent else ""), form, more_is_better, is_percent)
+
+
+def measured(
+    sides: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Measure]:
+    """The measures of which every side has a number.
+
+    Args:
+        own: what results.json says of own ones, by key: `less_is_better` and `is_percent`.
+    """
+    keys = [key for key in next(iter(sides.values()), {}) if all(side.get(key) is not None for side in sides.values())]
+    less, percents = (
+        [key for key, said in (own or {}).items() if said.get(what)] for what in ("less_is_better", "is_percent")
+    )
+    return measures_of(keys, less, percents, {key: [side[key] for side in sides.values()] for key in keys})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.read.row import Row
 from phinetune.engine.scoring import score_rows
+from phinetune.errors import DataError, RunError
 from phinetune.evaluation.bootstrap import NOT_FINITE
 from phinetune.evaluation.compare import Comparison, compare
-from phinetune.evaluation.metrics import row_metrics
+from phinetune.evaluation.metrics import open_metrics
 from phinetune.metric_table import measured
 from phinetune.screen.comparison import show_comparison
 
@@ -41,7 +43,7 @@ def held_out(tuned: Opened, chats: Path) -> ChatSet:
 
 def compared(model: Any, tuned: Opened, held_out: ChatSet, **options: Any) -> Comparison:
     section = EvaluationSection(**{"max_new_tokens": 8, "max_prompts": 4, "batch_size": 3, **options})
-    return compare(model, tuned.loaded.tokenizer, tuned.encoder, held_out, section, row_metrics(section))
+    return compare(model, tuned.loaded.tokenizer, tuned.encoder, held_out, section, open_metrics(section))
 
 
 def mean_loss(model: Any, held_out: ChatSet) -> float:
@@ -124,7 +126,7 @@ def test_the_difference_in_every_measure_has_an_interval_and_a_verdict(
 def test_everything_found_is_the_same_after_json(tuned: Opened, held_out: ChatSet, console: Console) -> None:
     tree = compared(tuned.model, tuned, held_out).to_tree()
     assert json.loads(json.dumps(tree, allow_nan=False)) == tree
-    assert set(tree) == {"evaluation", "differences", "by_tag", "json_fields", "flags", "examples"}
+    assert set(tree) == {"evaluation", "differences", "by_tag", "json_fields", "classes", "own", "flags", "examples"}
     assert tree["examples"][0]["scores"]["tuned"]["exact_match"] in (0, 100)
 
 
@@ -216,3 +218,63 @@ def test_a_metric_of_which_no_answer_has_two_numbers_has_no_difference(tuned: Op
     made = compare(tuned.model, tuned.loaded.tokenizer, tuned.encoder, held_out, section, metrics)
     assert made.results["tuned"]["late"] == 1.0
     assert "late" not in made.differences
+
+
+def count_words(answers: list[str], references: list[str]) -> dict[str, float]:
+    return {"words": float(sum(len(answer.split()) for answer in answers)), "of": float(len(references))}
+
+
+OVER_THE_SET = [{"name": "many", "compute": count_words, "less_is_better": True}, {"name": "sum", "classes": "auto"}]
+
+
+def test_metrics_over_the_set_stand_beside_the_others(tuned: Opened, held_out: ChatSet, console: Console) -> None:
+    """The base is the tuned model with its adapter off, so by hand both have the numbers of their own answers."""
+    tags = ["odd" if i % 2 else "" for i in range(len(held_out))]
+    made = compared(tuned.model, tuned, replace(held_out, tags=tags), metrics=OVER_THE_SET)
+    references = [one.reference for one in made.examples]
+    for name, numbers in made.results.items():
+        texts = [one.answers[name] for one in made.examples]
+        assert numbers["many_words"] == count_words(texts, references)["words"]
+        assert numbers["sum_accuracy"] == 100 * sum(a == b for a, b in zip(texts, references, strict=True)) / 4
+        odd = [one.answers[name] for i, one in enumerate(made.examples) if i % 2]
+        assert made.by_tag["odd"][name]["many_words"] == count_words(odd, [])["words"]
+        assert sum(map(sum, made.classes["sum"]["sides"][name]["matrix"])) == 4
+    assert made.classes["sum"]["labels"] == sorted(references)
+    assert {"many_words", "sum_macro_f1"} <= made.differences.keys()
+    assert made.own["many_words"] == {"less_is_better": True, "is_percent": False}
+    assert made.own["sum_macro_f1"] == {"less_is_better": False, "is_percent": True}
+    show_comparison(made, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "many words ↓" in shown
+    assert "sum macro f1 %" in shown
+    assert "↓ less is better" in shown
+    assert "sum: class" in shown
+
+
+def test_a_metric_that_fails_on_a_tag_alone_is_left_out_there_and_told(tuned: Opened, held_out: ChatSet) -> None:
+    def needs_four(answers: list[str], references: list[str]) -> float:
+        return 1 / (len(answers) == 4)
+
+    tags = ["odd" if i % 2 else "even" for i in range(len(held_out))]
+    metrics = [{"name": "four", "compute": needs_four, "resamples": 0}, "chrf"]
+    made = compared(tuned.model, tuned, replace(held_out, tags=tags), metrics=metrics)
+    assert made.results["tuned"]["four"] == 1
+    assert "four" not in made.by_tag["odd"]["tuned"]
+    assert "chrf" in made.by_tag["odd"]["tuned"]
+    told = [
+        flag for flag in made.flags if flag.startswith("of tag 'odd', base: evaluation.metrics: `four` failed on 2")
+    ]
+    assert len(told) == 1
+
+
+def test_a_function_that_raises_is_told_with_its_prompt(tuned: Opened, held_out: ChatSet) -> None:
+    def picky(answer: str, reference: str) -> float:
+        return 1 / (reference != "They are 2.")
+
+    with pytest.raises(RunError, match=r"`picky` failed on the answer .*ZeroDivisionError.* \(held-out prompt 2\)"):
+        compared(tuned.model, tuned, held_out, metrics=[picky])
+
+
+def test_references_that_are_no_label_are_refused_before_an_answer(tuned: Opened, held_out: ChatSet) -> None:
+    with pytest.raises(DataError, match="4 of the 4 held-out prompts have answers of their own that name none"):
+        compared(tuned.model, tuned, held_out, metrics=[{"name": "topic", "classes": ["one", "two"]}])

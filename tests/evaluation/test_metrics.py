@@ -12,7 +12,7 @@ from rouge_score import rouge_scorer
 
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.errors import ConfigError, RunError
-from phinetune.evaluation.metrics import row_metrics
+from phinetune.evaluation.metrics import open_metrics
 
 WORDS = "the a cat dog sat lay on under mat table é 東京 don't runs, fast. 7".split(" ")  # noqa: SIM905
 
@@ -23,7 +23,7 @@ def texts(seed: int, count: int = 60) -> list[str]:
 
 
 def mean(name: str | dict[str, Any], answers: list[str], references: list[str]) -> float:
-    (metric,) = row_metrics(EvaluationSection(metrics=[name])).values()
+    (metric,) = open_metrics(EvaluationSection(metrics=[name])).values()
     return sum(metric(a, r, []) for a, r in zip(answers, references, strict=True)) / len(answers)
 
 
@@ -88,7 +88,7 @@ def functions(tmp_path: Path) -> str:
 
 
 def own(place: str) -> Any:
-    return row_metrics(EvaluationSection(metrics=[{"name": "own", "function": place}]))["own"]
+    return open_metrics(EvaluationSection(metrics=[{"name": "own", "function": place}]))["own"]
 
 
 def test_functions_of_a_file_and_of_a_module_are_called(functions: str) -> None:
@@ -113,7 +113,7 @@ def test_functions_that_can_not_be_had_are_told_together(functions: str, tmp_pat
     places = [f"{functions}:none", f"{functions}:one", "gone.py:f", f"{bad}:f", "no_such_module:f"]
     metrics = [{"name": f"m{i}", "function": place} for i, place in enumerate(places)]
     with pytest.raises(ConfigError) as caught:
-        row_metrics(EvaluationSection(metrics=metrics))
+        open_metrics(EvaluationSection(metrics=metrics))
     words = ["there is no function `none`", "it takes 1 arguments", "no such file: gone.py", "nowhere_to_be_found"]
     assert len(caught.value.problems) == 5
     for problem, word in zip(caught.value.problems, [*words, "No module named"], strict=True):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 from phinetune import processes
 from phinetune.engine.generate import check_prompts
 from phinetune.evaluation.answering import questions_of
-from phinetune.evaluation.countable import check_countable, names_metrics, without_numbers
-from phinetune.evaluation.metrics import RowMetric, row_metrics
+from phinetune.evaluation.countable import check_classes, check_countable, names_metrics, sorts, without_numbers
+from phinetune.evaluation.metrics import Metrics, open_metrics
 from phinetune.exporting.hub.push import check_can_push
 from phinetune.training.best_checkpoint import best_metric
 from phinetune.training.prepare import PreparedRun, SettledRun
@@ -17,18 +16,18 @@ from phinetune.training.prepare import PreparedRun, SettledRun
 logger = logging.getLogger(__name__)
 
 
-def look_at_settings(settled: SettledRun) -> Mapping[str, RowMetric]:
+def look_at_settings(settled: SettledRun) -> Metrics:
     """The metrics of answers, where they and the push at the end can be had.
 
     Raises:
-        PhinetuneError: a function can't be loaded, or the run could not be pushed.
+        PhinetuneError: a metric can't be had, or the run could not be pushed.
     """
     if settled.settings.push:
         check_can_push(settled.settings.push.token)
-    return row_metrics(settled.config.evaluation)
+    return open_metrics(settled.config.evaluation)
 
 
-def look_at_rows(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> None:
+def look_at_rows(prepared: PreparedRun, metrics: Metrics) -> None:
     """Make sure that the held-out rows give the metric of the best checkpoint, and that fixed prompts can be answered.
 
     A line in the log tells of each metric that the user named and that will have no number.
@@ -44,10 +43,11 @@ def look_at_rows(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> Non
     name, held_out = best_metric(prepared.settings.training), prepared.chats.held_out
     counted = name if name and name not in prepared.objective.metrics else None
     told = processes.is_main() and names_metrics(section)
-    if not held_out or not (counted or told):
+    if not held_out or not section.generate or not (counted or told or sorts(metrics)):
         return
     questions = questions_of(encoder, held_out, section.max_prompts)
     if counted:
         check_countable(counted, metrics, questions)
+    check_classes(metrics, questions)
     for line in without_numbers(metrics, questions) if told else ():
         logger.warning(line)

@@ -14,13 +14,13 @@ from phinetune.api.sections import DataValue, holds_data, one_or_several
 from phinetune.api.train import EXAMPLES
 from phinetune.checkpoints.opened import open_model, opened_config
 from phinetune.checkpoints.tokenizer import open_config
-from phinetune.config.evaluation import CustomMetric, EvaluationSection
+from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.run import make_config
 from phinetune.data.read.held_data import hold_function
 from phinetune.errors import DataError, ModelError, RunError
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
-from phinetune.evaluation.metrics import row_metrics
+from phinetune.evaluation.metrics import open_metrics
 from phinetune.files import write_text
 from phinetune.logs import quiet_libraries
 from phinetune.run_folder import EVALUATION, RunFolder
@@ -70,7 +70,7 @@ def evaluate(
     config = opened_config(path, **model_options)
     open_config(config.model)  # a path without a model is told before all else
     options = _options(config.evaluation, evaluation or {}, console)
-    metrics = row_metrics(options)  # functions that can't be had are told before anything slow begins
+    metrics = open_metrics(options)  # functions that can't be had are told before anything slow begins
     if tag:
         config.data.tag = tag
     if row:
@@ -123,9 +123,10 @@ def _options(recorded: EvaluationSection, given: Mapping[str, Any], console: Con
     """The run's own section with what is given now on top. Functions that only the run names are not called: a run
     may be anyone's.
     """
-    kept = [one for one in recorded.metrics if not isinstance(one, CustomMetric) or one.function is None]
-    if len(kept) < len(recorded.metrics) and "metrics" not in given:
-        names = ", ".join(one.name for one in recorded.metrics if one not in kept and isinstance(one, CustomMetric))
+    calling = [one for one in recorded.own if one.called is not None]
+    kept = [one for one in recorded.metrics if one not in calling]
+    if calling and "metrics" not in given:
+        names = ", ".join(one.name for one in calling)
         say(
             console,
             f"Left out: {names}. A function that a run's config.yaml names is called only if you name it yourself, "

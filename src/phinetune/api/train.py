@@ -21,7 +21,7 @@ from phinetune.demo_data.demo_config import demo_config
 from phinetune.durations import read_seconds
 from phinetune.errors import ConfigError, ModelError
 from phinetune.evaluation.compare import compare
-from phinetune.evaluation.metrics import RowMetric
+from phinetune.evaluation.metrics import Metrics
 from phinetune.evaluation.while_training import while_training
 from phinetune.exporting.hub.card import write_card
 from phinetune.exporting.hub.push import push
@@ -164,9 +164,7 @@ def train_config(
             raise
 
 
-def _train_at(
-    place: RunPlace, settled: SettledRun, metrics: Mapping[str, RowMetric], console: Console, stop: StopRequest
-) -> Run:
+def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: Console, stop: StopRequest) -> Run:
     """All of a run that happens while its folder is locked."""
     prepared = prepare_run(settled)
     look_at_rows(prepared, metrics)
@@ -236,7 +234,7 @@ def _log_level(config: RunConfig) -> str:
     return level
 
 
-def _look(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> Any:
+def _look(prepared: PreparedRun, metrics: Metrics) -> Any:
     """What looks at the model at every evaluation."""
     section = prepared.config.evaluation
     counted = needs_answers(prepared.settings, section, prepared.objective)
@@ -244,7 +242,7 @@ def _look(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> Any:
     return while_training(prepared.tokenizer, encoder, held_out, section, metrics, counted)
 
 
-def _finish(trained: TrainedRun, metrics: Mapping[str, RowMetric], console: Console) -> Run:
+def _finish(trained: TrainedRun, metrics: Metrics, console: Console) -> Run:
     """The comparison, the card, the results and the report, which the main process makes."""
     folder = trained.folder
     results: dict[str, Any] = {
@@ -262,7 +260,7 @@ def _finish(trained: TrainedRun, metrics: Mapping[str, RowMetric], console: Cons
     return Run(folder.path, processes.from_main(results), False)
 
 
-def _compared(trained: TrainedRun, metrics: Mapping[str, RowMetric], console: Console) -> dict[str, Any]:
+def _compared(trained: TrainedRun, metrics: Metrics, console: Console) -> dict[str, Any]:
     """Base against tuned, shown and as results.json holds it; empty without held-out chats."""
     prepared = trained.prepared
     held_out, section = prepared.chats.held_out, prepared.config.evaluation

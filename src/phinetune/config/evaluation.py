@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from phinetune.config.own_metrics import KINDS, CustomMetric, metric_of
 from phinetune.config.section import Section, checked_entry
 from phinetune.errors import unknown_key
-from phinetune.metric_table import METRICS, RESERVED
-
-
-class CustomMetric(Section):
-    """A metric of the user's own: a regular expression or a Python function."""
-
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="its key in results.json")
-    regex: str | None = Field(None, description="a pattern; counts the answers that contain it")
-    function: str | None = Field(
-        None,
-        description="`module:function` or `file.py:function`, called with an answer, its reference and, if it takes "
-        "three arguments, the messages before it; gives a number, true, false, or None to leave the row out",
-    )
-    less_is_better: bool = Field(False, description="whether a smaller number is the better one")
-
-    @field_validator("regex")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return value
-
-    @field_validator("function")
-    @classmethod
-    def _two_parts(cls, value: str | None) -> str | None:
-        source, colon, name = (value or "a:b").rpartition(":")
-        if not (source and colon and name.isidentifier()):
-            raise ValueError(f"write it as module:function or file.py:function, not {value}")
-        return value
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> CustomMetric:
-        if (self.regex is None) == (self.function is None):
-            raise ValueError("give either regex or function")
-        if self.name in RESERVED:
-            raise ValueError(f"`{self.name}` is the name of another number; choose another")
-        return self
+from phinetune.metric_table import METRICS
 
 
 class EvaluationSection(Section):
@@ -59,7 +21,7 @@ class EvaluationSection(Section):
     metrics: list[str | CustomMetric] = Field(
         list(METRICS),
         description=f"metrics of answers: {', '.join(METRICS)} (json_… if references hold JSON), "
-        "{name: …, regex: …}, {name: …, function: file.py:function}",
+        f"or your own, {{name: …, KIND: …}}, where KIND is {', '.join(KINDS[:-1])} or {KINDS[-1]} (docs/metrics.md)",
     )
     max_prompts: int | None = Field(200, ge=1, description="answer the first N held-out prompts at most")
     max_new_tokens: int = Field(256, ge=1, description="tokens an answer may have before it is cut")
@@ -96,10 +58,25 @@ class EvaluationSection(Section):
             raise ValueError(f"named twice: {', '.join(twice)}")
         return metrics
 
+    @property
+    def own(self) -> list[CustomMetric]:
+        """The metrics of the user's own."""
+        return [metric for metric in self.metrics if isinstance(metric, CustomMetric)]
+
+    def less_is_better(self, keys: Collection[str]) -> list[str]:
+        """The keys of own numbers in which less is better."""
+        return [key for key in keys if any(one.gives(key) and one.is_less_better(key) for one in self.own)]
+
+    def percents(self, keys: Collection[str]) -> list[str]:
+        """The keys of own numbers that are known to be shares of a hundred."""
+        return [key for key in keys if any(one.gives(key) and one.is_percent for one in self.own)]
+
 
 def _metric(entry: Any) -> str | CustomMetric:
     if isinstance(entry, CustomMetric):
         return entry
+    if callable(entry):
+        entry = metric_of(entry)
     if isinstance(entry, Mapping):
         return checked_entry(CustomMetric, entry, f"metric `{entry.get('name', '?')}`")
     if entry not in METRICS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.config.data import OtherSplit, WeightedFile
-from phinetune.config.evaluation import CustomMetric
+from phinetune.config.own_metrics import name_places
 from phinetune.config.run import RunConfig
 
 RANDOM = "random:"  # `model.path` takes random shapes and the starter besides folders and hub ids
@@ -26,11 +26,8 @@ def with_absolute_places(config: RunConfig) -> RunConfig:
     made.data.train = _absolute(made.data.train)
     made.data.eval = _absolute(made.data.eval)
     made.data.test = _absolute(made.data.test)
-    for metric in made.evaluation.metrics:
-        if isinstance(metric, CustomMetric) and metric.function:
-            file, colon, function = metric.function.rpartition(":")
-            if file.endswith(".py"):  # anything else is a module
-                metric.function = absolute_place(file) + colon + function
+    for metric in made.evaluation.own:
+        name_places(metric, absolute_place)
     return made
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from phinetune.chats.template import Message
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.generate import Answer, answer_prompts
+from phinetune.errors import RunError
 from phinetune.evaluation.bootstrap import Array
-from phinetune.evaluation.metrics import RowMetric
+from phinetune.evaluation.metrics import Metrics, RowMetric
 from phinetune.evaluation.patterns import repeats
+from phinetune.evaluation.set_metrics import Counted, Judged, SetMetric, timed
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,42 @@ class Answers:
 
     Attributes:
         numbers: by metric the number of each answer, shape (answers). NaN: the metric has no number for this answer.
+        judged: the answers with their references and messages.
+        sets: the metrics that are counted from all answers at once.
     """
 
     answers: list[Answer]
     numbers: dict[str, Array]
+    judged: Judged = field(default_factory=lambda: Judged([], [], []))
+    sets: Sequence[SetMetric] = ()
+
+    @cached_property
+    def whole(self) -> list[Counted]:
+        """What each of `sets` gives for all answers.
+
+        Raises:
+            RunError: one of them failed.
+        """
+        return [timed(metric, self.judged) for metric in self.sets if self.answers]
 
     def means(self, chosen: Sequence[int] | None = None) -> dict[str, float]:
-        """The mean of each metric. Metrics without any number are left out.
+        """The mean of each metric, and what each metric over the set gives. Metrics without a number are left out.
 
         Args:
-            chosen: indexes of the answers to take the mean of; None is all.
+            chosen: indexes of the answers that count; None is all.
+
+        Raises:
+            RunError: a metric over the set failed.
         """
+        means = self.row_means(chosen)
+        if chosen is None:
+            return means | {key: value for one in self.whole for key, value in one.numbers.items()}
+        for metric in self.sets if len(chosen) else ():
+            means |= metric(self.judged.at(chosen))
+        return means
+
+    def row_means(self, chosen: Sequence[int] | None = None) -> dict[str, float]:
+        """The mean of each metric that has a number an answer. Args: see `means`."""
         means = {}
         for name, numbers in self.numbers.items():
             picked = numbers if chosen is None else numbers[list(chosen)]
@@ -85,15 +113,18 @@ def answer_all(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     section: EvaluationSection,
-    metrics: Mapping[str, RowMetric],
+    metrics: Metrics,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> Answers:
     """Let the model answer all questions, and compute numbers for each answer.
 
     Args:
-        metrics: see `phinetune.evaluation.metrics.row_metrics`. `stopped` and `repeating` are always added: 100 if the
+        metrics: see `phinetune.evaluation.metrics.open_metrics`. `stopped` and `repeating` are always added: 100 if the
             answer ended by itself, and 100 if it repeats itself; else 0.
         on_done: called with the number of answers that have just ended.
+
+    Raises:
+        RunError: a metric's function failed on an answer.
     """
     answers = answer_prompts(
         model,
@@ -104,12 +135,28 @@ def answer_all(
         on_done=on_done,
     )
     pairs = list(zip(answers, questions, strict=True))
-    numbers = {
-        name: _array([metric(a.text, q.reference, q.messages) for a, q in pairs]) for name, metric in metrics.items()
-    }
+    judged = Judged([a.text for a in answers], [q.reference for q in questions], [q.messages for q in questions])
+    numbers = {name: _row_numbers(one, judged) for name, one in metrics.items() if not isinstance(one, SetMetric)}
     numbers["stopped"] = _array([100.0 * a.stopped for a in answers])
     numbers["repeating"] = _array([100.0 * repeats(a.text, q.reference) for a, q in pairs])
-    return Answers(answers, numbers)
+    return Answers(answers, numbers, judged, [one for one in metrics.values() if isinstance(one, SetMetric)])
+
+
+def _row_numbers(metric: RowMetric, judged: Judged) -> Array:
+    """The number of each answer.
+
+    Raises:
+        RunError: the metric failed on an answer; the error says which.
+    """
+    values = []
+    for place, (answer, reference, messages) in enumerate(
+        zip(judged.answers, judged.references, judged.messages, strict=True), 1
+    ):
+        try:
+            values.append(metric(answer, reference, messages))
+        except RunError as error:
+            raise RunError(f"{error} (held-out prompt {place})") from error
+    return _array(values)
 
 
 def _array(values: Sequence[float | None]) -> Array:

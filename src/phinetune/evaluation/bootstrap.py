@@ -116,7 +116,17 @@ def _resamples(rows: int) -> Iterator[Array]:
 
 def _difference(measure: Measure, pair: Pairs, drawn: Array) -> Difference:
     counted = int(np.count_nonzero(pair.base_weights + pair.tuned_weights))
-    change = float(pair.change(np.ones(len(pair.base))))
+    return difference_of(measure, float(pair.change(np.ones(len(pair.base)))), drawn, counted)
+
+
+def difference_of(measure: Measure, change: float, drawn: Array, counted: int) -> Difference:
+    """The difference of two models, with the interval that its resamples give.
+
+    Args:
+        change: tuned minus base, over all rows.
+        drawn: the same of each resample, shape (resamples).
+        counted: how many rows count.
+    """
     tail = (100 - LEVEL) / 2
     usable = drawn[np.isfinite(drawn)]  # a resample without any row that counts has no value
     low, high = np.percentile(usable, [tail, 100 - tail]) if len(usable) else (np.nan, np.nan)

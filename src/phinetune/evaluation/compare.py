@@ -12,15 +12,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.chats.encoder import ChatEncoder
-from phinetune.config.evaluation import CustomMetric, EvaluationSection
+from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.engine.scoring import Score, score_rows
+from phinetune.errors import RunError
 from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
+from phinetune.evaluation.classes import Classes, class_tree
+from phinetune.evaluation.countable import check_classes
 from phinetune.evaluation.json_answers import field_shares
-from phinetune.evaluation.metrics import RowMetric
-from phinetune.metric_table import measures_of
+from phinetune.evaluation.metrics import Metrics
+from phinetune.metric_table import COUNTS, MEASURES, measures_of
 
 FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
 
@@ -57,6 +60,10 @@ class Comparison:
         by_tag: by value of the tag column: how many `rows` have it, and by model the same numbers as in `results`.
         json_fields: by model and by field: the percentage of answers in which the field is right; empty if no reference
             is JSON.
+        classes: by metric that sorts answers into classes: its labels, and by model the confusion matrix and the scores
+            of each class.
+        own: by metric of the user's own: whether less is better (`less_is_better`), and whether it is a share of a
+            hundred (`is_percent`).
         flags: sentences about what the user should look at.
         data: what became of the held-out rows, as in results.json.
         overlap: how many of them were trained on, as in results.json; None if that was not looked at.
@@ -67,6 +74,8 @@ class Comparison:
     differences: dict[str, Difference] = field(default_factory=dict)
     by_tag: dict[str, Numbers] = field(default_factory=dict)
     json_fields: dict[str, dict[str, float]] = field(default_factory=dict)
+    classes: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, dict[str, bool]] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, Any] | None = None
@@ -86,6 +95,8 @@ class Comparison:
             "differences": {key: _finite(difference.to_dict()) for key, difference in self.differences.items()},
             "by_tag": {tag: _finite(numbers) for tag, numbers in self.by_tag.items()},
             "json_fields": self.json_fields,
+            "classes": self.classes,
+            "own": self.own,
             "flags": self.flags,
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
@@ -109,17 +120,28 @@ class _Side:
     scores: list[Score]
     answered: Answers
 
-    def numbers(self, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None) -> Numbers:
-        """The numbers over some rows and prompts; None is all of them."""
-        score = sum((self.scores[i] for i in rows) if rows is not None else self.scores, Score())
-        return {
-            "loss": score.loss,
-            "perplexity": score.perplexity,
-            "token_accuracy": 100 * score.token_accuracy,
-            "labelled_tokens": score.tokens,
-            "prompts": len(self.answered.answers if prompts is None else prompts),
-            **self.answered.means(prompts),
-        }
+    def numbers(self) -> Numbers:
+        """The numbers over all rows and prompts."""
+        return {**_scored(self.scores), "prompts": len(self.answered.answers), **self.answered.means()}
+
+    def some_numbers(self, rows: Sequence[int], prompts: Sequence[int]) -> tuple[Numbers, list[str]]:
+        """The numbers over some rows and prompts, and why a metric over the set has none for them: it may need more."""
+        problems: list[str] = []
+        try:
+            means = self.answered.means(prompts)
+        except RunError as error:
+            means, problems = self.answered.row_means(prompts), error.problems
+        return {**_scored([self.scores[i] for i in rows]), "prompts": len(prompts), **means}, problems
+
+
+def _scored(scores: Sequence[Score]) -> Numbers:
+    score = sum(scores, Score())
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "token_accuracy": 100 * score.token_accuracy,
+        "labelled_tokens": score.tokens,
+    }
 
 
 class Watcher(Protocol):
@@ -147,7 +169,7 @@ def compare(
     encoder: ChatEncoder,
     held_out: ChatSet,
     section: EvaluationSection,
-    metrics: Mapping[str, RowMetric],
+    metrics: Metrics,
     watcher: Watcher | None = None,
     base: Side | None = None,
 ) -> Comparison:
@@ -156,16 +178,18 @@ def compare(
     A model without an adapter is `base`, and there is no `tuned`.
 
     Args:
-        metrics: what `phinetune.evaluation.metrics.row_metrics` returned for the section.
+        metrics: what `phinetune.evaluation.metrics.open_metrics` returned for the section.
         watcher: gets told how far the comparison is.
         base: gives the base, as `phinetune.checkpoints.untouched` does. None: it is the model without its adapter,
             which holds for every adapter that left its base as it was.
 
     Raises:
-        RunError: a metric's function failed on an answer.
+        RunError: a metric failed; the error says on which answer.
+        DataError: answers are to be sorted into classes, and the chats' own can't be.
     """
     watcher = watcher or _Unwatched()
     questions = questions_of(encoder, held_out, section.max_prompts) if section.generate else []
+    check_classes(metrics, questions)
     models = sides_of(model, base)
     model.eval()
     sides: dict[str, _Side] = {}
@@ -203,6 +227,8 @@ def _compared(
     sides: dict[str, _Side], questions: Sequence[Question], held_out: ChatSet, section: EvaluationSection
 ) -> Comparison:
     results = {name: side.numbers() for name, side in sides.items()}
+    found, few = _differences(sides, results, section) if len(sides) == 2 else ({}, [])
+    by_tag, untold = _by_tag(sides, questions, held_out.tags)
     overlap = held_out.shared.to_dict() if held_out.shared else None
     unlooked = [held_out.not_compared] if held_out.not_compared else []
     texts = {name: [answer.text for answer in side.answered.answers] for name, side in sides.items()}
@@ -220,26 +246,50 @@ def _compared(
     return Comparison(
         results,
         examples,
-        _differences(sides, section) if len(sides) == 2 else {},
-        _by_tag(sides, questions, held_out.tags),
+        found,
+        by_tag,
         fields if any(fields.values()) else {},
+        _classes(sides),
+        _own(results, section),
         [
             *shared_sentences(overlap or {}),
             *unlooked,
             *_not_finite(results),
             *_flags(results, section.max_new_tokens),
+            *few,
+            *untold,
         ],
         held_out.report.to_dict(),
         overlap,
     )
 
 
-def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict[str, Difference]:
-    """The difference of both models in every measure: of loss and tokens over rows, of answers over prompts."""
+def _own(results: Mapping[str, Numbers], section: EvaluationSection) -> dict[str, dict[str, bool]]:
+    known = {measure.key for measure in MEASURES} | set(COUNTS)
+    keys = [key for key in dict.fromkeys(key for numbers in results.values() for key in numbers) if key not in known]
+    less, percents = section.less_is_better(keys), section.percents(keys)
+    return {key: {"less_is_better": key in less, "is_percent": key in percents} for key in keys}
+
+
+def _classes(sides: Mapping[str, _Side]) -> dict[str, Any]:
+    answered = {name: side.answered for name, side in sides.items()}
+    first = next(iter(answered.values()))
+    return {
+        one.metric.name: class_tree(
+            one.function, {name: side.judged.answers for name, side in answered.items()}, first.judged.references
+        )
+        for one in first.sets
+        if isinstance(one.function, Classes)
+    }
+
+
+def _differences(
+    sides: Mapping[str, _Side], results: Mapping[str, Numbers], section: EvaluationSection
+) -> tuple[dict[str, Difference], list[str]]:
+    """The difference of both models in every measure: of loss and tokens over rows, of answers over prompts. Then
+    lines about intervals that come from few resamples.
+    """
     base, tuned = sides["base"], sides["tuned"]
-    less_is_better = [
-        metric.name for metric in section.metrics if isinstance(metric, CustomMetric) and metric.less_is_better
-    ]
 
     def per_token(name: str, factor: float = 1.0, exponential: bool = False) -> Pairs:
         def column(side: _Side, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -259,23 +309,41 @@ def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict
         "perplexity": per_token("nll", exponential=True),
         "token_accuracy": per_token("correct", 100.0),
     }
-    answered = {name: both for name in tuned.answered.means() if (both := mean(name)).base_weights.any()}
+    answered = {name: both for name in tuned.answered.row_means() if (both := mean(name)).base_weights.any()}
     by_measure: dict[str, Difference] = {}
     for pairs, rows in ((scored, len(base.scores)), (answered, len(base.answered.answers))):
-        measures = measures_of(list(pairs), less_is_better)
+        shown = {key: [side.get(key) for side in results.values()] for key in pairs}
+        measures = measures_of(list(pairs), section.less_is_better(pairs), section.percents(pairs), shown)
         by_measure |= differences({measure.key: (measure, pairs[measure.key]) for measure in measures}, rows)
-    return by_measure
+    lines: list[str] = []
+    for metric, before, after in zip(tuned.answered.sets, base.answered.whole, tuned.answered.whole, strict=False):
+        made, told = metric.differences(
+            base.answered.judged,
+            tuned.answered.judged,
+            before.numbers,
+            after.numbers,
+            before.seconds + after.seconds,
+        )
+        by_measure, lines = by_measure | made, lines + told
+    return by_measure, lines
 
 
-def _by_tag(sides: Mapping[str, _Side], questions: Sequence[Question], tags: Sequence[str]) -> dict[str, Numbers]:
+def _by_tag(
+    sides: Mapping[str, _Side], questions: Sequence[Question], tags: Sequence[str]
+) -> tuple[dict[str, Numbers], list[str]]:
+    """The numbers by tag, and a line for each tag on whose answers a metric over the set fails."""
     by_tag: dict[str, Numbers] = {}
+    lines: list[str] = []
     if not any(tags):  # the held-out file does not have the run's tag column
-        return by_tag
+        return by_tag, lines
     for tag in sorted(set(tags)):
         rows = [i for i, own in enumerate(tags) if own == tag]
         prompts = [i for i, question in enumerate(questions) if tags[question.row] == tag]
-        by_tag[tag] = {"rows": len(rows), **{name: side.numbers(rows, prompts) for name, side in sides.items()}}
-    return by_tag
+        by_tag[tag] = {"rows": len(rows)}
+        for name, side in sides.items():
+            by_tag[tag][name], failed = side.some_numbers(rows, prompts)
+            lines += [f"of tag {tag!r}, {name}: {problem}" for problem in failed]
+    return by_tag, lines
 
 
 def _not_finite(results: Mapping[str, Numbers]) -> list[str]:

@@ -13,47 +13,80 @@ from types import ModuleType
 from typing import Any
 
 from phinetune.chats.template import Message
-from phinetune.config.evaluation import CustomMetric
+from phinetune.config.own_metrics import UNBOUND, CustomMetric, GivenFunction
 from phinetune.errors import ConfigError, RunError
 
+RowFunction = Callable[[str, str, Sequence[Message]], float | None]
+SetFunction = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[Message]]], Any]
 
-def load_all(metrics: Sequence[CustomMetric]) -> dict[str, Callable[[str, str, Sequence[Message]], float | None]]:
-    """The function of each metric that names one, by the metric's name.
+
+def row_function(metric: CustomMetric) -> RowFunction:
+    """The function of a metric that names one for single answers.
 
     Raises:
-        ConfigError: a file, a module or a function does not exist, or a function does not take two or three arguments;
-            the error lists all problems.
+        ConfigError: there is no such file, module or function, or it does not take two or three arguments.
     """
-    functions: dict[str, Callable[[str, str, Sequence[Message]], float | None]] = {}
-    problems = []
-    for metric in metrics:
-        if metric.function is None:
-            continue
-        try:
-            functions[metric.name] = _wrapped(metric.name, metric.function)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return functions
+    function, arguments = _found(metric, "function(answer, reference)", "function(answer, reference, messages)")
+    return functools.partial(_call, function, arguments, metric.name)
 
 
-def _wrapped(name: str, place: str) -> Callable[[str, str, Sequence[Message]], float | None]:
-    source, _, attribute = place.rpartition(":")
-    module = _load(source, place)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ConfigError(f"evaluation.metrics: {place}: there is no function `{attribute}` in {source}")
-    try:
-        arguments = len([p for p in inspect.signature(function).parameters.values() if p.kind in (0, 1)])
-    except (TypeError, ValueError):
-        arguments = 2
+def set_function(metric: CustomMetric) -> SetFunction:
+    """The function of a metric that names one for all answers together. It returns what the user's function does.
+
+    Raises:
+        ConfigError: as `row_function`.
+    """
+    function, arguments = _found(metric, "compute(answers, references)", "compute(answers, references, messages)")
+    return functools.partial(_call_with_all, function, arguments)
+
+
+def _found(metric: CustomMetric, *forms: str) -> tuple[Callable[..., Any], int]:
+    """The function that a metric names, and how many arguments it is to be called with: two or three."""
+    called = metric.called
+    function: Any
+    if isinstance(called, GivenFunction):
+        function, place = called.function, called.place
+    else:
+        place = str(called)
+        source, _, attribute = place.rpartition(":")
+        if source == UNBOUND:
+            raise ConfigError(
+                f"evaluation.metrics: {place}: a script or a notebook gave this function; start from there again, or "
+                "name it as file.py:function"
+            )
+        function = getattr(_load(source, place), attribute, None)
+        if not callable(function):
+            raise ConfigError(f"evaluation.metrics: {place}: there is no function `{attribute}` in {source}")
+    arguments = _arguments(function)
     if arguments not in (2, 3):
         raise ConfigError(
-            f"evaluation.metrics: {place}: it takes {arguments} arguments; write it as function(answer, reference) or "
-            "function(answer, reference, messages)"
+            f"evaluation.metrics: {place}: it takes {arguments} arguments; write it as {' or '.join(forms)}"
         )
-    return functools.partial(_call, function, arguments, name)
+    return function, arguments
+
+
+def _arguments(function: Callable[..., Any]) -> int:
+    """How many arguments a function takes by their places; three if it takes any number, two if nobody can tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 2
+    placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters) and len(placed) <= 3:
+        return 3
+    needed = [p for p in placed if p.default is p.empty]
+    return len(placed) if len(placed) <= 3 else max(len(needed), 3)
+
+
+def _call_with_all(
+    function: Callable[..., Any],
+    arguments: int,
+    answers: Sequence[str],
+    references: Sequence[str],
+    messages: Sequence[Sequence[Message]],
+) -> Any:
+    """What the user's function returns. It gets lists of its own, so it may change them."""
+    return function(*(list(answers), list(references), [list(chat) for chat in messages])[:arguments])
 
 
 def _load(source: str, place: str) -> ModuleType:

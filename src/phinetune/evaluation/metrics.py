@@ -1,21 +1,26 @@
-"""Metrics that say how good one answer is, from well-known libraries. A metric's result is its mean over the rows."""
+"""The metrics of answers, by name: from well-known libraries, and a user's own. Most give a number an answer."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from phinetune.chats.template import Message
-from phinetune.config.evaluation import CustomMetric, EvaluationSection
+from phinetune.config.evaluation import EvaluationSection
+from phinetune.config.own_metrics import CustomMetric
+from phinetune.errors import PhinetuneError
 from phinetune.evaluation import functions, json_answers
+from phinetune.evaluation.classes import Classes
 from phinetune.evaluation.patterns import matches
+from phinetune.evaluation.set_metrics import SetMetric
 
 # Called with an answer, its reference and the chat before it. Returns a number, or None to leave the row out.
 RowMetric = Callable[[str, str, Sequence[Message]], float | None]
+Metrics = Mapping[str, RowMetric | SetMetric]
 
 
 @functools.lru_cache(maxsize=4)
@@ -59,19 +64,43 @@ def _pairwise(score: Callable[[str, str], float | None], answer: str, reference:
     return score(answer, reference)
 
 
-def row_metrics(section: EvaluationSection) -> dict[str, RowMetric]:
+def open_metrics(section: EvaluationSection) -> dict[str, RowMetric | SetMetric]:
     """The metrics that the section names, in its order.
 
     Raises:
-        ConfigError: functions can't be loaded; the error lists all of them.
+        PhinetuneError: functions, files or encoders can't be had; the error lists all of them.
     """
-    loaded = functions.load_all([metric for metric in section.metrics if isinstance(metric, CustomMetric)])
-    chosen: dict[str, RowMetric] = {}
+    chosen: dict[str, RowMetric | SetMetric] = {}
+    failed: list[PhinetuneError] = []
     for metric in section.metrics:
         if isinstance(metric, str):
             chosen[metric] = functools.partial(_pairwise, PAIRWISE[metric])
-        elif metric.regex is not None:
-            chosen[metric.name] = functools.partial(matches, metric.regex)
-        else:
-            chosen[metric.name] = loaded[metric.name]
+            continue
+        try:
+            chosen[metric.name] = _own(metric)
+        except PhinetuneError as error:
+            failed.append(error)
+    if failed:
+        raise type(failed[0])([problem for error in failed for problem in error.problems])
     return chosen
+
+
+def _own(metric: CustomMetric) -> RowMetric | SetMetric:
+    """What counts a metric of the user's own. Libraries that few runs need are imported where they are."""
+    if metric.regex is not None:
+        return functools.partial(matches, metric.regex)
+    if metric.sql is not None:
+        from phinetune.evaluation.sql_answers import SqlResult
+
+        return SqlResult(metric.name, metric.sql)
+    if metric.json_schema is not None:
+        from phinetune.evaluation.json_schemas import FitsSchema
+
+        return FitsSchema(metric.name, metric.json_schema)
+    if metric.similarity is not None:
+        from phinetune.evaluation.similarity import Similarity
+
+        return Similarity(metric.name, metric.similarity)
+    if metric.classes is not None:
+        return SetMetric(metric, Classes(() if metric.classes == "auto" else tuple(metric.classes)))
+    return SetMetric(metric, functions.set_function(metric)) if metric.compute else functions.row_function(metric)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from phinetune.chats.encoder import ChatEncoder
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.evaluation.answering import Question, answer_all, questions_of
-from phinetune.evaluation.metrics import RowMetric
+from phinetune.evaluation.metrics import Metrics
 
 Sample = dict[str, Any]
 
@@ -28,7 +28,7 @@ class WhileTraining:
 
     tokenizer: PreTrainedTokenizerBase
     section: EvaluationSection
-    metrics: Mapping[str, RowMetric]
+    metrics: Metrics
     questions: Sequence[Question]
     fixed: Sequence[Question]
 
@@ -58,13 +58,13 @@ def while_training(
     encoder: ChatEncoder,
     held_out: ChatSet | None,
     section: EvaluationSection,
-    metrics: Mapping[str, RowMetric],
+    metrics: Metrics,
     counted: bool,
 ) -> WhileTraining:
     """Choose what the model answers at each evaluation.
 
     Args:
-        metrics: see `phinetune.evaluation.metrics.row_metrics`.
+        metrics: see `phinetune.evaluation.metrics.open_metrics`.
         counted: whether the model answers all held-out prompts, so that the metrics can be counted.
     """
     questions = questions_of(encoder, held_out, section.max_prompts) if held_out and section.generate else []

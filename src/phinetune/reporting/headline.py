@@ -12,7 +12,8 @@ from phinetune.reporting.facts import RunFacts
 
 # Measures of answers.
 ANSWERED = ("exact_match", "json_fields", "rouge_l", "chrf")
-# The headline names the loss and the first of these that was measured and is not zero for both models.
+# The headline names the loss and the first of these that was measured and is not zero for both models; a metric of the
+# user's own comes before the token accuracy.
 BESIDE_LOSS = (*ANSWERED, "token_accuracy")
 UNCLEAR = "no clear difference"  # a verdict of the paired bootstrap
 VERBS = {True: "rose", False: "fell"}
@@ -37,12 +38,12 @@ def headline(run: RunFacts) -> str:
 
 def _compared(run: RunFacts, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
     both = {measure.key: measure for measure in measured({"base": base, "tuned": tuned})}
-    told = [measure for measure in (measure_beside_loss(base, tuned), both.get("loss")) if measure]
+    told = [measure for measure in (measure_beside_loss(run.evaluated), both.get("loss")) if measure]
     chats, prompts = run.held_out.get("kept"), tuned.get("prompts")
     broken = not_finite({"base": base, "tuned": tuned})
     parts = list(broken)
     for measure in told:
-        some = measure.key in ANSWERED and prompts and chats and prompts < chats
+        some = measure.kind != "scored" and prompts and chats and prompts < chats
         ends = interval(measure, run.differences.get(measure.key) or {})
         parts.append(
             (f"on {prompts:,} answered prompts " if some else "")
@@ -87,13 +88,19 @@ def interval(measure: Measure, difference: Mapping[str, Any]) -> str:
     return " to ".join(measure.amount(float(end or 0), sign=True) for end in ends).replace("-", "−")
 
 
-def measure_beside_loss(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Measure | None:
+def measure_beside_loss(evaluated: Mapping[str, Any]) -> Measure | None:
     """The measure to name beside the loss: the one that says most about the answers.
 
     If no prompts were answered, it is the token accuracy. None if that was not measured either.
+
+    Args:
+        evaluated: results.json or evaluation.json of a comparison of two models.
     """
-    both = {measure.key: measure for measure in measured({"base": base, "tuned": tuned})}
-    return next((both[key] for key in BESIDE_LOSS if key in both and (base[key] or tuned[key])), None)
+    base, tuned = evaluated["evaluation"]["base"], evaluated["evaluation"]["tuned"]
+    own = evaluated.get("own") or {}
+    both = {measure.key: measure for measure in measured({"base": base, "tuned": tuned}, own)}
+    keys = (*ANSWERED, *own, *BESIDE_LOSS)
+    return next((both[key] for key in keys if key in both and (base[key] or tuned[key])), None)
 
 
 def _name(measure: Measure) -> str:

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from phinetune.files import write_text
+from phinetune.metric_table import LESS_TOLD
 from phinetune.reporting import run_comparison as comparing
 from phinetune.reporting import views
 from phinetune.reporting.curves import charts
@@ -84,6 +85,7 @@ def _render(template: str, live: bool, **values: Any) -> str:
         **values,
         live=live,
         version=VERSION,
+        less_told=LESS_TOLD,
         written=time.strftime("%Y-%m-%d %H:%M"),
         policy=_policy(styles, scripts, live),
         styles=[Markup(style) for style in styles],

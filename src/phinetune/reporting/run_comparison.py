@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phinetune.metric_table import measures_of
+from phinetune.metric_table import Measure, measures_of
 from phinetune.reporting.facts import RunFacts
 from phinetune.reporting.marking import Marked, mark
 from phinetune.reporting.views import ANSWERS
@@ -60,14 +60,22 @@ def _tuned(run: RunFacts) -> Mapping[str, Any]:
 def result_rows(runs: Sequence[RunFacts]) -> list[ComparedRow]:
     """One row for each measure that a run has. The best value is marked if two runs or more have the measure."""
     rows = []
-    for measure in measures_of(list(dict.fromkeys(key for run in runs for key in _tuned(run)))):
+    for measure in _measures(runs):
         values = [_tuned(run).get(measure.key) for run in runs]
         known = [value for value in values if value is not None]
         if known:
             best = (max if measure.more_is_better else min)(known)
             marks = [len(known) > 1 and value == best and min(known) != max(known) for value in values]
-            rows.append(ComparedRow(measure.heading, ["—" if v is None else measure.amount(v) for v in values], marks))
+            rows.append(ComparedRow(measure.titled, ["—" if v is None else measure.amount(v) for v in values], marks))
     return rows
+
+
+def _measures(runs: Sequence[RunFacts]) -> list[Measure]:
+    """The measures that any run has."""
+    own = {key: said for run in runs for key, said in (run.evaluated.get("own") or {}).items()}
+    less, percents = ([key for key in own if own[key].get(what)] for what in ("less_is_better", "is_percent"))
+    keys = list(dict.fromkeys(key for run in runs for key in _tuned(run)))
+    return measures_of(keys, less, percents, {key: [_tuned(run).get(key) for run in runs] for key in keys})
 
 
 def differing_settings(runs: Sequence[RunFacts]) -> list[ComparedRow]:

@@ -45,21 +45,21 @@ def result_rows(evaluated: Mapping[str, Any]) -> list[ResultRow]:
     differences = evaluated.get("differences") or {}
     return [
         _result_row(measure, [side[measure.key] for side in sides.values()], differences.get(measure.key))
-        for measure in measured(sides)
+        for measure in measured(sides, evaluated.get("own"))
     ]
 
 
 def _result_row(measure: Measure, values: list[float], difference: Mapping[str, Any] | None) -> ResultRow:
     shown = [measure.amount(value) for value in values]
     if len(values) != 2:
-        return ResultRow(measure.heading, shown)
+        return ResultRow(measure.titled, shown)
     change, better = measure.change(*values)
     verdict = "" if values[0] == values[1] else "better" if better else "worse"
     ends = interval(measure, difference or {})
     if difference:
         verdict = "unclear" if difference.get("verdict") == UNCLEAR else str(difference.get("verdict", verdict))
     bar = (values[0], values[1]) if measure.is_percent and all(0 <= value <= 100 for value in values) else None
-    return ResultRow(measure.heading, shown, change.replace("-", "−"), verdict, ends, bar)
+    return ResultRow(measure.titled, shown, change.replace("-", "−"), verdict, ends, bar)
 
 
 class TagTable(NamedTuple):
@@ -74,7 +74,7 @@ def tag_table(run: RunFacts) -> TagTable | None:
     tags, sides = run.evaluated.get("by_tag") or {}, run.comparison
     if not tags or not {"base", "tuned"} <= sides.keys():
         return None
-    told = [m for m in (measure_beside_loss(sides["base"], sides["tuned"]), MEASURES[0]) if m]
+    told = [m for m in (measure_beside_loss(run.evaluated), MEASURES[0]) if m]
     rows = [
         (str(tag), [f"{part.get('rows', 0):,}", *(_of(part.get(s), m) for m in told for s in ("base", "tuned"))])
         for tag, part in tags.items()
@@ -96,6 +96,58 @@ def field_rows(run: RunFacts) -> list[tuple[str, list[str]]]:
     return [
         (name, [f"{shares[name]:.1f}" if name in shares else "—" for shares in by_model.values()]) for name in fields
     ]
+
+
+class Cell(NamedTuple):
+    """A count in a confusion matrix, and how dark it is: 0, 1 or 2, by its share of the row."""
+
+    text: str
+    level: int
+
+
+class ClassTables(NamedTuple):
+    """What a metric that sorts answers into classes found.
+
+    Attributes:
+        headings, rows: of the table of classes.
+        columns: the headings of the matrices: the labels, and a last one for answers that name none.
+        matrices: (model, rows) pairs; each row has the label of the chats' own answers and a cell a column.
+    """
+
+    name: str
+    headings: list[str]
+    rows: list[tuple[str, list[str]]]
+    columns: list[str]
+    matrices: list[tuple[str, list[tuple[str, list[Cell]]]]]
+
+
+SHOWN_SCORES = {"precision": "precision %", "recall": "recall %", "f1": "F1 %"}
+
+
+def class_tables(evaluated: Mapping[str, Any]) -> list[ClassTables]:
+    """The tables of each metric that sorts answers into classes. `evaluated` is results.json or evaluation.json."""
+    return [_class_tables(name, tree) for name, tree in (evaluated.get("classes") or {}).items()]
+
+
+def _class_tables(name: str, tree: Mapping[str, Any]) -> ClassTables:
+    labels, sides = [str(label) for label in tree["labels"]], tree["sides"]
+    scores = [side["scores"] for side in sides.values()]
+    rows = [
+        (label, [f"{scores[0][i]['support']:,}", *(f"{one[i][what]:.1f}" for what in SHOWN_SCORES for one in scores)])
+        for i, label in enumerate(labels)
+    ]
+    return ClassTables(
+        name.replace("_", " "),
+        ["prompts", *(f"{shown}, {side}" for shown in SHOWN_SCORES.values() for side in sides)],
+        rows,
+        [*labels, "none of them"],
+        [(side, list(zip(labels, map(_cells, found["matrix"]), strict=True))) for side, found in sides.items()],
+    )
+
+
+def _cells(counts: Sequence[int]) -> list[Cell]:
+    total = max(1, sum(counts))
+    return [Cell(f"{count:,}", (10 * count >= total) + (2 * count >= total)) for count in counts]
 
 
 class MarkedAnswer(NamedTuple):

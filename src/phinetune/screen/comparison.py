@@ -11,9 +11,10 @@ from rich.text import Text
 
 from phinetune.evaluation.bootstrap import LEVEL, NOT_FINITE
 from phinetune.evaluation.compare import Comparison
-from phinetune.metric_table import Measure, measured
+from phinetune.metric_table import LESS_TOLD, Measure, measured
 
 TAGS = 12  # values of the tag column that are shown
+CLASSES = 12
 
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
@@ -24,6 +25,8 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     console.print(_results(comparison))
     if comparison.json_fields:
         console.print(_fields(comparison.json_fields))
+    for name, tree in comparison.classes.items():
+        console.print(_classes(name, tree))
     if comparison.by_tag:
         console.print(_tags(comparison))
     for flag in comparison.flags:
@@ -41,13 +44,15 @@ def _table(first: str, *others: str) -> Table:
 def _results(comparison: Comparison) -> Table:
     results = comparison.results
     paired = len(results) == 2
+    measures = measured(results, comparison.own)
     table = _table("", *results, *(["change", f"{LEVEL}% interval"] if paired else []))
     if paired:
         table.add_column("")
-    for measure in measured(results):
+    for measure in measures:
         values = [numbers[measure.key] for numbers in results.values()]
         cells = [measure.amount(value) for value in values]
-        table.add_row(measure.heading, *cells, *(_changed(comparison, measure, values) if paired else []))
+        table.add_row(measure.titled, *cells, *(_changed(comparison, measure, values) if paired else []))
+    table.caption = LESS_TOLD
     return table
 
 
@@ -70,9 +75,22 @@ def _fields(shares: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
+def _classes(name: str, tree: Mapping[str, Any]) -> Table:
+    """How well each class was told, for each model. The confusion matrix stands in the report."""
+    sides = tree["sides"]
+    table = _table(f"{name}: class", "prompts", *(f"{what}, {side}" for what in ("recall %", "F1 %") for side in sides))
+    for i, label in enumerate(tree["labels"][:CLASSES]):
+        scores = [side["scores"][i] for side in sides.values()]
+        cells = [f"{one[what]:.1f}" for what in ("recall", "f1") for one in scores]
+        table.add_row(label, str(scores[0]["support"]), *cells)
+    if len(tree["labels"]) > CLASSES:
+        table.caption = f"and {len(tree['labels']) - CLASSES} more classes"
+    return table
+
+
 def _tags(comparison: Comparison) -> Table:
     """By tag the loss, and the first metric of answers."""
-    measures = [m for m in measured(comparison.results) if m.key == "loss" or m.kind != "scored"][:2]
+    measures = [m for m in measured(comparison.results, comparison.own) if m.key == "loss" or m.kind != "scored"][:2]
     names = list(comparison.results)
     table = _table("tag", "rows", *(f"{m.heading.split(' (')[0]}, {name}" for m in measures for name in names))
     for tag, found in list(comparison.by_tag.items())[:TAGS]:

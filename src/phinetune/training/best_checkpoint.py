@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from phinetune.config.evaluation import CustomMetric, EvaluationSection
+from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError
 from phinetune.metric_table import keys_of, measures_of
@@ -44,9 +44,8 @@ def settle_best(settings: Settings, config: RunConfig, objective: Objective) -> 
     if name:
         if not _evaluates(training):
             notes.append("training_config: `metric_for_best_model` has no effect: `eval_strategy` is `no`")
-        problems += _not_counted(name, [*objective.metrics, *answer_metrics(section)])
-        own = [m.name for m in section.metrics if isinstance(m, CustomMetric) and m.less_is_better]
-        direction = measures_of([name], [*own, *objective.less_is_better])[0]
+        problems += _not_counted(name, [*objective.metrics, *answer_metrics(section)], section)
+        direction = measures_of([name], [*section.less_is_better([name]), *objective.less_is_better])[0]
         training.setdefault("greater_is_better", direction.more_is_better)
     if problems:
         raise ConfigError(problems)
@@ -81,9 +80,9 @@ def _idle_evaluation(training: dict[str, Any], section: EvaluationSection) -> li
     return [f"evaluation: `{key}` has no effect: {reason}" for key, reason in found.items()]
 
 
-def _not_counted(name: str, known: list[str]) -> list[str]:
+def _not_counted(name: str, known: list[str], section: EvaluationSection) -> list[str]:
     """The problem of a metric that no evaluation counts."""
-    if name in known:
+    if name in known or (section.generate and any(one.gives(name) for one in section.own)):
         return []
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
@@ -117,7 +116,8 @@ def best_metric(training: dict[str, Any]) -> str | None:
 
 def answer_metrics(section: EvaluationSection) -> list[str]:
     """The names of the metrics that are counted from answers."""
-    own = [one if isinstance(one, str) else one.name for one in section.metrics]
+    named = [[one] if isinstance(one, str) else one.keys for one in section.metrics]
+    own = [key for keys in named for key in keys]
     return [*own, *keys_of("answer")] if section.generate else []
 
 

@@ -13,7 +13,7 @@ from phinetune.config.run import SECRETS, RunConfig
 from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.exporting.hub.card_usage import adapter_usage
 from phinetune.exporting.hub.markdown import code, fenced, plain
-from phinetune.metric_table import measured
+from phinetune.metric_table import LESS_TOLD, measured
 from phinetune.run_folder import told_changes
 from phinetune.secret_text import tree_without_secrets
 
@@ -71,7 +71,7 @@ def training_sections(results: Mapping[str, Any]) -> list[str]:
         parts.append("## Data\n\n" + "\n".join(f"- {line}" for line in _data_lines(results["data"])))
     if results.get("training"):
         parts.append("## Training\n\n" + _training_lines(results["training"]))
-        parts.append("## Results on held-out chats\n\n" + _results_table(results.get("evaluation")))
+        parts.append("## Results on held-out chats\n\n" + _results_table(results))
     return parts
 
 
@@ -95,14 +95,15 @@ def _training_lines(training: Mapping[str, Any]) -> str:
     )
 
 
-def _results_table(evaluation: Mapping[str, Any] | None) -> str:
+def _results_table(results: Mapping[str, Any]) -> str:
+    evaluation = results.get("evaluation")
     if not evaluation:
         return "Not measured."
     lines = ["| | " + " | ".join(map(plain, evaluation)) + " |", "|---|" + "---:|" * len(evaluation)]
-    for measure in measured(evaluation):
+    for measure in measured(evaluation, results.get("own")):
         values = [measure.amount(side[measure.key]) for side in evaluation.values()]
-        lines.append(f"| {plain(measure.heading)} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+        lines.append(f"| {plain(measure.titled)} | " + " | ".join(values) + " |")
+    return "\n".join([*lines, "", f"{LESS_TOLD}."])
 
 
 def settings_section(config: RunConfig, lora: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from phinetune.checkpoints.load import Base
 from phinetune.checkpoints.opened import recorded_config
 from phinetune.checkpoints.tokenizer import TOKENIZER_FILES
 from phinetune.config.data import OtherSplit, WeightedFile
-from phinetune.config.evaluation import CustomMetric
+from phinetune.config.own_metrics import name_places
 from phinetune.config.run import SECRETS, RunConfig, dump_config
 from phinetune.errors import ModelError
 from phinetune.exporting.hub.card import hub_id, settings_section, training_sections, write_card
@@ -112,10 +112,8 @@ def _remove_private(config: RunConfig) -> None:
         data.test = data.test.model_copy(update={"path": _name(data.test.path)})
     if config.model.tokenizer:
         config.model.tokenizer = _name(config.model.tokenizer)
-    for metric in config.evaluation.metrics:
-        if isinstance(metric, CustomMetric) and metric.function:
-            file, colon, function = metric.function.rpartition(":")
-            metric.function = _name(file) + colon + function
+    for metric in config.evaluation.own:
+        name_places(metric, _name)
     kept = {key: value for key, value in config.training_config.items() if key not in SECRETS}
     config.training_config = kept | {"output_dir": config.output_dir.name}
 

@@ -165,15 +165,25 @@ class _MLPHalf:
     def needs_gate_up(self) -> bool:
         return self.needs_hidden or self.parts.gate_up.trains
 
-    def forward(self, hidden: Tensor, wanted: bool = True) -> Tensor | None:
-        """The output; None if it is not wanted, but only what the backward needs."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        active = self._wide(hidden)
+        out, last = self.parts.down(active, self.needs_gate_up)
+        self.kept.append(last)
+        return out.add_(hidden)
+
+    def prepare(self, hidden: Tensor) -> None:
+        """What the forward keeps for the backward, without its last product."""
+        active = self._wide(hidden)
+        self.kept.append(self.parts.down.kept(active, self.needs_gate_up))
+
+    def _wide(self, hidden: Tensor) -> Tensor:
+        """SwiGLU's output, shape (tokens, intermediate size)."""
         parts = self.parts
         normed, norm = parts.norms[1](hidden, self.needs_hidden)
         gate_up, first = parts.gate_up(normed, self.needs_hidden)
         active, swiglu = call(_SwiGLU, gate_up, parts.compile, needs=(0,))
-        out, last = parts.down(active, self.needs_gate_up) if wanted else parts.down.kept(active, self.needs_gate_up)
-        self.kept, self.cheap = [norm, first, swiglu, last], (normed, active)
-        return None if out is None else out.add_(hidden)
+        self.kept, self.cheap = [norm, first, swiglu], (normed, active)
+        return active
 
     def drop_cheap(self) -> None:
         """Do not keep the outputs of the norm and of SwiGLU."""
@@ -221,7 +231,7 @@ class _Layer(torch.autograd.Function):
             attention.drop_cheap()
             mlp.drop_cheap()
         ctx.halves = (attention, mlp)
-        return out  # type: ignore[return-value]
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -243,7 +253,7 @@ def _parts_of(rows: Tensor) -> Iterator[slice]:
 def _mlp_by_parts(hidden: Tensor, parts: LayerParts, needs_hidden: bool) -> Tensor:
     """The MLP half's output. Nothing is kept."""
     if len(hidden) <= MLP_ROWS:
-        return _MLPHalf(parts, needs_hidden).forward(hidden)  # type: ignore[return-value]
+        return _MLPHalf(parts, needs_hidden).forward(hidden)
     out = torch.empty_like(hidden)
     for rows in _parts_of(hidden):
         out[rows] = _MLPHalf(parts, needs_hidden).forward(hidden[rows])
@@ -260,7 +270,7 @@ def _backward_by_parts(
     of_mlp: list[Tensor | None] = [None] * 4
     for rows in _parts_of(between):
         mlp = _MLPHalf(parts, needs_between)
-        mlp.forward(between[rows], wanted=False)
+        mlp.prepare(between[rows])
         found, grads = mlp.backward(grad[rows])
         of_mlp = [_sum(total, more) for total, more in zip(of_mlp, grads, strict=True)]
         if d_between is not None and found is not None:

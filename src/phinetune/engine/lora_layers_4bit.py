@@ -38,7 +38,6 @@ class FusedLinear4bit(Linear4bit):
         b: Any = self.lora_B[name].weight
         return lora_linear(x, weight, base.bias, a, b, self.scaling[name], dropped(self, name, x))
 
-
     def projection(self, dtype: torch.dtype) -> Projection | None:
         """What the forward computes for a row of `dtype`, to be called outside of a graph; None if it can't be."""
         return adapted(self, Linear4bitBase, _reader(self.base_layer, dtype))

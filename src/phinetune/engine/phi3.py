@@ -197,11 +197,11 @@ class Phi3DecoderLayer(transformers_phi3.Phi3DecoderLayer):
             return None
         if any(type(norm) is not Phi3RMSNorm or norm.weight.requires_grad for norm in norms):
             return None
-        found = [projection(module, dtype) for module in modules]
-        if any(one is None for one in found):
+        qkv, o, gate_up, down = (projection(module, dtype) for module in modules)
+        if qkv is None or o is None or gate_up is None or down is None:
             return None
-        made = [Norm(norm.weight, norm.variance_epsilon, norm.compile_ops) for norm in norms]
-        return LayerParts((made[0], made[1]), *found, attention.heads, mlp.compile_ops)  # type: ignore[arg-type]
+        before, after = (Norm(norm.weight, norm.variance_epsilon, norm.compile_ops) for norm in norms)
+        return LayerParts((before, after), qkv, o, gate_up, down, attention.heads, mlp.compile_ops)
 
     def _packed(self, hidden: Tensor, packed: RowAttention, rows: Tensor | None, rebuild: bool) -> Tensor:
         normed = self.input_layernorm(hidden)

@@ -327,13 +327,13 @@ class Projection:
         function, arguments, needs = self._call(x, needs_x)
         return call(function, *arguments, needs=needs)
 
-    def kept(self, x: Tensor, needs_x: bool) -> tuple[None, Kept]:
+    def kept(self, x: Tensor, needs_x: bool) -> Kept:
         """What the backward needs, without the output."""
         function, arguments, needs = self._call(x, needs_x)
         kept = Kept(function, tuple(i in needs for i in range(len(arguments))))
         x, weight, _, *others = arguments
         function.keep(kept, x, weight, *others)  # type: ignore[attr-defined]
-        return None, kept
+        return kept
 
     def _call(self, x: Tensor, needs_x: bool) -> tuple[type[torch.autograd.Function], tuple[Any, ...], tuple[int, ...]]:
         """The function, its arguments, and the places of those that need a gradient."""
@@ -353,9 +353,7 @@ class _Frozen(torch.autograd.Function):
     """`x Wᵀ + b` without an adapter. Keeps the weight, or its reader."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | BlockReader, bias: Tensor | None, out: int, _: None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | BlockReader, bias: Tensor | None, out: int, _: None) -> Tensor:
         _Frozen.keep(ctx, x, weight, out, None)
         if isinstance(weight, Tensor):
             return F.linear(x, weight, bias)
@@ -372,9 +370,7 @@ class _Frozen(torch.autograd.Function):
             return (None,) * 5
         weight = ctx.weight
         dx = (
-            torch.mm(grad, weight)
-            if isinstance(weight, Tensor)
-            else matmul.backward_by_blocks(grad, weight, ctx.width)
+            torch.mm(grad, weight) if isinstance(weight, Tensor) else matmul.backward_by_blocks(grad, weight, ctx.width)
         )
         return dx, None, None, None, None
 

@@ -20,6 +20,7 @@ PLENTY = 0.125
 # bytes: glibc always maps these by themselves (mallopt(3), M_MMAP_THRESHOLD).
 SLACK = 1.3
 MAPPED = 32 * 2**20  # bytes
+MLP_ROWS = 4096  # tokens for which a layer that is recomputed whole computes its MLP at a time
 # An adapter's gradient and AdamW's two moments, in float32.
 BYTES_A_TRAINED_PARAMETER = 12
 

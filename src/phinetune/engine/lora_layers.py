@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
-from phinetune.engine.kernels.matmul import linear
-from phinetune.lora.functional import lora_linear
+from phinetune.engine.kernels.matmul import BlockReader, linear
+from phinetune.lora.functional import Projection, lora_linear
 
 
 class FusedLinear(Linear):
@@ -30,6 +31,11 @@ class FusedLinear(Linear):
         b: Any = self.lora_B[name].weight
         return lora_linear(x, base.weight, base.bias, a, b, self.scaling[name], dropped(self, name, x))
 
+    def projection(self, dtype: torch.dtype) -> Projection | None:
+        """What the forward computes for a row of `dtype`, to be called outside of a graph; None if it can't be."""
+        base: Any = self.base_layer
+        return None if base.weight.dtype != dtype else adapted(self, nn.Linear, base.weight)
+
 
 def only_adapter(layer: LoraLayer, base: type[nn.Module]) -> str | None:
     """The name of a layer's adapter, if `FusedLinear` computes it: the only active one, neither merged nor switched
@@ -45,6 +51,38 @@ def only_adapter(layer: LoraLayer, base: type[nn.Module]) -> str | None:
 def base_alone(layer: LoraLayer, base: type[nn.Module]) -> bool:
     """Whether a layer's adapters are switched off and not merged, on a base of exactly this class."""
     return layer.disable_adapters and not layer.merged and type(layer.base_layer) is base
+
+
+def projection(layer: nn.Module, dtype: torch.dtype) -> Projection | None:
+    """What a linear layer computes for a row of `dtype`, to be called outside of a graph; None if it can't be."""
+    if isinstance(layer, LoraLayer):
+        found = getattr(layer, "projection", None)
+        return found(dtype) if found else None
+    if type(layer) is not nn.Linear or layer.weight.dtype != dtype or trained(layer):
+        return None
+    return Projection(layer.weight, layer.bias, layer.out_features)
+
+
+def adapted(layer: LoraLayer, base: type[nn.Module], weight: Tensor | BlockReader) -> Projection | None:
+    """The projection of a fused layer on a base of exactly this class, whose weight is given."""
+    inner: Any = layer.base_layer
+    if trained(inner):
+        return None
+    if base_alone(layer, base):
+        return Projection(weight, inner.bias, inner.out_features)
+    name = only_adapter(layer, base)
+    if name is None:
+        return None
+    dropout: Any = layer.lora_dropout[name]
+    if dropout.training and not isinstance(dropout, nn.Identity):
+        return None
+    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    return Projection(weight, inner.bias, inner.out_features, a, b, scaling)  # type: ignore[arg-type]
+
+
+def trained(layer: nn.Module) -> bool:
+    """Whether a layer's own weight or bias is trained."""
+    return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 def dropped(layer: LoraLayer, name: str, x: Tensor) -> Tensor | None:

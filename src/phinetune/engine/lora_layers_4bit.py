@@ -12,9 +12,9 @@ from bitsandbytes.nn.modules import Linear4bit as Linear4bitBase
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
-from phinetune.engine.kernels.matmul import converted, linear_by_blocks, row_slices
-from phinetune.engine.lora_layers import base_alone, dropped, only_adapter
-from phinetune.lora.functional import lora_linear
+from phinetune.engine.kernels.matmul import BlockReader, converted, linear_by_blocks, row_slices
+from phinetune.engine.lora_layers import adapted, base_alone, dropped, only_adapter
+from phinetune.lora.functional import Projection, lora_linear
 
 
 class FusedLinear4bit(Linear4bit):
@@ -28,7 +28,7 @@ class FusedLinear4bit(Linear4bit):
         base: Any = self.base_layer
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        weight = functools.partial(_expand, base.weight.data, base.weight.quant_state, x.dtype)
+        weight = _reader(base, x.dtype)
         if base_alone(self, Linear4bitBase):
             return linear_by_blocks(x, weight, base.out_features, base.bias)
         name = only_adapter(self, Linear4bitBase)
@@ -37,6 +37,15 @@ class FusedLinear4bit(Linear4bit):
         a: Any = self.lora_A[name].weight
         b: Any = self.lora_B[name].weight
         return lora_linear(x, weight, base.bias, a, b, self.scaling[name], dropped(self, name, x))
+
+    def projection(self, dtype: torch.dtype) -> Projection | None:
+        """What the forward computes for a row of `dtype`, to be called outside of a graph; None if it can't be."""
+        return adapted(self, Linear4bitBase, _reader(self.base_layer, dtype))
+
+
+def _reader(base: Any, dtype: torch.dtype) -> BlockReader:
+    """Reads the weight of a 4-bit layer for products of x in `dtype`."""
+    return functools.partial(_expand, base.weight.data, base.weight.quant_state, dtype)
 
 
 def _expand(

@@ -27,6 +27,9 @@ from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_
 from phinetune.engine.kernels.norm import rms_norm
 from phinetune.engine.kernels.recompute import recomputed
 from phinetune.engine.kernels.swiglu import swiglu
+from phinetune.engine.layer_function import LayerParts, Norm, Places
+from phinetune.engine.layer_function import layer as whole_layer
+from phinetune.engine.lora_layers import projection
 from phinetune.engine.outputs import ConversationOutput, PackedOutput
 from phinetune.engine.segments import Segment, read_segments
 
@@ -172,9 +175,33 @@ class Phi3DecoderLayer(transformers_phi3.Phi3DecoderLayer):
     ) -> Any:
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
+        places, parts = _places(packed, rows), None
+        if places is not None:
+            parts = self._parts(hidden_states.dtype)
+        if places is not None and parts is not None:
+            return whole_layer(hidden_states, parts, places, level)
         if level is Level.LAYER and torch.is_grad_enabled():
             return checkpoint(self._packed, hidden_states, packed, rows, False, use_reentrant=False)
         return self._packed(hidden_states, packed, rows, level is Level.CHEAP)
+
+    def _parts(self, dtype: torch.dtype) -> LayerParts | None:
+        """The parts that one function computes; None where the modules have to be called."""
+        attention: Any = self.self_attn
+        mlp: Any = self.mlp
+        norms: tuple[Any, Any] = (self.input_layernorm, self.post_attention_layernorm)
+        modules = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        dropouts = (self.resid_attn_dropout, self.resid_mlp_dropout)
+        if any(one.training and one.p for one in dropouts) or any(
+            _is_hooked(one) for one in (attention, mlp, *norms, *modules)
+        ):
+            return None
+        if any(type(norm) is not Phi3RMSNorm or norm.weight.requires_grad for norm in norms):
+            return None
+        qkv, o, gate_up, down = (projection(module, dtype) for module in modules)
+        if qkv is None or o is None or gate_up is None or down is None:
+            return None
+        before, after = (Norm(norm.weight, norm.variance_epsilon, norm.compile_ops) for norm in norms)
+        return LayerParts((before, after), qkv, o, gate_up, down, attention.heads, mlp.compile_ops)
 
     def _packed(self, hidden: Tensor, packed: RowAttention, rows: Tensor | None, rebuild: bool) -> Tensor:
         normed = self.input_layernorm(hidden)
@@ -187,6 +214,21 @@ class Phi3DecoderLayer(transformers_phi3.Phi3DecoderLayer):
         with _recomputed_if(rebuild, normed, self.post_attention_layernorm, hidden):
             fed = self.mlp(normed, packed=True, rebuild=rebuild)
         return hidden + self.resid_mlp_dropout(fed)  # type: ignore[no-any-return]
+
+
+def _places(packed: RowAttention, rows: Tensor | None) -> Places | None:
+    """Where the tokens of a step that trains are, if one function can compute a layer of it; else None."""
+    if not isinstance(packed, Packed) or packed.on_qkv or not torch.is_grad_enabled():
+        return None
+    if len(packed.runs) > 1 or packed.runs[0].groups is None or torch.is_autocast_enabled(packed.cos.device.type):
+        return None
+    return Places(packed.cos, packed.sin, packed.runs[0].groups, rows)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether someone asked to be told when a module is called, or replaced its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _recomputed_if(rebuild: bool, tensor: Tensor, make: Callable[[Tensor], Tensor], source: Tensor) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from phinetune.engine.kernels import matmul
 from phinetune.engine.kernels.matmul import BlockReader
+from phinetune.engine.kernels.unrecorded import Kept, call
 
 # A split with an adapter: (start, stop) of its output features, then (start, stop) of its rows in the stacked B.
 Span = tuple[int, int, int, int]
@@ -106,18 +108,33 @@ class _LoraLinear(torch.autograd.Function):
         seen: Tensor | None,
         spans: Sequence[Span] | None,
     ) -> Tensor:
-        ctx.scaling, ctx.separate, ctx.spans = scaling, seen is not None, spans
-        if seen is None:
-            seen = x
-        hidden = torch.mm(seen, a.t())
+        hidden = _LoraLinear.keep(ctx, x, weight, a, b, scaling, seen, spans)
         out = F.linear(x, weight, bias)
         if spans is None:
             out.addmm_(hidden, b.t(), alpha=scaling)
         else:
             for (start, stop, first, last), split in _by_split(spans, hidden, b.shape[1]):
                 out[:, start:stop].addmm_(split, b[first:last].t(), alpha=scaling)
-        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.separate and weight.requires_grad else None)
         return out
+
+    @staticmethod
+    def keep(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        seen: Tensor | None,
+        spans: Sequence[Span] | None,
+    ) -> Tensor:
+        """Keep what the backward needs, and return h."""
+        ctx.scaling, ctx.separate, ctx.spans = scaling, seen is not None, spans
+        if seen is None:
+            seen = x
+        hidden = torch.mm(seen, a.t())
+        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.separate and weight.requires_grad else None)
+        return hidden
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,7 +151,7 @@ class _LoraLinear(torch.autograd.Function):
         elif needs_seen:
             d_seen = torch.mm(d_hidden, a)
         if needs_b and spans is None:
-            d_b = _scaled_mm(grad.t(), hidden, ctx.scaling)
+            d_b = _scaled_mm(hidden.t(), grad, ctx.scaling).t()  # the other order reads the gradient across its rows
         elif needs_b:
             d_b = _grad_of_b(grad, hidden, b, ctx.scaling, spans)
         return (
@@ -196,7 +213,7 @@ class _LoraLinearByBlocks(torch.autograd.Function):
         seen: Tensor | None,
         kept: Any,
     ) -> Tensor:
-        ctx.weight, ctx.scaling, ctx.separate, ctx.kept = weight, scaling, seen is not None, kept
+        _LoraLinearByBlocks.keep(ctx, x, weight, a, b, scaling, seen, kept)
         size, out = matmul.block_elements(x), x.new_empty(len(x), len(b))
         for chunk in matmul.rows_at_once(x):
             left = matmul.converted(x[chunk], a.dtype, "left")
@@ -205,9 +222,23 @@ class _LoraLinearByBlocks(torch.autograd.Function):
                 place = out[chunk, rows]
                 made = matmul.product(left, block.t(), place).addmm_(hidden, b[rows].t(), alpha=scaling)
                 matmul.round_into(made if bias is None else made.add_(bias[rows]), place)
+        return out
+
+    @staticmethod
+    def keep(
+        ctx: Any,
+        x: Tensor,
+        weight: BlockReader,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        seen: Tensor | None,
+        kept: Any,
+    ) -> None:
+        """Keep what the backward needs."""
+        ctx.weight, ctx.scaling, ctx.separate, ctx.kept = weight, scaling, seen is not None, kept
         if kept is None:
             ctx.save_for_backward(x if seen is None else seen, a, b)
-        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,6 +289,90 @@ def _backward_by_blocks(
             dx.addmm_(d_out, block)
     d_a.addmm_(d_hidden.t(), inputs)
     return d_hidden
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear layer with or without an adapter, to be called outside of a graph (`kernels.unrecorded`).
+
+    Attributes:
+        weight, bias: as in `lora_linear`, but neither trains.
+        out: rows of the weight.
+        a, b: the adapter's A and B; None without an adapter.
+        scaling: as in `lora_linear`.
+    """
+
+    weight: Tensor | BlockReader
+    bias: Tensor | None
+    out: int
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the adapter does."""
+        return any(matrix is not None and matrix.requires_grad for matrix in (self.a, self.b))
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the backward needs the layer's input."""
+        return self.a is not None
+
+    def __call__(self, x: Tensor, needs_x: bool) -> tuple[Tensor, Kept]:
+        """The output for x of shape (rows, in), and what the backward needs.
+
+        Its first five gradients are those of x, weight, bias, A and B; those of weight and bias are None.
+        """
+        function, arguments, needs = self._call(x, needs_x)
+        return call(function, *arguments, needs=needs)
+
+    def kept(self, x: Tensor, needs_x: bool) -> Kept:
+        """What the backward needs, without the output."""
+        function, arguments, needs = self._call(x, needs_x)
+        kept = Kept(function, tuple(i in needs for i in range(len(arguments))))
+        x, weight, _, *others = arguments
+        function.keep(kept, x, weight, *others)  # type: ignore[attr-defined]
+        return kept
+
+    def _call(self, x: Tensor, needs_x: bool) -> tuple[type[torch.autograd.Function], tuple[Any, ...], tuple[int, ...]]:
+        """The function, its arguments, and the places of those that need a gradient."""
+        reader = _block_reader(x, self.weight, None)
+        trained = ((0, needs_x), (3, self.a), (4, self.b))
+        needs = tuple(i for i, one in trained if (one.requires_grad if isinstance(one, Tensor) else one))
+        if self.a is None or self.b is None:
+            return _Frozen, (x, self.weight if reader is None else reader, self.bias, self.out, None), needs
+        kind = x.dtype if reader is None else matmul.product_dtype(x)
+        a, b = self.a.to(kind), self.b.to(kind)
+        if reader is None:
+            return _LoraLinear, (x, self.weight, self.bias, a, b, self.scaling, None, None), needs
+        return _LoraLinearByBlocks, (x, reader, self.bias, a, b, self.scaling, None, None), needs
+
+
+class _Frozen(torch.autograd.Function):
+    """`x Wᵀ + b` without an adapter. Keeps the weight, or its reader."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | BlockReader, bias: Tensor | None, out: int, _: None) -> Tensor:
+        _Frozen.keep(ctx, x, weight, out, None)
+        if isinstance(weight, Tensor):
+            return F.linear(x, weight, bias)
+        return matmul.forward_by_blocks(x, weight, out, bias)
+
+    @staticmethod
+    def keep(ctx: Any, x: Tensor, weight: Tensor | BlockReader, out: int, _: None) -> None:
+        """Keep what the backward needs."""
+        ctx.weight, ctx.width = weight, x.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 5
+        weight = ctx.weight
+        dx = (
+            torch.mm(grad, weight) if isinstance(weight, Tensor) else matmul.backward_by_blocks(grad, weight, ctx.width)
+        )
+        return dx, None, None, None, None
 
 
 def _by_split(spans: Sequence[Span], hidden: Tensor, rank: int) -> Iterator[tuple[Span, Tensor]]:

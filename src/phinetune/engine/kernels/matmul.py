@@ -142,22 +142,33 @@ class _LinearByBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: BlockReader, out: int, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.width = weight, x.shape[1]
-        made, dtype = x.new_empty(len(x), out), product_dtype(x)
-        for chunk in rows_at_once(x):
-            left = converted(x[chunk], dtype, "left")
-            for rows, block in weight(block_elements(x), dtype):
-                round_into(product(left, block.t(), made[chunk, rows]), made[chunk, rows])
-        return made if bias is None else made.add_(bias)
+        return forward_by_blocks(x, weight, out, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dtype = grad.new_empty(len(grad), ctx.width), product_dtype(grad)
-        for chunk in rows_at_once(grad):
-            total = accumulator(dx[chunk], dtype)
-            for rows, block in ctx.weight(block_elements(grad), dtype):
-                total.addmm_(converted(grad[chunk, rows], dtype, "gradient"), block)
-            round_into(total, dx[chunk])
+        dx = backward_by_blocks(grad, ctx.weight, ctx.width)
         return dx, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None
+
+
+def forward_by_blocks(x: Tensor, weight: BlockReader, out: int, bias: Tensor | None) -> Tensor:
+    """`x Wᵀ + b` for x of shape (rows, in), without a graph."""
+    made, dtype = x.new_empty(len(x), out), product_dtype(x)
+    for chunk in rows_at_once(x):
+        left = converted(x[chunk], dtype, "left")
+        for rows, block in weight(block_elements(x), dtype):
+            round_into(product(left, block.t(), made[chunk, rows]), made[chunk, rows])
+    return made if bias is None else made.add_(bias)
+
+
+def backward_by_blocks(grad: Tensor, weight: BlockReader, width: int) -> Tensor:
+    """The gradient of x, shape (rows, width)."""
+    dx, dtype = grad.new_empty(len(grad), width), product_dtype(grad)
+    for chunk in rows_at_once(grad):
+        total = accumulator(dx[chunk], dtype)
+        for rows, block in weight(block_elements(grad), dtype):
+            total.addmm_(converted(grad[chunk, rows], dtype, "gradient"), block)
+        round_into(total, dx[chunk])
+    return dx
 
 
 def converted(x: Tensor, dtype: torch.dtype, use: str) -> Tensor:

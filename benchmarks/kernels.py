@@ -43,7 +43,7 @@ def draw(*shape: int, kind: torch.dtype) -> Tensor:
 
 
 def normed(kind: torch.dtype) -> Given:
-    x, weight = draw(TOKENS, WIDTH, kind=kind), draw(WIDTH, kind=kind)
+    x, weight = draw(TOKENS, WIDTH, kind=kind), draw(WIDTH, kind=torch.float32)
     return x, None, weight, 1e-5, torch.zeros_like(x), torch.zeros(TOKENS), None
 
 

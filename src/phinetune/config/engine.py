@@ -21,7 +21,9 @@ class EngineSection(Section):
         "none, all layers, or the first N layers",
     )
     share_prefixes: bool = Field(True, description="compute a beginning that chats of a step share only once")
-    compile: bool = Field(False, description="compile the element-wise operators with torch.compile")
+    compile: bool = Field(
+        False, description="compile the element-wise operators with torch.compile where they have no native form"
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="what becomes of a step whose loss or gradients are not finite: stop (the run ends, earlier "

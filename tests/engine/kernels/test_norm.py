@@ -75,6 +75,16 @@ def test_bfloat16_is_rounded_before_it_is_weighed_as_in_transformers() -> None:
     assert (once == by_transformers(x, weight, 1e-5)).double().mean() < 0.9
 
 
+def test_a_float32_weight_is_not_rounded_to_the_dtype_of_x() -> None:
+    x, weight, grad = leaves((64, 96), torch.bfloat16)
+    fine = (weight.detach().float() * 1.001).requires_grad_()
+    out = rms_norm(x, fine, 1e-5)
+    normed = rms_norm(x.detach(), torch.ones(96, dtype=torch.bfloat16), 1e-5)
+    torch.testing.assert_close(out, (normed.float() * fine).bfloat16(), rtol=0, atol=0)
+    dx, dw = torch.autograd.grad(out, (x, fine), grad)
+    assert (out.dtype, dx.dtype, dw.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
 def test_a_frozen_weight_gets_no_gradient_and_changes_no_other() -> None:
     x, weight, grad = leaves((5, 12), torch.float32)
     both = torch.autograd.grad(rms_norm(x, weight, 1e-5), (x, weight), grad)

@@ -35,7 +35,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """x + residual, and its `rms_norm`, in one pass over both; backwards in one pass, too.
 
     Args:
-        x, residual: shape (..., width).
+        x, residual: shape (..., width), of one dtype.
         weight: shape (width).
 
     Returns:
@@ -56,7 +56,7 @@ class _RMSNorm(torch.autograd.Function):
             out, scale = compiled(_normed)(x, weight, eps)
         else:
             out, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
-            _forward(x, None, weight, eps, out, scale, None)
+            _forward(x, None, _read(weight, x), eps, out, scale, None)
         ctx.save_for_backward(x, weight, scale)
         return out  # type: ignore[no-any-return]
 
@@ -78,7 +78,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         out, total, scale = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
-        _forward(x, residual, weight, eps, out, scale, total)
+        _forward(x, residual, _read(weight, x), eps, out, scale, total)
         ctx.save_for_backward(total, weight, scale)
         return total, out
 
@@ -97,8 +97,13 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def _grad_of_x(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Tensor | None) -> Tensor:
     dx = torch.empty_like(x)
-    _backward(rows_of(grad), x, weight, scale, beside, dx)
+    _backward(rows_of(grad), x, _read(weight, x), scale, beside, dx)
     return dx
+
+
+def _read(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight as the form that takes x reads it: the native one in float32."""
+    return weight.float() if _forward.is_native(x) else weight
 
 
 def _grad_of_weight(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -143,13 +148,13 @@ def _slope(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _sample(kind: torch.dtype) -> tuple[Any, ...]:
-    x, residual, weight = drawn((256, 3072), (256, 3072), (3072,), kind=kind)
-    return x, residual, weight, 1e-5, torch.empty_like(x), torch.empty(256), torch.empty_like(x)
+    x, residual = drawn((256, 3072), (256, 3072), kind=kind)
+    return x, residual, torch.ones(3072), 1e-5, torch.empty_like(x), torch.empty(256), torch.empty_like(x)
 
 
 def _sample_backward(kind: torch.dtype) -> tuple[Any, ...]:
-    grad, x, weight = drawn((256, 3072), (256, 3072), (3072,), kind=kind)
-    return grad, x, weight, torch.ones(256), None, torch.empty_like(x)
+    grad, x = drawn((256, 3072), (256, 3072), kind=kind)
+    return grad, x, torch.ones(3072), torch.ones(256), None, torch.empty_like(x)
 
 
 _forward = Operator("rms_norm", _forward_by_torch, _sample)

@@ -75,7 +75,7 @@ def slope_formula(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside
 @pytest.mark.parametrize("adds", [False, True], ids=["alone", "after a sum"])
 def test_rms_norm(rows: int, width: int, adds: bool, dtype: torch.dtype) -> None:
     x, residual, out, total = (wide(rows, width, seed) for seed in range(4))
-    weight, scale = wide(1, width, 4)[0], torch.zeros(rows)
+    weight, scale = wide(1, width, 4)[0].float(), torch.zeros(rows)
     more = (residual, total) if adds else (None, None)
     written = (4, 5, 6) if adds else (4, 5)
     compare(norm._forward, (x, more[0], weight, 1e-5, out, scale, more[1]), written, dtype, norm_formula)
@@ -86,7 +86,7 @@ def test_rms_norm(rows: int, width: int, adds: bool, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("adds", [False, True], ids=["alone", "beside another gradient"])
 def test_rms_norm_backward(rows: int, width: int, adds: bool, dtype: torch.dtype) -> None:
     grad, x, beside, dx = (wide(rows, width, seed) for seed in range(4))
-    weight, scale = wide(1, width, 4)[0], torch.rand(rows) + 0.5
+    weight, scale = wide(1, width, 4)[0].float(), torch.rand(rows) + 0.5
     compare(norm._backward, (grad, x, weight, scale, beside if adds else None, dx), (5,), dtype, slope_formula)
 
 
@@ -182,7 +182,7 @@ def test_what_would_be_read_past_its_end_is_refused() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_are_shared_out_among_threads(threads: int) -> None:
     torch.set_num_threads(threads)
-    x, out, weight = wide(300, 700, 0), wide(300, 700, 1), wide(1, 700, 2)[0]
+    x, out, weight = wide(300, 700, 0), wide(300, 700, 1), wide(1, 700, 2)[0].float()
     compare(norm._forward, (x, None, weight, 1e-5, out, torch.zeros(300), None), (4, 5), torch.float32, norm_formula)
 
 

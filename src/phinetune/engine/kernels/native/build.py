@@ -25,7 +25,6 @@ LIBRARY = "phinetune_kernels.so"
 FAILED = "failed.txt"  # why an earlier build failed: it would fail again, and take its time again
 COMPILERS = ("g++", "c++", "clang++")
 LONGEST = 180.0  # seconds for the compiler; 5 to 10 are usual
-AVX = ("AVX512", "AVX2")
 
 
 class NotBuilt(Exception):

@@ -17,12 +17,7 @@ struct Softmax {
 
   template <typename T>
   void add(const T* logits, int64_t count) {
-    Vec highest(LOWEST);
-    along(count, [&](int64_t at, auto n) {
-      highest = Vec::set(highest, at::vec::maximum(highest, load(logits + at, n)), n);
-    });
-    const float high = at::vec::vec_reduce_all<float>(
-        [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, highest);
+    const float high = fold_along<larger>(count, LOWEST, [&](int64_t at, auto n) { return load(logits + at, n); });
     if (high == LOWEST) {
       return;  // these have no share
     }

@@ -7,6 +7,8 @@
 
 namespace phinetune {
 
+// Weights are float32 whatever the rest is: a norm that trains may be kept so.
+
 // total = x + residual (where given), scale = 1 / sqrt(mean(total^2) + eps), out = round(total * scale) * weight.
 void rms_norm(
     const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps, const Tensor& out,
@@ -14,16 +16,17 @@ void rms_norm(
   const int64_t rows = x.size(0), width = x.size(1);
   for (const Tensor* each : {&x, &out, residual ? &*residual : &x, total ? &*total : &x}) {
     check_rows(*each, rows, width);
-    check_type(*each, weight.scalar_type());
+    check_type(*each, x.scalar_type());
   }
   STD_TORCH_CHECK(residual.has_value() == total.has_value(), "phinetune: a residual without a place for the sum");
   check_vector(weight, width);
+  check_type(weight, torch::headeronly::ScalarType::Float);
   check_vector(scale, rows);
   check_type(scale, torch::headeronly::ScalarType::Float);
   by_type(x, [&](auto kind) {
     using T = decltype(kind);
     const Rows<T> from(x), to(out), added(residual ? *residual : x), sums(total ? *total : x);
-    const T* w = static_cast<const T*>(weight.data_ptr());
+    const float* w = static_cast<const float*>(weight.data_ptr());
     float* scales = static_cast<float*>(scale.data_ptr());
     const bool adds = residual.has_value();
     each_row(rows, width, [&](int64_t row) {
@@ -55,15 +58,16 @@ void rms_norm_backward(
   const int64_t rows = x.size(0), width = x.size(1);
   for (const Tensor* each : {&grad, &x, &dx, beside ? &*beside : &x}) {
     check_rows(*each, rows, width);
-    check_type(*each, weight.scalar_type());
+    check_type(*each, x.scalar_type());
   }
   check_vector(weight, width);
+  check_type(weight, torch::headeronly::ScalarType::Float);
   check_vector(scale, rows);
   check_type(scale, torch::headeronly::ScalarType::Float);
   by_type(x, [&](auto kind) {
     using T = decltype(kind);
     const Rows<T> grads(grad), from(x), to(dx), added(beside ? *beside : x);
-    const T* w = static_cast<const T*>(weight.data_ptr());
+    const float* w = static_cast<const float*>(weight.data_ptr());
     const float* scales = static_cast<const float*>(scale.data_ptr());
     const bool adds = beside.has_value();
     each_row(rows, width, [&](int64_t row) {

@@ -35,7 +35,9 @@ inline Vec load_half(const BFloat16* from) {
 }
 
 inline void store_half(const Vec& value, BFloat16* to) {
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
+#elif defined(CPU_CAPABILITY_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), at::vec::cvtfp32_bf16(value));
 #elif defined(CPU_CAPABILITY_AVX2)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), at::vec::cvtfp32_bf16(value));
@@ -87,28 +89,38 @@ inline void along(int64_t width, const F& f) {
   }
 }
 
-inline float sum_of_lanes(const Vec& value) {
-  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
+inline Vec plus(const Vec& a, const Vec& b) {
+  return a + b;
 }
 
-// The sum of f(place, lanes in use) along a row. Four sums at a time, as an addition takes four cycles.
-template <typename F>
-inline float sum_along(int64_t width, const F& f) {
+inline Vec larger(const Vec& a, const Vec& b) {
+  return at::vec::maximum(a, b);  // NaN where either is
+}
+
+// What `op` makes of f(place, lanes in use) along a row, from `start` on. Four partial results at a time, as each
+// takes several cycles.
+template <Vec (*op)(const Vec&, const Vec&), typename F>
+inline float fold_along(int64_t width, float start, const F& f) {
   constexpr std::integral_constant<int64_t, LANES> all;
-  Vec sums[4] = {Vec(0), Vec(0), Vec(0), Vec(0)};
+  Vec parts[4] = {Vec(start), Vec(start), Vec(start), Vec(start)};
   int64_t at = 0;
   for (; at + 4 * LANES <= width; at += 4 * LANES) {
     for (int i = 0; i < 4; ++i) {
-      sums[i] = sums[i] + f(at + i * LANES, all);
+      parts[i] = op(parts[i], f(at + i * LANES, all));
     }
   }
   for (; at + LANES <= width; at += LANES) {
-    sums[0] = sums[0] + f(at, all);
+    parts[0] = op(parts[0], f(at, all));
   }
   if (at < width) {
-    sums[1] = sums[1] + Vec::set(Vec(0), f(at, width - at), width - at);
+    parts[1] = Vec::set(parts[1], op(parts[1], f(at, width - at)), width - at);
   }
-  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return at::vec::vec_reduce_all<float>(op, op(op(parts[0], parts[1]), op(parts[2], parts[3])));
+}
+
+template <typename F>
+inline float sum_along(int64_t width, const F& f) {
+  return fold_along<plus>(width, 0.0f, f);
 }
 
 // A matrix whose rows lie in memory without gaps between their elements.

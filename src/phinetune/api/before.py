@@ -44,10 +44,9 @@ def look_at_rows(prepared: PreparedRun, metrics: Mapping[str, RowMetric]) -> Non
     name, held_out = best_metric(prepared.settings.training), prepared.chats.held_out
     counted = name if name and name not in prepared.objective.metrics else None
     told = processes.is_main() and names_metrics(section)
-    if not held_out or not (counted or told):
-        return
-    questions = questions_of(encoder, held_out, section.max_prompts)
-    if counted:
-        check_countable(counted, metrics, questions)
-    for line in without_numbers(metrics, questions) if told else ():
-        logger.warning(line)
+    if held_out and counted:
+        check_countable(counted, metrics, questions_of(encoder, held_out, section.max_prompts))
+    measured = prepared.chats.measured
+    if measured and told:
+        for line in without_numbers(metrics, questions_of(encoder, measured, section.max_prompts)):
+            logger.warning(line)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas
-import polars
 import pytest
 from rich.console import Console
 
@@ -52,10 +52,14 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "DatasetDict": lambda folder: datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}),
     "IterableDataset": lambda folder: datasets.IterableDataset.from_generator(generator),
     "pandas": lambda folder: pandas.DataFrame(ROWS),
-    "polars": lambda folder: polars.DataFrame(ROWS),
-    "polars lazy": lambda folder: polars.LazyFrame(ROWS),
     "list of one": lambda folder: [datasets.Dataset.from_list(ROWS)],
 }
+
+if find_spec("polars"):  # it has no release for Python 3.10
+    import polars
+
+    KINDS["polars"] = lambda folder: polars.DataFrame(ROWS)
+    KINDS["polars lazy"] = lambda folder: polars.LazyFrame(ROWS)
 
 
 def config_of(data: Any, **more: Any) -> Any:

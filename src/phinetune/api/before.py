@@ -43,11 +43,12 @@ def look_at_rows(prepared: PreparedRun, metrics: Metrics) -> None:
     name, held_out = best_metric(prepared.settings.training), prepared.chats.held_out
     counted = name if name and name not in prepared.objective.metrics else None
     told = processes.is_main() and names_metrics(section)
-    if not held_out or not section.generate or not (counted or told or sorts(metrics)):
+    if held_out and section.generate and counted:
+        check_countable(counted, metrics, questions_of(encoder, held_out, section.max_prompts))
+    measured = prepared.chats.measured
+    if not measured or not section.generate or not (told or sorts(metrics)):
         return
-    questions = questions_of(encoder, held_out, section.max_prompts)
-    if counted:
-        check_countable(counted, metrics, questions)
+    questions = questions_of(encoder, measured, section.max_prompts)
     check_classes(metrics, questions)
     for line in without_numbers(metrics, questions) if told else ():
         logger.warning(line)

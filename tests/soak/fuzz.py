@@ -83,7 +83,13 @@ def main() -> None:
         folder.mkdir(), grown.mkdir()
         words.write_text("".join(f'"{_quoted(word)}"\n' for word in WORDS[given.target]))
         search = Search(given.target, given.minutes, given.found, folder, grown, given.keep)
-        options = [f"-max_len={LONGEST}", f"-dict={words}", "-rss_limit_mb=8192", "-timeout=60", f"-seed={given.seed}"]
+        options = [
+            f"-max_len={LONGEST}",
+            f"-dict={words}",
+            "-rss_limit_mb=8192",
+            "-timeout=1200",
+            f"-seed={given.seed}",
+        ]
         options += ["-verbosity=0", "-print_final_stats=0"]
         old: list[Any] = [str(grown), str(seeds(given.target)[0].parent)]
         atheris.Setup([sys.argv[0], *options, *old], search.one)

@@ -47,10 +47,12 @@ FAULTS: dict[str, tuple[int, int]] = {
     "KILL": (4, 0),
     "LOST": (4, 0),  # killed, and what was not flushed is lost: names kept
     "LOST-NAMES": (4, 0),  # … and names that were not flushed are lost, too
+    "MEMORY": (0, 0),  # an allocation fails, none of a file's operations
 }
 # What is left of names after a kill, as Disk.write calls it; nothing is lost after a mere KILL.
 KEPT = {"KILL": "", "LOST": "all", "LOST-NAMES": "flushed"}
 TENSORS = {".safetensors", ".pt", ".pth", ".bin"}
+LARGE = 64_000  # bytes of an allocation that is made to fail; smaller ones are of the libraries' housekeeping
 MOST_SECONDS = 300  # of one run, on a busy machine
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
 # In metrics.jsonl and results.json: what a clock or the machine decides.
@@ -69,7 +71,8 @@ class Fault:
     reads: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} at {'read' if self.reads else 'operation'} {self.at}"
+        what = "allocation" if self.name == "MEMORY" else "read" if self.reads else "operation"
+        return f"{self.name} at {what} {self.at}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Report:
 
     operations: int
     reads: int
+    allocations: int
     cases: int = 0
     refused: int = 0
     states: int = 0
@@ -106,7 +110,8 @@ class Sweep:
     def __init__(self, place: Path, form: str) -> None:
         self.place, self.root = place, place / "root"
         self.shim = ctypes.CDLL(os.environ[SHIM])
-        self.shim.faults_seen.restype = ctypes.c_long
+        self.shim.faults_seen.restype = self.shim.faults_allocations.restype = ctypes.c_long
+        self.shim.faults_arm_memory.argtypes = [ctypes.c_long, ctypes.c_long]
         self.config = self._write_config(form)
         self.went_on: set[str] = set()  # states of the disk
         self._killed: tuple[int, Ended, Disk] | None = None
@@ -184,13 +189,17 @@ class Sweep:
         status = 1
         try:
             signal.alarm(MOST_SECONDS)
-            self.shim.faults_arm(str(self.root).encode(), path, fault.at, kind, number, int(fault.reads))
+            if fault.name == "MEMORY":
+                self.shim.faults_arm_memory(fault.at, LARGE)
+            else:
+                self.shim.faults_arm(str(self.root).encode(), path, fault.at, kind, number, int(fault.reads))
             status = _train(self.config, *options)
         except BaseException:  # as the interpreter does: a traceback and status 1
             traceback.print_exc()
         finally:
             self.shim.faults_disarm()
-            numbers.write_text(str(self.shim.faults_seen()))
+            allocations = self.shim.faults_allocations()
+            numbers.write_text(str(allocations if fault.name == "MEMORY" else self.shim.faults_seen()))
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
 
@@ -331,8 +340,10 @@ def sweep(place: Path, form: str, faults: Sequence[str], seed: int, most: int | 
     expected = made.left()
     made.clear()
     reads = made.run(fault=Fault(reads=True)).seen
-    report = Report(undisturbed.seen, reads)
-    cases = _cases(faults, undisturbed.seen, _writes(log), reads if "EIO" in faults else 0)
+    made.clear()
+    allocations = made.run(fault=Fault("MEMORY")).seen
+    report = Report(undisturbed.seen, reads, allocations)
+    cases = _cases(faults, report, _writes(log))
     if at is not None:
         cases = [case for case in cases if case.at == at]
     elif most is not None:
@@ -357,14 +368,17 @@ def _writes(log: Path) -> set[int]:
     return {one.number for one in read_log(log) if one.kind == "w" and len(one.data) > 1}
 
 
-def _cases(faults: Sequence[str], operations: int, writes: set[int], reads: int) -> list[Fault]:
+def _cases(faults: Sequence[str], seen: Report, writes: set[int]) -> list[Fault]:
     """Each fault at each operation; the three kinds of kills at one operation follow one another."""
-    plain = [name for name in faults if name not in KEPT]
     kills = [name for name in KEPT if name in faults]
-    numbers = range(1, operations + 1)
+    numbers = range(1, seen.operations + 1)
     cases = [Fault(name, i) for i in numbers for name in kills]
-    cases += [Fault(name, i) for name in plain for i in numbers if name != "SHORT" or i in writes]
-    return cases + [Fault("EIO", i, reads=True) for i in range(1, reads + 1)]
+    for name in faults:
+        if name == "MEMORY":
+            cases += [Fault(name, i) for i in range(1, seen.allocations + 1)]
+        elif name not in KEPT:
+            cases += [Fault(name, i) for i in numbers if name != "SHORT" or i in writes]
+    return cases + [Fault("EIO", i, reads=True) for i in range(1, seen.reads + 1) if "EIO" in faults]
 
 
 def main() -> None:
@@ -384,7 +398,8 @@ def main() -> None:
             raise SystemExit(done.returncode)
         report = sweep(Path(folder), given.form, given.faults.split(","), given.seed, given.most, given.at)
     print(
-        f"{given.form}, seed {given.seed}: {report.operations} operations and {report.reads} reads; "
+        f"{given.form}, seed {given.seed}: {report.operations} operations, {report.reads} reads and "
+        f"{report.allocations} large allocations; "
         f"{report.cases} cases, {report.refused} refused in a sentence, "
         f"{report.states} states of the disk gone on from, {len(report.problems)} problems"
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import faulthandler
 import gc
 import hashlib
 import json
@@ -188,6 +189,7 @@ class Sweep:
         path = str(log).encode() if log else b""
         status = 1
         try:
+            faulthandler.enable(handle)  # tells where a library ended the process
             signal.alarm(MOST_SECONDS)
             if fault.name == "MEMORY":
                 self.shim.faults_arm_memory(fault.at, LARGE)
@@ -280,8 +282,8 @@ class Sweep:
 
 def _unlike_a_sentence(ended: Ended) -> list[str]:
     if "Traceback" in ended.text or ended.status not in (0, 2, -9):
-        shown = ended.text[ended.text.rfind("Traceback") :] if "Traceback" in ended.text else ended.text[-700:]
-        return [f"status {ended.status}: {shown.strip()[:1500]}"]
+        text = ended.text.partition("\nExtension modules: ")[0].strip()
+        return [f"status {ended.status}: {text[-2500:]}"]
     if ended.status == 2 and "error: " not in ended.text:
         return [f"status 2 without a sentence: {ended.text.strip()[-300:]}"]
     return []

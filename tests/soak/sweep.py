@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from soak.disk_state import Disk, read_log  # noqa: E402
+from soak.outcome import Ended, first_difference, innermost, unlike_a_sentence, without_clock  # noqa: E402
 
 SHIM = "PHINETUNE_FAULTS"
 # How faults.c is told: kind, errno.
@@ -56,11 +58,6 @@ TENSORS = {".safetensors", ".pt", ".pth", ".bin"}
 LARGE = 64_000  # bytes of an allocation that is made to fail; smaller ones are of the libraries' housekeeping
 MOST_SECONDS = 300  # of one run, on a busy machine
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
-# In metrics.jsonl and results.json: what a clock or the machine decides.
-CLOCKED = {
-    *("time", "tokens_per_s", "memory", "seconds", "resumed"),
-    *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
-}
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,6 @@ class Fault:
         return f"{self.name} at {what} {self.at}"
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended: its exit status (the negative number of a signal), what it printed, its operations."""
-
-    status: int
-    text: str
-    seen: int
-
-
 @dataclass
 class Report:
     """What a sweep found."""
@@ -95,6 +83,7 @@ class Report:
     cases: int = 0
     refused: int = 0
     states: int = 0
+    ended_by_libraries: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
 
@@ -115,6 +104,7 @@ class Sweep:
         self.shim.faults_arm_memory.argtypes = [ctypes.c_long, ctypes.c_long]
         self.config = self._write_config(form)
         self.went_on: set[str] = set()  # states of the disk
+        self.ended_by_libraries: Counter[str] = Counter()  # without memory, by the place of the call
         self._killed: tuple[int, Ended, Disk] | None = None
         self._warm_up()
 
@@ -216,15 +206,19 @@ class Sweep:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         return {
             "adapter": (run / "adapter_model.safetensors").read_bytes(),
-            "metrics": [_without_clock(json.loads(line)) for line in lines],
-            "results": _without_clock(json.loads((run / "results.json").read_text())),
+            "metrics": [without_clock(json.loads(line)) for line in lines],
+            "results": without_clock(json.loads((run / "results.json").read_text())),
         }
 
     def case(self, fault: Fault, expected: dict[str, Any]) -> tuple[list[str], bool]:
         """One fault, then `--resume` (a new start where nothing had begun) unless an earlier case went on from the same
         disk. Returns what is wrong, and whether the run was refused in a sentence."""
         ended = self._disturbed(fault)
-        problems = _unlike_a_sentence(ended)
+        if fault.name == "MEMORY" and ended.status in (-signal.SIGABRT, -signal.SIGSEGV):
+            problems = []
+            self.ended_by_libraries[innermost(ended.text)] += 1  # what is written must be whole all the same
+        else:
+            problems = unlike_a_sentence(ended)
         if ended.status == 0:
             return problems + self._unlike(expected), False
         state = self.state()
@@ -266,7 +260,7 @@ class Sweep:
         again = self.run("--resume")
         if again.status == 2 and "no run to go on with" in again.text:
             again = self.run()
-        problems = _unlike_a_sentence(again)
+        problems = unlike_a_sentence(again)
         if again.status == 0:
             return problems + self._unlike(expected)
         return [*problems, f"could not go on: {again.text.strip()[-400:]}"]
@@ -276,35 +270,8 @@ class Sweep:
             left = self.left()
         except (OSError, ValueError) as error:
             return [f"the run says that it has ended, but: {error}"]
-        return [f"other {name}: {_first_difference(left[name], expected[name])}" for name in expected
+        return [f"other {name}: {first_difference(left[name], expected[name])}" for name in expected
                 if left[name] != expected[name]]  # fmt: skip
-
-
-def _unlike_a_sentence(ended: Ended) -> list[str]:
-    if "Traceback" in ended.text or ended.status not in (0, 2, -9):
-        text = ended.text.partition("\nExtension modules: ")[0].strip()
-        return [f"status {ended.status}: {text[-2500:]}"]
-    if ended.status == 2 and "error: " not in ended.text:
-        return [f"status 2 without a sentence: {ended.text.strip()[-300:]}"]
-    return []
-
-
-def _without_clock(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _without_clock(value) for key, value in tree.items() if key not in CLOCKED}
-    return [_without_clock(item) for item in tree] if isinstance(tree, list) else tree
-
-
-def _first_difference(a: Any, b: Any) -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in {**a, **b}:
-            if a.get(key) != b.get(key):
-                return f"{key}: {_first_difference(a.get(key), b.get(key))}"
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            if left != right:
-                return f"[{i}]: {_first_difference(left, right)}"
-    return f"{str(a)[:120]} is not {str(b)[:120]}"
 
 
 def _train(config: Path, *options: str) -> int:
@@ -362,6 +329,7 @@ def sweep(place: Path, form: str, faults: Sequence[str], seed: int, most: int | 
         if report.cases % 100 == 0:
             took = f"{report.states} states, {time.monotonic() - began:.0f} s"
             print(f"{form}: {report.cases} of {len(cases)} cases, {took}", flush=True)
+    report.ended_by_libraries = made.ended_by_libraries
     return report
 
 
@@ -405,6 +373,8 @@ def main() -> None:
         f"{report.cases} cases, {report.refused} refused in a sentence, "
         f"{report.states} states of the disk gone on from, {len(report.problems)} problems"
     )
+    for place, count in report.ended_by_libraries.most_common():
+        print(f"  {count} ended by a library that had no memory, and gone on from: {place}")
     raise SystemExit(bool(report.problems))
 
 

@@ -17,7 +17,9 @@ help:
 	@echo 'make lint    set up, then check style, types and imports'
 	@echo 'make bench   set up, then measure layers, training and answering beside loralib, PEFT, TRL and transformers; hours'
 	@echo 'make bench-quick   the main ratios of these in five minutes'
-	@echo 'make soak    set up, then fail every file operation of a run in turn; hours (SEED=, MOST=, AT=, FAULTS=)'
+	@echo 'make soak    set up, then fail every file operation and large allocation of a run in turn, try properties with'
+	@echo '             thousands of inputs, fuzz the readers; hours (FORMS=, FAULTS=, SEED=, MOST=, FUZZ_MINUTES=)'
+	@echo '             AT=17 FAULTS=KILL FORMS=plain replays one fault'
 	@echo 'make clean   delete .venv and the caches; runs/ stays'
 	@echo
 	@echo 'PYTHON=python3.12                  use this Python (3.10 to 3.13) instead of python3'
@@ -56,10 +58,17 @@ bench: $(STAMP)
 bench-quick: $(STAMP)
 	@.venv/bin/python -m benchmarks.quick
 
-FAULTS = ENOSPC,EIO,EINTR,SHORT,KILL,LOST,LOST-NAMES
+FORMS = plain packed nf4
+FAULTS = ENOSPC,EIO,EINTR,SHORT,KILL,LOST,LOST-NAMES,MEMORY
+FUZZ_MINUTES = 10
+FUZZED = data weights adapters config templates
 soak: $(STAMP)
-	@for form in plain packed nf4; do .venv/bin/python tests/soak/sweep.py --form $$form --faults $(FAULTS) \
+	@for form in $(FORMS); do .venv/bin/python tests/soak/sweep.py --form $$form --faults $(FAULTS) \
 	  --seed $(or $(SEED),0) $(if $(MOST),--most $(MOST)) $(if $(AT),--at $(AT)) || exit 1; done
+ifndef AT
+	.venv/bin/python -m pytest tests/soak/test_properties.py --hypothesis-profile=soak
+	@for target in $(FUZZED); do .venv/bin/python tests/soak/fuzz.py $$target --minutes $(FUZZ_MINUTES) || exit 1; done
+endif
 
 clean:
 	rm -rf .venv .venv-setup.log build dist src/*.egg-info

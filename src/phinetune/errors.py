@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
+
+# The last one is what oneDNN says of any product that it has no memory for.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "could not create a primitive")
 
 
 class PhinetuneError(Exception):
@@ -79,6 +83,13 @@ def told_as(kind: type[PhinetuneError], where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise kind(f"{where}: {reason_of(error)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the machine or of a device, whichever library raised it."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def reason_of(error: BaseException, longest: int = 300) -> str:

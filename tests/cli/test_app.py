@@ -189,6 +189,7 @@ def test_a_time_that_is_none_is_a_sentence(
         (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "limit of file sizes"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0"), "to its end"),
         (MemoryError(), "the memory is not enough"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory is not enough"),
         (OSError(errno.EACCES, "Permission denied", "x.json"), "[Errno 13] Permission denied: 'x.json'"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from chats.template_helpers import NAMES, template_tokenizer
 from helpers import write_jsonl
 from phinetune.checkpoints.opened import Opened, open_model
 from phinetune.errors import ConfigError, DataError
-from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
+from phinetune.evaluation.harness import TaskResult, _rendered, open_tasks, run_tasks
 from phinetune.screen.harness_tasks import show_tasks
 
 pytest.importorskip("lm_eval")
@@ -122,3 +124,20 @@ def test_what_can_not_be_had_is_said(tuned: Opened, folder: Path, console: Conso
         run(tuned, tmp_path / "nowhere", "counting")
     with pytest.raises(DataError, match="--tasks gone: "):
         run(tuned, folder, "gone")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reply", [True, False])
+def test_chats_are_rendered_as_the_harness_renders_them(name: str, reply: bool) -> None:
+    tokenizer = template_tokenizer(name)
+    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": " Two. "}][: 1 if reply else 2]
+    options = {"tokenize": False, "add_generation_prompt": reply, "continue_final_message": not reply}
+    assert _rendered(tokenizer, chat, reply) == tokenizer.apply_chat_template(chat, **options)
+
+
+def test_a_template_that_never_ends_is_refused_in_a_sentence(tuned: Opened, folder: Path) -> None:
+    tokenizer = copy.copy(tuned.loaded.tokenizer)
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    manager = open_tasks(["counting"], folder)
+    with pytest.raises(DataError, match="far more than this chat needs"):
+        run_tasks(tuned.model, tokenizer, ["counting"], manager, limit=1, chat_template=True)

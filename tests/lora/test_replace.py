@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from phinetune import lora
+from phinetune.lora.merged import MergedWeight
 
 
 class Layer(nn.Module):
@@ -201,3 +202,14 @@ def test_unload_of_a_layer_alone() -> None:
     unloaded, x = lora.unload(layer), torch.randn(2, 3)
     assert type(unloaded) is nn.Linear
     torch.testing.assert_close(unloaded(x), layer(x))
+
+
+def test_in_evaluation_mode_each_layer_is_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    of = MergedWeight.of
+    monkeypatch.setattr(MergedWeight, "of", lambda total, parts: made.append(total) or of(total, parts))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    lora.apply(model, ".*", r=2)
+    assert len(made) == 2
+    assert [layer.training for layer in model] == [False, False]
+    assert all(layer.merged for layer in model)

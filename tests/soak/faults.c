@@ -5,6 +5,8 @@
  *
  * The log holds every change with its data, so that the state of a disk that lost unsynced writes can be built from it:
  * records of `op, number, length of path, path, length of second path, second path, offset, length of data, data`.
+ *
+ * faults_arm_memory lets one allocation of a size or more fail instead: of C's heap, or of memory without a file.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,8 +20,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -330,3 +334,48 @@ int mkdirat(int folder, const char *a, mode_t mode) {
 }
 int link(const char *a, const char *b) { NAMED('l', 0, REAL(link)(a, b), AT_FDCWD, a, AT_FDCWD, b); }
 int chmod(const char *a, mode_t mode) { NAMED('p', 0, REAL(chmod)(a, mode), AT_FDCWD, a, AT_FDCWD, NULL); }
+
+/* -- allocations ------------------------------------------------------------------------------------------------ */
+
+extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
+extern void *__libc_memalign(size_t, size_t);
+
+static struct {
+    int on;
+    long at, seen;
+    size_t least;
+    pid_t owner;
+} memory;
+
+/* Allocations of `least` bytes and more count from now; number `at` fails. */
+void faults_arm_memory(long at, long least) {
+    memory.at = at, memory.least = least, memory.seen = 0, memory.owner = getpid(), memory.on = 1;
+}
+long faults_allocations(void) {
+    memory.on = 0;
+    return memory.seen;
+}
+
+static int starves(size_t size) {
+    if (!memory.on || size < memory.least || memory.owner != getpid()) return 0;
+    if (__sync_add_and_fetch(&memory.seen, 1) != memory.at) return 0;
+    return errno = ENOMEM, 1;
+}
+
+void *malloc(size_t size) { return starves(size) ? NULL : __libc_malloc(size); }
+void *calloc(size_t count, size_t size) { return starves(count * size) ? NULL : __libc_calloc(count, size); }
+void *realloc(void *old, size_t size) { return starves(size) ? NULL : __libc_realloc(old, size); }
+void *memalign(size_t step, size_t size) { return starves(size) ? NULL : __libc_memalign(step, size); }
+void *aligned_alloc(size_t step, size_t size) { return starves(size) ? NULL : __libc_memalign(step, size); }
+int posix_memalign(void **made, size_t step, size_t size) {
+    void *found = starves(size) ? NULL : __libc_memalign(step, size);
+    if (!found) return ENOMEM;
+    return *made = found, 0;
+}
+void *mmap(void *place, size_t size, int rights, int flags, int fd, off_t at) {
+    if (flags & MAP_ANONYMOUS && starves(size)) return MAP_FAILED;
+    return (void *)syscall(SYS_mmap, place, size, rights, flags, fd, at);
+}
+void *mmap64(void *place, size_t size, int rights, int flags, int fd, off64_t at) {
+    return mmap(place, size, rights, flags, fd, at);
+}

@@ -9,6 +9,8 @@ reach new code. One finding does not end the search: each is told once, by the p
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import sys
@@ -25,7 +27,7 @@ except ImportError:
     print("atheris is not installed, so nothing was fuzzed: pip install 'phinetune[fuzz]' (Linux, Python 3.11 to 3.13)")
     raise SystemExit(0) from None
 
-with atheris.instrument_imports(include=["phinetune"]):
+with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["phinetune"]):
     from soak import fuzz_targets
     from soak.fuzz_targets import LONGEST, TARGETS, WORDS, problem_of, seeds
 
@@ -83,7 +85,13 @@ def main() -> None:
         folder.mkdir(), grown.mkdir()
         words.write_text("".join(f'"{_quoted(word)}"\n' for word in WORDS[given.target]))
         search = Search(given.target, given.minutes, given.found, folder, grown, given.keep)
-        options = [f"-max_len={LONGEST}", f"-dict={words}", "-rss_limit_mb=8192", "-timeout=60", f"-seed={given.seed}"]
+        options = [
+            f"-max_len={LONGEST}",
+            f"-dict={words}",
+            "-rss_limit_mb=8192",
+            "-timeout=1200",
+            f"-seed={given.seed}",
+        ]
         options += ["-verbosity=0", "-print_final_stats=0"]
         old: list[Any] = [str(grown), str(seeds(given.target)[0].parent)]
         atheris.Setup([sys.argv[0], *options, *old], search.one)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import faulthandler
 import gc
 import hashlib
 import json
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from soak.disk_state import Disk, read_log  # noqa: E402
+from soak.outcome import Ended, first_difference, innermost, unlike_a_sentence, without_clock  # noqa: E402
 
 SHIM = "PHINETUNE_FAULTS"
 # How faults.c is told: kind, errno.
@@ -47,17 +50,14 @@ FAULTS: dict[str, tuple[int, int]] = {
     "KILL": (4, 0),
     "LOST": (4, 0),  # killed, and what was not flushed is lost: names kept
     "LOST-NAMES": (4, 0),  # … and names that were not flushed are lost, too
+    "MEMORY": (0, 0),  # an allocation fails, none of a file's operations
 }
 # What is left of names after a kill, as Disk.write calls it; nothing is lost after a mere KILL.
 KEPT = {"KILL": "", "LOST": "all", "LOST-NAMES": "flushed"}
 TENSORS = {".safetensors", ".pt", ".pth", ".bin"}
+LARGE = 64_000  # bytes of an allocation that is made to fail; smaller ones are of the libraries' housekeeping
 MOST_SECONDS = 300  # of one run, on a busy machine
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
-# In metrics.jsonl and results.json: what a clock or the machine decides.
-CLOCKED = {
-    *("time", "tokens_per_s", "memory", "seconds", "resumed"),
-    *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
-}
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,8 @@ class Fault:
     reads: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} at {'read' if self.reads else 'operation'} {self.at}"
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended: its exit status (the negative number of a signal), what it printed, its operations."""
-
-    status: int
-    text: str
-    seen: int
+        what = "allocation" if self.name == "MEMORY" else "read" if self.reads else "operation"
+        return f"{self.name} at {what} {self.at}"
 
 
 @dataclass
@@ -87,9 +79,11 @@ class Report:
 
     operations: int
     reads: int
+    allocations: int
     cases: int = 0
     refused: int = 0
     states: int = 0
+    ended_by_libraries: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
 
@@ -106,9 +100,11 @@ class Sweep:
     def __init__(self, place: Path, form: str) -> None:
         self.place, self.root = place, place / "root"
         self.shim = ctypes.CDLL(os.environ[SHIM])
-        self.shim.faults_seen.restype = ctypes.c_long
+        self.shim.faults_seen.restype = self.shim.faults_allocations.restype = ctypes.c_long
+        self.shim.faults_arm_memory.argtypes = [ctypes.c_long, ctypes.c_long]
         self.config = self._write_config(form)
         self.went_on: set[str] = set()  # states of the disk
+        self.ended_by_libraries: Counter[str] = Counter()  # without memory, by the place of the call
         self._killed: tuple[int, Ended, Disk] | None = None
         self._warm_up()
 
@@ -183,14 +179,19 @@ class Sweep:
         path = str(log).encode() if log else b""
         status = 1
         try:
+            faulthandler.enable(handle)  # tells where a library ended the process
             signal.alarm(MOST_SECONDS)
-            self.shim.faults_arm(str(self.root).encode(), path, fault.at, kind, number, int(fault.reads))
+            if fault.name == "MEMORY":
+                self.shim.faults_arm_memory(fault.at, LARGE)
+            else:
+                self.shim.faults_arm(str(self.root).encode(), path, fault.at, kind, number, int(fault.reads))
             status = _train(self.config, *options)
         except BaseException:  # as the interpreter does: a traceback and status 1
             traceback.print_exc()
         finally:
             self.shim.faults_disarm()
-            numbers.write_text(str(self.shim.faults_seen()))
+            allocations = self.shim.faults_allocations()
+            numbers.write_text(str(allocations if fault.name == "MEMORY" else self.shim.faults_seen()))
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
 
@@ -205,15 +206,19 @@ class Sweep:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         return {
             "adapter": (run / "adapter_model.safetensors").read_bytes(),
-            "metrics": [_without_clock(json.loads(line)) for line in lines],
-            "results": _without_clock(json.loads((run / "results.json").read_text())),
+            "metrics": [without_clock(json.loads(line)) for line in lines],
+            "results": without_clock(json.loads((run / "results.json").read_text())),
         }
 
     def case(self, fault: Fault, expected: dict[str, Any]) -> tuple[list[str], bool]:
         """One fault, then `--resume` (a new start where nothing had begun) unless an earlier case went on from the same
         disk. Returns what is wrong, and whether the run was refused in a sentence."""
         ended = self._disturbed(fault)
-        problems = _unlike_a_sentence(ended)
+        if fault.name == "MEMORY" and ended.status in (-signal.SIGABRT, -signal.SIGSEGV):
+            problems = []
+            self.ended_by_libraries[innermost(ended.text)] += 1  # what is written must be whole all the same
+        else:
+            problems = unlike_a_sentence(ended)
         if ended.status == 0:
             return problems + self._unlike(expected), False
         state = self.state()
@@ -255,7 +260,7 @@ class Sweep:
         again = self.run("--resume")
         if again.status == 2 and "no run to go on with" in again.text:
             again = self.run()
-        problems = _unlike_a_sentence(again)
+        problems = unlike_a_sentence(again)
         if again.status == 0:
             return problems + self._unlike(expected)
         return [*problems, f"could not go on: {again.text.strip()[-400:]}"]
@@ -265,35 +270,8 @@ class Sweep:
             left = self.left()
         except (OSError, ValueError) as error:
             return [f"the run says that it has ended, but: {error}"]
-        return [f"other {name}: {_first_difference(left[name], expected[name])}" for name in expected
+        return [f"other {name}: {first_difference(left[name], expected[name])}" for name in expected
                 if left[name] != expected[name]]  # fmt: skip
-
-
-def _unlike_a_sentence(ended: Ended) -> list[str]:
-    if "Traceback" in ended.text or ended.status not in (0, 2, -9):
-        shown = ended.text[ended.text.rfind("Traceback") :] if "Traceback" in ended.text else ended.text[-700:]
-        return [f"status {ended.status}: {shown.strip()[:1500]}"]
-    if ended.status == 2 and "error: " not in ended.text:
-        return [f"status 2 without a sentence: {ended.text.strip()[-300:]}"]
-    return []
-
-
-def _without_clock(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _without_clock(value) for key, value in tree.items() if key not in CLOCKED}
-    return [_without_clock(item) for item in tree] if isinstance(tree, list) else tree
-
-
-def _first_difference(a: Any, b: Any) -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in {**a, **b}:
-            if a.get(key) != b.get(key):
-                return f"{key}: {_first_difference(a.get(key), b.get(key))}"
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            if left != right:
-                return f"[{i}]: {_first_difference(left, right)}"
-    return f"{str(a)[:120]} is not {str(b)[:120]}"
 
 
 def _train(config: Path, *options: str) -> int:
@@ -331,8 +309,10 @@ def sweep(place: Path, form: str, faults: Sequence[str], seed: int, most: int | 
     expected = made.left()
     made.clear()
     reads = made.run(fault=Fault(reads=True)).seen
-    report = Report(undisturbed.seen, reads)
-    cases = _cases(faults, undisturbed.seen, _writes(log), reads if "EIO" in faults else 0)
+    made.clear()
+    allocations = made.run(fault=Fault("MEMORY")).seen
+    report = Report(undisturbed.seen, reads, allocations)
+    cases = _cases(faults, report, _writes(log))
     if at is not None:
         cases = [case for case in cases if case.at == at]
     elif most is not None:
@@ -349,6 +329,7 @@ def sweep(place: Path, form: str, faults: Sequence[str], seed: int, most: int | 
         if report.cases % 100 == 0:
             took = f"{report.states} states, {time.monotonic() - began:.0f} s"
             print(f"{form}: {report.cases} of {len(cases)} cases, {took}", flush=True)
+    report.ended_by_libraries = made.ended_by_libraries
     return report
 
 
@@ -357,14 +338,17 @@ def _writes(log: Path) -> set[int]:
     return {one.number for one in read_log(log) if one.kind == "w" and len(one.data) > 1}
 
 
-def _cases(faults: Sequence[str], operations: int, writes: set[int], reads: int) -> list[Fault]:
+def _cases(faults: Sequence[str], seen: Report, writes: set[int]) -> list[Fault]:
     """Each fault at each operation; the three kinds of kills at one operation follow one another."""
-    plain = [name for name in faults if name not in KEPT]
     kills = [name for name in KEPT if name in faults]
-    numbers = range(1, operations + 1)
+    numbers = range(1, seen.operations + 1)
     cases = [Fault(name, i) for i in numbers for name in kills]
-    cases += [Fault(name, i) for name in plain for i in numbers if name != "SHORT" or i in writes]
-    return cases + [Fault("EIO", i, reads=True) for i in range(1, reads + 1)]
+    for name in faults:
+        if name == "MEMORY":
+            cases += [Fault(name, i) for i in range(1, seen.allocations + 1)]
+        elif name not in KEPT:
+            cases += [Fault(name, i) for i in numbers if name != "SHORT" or i in writes]
+    return cases + [Fault("EIO", i, reads=True) for i in range(1, seen.reads + 1) if "EIO" in faults]
 
 
 def main() -> None:
@@ -384,10 +368,13 @@ def main() -> None:
             raise SystemExit(done.returncode)
         report = sweep(Path(folder), given.form, given.faults.split(","), given.seed, given.most, given.at)
     print(
-        f"{given.form}, seed {given.seed}: {report.operations} operations and {report.reads} reads; "
+        f"{given.form}, seed {given.seed}: {report.operations} operations, {report.reads} reads and "
+        f"{report.allocations} large allocations; "
         f"{report.cases} cases, {report.refused} refused in a sentence, "
         f"{report.states} states of the disk gone on from, {len(report.problems)} problems"
     )
+    for place, count in report.ended_by_libraries.most_common():
+        print(f"  {count} ended by a library that had no memory, and gone on from: {place}")
     raise SystemExit(bool(report.problems))
 
 

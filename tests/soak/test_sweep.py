@@ -1,4 +1,4 @@
-"""A part of the sweep of `make soak`: a dozen faults in a short run."""
+"""A part of the sweep of `make soak`: a dozen faults in a short run, and half a dozen allocations that fail."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def test_a_disturbed_run_goes_on_to_the_same_bits() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "12 cases" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_where_memory_runs_out_a_run_stops_in_a_sentence_and_goes_on_to_the_same_bits() -> None:
+    command = [sys.executable, str(SWEEP), "--faults", "MEMORY", "--most", "6", "--seed", "1"]
+    environment = {key: value for key, value in os.environ.items() if key != "PHINETUNE_FAULTS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "6 cases" in done.stdout
 
 
 def operations(*given: tuple[str, str, str, int, bytes]) -> list[Operation]:

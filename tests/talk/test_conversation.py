@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from phinetune.checkpoints import untouched
 from phinetune.checkpoints.opened import open_model
 from phinetune.engine.generate import Sampling
 from phinetune.errors import ConfigError
@@ -48,6 +49,20 @@ def test_the_base_answers_without_the_adapter(conversation: Conversation) -> Non
     assert base != tuned
     untuned = Conversation(open_model(conversation.opened.config.model.path), Sampling(), max_new_tokens=8)
     assert untuned.answer("How many?").text == base
+
+
+def test_a_base_that_the_adapter_changed_is_loaded_once_for_all_messages(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation.with_base = True
+    wanted = [conversation.answer(text).text for text in ("How many?", "Sure?")]
+    conversation.reset()
+    loads: list[Any] = []
+    load = untouched.load_base
+    monkeypatch.setattr(untouched, "load_base", lambda *args, **more: loads.append(args) or load(*args, **more))
+    monkeypatch.setattr(untouched, "moves_the_base", lambda peft: True)
+    assert [conversation.answer(text).text for text in ("How many?", "Sure?")] == wanted
+    assert len(loads) == 1
 
 
 def test_a_stream_left_early_stops_generating(conversation: Conversation) -> None:

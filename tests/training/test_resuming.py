@@ -20,7 +20,9 @@ from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ConfigError, RunError
 from phinetune.exporting.hub.markdown import plain
 from phinetune.reporting.facts import read_run
+from phinetune.secret_text import tree_without_secrets
 from phinetune.training.prepare import prepare_run, settle
+from phinetune.training.recorded import settings_of
 from phinetune.training.run import TrainedRun, open_place, train_run
 
 Edit = Callable[[RunConfig], None]
@@ -513,3 +515,14 @@ def test_other_keys_about_checkpoints_resume_to_the_bit(chats: Path, tmp_path: P
 def test_make_config_reads_the_wish_as_yaml_gives_it() -> None:
     config = make_config({"data": {"train": "x"}}, ["training_config.resume_from_checkpoint=true"])
     assert config.training_config["resume_from_checkpoint"] is True
+
+
+def test_what_is_recorded_has_no_secret_and_the_library_of_the_optimizer(chats: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    token = "hf_" + "a" * 30
+    record = settings_of(
+        prepare_run(settle(config_of(chats, tmp_path / "run", run_name=token, optim="adamw_bnb_8bit")))
+    )
+    assert token not in json.dumps(record)
+    assert tree_without_secrets(record) == record
+    assert "versions.bitsandbytes" in record

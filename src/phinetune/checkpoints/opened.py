@@ -14,7 +14,7 @@ from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.adapters import attach_adapter, read_adapter_config, read_base, usable_adapter
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.checkpoints.small_files import what_to_do
-from phinetune.checkpoints.untouched import untouched_base
+from phinetune.checkpoints.untouched import base_again, untouched_base
 from phinetune.config.model import ModelSection
 from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ModelError
@@ -39,6 +39,10 @@ class Opened:
     def base_side(self) -> AbstractContextManager[Any]:
         """A context that gives the base: see `untouched_base`."""
         return untouched_base(self.model, self.loaded, self.config.model)
+
+    def base_again(self) -> Any | None:
+        """The base in memory of its own, where one is needed: see `phinetune.checkpoints.untouched.base_again`."""
+        return base_again(self.model, self.loaded, self.config.model)
 
 
 def open_model(path: str | Path, config: RunConfig | None = None, **model_options: Any) -> Opened:

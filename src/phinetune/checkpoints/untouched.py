@@ -33,16 +33,26 @@ def untouched_base(model: Any, loaded: Loaded, section: ModelSection) -> Iterato
     Raises:
         ModelError: the base has to be loaded again and is not there, or is not the same any more.
     """
-    if not isinstance(model, PeftModel):
-        yield model
-    elif not moves_the_base(vars(model.peft_config[model.active_adapter])):
+    again = base_again(model, loaded, section)
+    if again is not None:
+        yield again
+    elif isinstance(model, PeftModel):
         with model.disable_adapter():
             yield model
     else:
-        logger.info("the adapter changed its base, so the base is loaded once more to be measured")
-        again = load_base(
-            section.model_copy(update={"revision": loaded.base.revision}), fast=has_packed_form(loaded.model)
-        )
-        if again.base.fingerprint != loaded.base.fingerprint:
-            raise ModelError(f"{loaded.base.path}: the base has changed since it was loaded, so it can't be measured")
-        yield again.model
+        yield model
+
+
+def base_again(model: Any, loaded: Loaded, section: ModelSection) -> Any | None:
+    """The base, loaded once more, if the model's adapter has changed it; None if switching it off gives the base back.
+
+    Args, Raises:
+        See `untouched_base`.
+    """
+    if not isinstance(model, PeftModel) or not moves_the_base(vars(model.peft_config[model.active_adapter])):
+        return None
+    logger.info("the adapter changed its base, so the base is loaded once more")
+    again = load_base(section.model_copy(update={"revision": loaded.base.revision}), fast=has_packed_form(loaded.model))
+    if again.base.fingerprint != loaded.base.fingerprint:
+        raise ModelError(f"{loaded.base.path}: the base has changed since it was loaded, so it can't be used")
+    return again.model

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from phinetune.cli import config, convert, data, evaluate, export, merge, plan, push, report, talk, train
-from phinetune.errors import PhinetuneError, RunError, reason_of
+from phinetune.errors import PhinetuneError, RunError, is_out_of_memory, reason_of
 from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
 from phinetune.terminal_text import visible
@@ -51,7 +51,7 @@ def _fail(problems: Sequence[str]) -> None:
 
 def _told(error: Exception) -> str:
     """What the machine refused, in a sentence: memory, a disk, a folder, a closed pipe. Any other error is raised."""
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return f"the memory is not enough ({reason_of(error)}); close other programs, or raise this process's limit"
     trouble = disk_trouble(error)
     if trouble:

@@ -109,8 +109,11 @@ def _resamples(rows: int) -> Iterator[Array]:
     left = max(MIN_RESAMPLES, min(RESAMPLES, DRAWS // rows))
     while left > 0:
         size = min(left, max(1, AT_ONCE // rows))
-        places = generator.integers(0, rows, (size, rows)) + rows * np.arange(size)[:, None]
-        yield np.bincount(places.ravel(), minlength=size * rows).reshape(size, rows).astype(np.float64)
+        # Two arrays of one shape: to add a column to all others numpy takes a buffer, and ends the process if there is
+        # no memory for it.
+        places = generator.integers(0, rows, size * rows)
+        places += np.repeat(np.arange(0, size * rows, rows), rows)
+        yield np.bincount(places, minlength=size * rows).reshape(size, rows).astype(np.float64)
         left -= size
 
 

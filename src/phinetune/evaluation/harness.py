@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from phinetune.errors import ConfigError, DataError
+from phinetune.chats.template_rendering import apply_template
+from phinetune.errors import ConfigError, DataError, reason_of
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.compare import Side, sides_of
 from phinetune.metric_table import Measure
 
+_END = "zqxENDzqx"  # letters that no template writes itself
 NEEDED = "pip install 'phinetune[harness]'"
 
 
@@ -72,15 +75,41 @@ def run_tasks(
     Raises:
         DataError: a task's data can't be loaded.
     """
-    from lm_eval.models.huggingface import HFLM
-
     outputs: dict[str, Mapping[str, Any]] = {}
     for name, opened in sides_of(model, base).items():
         on_side(name)
         with opened() as one:
-            language_model = HFLM(pretrained=one, tokenizer=tokenizer, backend="causal", batch_size=batch_size or 8)
+            language_model = _language_model(one, tokenizer, batch_size or 8)
             outputs[name] = _evaluate(language_model, tasks, manager, limit, chat_template)
     return list(_results(outputs))
+
+
+def _language_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """The harness's view of a model. Chats are rendered within the limits that a stranger's template has here."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Limited(HFLM):  # type: ignore[misc]
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            try:
+                return _rendered(tokenizer, chat_history, add_generation_prompt)
+            except TemplateError:  # as the harness does it: there are templates that take no system message
+                rest = [message for message in chat_history if message["role"] != "system"]
+                return _rendered(tokenizer, rest, add_generation_prompt)
+
+    return Limited(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, str]], reply: bool) -> str:
+    """A chat as text. Without `reply` the model goes on with its last message, so the text ends where that does."""
+    if reply:
+        return apply_template(tokenizer, [chat], reply=True)[0]
+    # A template that strips messages takes the space behind the mark away. Then it would take away the message's, too.
+    marked = {**chat[-1], "content": f"{chat[-1]['content']}{_END} "}
+    text = apply_template(tokenizer, [[*chat[:-1], marked]], reply=False)[0]
+    end = text.rfind(_END)
+    if end < 0:
+        raise DataError("--tasks: the chat template changes the last message, so the model can't go on with it")
+    return text[:end] if text.startswith(f"{_END} ", end) else text[:end].rstrip()
 
 
 def open_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
@@ -132,6 +161,8 @@ def _evaluate(
             apply_chat_template=chat_template,
             bootstrap_iters=1000,
         )
+    except TemplateError as error:
+        raise DataError(f"--tasks {','.join(tasks)}: the chat template refuses a prompt: {reason_of(error)}") from error
     except (OSError, ValueError, KeyError) as error:  # datasets and the harness raise these for problems with data
         raise DataError(f"--tasks {','.join(tasks)}: {type(error).__name__}: {error}") from error
     return output

@@ -104,6 +104,7 @@ def _adapted(
     for name, layer in layers.items():
         if layer in made:
             continue
+        mode, layer.training = layer.training, True  # a merge now would be of a weight that is replaced below
         try:
             if enable_lora is not None and isinstance(layer, nn.Linear):
                 made[layer] = MergedLinear.from_base(layer, r, enable_lora, **options)
@@ -111,6 +112,8 @@ def _adapted(
                 made[layer] = KINDS[type(layer)].from_base(layer, r, **options)
         except (TypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
+        finally:
+            layer.training = mode
     if problems:
         raise ValueError("no layer was replaced, as the options don't fit:\n" + "\n".join(problems))
     return made

@@ -31,6 +31,7 @@ class Conversation:
     system: str | None = None
     with_base: bool = False
     turns: list[Message] = field(default_factory=list)
+    _base: Any = field(default=None, init=False, repr=False)  # of an adapter that changed it; kept for the next message
 
     def reset(self) -> None:
         self.turns = []
@@ -109,7 +110,10 @@ class Conversation:
         )
 
     def _side(self) -> contextlib.AbstractContextManager[Any]:
-        return self.opened.base_side() if self.with_base else contextlib.nullcontext(self.opened.model)
+        if not self.with_base:
+            return contextlib.nullcontext(self.opened.model)
+        self._base = self._base if self._base is not None else self.opened.base_again()
+        return self.opened.base_side() if self._base is None else contextlib.nullcontext(self._base)
 
     def _remember(self, message: str, answer: str) -> None:
         self.turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]

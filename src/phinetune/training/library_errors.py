@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import sysconfig
 import traceback
@@ -10,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from phinetune.errors import ConfigError, PhinetuneError, RunError, reason_of
+from phinetune.errors import ConfigError, PhinetuneError, RunError, is_out_of_memory, reason_of
 from phinetune.files import disk_trouble
 
 logger = logging.getLogger(__name__)
@@ -25,8 +22,6 @@ PASSAGES = {
 # Where libraries lie. Whatever else is in a traceback is the caller's own code.
 INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
 LIBRARIES = ("transformers", "peft", "trl", "torch", "accelerate", "bitsandbytes", "datasets", "safetensors")
-# The last one is what oneDNN says of any product that it has no memory for.
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "could not create a primitive")
 LESS_MEMORY = (
     "lower training_config.per_device_train_batch_size or max_length, set engine.activation_memory: all or "
     "model.quantization: nf4; `phinetune plan` tells what fits"
@@ -51,7 +46,7 @@ def told_in_sentences() -> Iterator[None]:
     except Exception as error:
         if disk_trouble(error):
             raise  # whoever knows the folder tells it
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise RunError(
                 f"the memory is not enough for this run ({reason_of(error)}); {LESS_MEMORY}. Checkpoints written "
                 "before are whole, and --resume goes on from them"
@@ -84,14 +79,6 @@ def disk_told(folder: Path) -> Iterator[None]:
             f"{folder}: {trouble}, so the run stopped; checkpoints written before are whole. See to the disk and go on "
             "with --resume"
         ) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def _library_of(error: BaseException) -> str | None:

@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from phinetune.config.places import with_absolute_places
 from phinetune.data.prepare.cache import tokenizer_digest
 from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.secret_text import tree_without_secrets
 from phinetune.training.environment import describe_environment
 from phinetune.training.prepare import PreparedRun
 from phinetune.training.rehearsal import adapted_shape
@@ -86,7 +87,8 @@ def settings_of(prepared: PreparedRun) -> Record:
         for key, value in part.items()
         if key not in LEFT_OUT.get(section, ())
     }
-    record: Record = json.loads(json.dumps(flat, sort_keys=True, default=_plain))
+    # Without secrets, as start.json holds it: what is compared on `--resume` must be alike on both sides.
+    record: Record = tree_without_secrets(json.loads(json.dumps(flat, sort_keys=True, default=_plain)))
     return record
 
 
@@ -114,7 +116,8 @@ def _layers(numbers: Sequence[int]) -> str:
 
 def _versions(prepared: PreparedRun) -> Mapping[str, str]:
     installed = describe_environment(prepared.args)
-    quantised = prepared.config.model.quantization != "none" or BITSANDBYTES.match(str(prepared.args.optim))
+    optimizer = str(getattr(prepared.args.optim, "value", prepared.args.optim))
+    quantised = prepared.config.model.quantization != "none" or BITSANDBYTES.match(optimizer)
     return {
         name: installed[name] for name in (*LIBRARIES, *(["bitsandbytes"] if quantised else [])) if name in installed
     }

@@ -90,6 +90,17 @@ def test_the_readme_of_a_folder_names_its_files(tmp_path: Path, caplog: pytest.L
         fields(tmp_path)
 
 
+def test_the_readme_of_a_folder_names_the_folder_of_each_configuration(tmp_path: Path) -> None:
+    for name, n in (("easy", 1), ("hard", 2)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "train.jsonl", {"n": n})
+    listed = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("easy", "hard"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    assert [row.fields for row in scan_rows(str(tmp_path), "train", "hard")] == [{"n": 2}]
+    with pytest.raises(DataError, match="hard"):
+        fields(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("split", "wanted"),
     [("train[:2]", [0, 1]), ("train[50%:]", [2, 3]), ("test+train[-1:]", [9, 3]), ("train[1:3]", [1, 2])],

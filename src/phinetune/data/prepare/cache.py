@@ -22,12 +22,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.errors import DataError
-from phinetune.files import disk_trouble, file_digest, staged_folder
+from phinetune.files import disk_trouble, staged_folder
 from phinetune.home import cache_folder
+from phinetune.manifest import damage, has_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 # The folders and files of this package, and the libraries, whose code decides what a row's token ids are.
 CODE = (
     *("data/read", "data/prepare", "chats", "checkpoints", "training/objectives"),
@@ -93,7 +93,7 @@ def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
         try:
             with staged_folder(target, private=True) as stage:
                 fill(stage)
-                _write_manifest(stage)
+                write_manifest(stage)
         except OSError as error:
             trouble = disk_trouble(error)
             if trouble is None:
@@ -106,18 +106,9 @@ def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def _write_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text(json.dumps(_digests(folder), indent=1), encoding="utf-8")
-
-
 def _is_whole(folder: Path) -> bool:
-    """Whether the files of an entry are those that its manifest lists, no more and no fewer, and at least one."""
+    """Whether an entry has a manifest, and all that it names."""
     try:
-        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(digests) and digests == _digests(folder)
-    except (OSError, ValueError):
+        return has_manifest(folder) and not damage(folder)
+    except OSError:
         return False
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {file.name: file_digest(file) for file in sorted(folder.glob("*.arrow"))}

@@ -152,6 +152,9 @@ def _by_datasets(path: Path, name: str | None) -> dict[str, list[Path]]:
 
 
 def _lists_files(path: Path) -> bool:
-    """Whether the folder's README.md says which files belong to which split."""
+    """Whether the folder's README.md says which files, or which folder's, belong to which configuration and split."""
     card = path / "README.md"
-    return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return "data_files:" in text or "data_dir:" in text

@@ -2,7 +2,8 @@
 
 Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
 one step of made-up tokens, by either engine), `gemm` (the best rates of matrix products), `generate` (greedy answers
-to prompts, by transformers or by this project), `merge` (an adapter into its base), `copy` (that base's folder).
+to prompts, by transformers or by this project), `llama` (by llama.cpp), `merge` (an adapter into its base), `copy`
+(that base's folder).
 """
 
 from __future__ import annotations
@@ -333,7 +334,14 @@ def useful(config: Any, tokens: int, labels: int, pairs: int) -> float:
 
 
 def generate(
-    model: str, prompts: str, limit: int, dtype: str, way: str, batch: int | None = None, adapter: bool = True
+    model: str,
+    prompts: str,
+    limit: int,
+    dtype: str,
+    way: str,
+    batch: int | None = None,
+    adapter: bool = True,
+    endless: bool = False,
 ) -> dict[str, Any]:
     """Greedy answers to prompts, the model under a new LoRA unless told otherwise.
 
@@ -341,6 +349,7 @@ def generate(
         prompts: a JSON file, a list of lists of token ids.
         way: `transformers` (its own classes, `batch` prompts a call in the order of the file, padded to the left) or
             `phinetune` (`batch` prompts together; None: as memory allows).
+        endless: no token ends an answer, so all have `limit` tokens.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -356,7 +365,7 @@ def generate(
         lora = LoraConfig(**LORA)
         answering = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model) if ours else lora).eval()
     asked: list[list[int]] = json.loads(Path(prompts).read_text())
-    stops = stop_set(answering)
+    stops = set[int]() if endless else stop_set(answering)
     run = _by_phinetune if ours else _by_transformers
     run(answering, asked[:2], 2, batch, stops)  # what is set up once
     start = time.perf_counter()
@@ -385,12 +394,55 @@ def _by_transformers(
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in part])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part])
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=pad
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=limit,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=sorted(stops),
         )
         for row in out[:, width:].tolist():
             end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
             answers.append(row[:end])
     return answers
+
+
+def llama(gguf: str, prompts: str, limit: int) -> dict[str, Any]:
+    """llama.cpp's greedy answers to all prompts at once, each of `limit` tokens, on a server in this process.
+
+    Args:
+        gguf: the model's file.
+    """
+    import urllib.request
+    from concurrent.futures import ThreadPoolExecutor
+
+    import xllamacpp
+
+    asked: list[list[int]] = json.loads(Path(prompts).read_text())
+    longest = max(map(len, asked)) + limit + 8
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel, params.port = gguf, len(asked), 0
+    params.n_ctx = len(asked) * (-(-longest // 256) * 256)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.n_gpu_layers, params.verbosity = 0, 0
+    server = xllamacpp.Server(params)
+
+    def answer(ids: list[int], count: int) -> list[int]:
+        body = {"prompt": ids, "n_predict": count, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        request = urllib.request.Request(
+            server.listening_address + "/completion",
+            json.dumps({**body, "cache_prompt": False}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as done:
+            return list(json.load(done)["tokens"])
+
+    answer(asked[0], 2)  # what is set up once
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda ids: answer(ids, limit), asked))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "tokens": sum(map(len, answers)), "answers": answers}
 
 
 def gemm(dtype: str) -> dict[str, Any]:
@@ -439,6 +491,7 @@ KINDS = {
     "merge": merge,
     "copy": copy,
     "generate": generate,
+    "llama": llama,
 }
 
 

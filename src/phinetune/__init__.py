@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from phinetune.cpu_share import share_processor
+from phinetune.loading import libraries
 from phinetune.version import VERSION
 
 if TYPE_CHECKING:
@@ -76,5 +77,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
+        with libraries(stay=False):
+            return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

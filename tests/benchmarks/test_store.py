@@ -14,7 +14,7 @@ from benchmarks.quick import BOOK as QUICK
 from benchmarks.quick import PARTS
 from benchmarks.store import RESULTS, Book, Row
 
-BENCHES = ("train", "generate", "data", "plan", "qlora", "waiting", "quick", "device")
+BENCHES = ("train", "generate", "data", "plan", "qlora", "waiting", "quick", "device", "startup")
 
 
 def about(instructions: str, **more: Any) -> Row:

@@ -72,12 +72,13 @@ class Loaded:
     device: torch.device
 
 
-def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
+def load_base(section: ModelSection, *, fast: bool = True, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
     """Load the model that `section` names and move it to its device. The model is in evaluation mode.
 
     Args:
         fast: load it as the class of `phinetune.engine.phi3`, which takes packed rows too, if that class supports this
             model's configuration.
+        tokenizer: its tokenizer, if `open_tokenizer` has loaded it already.
 
     Raises:
         ModelError: the model can't be found or is of another family; its files are damaged, its weights are pickled or
@@ -87,9 +88,9 @@ def load_base(section: ModelSection, *, fast: bool = True) -> Loaded:
     dtype = pick_dtype(section.dtype, device)
     if section.path.startswith(random_shapes.PREFIX):
         model, base = _load_random(section, dtype, fast, device)
-        tokenizer = load_tokenizer(section, base, model.config)
+        tokenizer = tokenizer or load_tokenizer(section, base, model.config)
     else:
-        model, base, tokenizer = _load_checkpoint(section, dtype, fast, device)
+        model, base, tokenizer = _load_checkpoint(section, dtype, fast, device, tokenizer)
     model.generation_config = with_stop_ids(model.generation_config, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
     precision = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
@@ -115,14 +116,18 @@ def _load_random(
 
 
 def _load_checkpoint(
-    section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+    section: ModelSection,
+    dtype: torch.dtype,
+    fast: bool,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[Phi3ForCausalLM, Base, PreTrainedTokenizerBase]:
     """Model, base and tokenizer of a checkpoint. All that is small is read and checked before the weights."""
     folder, revision = find_folder(section.path, section.revision)
     config = read_config(folder)
     check_checkpoint(folder, config)
     base = base_in(folder, section.path, revision)
-    tokenizer = load_tokenizer(section, base, config)
+    tokenizer = tokenizer or load_tokenizer(section, base, config)
     model = _read_model(folder, config, section, dtype, fast, device)
     # PEFT writes this name into adapter_config.json. A hub id must stay there, not this machine's cache folder.
     name = section.path if revision else str(folder)

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
 app = typer.Typer()
@@ -45,7 +46,8 @@ def convert(
     ] = [],  # noqa: B006
 ) -> None:
     """Convert an adapter between PEFT's forms and loralib's, and check the update of every layer."""
-    from phinetune.exporting.convert.convert import convert as convert_adapter
+    with libraries():
+        from phinetune.exporting.convert.convert import convert as convert_adapter
 
     done = convert_adapter(
         src, dst, to, lora_alpha=lora_alpha, base=base, merged=merged, embedding=embedding, linear=linear

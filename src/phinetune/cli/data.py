@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from phinetune.cli.program import program
+from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
 if TYPE_CHECKING:
@@ -47,10 +48,11 @@ def check(
     overrides: SetOption = [],  # noqa: B006
 ) -> None:
     """Look at every row: what is kept, cut and dropped, and what stands out. Status 1: a run would be spoiled."""
-    from phinetune.api.data import check_config
-    from phinetune.screen.check import show_check
-    from phinetune.screen.console import stderr
-    from phinetune.screen.progress import counting_rows
+    with libraries():
+        from phinetune.api.data import check_config
+        from phinetune.screen.check import show_check
+        from phinetune.screen.console import stderr
+        from phinetune.screen.progress import counting_rows
 
     run = _config(config, overrides)
     with counting_rows(stderr()) as on_row:
@@ -76,8 +78,9 @@ def preview(
     overrides: SetOption = [],  # noqa: B006
 ) -> None:
     """Show rows as the model will see them: by role, what is trained on, special tokens, where a row is cut."""
-    from phinetune.api.data import preview_config
-    from phinetune.screen.row_view import needs_marks, show_row
+    with libraries():
+        from phinetune.api.data import preview_config
+        from phinetune.screen.row_view import needs_marks, show_row
 
     screen = stdout()
     found = preview_config(_config(config, overrides), file, rows)

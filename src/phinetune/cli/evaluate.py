@@ -10,6 +10,7 @@ import typer
 from phinetune.cli.options import Device, RunPath
 from phinetune.cli.program import program
 from phinetune.errors import PhinetuneError
+from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
 app = typer.Typer()
@@ -47,7 +48,8 @@ def evaluate(
         _refuse_beside_tasks(data=data, metrics=metrics, tag=tag)
         _evaluate_tasks(run, names, include_path, max_prompts, batch_size, chat_template, device, out)
         return
-    from phinetune.api.evaluate import evaluate as evaluate_run
+    with libraries():
+        from phinetune.api.evaluate import evaluate as evaluate_run
 
     given: dict[str, Any] = {
         "max_prompts": max_prompts,
@@ -90,7 +92,8 @@ def _evaluate_tasks(
     device: str,
     out: Path | None,
 ) -> None:
-    from phinetune.api.evaluate import evaluate_tasks
+    with libraries():
+        from phinetune.api.evaluate import evaluate_tasks
 
     evaluate_tasks(
         run,

@@ -9,6 +9,7 @@ import typer
 
 from phinetune.cli.options import RunPath
 from phinetune.cli.program import program
+from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
 app = typer.Typer()
@@ -32,7 +33,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
 ) -> None:
     """Write a run or a model for another program: llama.cpp, Ollama, onnxruntime-genai."""
-    from phinetune.exporting.targets import export as export_run
+    with libraries():
+        from phinetune.exporting.targets import export as export_run
 
     done = export_run(run, to, kind=kind, out=out, overwrite=overwrite)
     say(stdout(), done.report(program()))

@@ -9,6 +9,7 @@ import typer
 
 from phinetune.cli.options import Device
 from phinetune.cli.program import program
+from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
 app = typer.Typer()
@@ -32,7 +33,8 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Merge a run into its base: a model that runs without PEFT, written shard by shard."""
-    from phinetune.api.merge import merge as merge_run
+    with libraries():
+        from phinetune.api.merge import merge as merge_run
 
     console = stdout()
     made = merge_run(run, out, dtype=dtype, base=base, score=score, console=console, device=device)

@@ -11,6 +11,7 @@ import typer
 
 from phinetune.cli.options import SetOption
 from phinetune.cli.program import program
+from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
 app = typer.Typer()
@@ -24,9 +25,10 @@ def plan(
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Say what a run will take of memory, time and disk. Status 1: it does not fit; what would is listed."""
-    from phinetune.api.plan import plan_config
-    from phinetune.config.run import load_config
-    from phinetune.screen.plan import show_plan
+    with libraries():
+        from phinetune.api.plan import plan_config
+        from phinetune.config.run import load_config
+        from phinetune.screen.plan import show_plan
 
     made = plan_config(load_config(config, overrides), probe=probe)
     if as_json:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from phinetune.cli.program import program
+from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
 app = typer.Typer()
@@ -24,7 +25,8 @@ def push(
     ] = False,
 ) -> None:
     """Push a run to the Hugging Face hub with a model card; the token is HF_TOKEN's, .env's or `hf auth login`'s."""
-    from phinetune.exporting.hub.push import push as push_run
+    with libraries():
+        from phinetune.exporting.hub.push import push as push_run
 
     done = push_run(run, repo, private=private, merged=merged)
     say(stdout(), done.report(program()))

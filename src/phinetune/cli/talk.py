@@ -9,6 +9,7 @@ import typer
 
 from phinetune.cli.options import Device, NewTokens, RunPath, Seed, System, Temperature, TopK, TopP
 from phinetune.errors import PhinetuneError
+from phinetune.loading import libraries
 from phinetune.screen.console import stdout
 from phinetune.terminal_text import visible
 
@@ -32,7 +33,8 @@ def generate(
     message = prompt if prompt is not None else sys.stdin.read()
     if not message.strip():
         raise PhinetuneError("there is no message: give --prompt, or text on standard input")
-    from phinetune.api.talk import generate as answer_one
+    with libraries():
+        from phinetune.api.talk import generate as answer_one
 
     answer = answer_one(
         run,
@@ -64,8 +66,9 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to a run: streamed answers, /reset, /base to hear the base model."""
-    from phinetune.api.talk import chat as open_chat
-    from phinetune.screen.chat_loop import hold_chat
+    with libraries():
+        from phinetune.api.talk import chat as open_chat
+        from phinetune.screen.chat_loop import hold_chat
 
     conversation = open_chat(
         run,

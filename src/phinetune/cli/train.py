@@ -10,6 +10,7 @@ import typer
 
 from phinetune.cli.options import Overwrite, SetOption
 from phinetune.cli.program import program
+from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def train(
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Fine-tune by a YAML file, then compare base and tuned model on the held-out chats."""
-    from phinetune.api.train import train_config
-    from phinetune.config.run import load_config
+    with libraries():
+        from phinetune.api.train import train_config
+        from phinetune.config.run import load_config
 
     made = train_config(
         *(load_config(config, overrides), stdout()),
@@ -58,7 +60,8 @@ def demo(
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Fine-tune the starter model on the bundled chats of an outdoor-gear shop: minutes on a CPU."""
-    from phinetune.api.train import demo as run_demo
+    with libraries():
+        from phinetune.api.train import demo as run_demo
 
     made = run_demo(output_dir, overrides, resume=resume, overwrite=overwrite, console=stdout())
     _say_next(made, f"{program()} demo --output-dir {output_dir}")

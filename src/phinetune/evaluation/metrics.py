@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 
 from phinetune.chats.template import Message
 from phinetune.config.evaluation import EvaluationSection
@@ -25,6 +24,8 @@ Metrics = Mapping[str, RowMetric | SetMetric]
 
 @functools.lru_cache(maxsize=4)
 def _rouge(kind: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # it loads nltk, and that scipy: a tenth of all imports
+
     return RougeScorer([kind])
 
 

@@ -118,7 +118,7 @@ def train_run(
     with processes.main_first():  # also: every process has looked at the folder before the main one writes there
         record = record_of(prepared, find_base(prepared.config.model).fingerprint)
         resumption = _held_against(prepared, place, record)
-        loaded = load_base(prepared.config.model, fast=prepared.engine.fast is not None)
+        loaded = load_base(prepared.config.model, fast=prepared.engine.fast is not None, tokenizer=prepared.tokenizer)
     own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
     trainer = _make_trainer(prepared, loaded, look, own, callbacks)
     facts = _start_facts(trainer, prepared, loaded) | _course(trainer, prepared, record, resumption)

@@ -39,7 +39,9 @@ class RunError(PhinetuneError):
     """A run's folder can't be used, or a run can't go on."""
 
 
-Trouble = Literal["form", "roles", "content", "tools", "system", "template", "labels", "untrained", "letters"]
+Trouble = Literal[
+    "form", "roles", "content", "tools", "system", "template", "labels", "untrained", "letters", "response"
+]
 
 
 class RowError(DataError):

@@ -104,7 +104,13 @@ def _own(key: str, more_is_better: bool, is_percent: bool, values: Sequence[Any]
     """A measure of the user's own. Numbers up to 1 may be shares, whose third decimal still says something."""
     numbers = [abs(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
     form = "{:.3f}" if numbers and 0 < max(numbers) <= 1 and not is_percent else "{:.1f}"
-    return Measure(key, key.replace("_", " ") + (" %" if is_percent else ""), form, more_is_better, is_percent)
+    return Measure(
+        key,
+        key.replace("_", " ").replace("macro f1", "macro-F1") + (" %" if is_percent else ""),
+        form,
+        more_is_better,
+        is_percent,
+    )
 
 
 def measured(

@@ -55,6 +55,10 @@ def test_metrics_and_a_tag_are_named_on_the_command_line(
         (("--metrics", "[{name: x, regex: a, regex: b}]"), "`regex` is given twice; keep one of them"),
         (("--metrics", "[" * 3000), "values lie too deep in one another"),
         (("--metrics", "[{name: x, function: 'gone.py:f'}]"), "no such file: gone.py"),
+        (("--metrics", "[{name: x, compute: 'math:nope'}]"), "there is no function `nope` in math"),
+        (("--max-new-tokens", "2", "--metrics", "[{name: x, compute: 'operator:truediv'}]"), "`x` failed on 3 answers"),
+        (("--max-new-tokens", "2", "--metrics", "[{name: x, function: 'operator:truediv'}]"), "(held-out prompt 1)"),
+        (("--metrics", "[{name: x, classes: [one, two]}]"), "answers of their own that name none of its labels"),
         (("--tag", "topic"), "no row of"),
         (("--tasks", "mmlu"), "--data and --tasks are two evaluations"),
     ],
@@ -62,7 +66,7 @@ def test_metrics_and_a_tag_are_named_on_the_command_line(
 def test_mistakes_are_sentences(
     tiny_run: Path,
     held: Path,
-    more: tuple[str, str],
+    more: tuple[str, ...],
     words: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -85,11 +89,15 @@ def test_a_function_that_only_the_run_names_is_not_called(
     trap = tmp_path / "trap.py"
     trap.write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\ndef f(a, r):\n    return 1\n")
     tree = yaml.safe_load((run_folder / "config.yaml").read_text())
-    tree["evaluation"]["metrics"] = ["exact_match", {"name": "trap", "function": f"{trap}:f"}]
+    tree["evaluation"]["metrics"] = [
+        "exact_match",
+        {"name": "trap", "function": f"{trap}:f"},
+        {"name": "snare", "compute": f"{trap}:f"},
+    ]
     (run_folder / "config.yaml").write_text(MARK + yaml.safe_dump(tree))
     assert run(monkeypatch, "evaluate", run_folder, "--data", held, "--max-new-tokens", 2) == 0
     assert not (tmp_path / "sprung").exists()
-    assert "Left out: trap." in capsys.readouterr().out
+    assert "Left out: trap, snare." in capsys.readouterr().out
 
 
 def test_tasks_of_a_folder(

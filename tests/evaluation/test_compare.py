@@ -246,7 +246,7 @@ def test_metrics_over_the_set_stand_beside_the_others(tuned: Opened, held_out: C
     show_comparison(made, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "many words ↓" in shown
-    assert "sum macro f1 %" in shown
+    assert "sum macro-F1 %" in shown
     assert "↓ less is better" in shown
     assert "sum: class" in shown
 

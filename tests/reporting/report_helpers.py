@@ -26,6 +26,33 @@ DIFFERENCES = {
     "chrf": {"change": 81.3, "low": 70.0, "high": 90.0, "verdict": "better", "level": 95},
 }
 
+CLASSES = {
+    "topic": {
+        "labels": ["billing", "delivery", "returns and much else"],
+        "sides": {
+            side: {
+                "matrix": matrix,
+                "scores": [
+                    {"precision": 50.0, "recall": 100 * row[i] / 20, "f1": 40.0, "support": 20, "answered": 18}
+                    for i, row in enumerate(matrix)
+                ],
+            }
+            for side, matrix in {
+                "base": [[4, 3, 3, 10], [15, 2, 3, 0], [0, 0, 20, 0]],
+                "tuned": [[19, 1, 0, 0], [2, 18, 0, 0], [0, 0, 20, 0]],
+            }.items()
+        },
+    }
+}
+OWN = {
+    "topic_macro_f1": {"less_is_better": False, "is_percent": True},
+    "edits": {"less_is_better": True, "is_percent": False},
+}
+OWN_EVALUATION = {
+    "base": {**EVALUATION["base"], "topic_macro_f1": 31.2, "edits": 0.8125},
+    "tuned": {**EVALUATION["tuned"], "topic_macro_f1": 95.0, "edits": 0.25},
+}
+
 
 def entry(step: int, scale: float = 1.0, **more: Any) -> dict[str, Any]:
     return {

@@ -15,7 +15,7 @@ from phinetune.reporting.render import write_comparison, write_report
 from phinetune.reporting.watch import make_server
 from phinetune.run_folder import RunFolder
 from reporting.browser import LOW_CONTRAST, MISSING_CURVES, Browser, chromium
-from reporting.report_helpers import DIFFERENCES, EVALUATION, entry, example, make_run
+from reporting.report_helpers import CLASSES, DIFFERENCES, EVALUATION, OWN, OWN_EVALUATION, entry, example, make_run
 
 LOOKS = list(itertools.product(("light", "dark"), (1280, 390)))
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--"
@@ -35,6 +35,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         differences=DIFFERENCES,
         by_tag={"billing": {"rows": 30, **EVALUATION}, "delivery": {"rows": 50, **EVALUATION}},
         json_fields={"base": {"order": 10.0}, "tuned": {"order": 98.8}},
+        evaluation=OWN_EVALUATION,
+        classes=CLASSES,
+        own=OWN,
         flags=["12% of the tuned model's answers go in circles."],
         examples=[example(i) for i in range(1, 5)] + [example(5, prompt="W" * 400), example(6, prompt=EVIL)],
     )

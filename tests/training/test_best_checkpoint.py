@@ -16,7 +16,7 @@ from helpers import tiny_config
 from phinetune.api import train as api
 from phinetune.config.run import RunConfig
 from phinetune.config.section import Section
-from phinetune.errors import ConfigError
+from phinetune.errors import ConfigError, RunError
 from phinetune.training.best_checkpoint import EarlyStop, settle_best
 from phinetune.training.objectives.sft import Sft
 from phinetune.training.settings import read_settings
@@ -218,3 +218,22 @@ def test_what_has_no_effect_on_evaluations_is_named(
     config = configured(chats, tmp_path, evaluation, **training)
     settings = settle_best(read_settings({}, config.training_config), config, Sft(Section()))
     assert settings.notes == said
+
+
+def test_the_best_step_may_go_by_a_number_of_a_function_over_the_set(
+    chats: Path, tmp_path: Path, console: Console
+) -> None:
+    """It is called with the held-out prompts alone, not with the fixed ones; a number that it lacks is told."""
+    (tmp_path / "mine.py").write_text(
+        "def count(answers, references):\n    assert all(references)\n    return {'of': len(answers), 'more': 1}\n"
+    )
+    metric = {"name": "mine", "compute": f"{tmp_path / 'mine.py'}:count", "less_is_better": ["of"], "resamples": 0}
+    evaluation = {"metrics": [metric], "max_new_tokens": 4, "fixed_prompts": ["One?"]}
+    training = {"load_best_model_at_end": True, "max_steps": 4, **EVALUATED}
+    config = tiny_config(chats, tmp_path / "run", metric_for_best_model="mine_of", **training)
+    config.evaluation = config.evaluation.model_validate({**config.evaluation.model_dump(), **evaluation})
+    best = api.train_config(config, console).results["training"]["best"]
+    assert (best["metric"], best["value"]) == ("mine_of", 3)
+    config.training_config["metric_for_best_model"] = "mine_missing"
+    with pytest.raises(RunError, match=r"this evaluation has no `mine_missing`; it has .*mine_of, mine_more"):
+        api.train_config(config, console, overwrite=True)

@@ -6,7 +6,7 @@ import logging
 
 from phinetune import processes
 from phinetune.engine.generate import check_prompts
-from phinetune.evaluation.answering import questions_of
+from phinetune.evaluation.answering import fixed_question, questions_of
 from phinetune.evaluation.countable import check_classes, check_countable, names_metrics, sorts, without_numbers
 from phinetune.evaluation.metrics import Metrics, open_metrics
 from phinetune.exporting.hub.push import check_can_push
@@ -38,8 +38,8 @@ def look_at_rows(prepared: PreparedRun, metrics: Metrics) -> None:
     encoder, section = prepared.rows.encoder, prepared.config.evaluation
     fixed = section.fixed_prompts
     if isinstance(fixed, list):
-        chats = [encoder.prepare([{"role": "user", "content": text}]) for text in fixed]
-        check_prompts([encoder.prompt_ids(chat) for chat in chats], prepared.shape.max_position_embeddings)
+        questions = [fixed_question(encoder, text) for text in fixed]
+        check_prompts([question.ids for question in questions], prepared.shape.max_position_embeddings)
     name, held_out = best_metric(prepared.settings.training), prepared.chats.held_out
     counted = name if name and name not in prepared.objective.metrics else None
     told = processes.is_main() and names_metrics(section)

@@ -19,6 +19,7 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.chats.control import control_tokens
+from phinetune.chats.tagged_text import PLAIN, ResponseTags
 from phinetune.chats.template import (
     Message,
     end_of_turn_ids,
@@ -44,6 +45,7 @@ class ChatEncoder:
         dropped_roles: roles whose messages the checkpoint's template leaves out without an error.
         end_of_turn: ids of the tokens that end a turn.
         tools: how the template renders tools and calls.
+        tags: where the answers of ready-made texts stand; None if that is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +54,7 @@ class ChatEncoder:
     dropped_roles: frozenset[str]
     end_of_turn: frozenset[int]
     tools: ToolStyle
+    tags: ResponseTags | None = None
 
     @cached_property
     def vocabulary(self) -> int:
@@ -119,17 +122,47 @@ class ChatEncoder:
         return [self._label(*one) for one in zip(chats, ids, map(iter, places), strict=True)]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
-        """Encode ready-made texts. Control tokens in a text become tokens, and every token is trained on.
+        """Encode ready-made texts. Control tokens in a text become tokens.
 
-        A text that does not end with an end token gets the tokenizer's own.
+        A text that does not end with an end token gets the tokenizer's own. Every token is trained on, or the answers
+        alone if it is known where they stand and `loss_on` is not `all`.
+
+        Raises:
+            RowError: see `ResponseTags.spans`.
         """
-        ends = [str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.end_of_turn]
         eos = str(self.tokenizer.eos_token or "")
-        ended = [text if text.rstrip().endswith((*ends, eos)) else text + eos for text in texts]
-        return [Encoded(ids, list(ids)) for ids in tokenize(self.tokenizer, ended)]
+        ended = [text if text.rstrip().endswith((*self._ends, eos)) else text + eos for text in texts]
+        ids = tokenize(self.tokenizer, ended)
+        if self.tags is None or self.loss_on == "all":
+            return [Encoded(one, list(one)) for one in ids]
+        spans = [self.tags.spans(text)[-1 if self.loss_on == "last" else 0 :] for text in texts]
+        bounds = [
+            [text[:place] for start, end in own for place in ((start, end) if end < len(text) else (start,))]
+            for text, own in zip(texts, spans, strict=True)
+        ]
+        places = shared_tokens(self.tokenizer, ended, ids, bounds)
+        return [_answers_alone(*one) for one in zip(ids, places, strict=True)]
+
+    @cached_property
+    def _ends(self) -> list[str]:
+        """The tokens that end a turn."""
+        return [str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.end_of_turn]
+
+    def asked(self, text: str) -> list[Message]:
+        """A ready-made text as a prompt and its last answer; empty if it is not known where that begins.
+
+        Raises:
+            RowError: see `ResponseTags.spans`.
+        """
+        return self.tags.chat(text, [*self._ends, str(self.tokenizer.eos_token or "")]) if self.tags else []
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a prepared chat, followed by the header of the assistant's next turn."""
+        """The token ids of a prepared chat, followed by the header of the assistant's next turn.
+
+        A prompt of a ready-made text (`PLAIN`) stays as it is.
+        """
+        if messages[0]["role"] == PLAIN:
+            return tokenize(self.tokenizer, [messages[0]["content"]])[0]
         return tokenize(self.tokenizer, [render(self.tokenizer, messages, reply=True)])[0]
 
     def _turns(self, chat: Sequence[Message]) -> list[int]:
@@ -230,14 +263,29 @@ class ChatEncoder:
         return list(self.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant", system: str = "keep") -> ChatEncoder:
+def make_encoder(
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: str = "assistant",
+    system: str = "keep",
+    tags: ResponseTags | None = None,
+) -> ChatEncoder:
     """An encoder for this tokenizer. It renders a few chats to find out which roles the template drops.
 
     Args:
         loss_on, system: as in the section `data`.
+        tags: where the answers of ready-made texts stand.
     """
     dropped = frozenset(role for role in ("system", "tool") if not renders_role(tokenizer, role))
-    return ChatEncoder(tokenizer, loss_on, system, dropped, frozenset(end_of_turn_ids(tokenizer)), style_of(tokenizer))
+    ends = frozenset(end_of_turn_ids(tokenizer))
+    return ChatEncoder(tokenizer, loss_on, system, dropped, ends, style_of(tokenizer), tags)
+
+
+def _answers_alone(ids: list[int], places: Sequence[int]) -> Encoded:
+    """A text's tokens with labels on its answers. `places`: where each begins and ends; the last may have no end."""
+    labels = [IGNORED] * len(ids)
+    for start, end in zip(places[::2], [*places[1::2], len(ids)], strict=False):
+        labels[start:end] = ids[start:end]
+    return Encoded(ids, labels)
 
 
 def ends_a_turn(encoder: ChatEncoder, rows: Iterable[Encoded]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 
 from phinetune.chats.encoder import ChatEncoder, make_encoder
+from phinetune.chats.tagged_text import tags_of
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.adapters import attach_adapter, read_adapter_config, read_base, usable_adapter
 from phinetune.checkpoints.load import Loaded, load_base
@@ -63,7 +64,8 @@ def open_model(path: str | Path, config: RunConfig | None = None, **model_option
     # An adapter that can't be used is told before the base is loaded.
     adapter = usable_adapter(folder, config.model) if is_adapter(folder) else None
     loaded = load_base(config.model, fast=config.engine.kind == "fast")
-    encoder = make_encoder(loaded.tokenizer, config.data.loss_on, config.data.system)
+    data = config.data
+    encoder = make_encoder(loaded.tokenizer, data.loss_on, data.system, tags_of(data))
     model = attach_adapter(loaded, folder, adapter) if adapter else loaded.model
     return Opened(loaded, model, encoder, config)
 

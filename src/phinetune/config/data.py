@@ -96,6 +96,16 @@ class DataSection(Section):
         description="what is a row of a .txt or .md file: a paragraph; or as much as fits, cut at "
         "training_config.max_length tokens",
     )
+    response: str | None = Field(
+        None,
+        description='of rows of text, what stands before an answer, such as "### Response:"; then answers are trained '
+        "on alone (loss_on: all trains on all of it), and evaluated",
+    )
+    instruction: str | None = Field(
+        None,
+        description='of rows of text with several answers, what stands before a question, such as "### Instruction:"; '
+        "without it a text has one answer, behind its last `response`",
+    )
     format: Annotated[str, one_of("auto", *FORM_NAMES)] = Field(
         "auto",
         description=f"form of the rows: {', '.join(FORM_NAMES)}; auto looks at each row's keys. text and tokens "
@@ -112,7 +122,7 @@ class DataSection(Section):
     overlong: Literal["cut", "drop"] = Field(
         "cut",
         description="a chat over training_config.max_length: cut its prompt (oldest turns first, answers "
-        "never), or drop the chat; a text: cut it into pieces, or drop it",
+        "never), or drop the chat; a text: cut it into pieces (with `response`: its beginning off), or drop it",
     )
     overlap: int = Field(
         1,
@@ -201,6 +211,12 @@ class DataSection(Section):
             for ours, theirs in (("user", "prompt"), ("assistant", "completion"))
             if ours in self.columns and theirs in self.columns
         ]
+        if self.response is not None and not self.response.strip():
+            problems.append("`response` is empty; write what stands before an answer, or leave it out")
+        if self.instruction is not None and (self.response is None or not self.instruction.strip()):
+            problems.append("`instruction` says where a question begins; it needs a text, and `response` beside it")
+        if self.instruction is not None and self.instruction == self.response:
+            problems.append("`instruction` and `response` are the same text, so answers would end where they begin")
         if self.row and (self.columns or self.prompt is not None or self.completion is not None):
             problems.append("`row` makes the whole row, so leave `columns`, `prompt` and `completion` out")
         if problems:

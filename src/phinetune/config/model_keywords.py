@@ -172,6 +172,37 @@ OF_TRAINING: Mapping[str, str] = {
     "use_gradient_checkpointing": "gradient_checkpointing",
 }
 
+# Keywords that say where the answers of texts begin, and the keys of `data` for them: those of TRL's collator for
+# completions, and of Unsloth's `train_on_responses_only`.
+OF_DATA: Mapping[str, str] = {
+    "response_template": "response",
+    "response_part": "response",
+    "instruction_template": "instruction",
+    "instruction_part": "instruction",
+}
+
+
+def move_to_data(training: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sections, with the keywords of `training` that say where answers begin as keys of `data`. What `data` says
+    itself is kept.
+
+    Raises:
+        ValueError: token ids stand there, which only one tokenizer can read.
+    """
+    kept, moved = dict(training), dict(data)
+    for key, name in OF_DATA.items():
+        value = kept.pop(key, None)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ValueError(f"training_config: `{key}: {value}` is no text; write it as a text in data.{name}")
+        if moved.get(name) is not None:
+            logger.warning("training_config.%s has no effect: data.%s says it", key, name)
+        else:
+            moved[name] = value
+            logger.warning("training_config.%s is taken as data.%s", key, name)
+    return kept, moved
+
 
 def move_to_training(model: Mapping[str, Any], training: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both sections, with the keywords of `model` that are settings of the training where they belong. What the

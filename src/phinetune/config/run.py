@@ -17,7 +17,7 @@ from phinetune.config.data import DataSection
 from phinetune.config.engine import EngineSection
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.model import ModelSection
-from phinetune.config.model_keywords import OF_TRAINING, move_to_training
+from phinetune.config.model_keywords import OF_DATA, OF_TRAINING, move_to_data, move_to_training
 from phinetune.config.objective import ObjectiveSection
 from phinetune.config.section import Section, joined_message
 from phinetune.config.yaml_text import read_yaml
@@ -58,6 +58,10 @@ class RunConfig(Section):
         model, training = value.get("model"), value.get("training_config") or {}
         if isinstance(model, Mapping) and isinstance(training, Mapping) and OF_TRAINING.keys() & model.keys():
             value["model"], value["training_config"] = move_to_training(model, training)
+            training = value["training_config"]
+        data = value.get("data") or {}
+        if isinstance(data, Mapping) and isinstance(training, Mapping) and OF_DATA.keys() & training.keys():
+            value["training_config"], value["data"] = move_to_data(training, data)
         return value
 
     @model_validator(mode="after")

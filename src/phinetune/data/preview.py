@@ -109,7 +109,7 @@ def turns_of(outcome: RowOutcome, encoder: ChatEncoder) -> list[Turn]:
     """The row's tokens turn by turn. A remark says where something was cut."""
     row = outcome.encoded or Encoded([], [])
     chat = outcome.fitted or outcome.chat
-    if not chat:
+    if not chat or outcome.text is not None:
         return [Turn(outcome.form or "row", list(pieces(encoder.tokenizer, row)))]
     remarks = _remarks(outcome.chat, chat) if outcome.cut else {}
     ends = turn_ends(encoder.tokenizer, chat, row.input_ids)

@@ -12,11 +12,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.chats.encoder import ChatEncoder
+from phinetune.chats.tagged_text import PLAIN
 from phinetune.chats.template import Message
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.generate import Answer, answer_prompts
-from phinetune.errors import RunError
+from phinetune.errors import ConfigError, RunError
 from phinetune.evaluation.bootstrap import Array
 from phinetune.evaluation.metrics import Metrics, RowMetric
 from phinetune.evaluation.patterns import repeats
@@ -102,10 +103,34 @@ def questions_of(encoder: ChatEncoder, held_out: ChatSet, limit: int | None) -> 
     questions = []
     for chat, row in list(zip(held_out.chats, held_out.places, strict=True))[:limit]:
         last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
-        asked = next((m["content"] for m in reversed(chat[:last]) if m["role"] == "user"), "")
         reference = chat[last]["content"] or ""  # a turn may consist of a tool call alone
-        questions.append(Question(encoder.prompt_ids(chat[:last]), chat[:last], asked or "", reference, row))
+        questions.append(question_of(encoder, chat[:last], reference, row))
     return questions
+
+
+def question_of(encoder: ChatEncoder, messages: Sequence[Message], reference: str = "", row: int = -1) -> Question:
+    """The question of some turns. The prompt of a ready-made text stands in it as a user's message."""
+    ids = encoder.prompt_ids(messages)
+    turns: list[Message] = [{**m, "role": "user"} if m["role"] == PLAIN else m for m in messages]
+    asked = next((m["content"] for m in reversed(turns) if m["role"] == "user"), "")
+    return Question(ids, turns, asked or "", reference, row)
+
+
+def fixed_question(encoder: ChatEncoder, text: str) -> Question:
+    """The question of a prompt that the configuration names: a user's message, or a text up to where its answer begins.
+
+    Raises:
+        ConfigError: texts have their answers behind a tag, and this one does not end with it.
+    """
+    if encoder.tags is None:
+        return question_of(encoder, encoder.prepare([{"role": "user", "content": text}]))
+    prompt = encoder.tags.prompt(text)
+    if prompt is None:
+        raise ConfigError(
+            f"evaluation.fixed_prompts: {text[:60]!r} does not end with {encoder.tags.response!r} (data.response); "
+            "write it as the texts are, up to where the answer begins"
+        )
+    return question_of(encoder, prompt)
 
 
 def answer_all(

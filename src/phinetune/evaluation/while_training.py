@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
-from phinetune.evaluation.answering import Question, answer_all, questions_of
+from phinetune.evaluation.answering import Question, answer_all, fixed_question, questions_of
 from phinetune.evaluation.metrics import Metrics
 
 Sample = dict[str, Any]
@@ -69,10 +69,5 @@ def while_training(
     """
     questions = questions_of(encoder, held_out, section.max_prompts) if held_out and section.generate else []
     prompts = section.fixed_prompts if section.generate else 0
-    fixed = questions[:prompts] if isinstance(prompts, int) else [_question(encoder, text) for text in prompts]
+    fixed = questions[:prompts] if isinstance(prompts, int) else [fixed_question(encoder, text) for text in prompts]
     return WhileTraining(tokenizer, section, metrics, questions if counted else [], fixed)
-
-
-def _question(encoder: ChatEncoder, text: str) -> Question:
-    chat = encoder.prepare([{"role": "user", "content": text}])
-    return Question(encoder.prompt_ids(chat), chat, text, "", -1)

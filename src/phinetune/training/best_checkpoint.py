@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.run import RunConfig
-from phinetune.errors import ConfigError
+from phinetune.errors import ConfigError, RunError
 from phinetune.metric_table import keys_of, measures_of
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.settings import Settings
@@ -112,6 +113,21 @@ def best_metric(training: dict[str, Any]) -> str | None:
     """The metric by which the best checkpoint is chosen, without transformers' prefix; None if there is none."""
     name = training.get("metric_for_best_model")
     return str(name).removeprefix(PREFIX) if name else None
+
+
+def check_counted(chosen: str | None, metrics: Mapping[str, float]) -> None:
+    """Make sure that an evaluation has the metric by which the best checkpoint is chosen.
+
+    Only a function that returns several numbers can lack it: their names are not known before it is called.
+
+    Raises:
+        RunError: it has not.
+    """
+    name = str(chosen).removeprefix(PREFIX)
+    if chosen and name not in metrics:
+        raise RunError(
+            f"training_config.metric_for_best_model: this evaluation has no `{name}`; it has {', '.join(metrics)}"
+        )
 
 
 def answer_metrics(section: EvaluationSection) -> list[str]:

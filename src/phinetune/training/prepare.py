@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from phinetune import processes
 from phinetune.chats.encoder import make_encoder
+from phinetune.chats.tagged_text import tags_of
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import check_checkpoint
 from phinetune.checkpoints.quantize import check_quantization
@@ -51,7 +52,7 @@ class SettledRun:
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
         """How the run's rows become examples."""
         data = self.config.data
-        encoder = make_encoder(tokenizer, data.loss_on, data.system)
+        encoder = make_encoder(tokenizer, data.loss_on, data.system, tags_of(data))
         return self.objective.row_encoder(data, encoder, self.settings.max_length)
 
 

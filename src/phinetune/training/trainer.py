@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from phinetune.checkpoints.quantize import is_quantized
 from phinetune.config.engine import EngineSection
 from phinetune.engine.fast_engine import FastEngine
+from phinetune.training.best_checkpoint import check_counted
 from phinetune.training.callbacks import SamplesWriter
 from phinetune.training.finite import FiniteSteps
 from phinetune.training.log_sums import LogSums
@@ -151,6 +152,7 @@ class RunTrainer(CheckpointTrainer):
             metrics |= found
             if self.samples:
                 self.samples.write(self.state, samples)
+        check_counted(self.args.metric_for_best_model, metrics)
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
             label_ids=None,

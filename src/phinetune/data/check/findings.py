@@ -33,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "form": Kind("rows of no known form", "see `Chats` in the README for the forms", True, True),
     "roles": Kind("chats with unknown roles, no answer, or a turn out of place", "correct the turns", True, True),
     "content": Kind("turns whose content is missing or no text", "write the content as text", True, True),
+    "response": Kind("texts without an answer by its tag", "see data.response, or correct the texts", True, True),
     "tools": Kind("tools or tool calls that can't be read", "see `Chats` in the README for their form", True, True),
     "system": Kind("system messages that this checkpoint's template drops", "set data.system to fold or drop", True),
     "template": Kind("chats that this checkpoint's template can't render", "take another checkpoint or form", True),

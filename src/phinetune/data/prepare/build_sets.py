@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # The keys that a table depends on.
 SETTINGS = {
     *("split", "name", "format", "loss_on", "system", "overlong", "overlap", "limit", "tag", "text_by"),
-    *("columns", "prompt", "completion", "system_text", "row"),
+    *("columns", "prompt", "completion", "system_text", "row", "response", "instruction"),
 }
 OVERLAP = DataSection.model_fields["overlap"].default
 SMALL = 5000  # rows; for fewer, starting other processes takes longer than the work
@@ -89,6 +89,8 @@ def _tell_without_effect(chats: Chats, encode: RowEncoder) -> None:
             _columns(test_section(section) or held_out_section(section) or section),
         )
     sets = [one for one in (chats.train, chats.held_out, chats.test) if one]
+    if section.response and not any(one.report.forms.get("text") for one in sets):
+        logger.warning("data.response has no effect: no row is a text; chats have their answers by the template")
     if section.overlap != OVERLAP and not section.streaming and not any(one.report.pieces for one in sets):
         longer = f"no text was longer than {encode.max_length} tokens"
         reason = longer if section.overlong == "cut" and encode.max_length else "no text was cut into pieces"

@@ -71,6 +71,8 @@ def key_of(outcome: RowOutcome) -> tuple[bytes | None, bytes | None]:
     text = text_of_row(outcome)
     roles = [message["role"] for message in outcome.messages]
     asked = outcome.messages[: roles.index("assistant")] if "assistant" in roles else []
+    if outcome.text is not None:
+        asked = outcome.chat[:1]
     return exact_key(text) if text else None, exact_key(text_of(asked)) if asked else None
 
 

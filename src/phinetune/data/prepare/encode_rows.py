@@ -16,7 +16,7 @@ from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message
 from phinetune.config.data import DataSection
 from phinetune.config.row_forms import READY
-from phinetune.data.prepare.pieces import cut_into_pieces
+from phinetune.data.prepare.pieces import cut_beginning, cut_into_pieces
 from phinetune.data.read.audit import RENDERED, Audit, audit_row, is_rendered
 from phinetune.data.read.messages import detect_form, size_of, strings, to_messages
 from phinetune.data.read.ready_rows import read_ids, read_text
@@ -42,7 +42,7 @@ class RowOutcome:
         messages: the chat as it stands in the row; empty for rows of text or ids.
         chat: the chat as it is rendered, before it is cut.
         fitted: what is left of the chat after it was cut; empty if it was not.
-        text: the text of a row of text.
+        text: the text of a row of text. Its chat, if it is known where its answer begins, is the prompt and the answer.
         encoded: token ids and labels; None if the row is dropped.
         reason: why the row is dropped; None if it is kept.
         error: why the row can't be used; None if it can, or is only too long.
@@ -183,6 +183,7 @@ class _RowReader:
             outcome.encoded = read_ids(made.fields, encoder.vocabulary)
         elif form == "text":
             outcome.text = read_text(made.fields)
+            outcome.chat = encoder.asked(outcome.text)
         else:
             outcome.messages = made.with_system(to_messages(made.fields, form))
             outcome.chat = encoder.prepare(outcome.messages)
@@ -201,7 +202,7 @@ def _encode(batch: Sequence[RowOutcome], encoder: ChatEncoder) -> None:
     texts = [outcome for outcome in batch if outcome.text is not None and outcome.error is None]
     for outcome, encoded in zip(texts, encoder.encode_texts([one.text or "" for one in texts]), strict=True):
         outcome.encoded = encoded
-    chats = [outcome for outcome in batch if outcome.chat and outcome.error is None]
+    chats = [outcome for outcome in batch if outcome.chat and outcome.text is None and outcome.error is None]
     try:
         for outcome, encoded in zip(chats, encoder.encode([one.chat for one in chats]), strict=True):
             outcome.encoded = encoded
@@ -225,19 +226,27 @@ def _fit(
 ) -> Iterator[RowOutcome]:
     """Cut or drop an example that is too long; a text becomes pieces. Drop one without a label."""
     if outcome.encoded and max_length and len(outcome.encoded.input_ids) > max_length:
-        if outcome.text is not None and section.overlong == "cut":
+        whole = not outcome.chat or section.loss_on == "all"
+        if outcome.text is not None and section.overlong == "cut" and whole:
             yield from _pieces(outcome, cut_into_pieces(outcome.encoded, max_length, section.overlap))
             return
-        can_cut = section.overlong == "cut" and outcome.form not in READY
-        fitted = encoder.fit(outcome.chat, max_length) if can_cut else None
-        if fitted:
-            outcome.fitted, outcome.encoded = fitted
+        shorter = _shortened(outcome, encoder, max_length) if section.overlong == "cut" else None
+        if shorter:
+            outcome.fitted, outcome.encoded = shorter
             outcome.cut = True
         else:
             outcome.encoded, outcome.reason = None, f"{TOO_LONG} {max_length} tokens"
     if outcome.encoded and not outcome.encoded.trainable:
         outcome.refuse(RowError(NOTHING_TRAINED, "untrained"))
     yield outcome
+
+
+def _shortened(outcome: RowOutcome, encoder: ChatEncoder, max_length: int) -> tuple[list[Message], Encoded] | None:
+    """What is left of a chat, or of a text with an answer, once it fits: the messages of the chat, and its encoding."""
+    if outcome.text is not None and outcome.encoded:
+        shorter = cut_beginning(outcome.encoded, max_length)
+        return ([], shorter) if shorter else None
+    return encoder.fit(outcome.chat, max_length) if outcome.form not in READY else None
 
 
 def _pieces(outcome: RowOutcome, pieces: Sequence[Encoded]) -> Iterator[RowOutcome]:

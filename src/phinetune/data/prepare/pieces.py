@@ -1,4 +1,4 @@
-"""Cuts a text that is too long for one example into pieces."""
+"""Cuts a text that is too long for one example: into pieces, or its beginning off."""
 
 from __future__ import annotations
 
@@ -22,3 +22,18 @@ def cut_into_pieces(text: Encoded, max_length: int, overlap: int) -> list[Encode
         context = overlap if start else 0
         pieces.append(Encoded(piece, [IGNORED] * context + piece[context:]))
     return pieces
+
+
+def cut_beginning(text: Encoded, max_length: int) -> Encoded | None:
+    """The end of a text of which answers are trained on. None if its last answer does not fit with a token before it.
+
+    Args:
+        max_length: tokens that are left.
+    """
+    start = len(text.input_ids) - max_length
+    last = next((i for i in range(len(text.labels) - 1, -1, -1) if text.labels[i] != IGNORED), -1)
+    while last > 0 and text.labels[last - 1] != IGNORED:
+        last -= 1
+    if last <= start:
+        return None
+    return Encoded(text.input_ids[start:], [IGNORED, *text.labels[start + 1 :]])

@@ -25,6 +25,13 @@ from exporting.hub.hub_helpers import Hub, point_at, serve_hub
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.config.model import ModelSection
+from phinetune.engine.kernels.native.operator import chosen
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels() -> None:
+    """The native kernels are compiled before the first test: no test takes that time, and no test's log says so."""
+    chosen()
 
 # Of the properties in tests/soak: a few inputs, always the same; with --hypothesis-profile=soak thousands of new ones.
 set_hypothesis_home_dir(tempfile.gettempdir())

@@ -88,11 +88,11 @@ def test_the_same_rows_in_every_form_give_the_same_ids_and_masks(
     assert found["file"][2]["kept"] == 18
 
 
-def run_on(data: Any, folder: Path, steps: int = 4, **options: Any) -> Any:
+def run_on(data: Any, folder: Path, steps: int = 2, **options: Any) -> Any:
     training = {
         "output_dir": str(folder),
         "max_steps": steps,
-        "save_steps": 2,
+        "save_steps": 1,
         "learning_rate": 1e-2,
         "logging_steps": 1,
     }
@@ -115,7 +115,7 @@ def test_a_run_on_rows_in_memory_is_the_run_on_their_file_and_goes_on(tmp_path: 
     checkpoint = {"resume": True}
     for name in ("results.json", "adapter_model.safetensors"):
         (tmp_path / "part" / name).unlink()
-    for later in sorted((tmp_path / "part").glob("checkpoint-4")):
+    for later in sorted((tmp_path / "part").glob("checkpoint-2")):
         for file in later.iterdir():
             file.unlink()
         later.rmdir()
@@ -212,6 +212,31 @@ def test_a_test_set_may_be_neither_trained_on_nor_held_out(tmp_path: Path) -> No
         digests(ROWS, eval=0.25, test=list(ROWS))
     with pytest.raises(PhinetuneError, match=r"data.test: list of 4 rows .* is data.eval, too"):
         digests(ROWS[:20], eval=ROWS[20:], test=ROWS[20:])
+
+
+@pytest.mark.parametrize("kind", ["generator", "IterableDataset"])
+def test_they_can_be_streamed(tmp_path: Path, kind: str) -> None:
+    training = {"output_dir": str(tmp_path / "run"), "max_steps": 2, "logging_steps": 1}
+    section = {"train": KINDS[kind](tmp_path), "streaming": True, "seed": 3, **COLUMNS}
+    run = train(TINY, section, {"r": 4}, training, {"generate": False}, console=QUIET)
+    assert run.results["data"]["train"]["rows"] == 24
+    assert losses(run.path) == pytest.approx([5.7, 5.7], abs=0.3)
+
+
+def test_a_text_is_cut_by_tokens_and_a_share_of_it_held_out(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {i}. " * 8 for i in range(40)))
+    source = str(tmp_path / "book.txt")
+
+    @holds_data
+    def chats_of(text_by: str) -> Any:
+        settled = settle(
+            make_sections(model=TINY, data={"train": source, "text_by": text_by}, training_config={"max_length": 64})
+        )
+        return build_chats(settled.row_encoder(open_tokenizer(settled.config.model))).train
+
+    whole, parts = chats_of("tokens"), chats_of("paragraph")
+    assert (whole.report.rows, parts.report.rows) == (1, 40)
+    assert {len(one.input_ids) for one in whole.encoded[:-1]} == {64}
 
 
 def test_a_generator_may_be_given_again_while_it_lives() -> None:

@@ -184,6 +184,34 @@ def test_a_mistake_is_a_sentence_and_status_2(
     assert all(line.startswith("error: ") for line in err.splitlines())
 
 
+def test_columns_are_proposed_and_written_as_a_configuration_that_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a table with columns of its own, by what each message says to do next."""
+    file, config = tmp_path / "faq.csv", tmp_path / "run.yaml"
+    file.write_text("Frage,Antwort,Nr\n" + "".join(f"Wie weit ist {i}?,{i} Meilen.,{i}\n" for i in range(20)))
+    tiny = ["--set", f"model.path={TINY}"]
+    config.write_text(f"data: {file}\n")
+    assert cli_helpers.run(monkeypatch, "train", config, *tiny) == 2
+    err = capsys.readouterr().err
+    assert f"  data:\n    train: {file}\n    columns: {{user: Frage, assistant: Antwort}}\n" in err
+    assert f"`phinetune data columns {file}` shows" in err
+    assert cli_helpers.run(monkeypatch, "data", "columns", file, "--out", config) == 2
+    assert "something stands there already" in capsys.readouterr().err
+    config.unlink()
+    assert cli_helpers.run(monkeypatch, "data", "columns", file, "--out", config) == 0
+    out = capsys.readouterr().out
+    assert "      user │ Wie weit ist 1?\n assistant │ 1 Meilen.\n" in out
+    assert out.splitlines()[-1] == f"Next: phinetune data check --config {config}; phinetune train {config}"
+    assert cli_helpers.run(monkeypatch, "data", "check", "--config", config, *tiny) == 0
+    assert "columns not used: Nr (20)" in capsys.readouterr().out
+    steps = ["--set", "training_config.max_steps=1", "--set", f"training_config.output_dir={tmp_path / 'run'}"]
+    assert cli_helpers.run(monkeypatch, "train", config, *tiny, *steps, "--set", "evaluation.generate=false") == 0
+    assert "columns: {user: " not in capsys.readouterr().err
+    assert cli_helpers.run(monkeypatch, "data", "preview", file, *tiny, "--set", "data.columns={user: Fragen}") == 2
+    assert "none is named `Fragen`; did you mean `Frage`?" in capsys.readouterr().err
+
+
 def test_no_secret_reaches_the_output(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = "sk-" + "proj-a1B2c3D4e5F6g7H8i9"
     file = write_jsonl(tmp_path / "a.jsonl", [*SOUND, chat("The key?", key), {"messages": [{"role": "x"}], "k": key}])

@@ -45,7 +45,8 @@ def main() -> None:
 
 def _fail(problems: Sequence[str]) -> None:
     for problem in problems:
-        print(visible(without_secrets(f"error: {problem}")), file=sys.stderr)
+        lead = "" if problem.startswith("  ") else "error: "  # lines of YAML are there to be pasted
+        print(visible(without_secrets(f"{lead}{problem}")), file=sys.stderr)
     sys.exit(2)
 
 

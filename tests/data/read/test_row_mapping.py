@@ -177,5 +177,5 @@ def test_a_column_that_is_not_there_is_told_once_with_those_that_are() -> None:
     ]
     with pytest.raises(DataError) as caught:
         look_at_first("qa.csv", rows, section_of())
-    assert len(caught.value.problems) == 4
-    assert "  columns: {user: Question, assistant: answer}" in caught.value.problems
+    assert len(caught.value.problems) == 6
+    assert "    columns: {user: Question, assistant: answer}" in caught.value.problems

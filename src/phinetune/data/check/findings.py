@@ -30,7 +30,12 @@ KINDS: dict[str, Kind] = {
     "broken": Kind("places without a readable row", "repair or delete them", True, True),
     "encoding": Kind("text that is not UTF-8", "save the file as UTF-8; --fix does so where it can", True),
     "nothing": Kind("files with nothing to train on", "put rows in them, or do not name them", True),
-    "form": Kind("rows of no known form", "see `Chats` in the README for the forms", True, True),
+    "form": Kind(
+        "rows of no known form",
+        "say which column is what (`phinetune data columns FILE` proposes it), or see `Chats` in the README",
+        True,
+        True,
+    ),
     "roles": Kind("chats with unknown roles, no answer, or a turn out of place", "correct the turns", True, True),
     "content": Kind("turns whose content is missing or no text", "write the content as text", True, True),
     "response": Kind("texts without an answer by its tag", "see data.response, or correct the texts", True, True),

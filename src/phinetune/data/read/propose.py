@@ -102,16 +102,14 @@ class Proposal:
         return [*lines, *([f"  columns: {{{listed}}}"] if listed else [])]
 
     def advice(self, source: str) -> list[str]:
-        """What to do about rows of no known form, in sentences."""
+        """What to do about rows of no known form, in sentences and lines of YAML."""
         lines = self.yaml() or [f"  columns: {{user: {PLACEHOLDER}, assistant: {PLACEHOLDER}}}"]
-        how = (
-            "say which column is what. The names tell nothing, so this is a guess"
-            if self.guessed
-            else "say which column is what"
-            if not self.columns
-            else "say which column is what, as the names suggest"
-        )
-        return [f"{how}; below `data:` write", *lines, f"`phinetune data columns {source}` shows rows read that way"]
+        doubt = "; the names tell nothing, so this is a guess" if self.guessed and self.columns else ""
+        return [
+            f"say which column is what{doubt}. In the configuration write:",
+            *("  data:", f"    train: {quoted(source)}", *(f"  {line}" for line in lines)),
+            f"`phinetune data columns {source}` shows rows read that way",
+        ]
 
 
 def propose(rows: Sequence[Mapping[str, Any]]) -> Proposal:
@@ -182,7 +180,7 @@ def _has_words(value: Any) -> bool:
 def quoted(text: str | None) -> str:
     """A text as YAML has it within braces: bare if it is a word, else in quotation marks."""
     word = text or ""
-    if re.fullmatch(r"[^\W\d][\w./-]*( [\w./-]+)*", word) and word.lower() not in NO_WORDS:
+    if re.fullmatch(r"(/|\.{1,2}/)?[^\W\d][\w./-]*( [\w./-]+)*", word) and word.lower() not in NO_WORDS:
         return word
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
     return f'"{escaped}"'

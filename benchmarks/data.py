@@ -1,6 +1,6 @@
 """Preparing data beside TRL, in fresh processes on the same machine, tokenizer and rows; memory of a large set.
 
-    python -m benchmarks.data [--only starter,phi3,million] [--rows 20000] [--million 1000000] [--quick]
+    python -m benchmarks.data [--only starter,phi3,million,columns] [--rows 20000] [--million 1000000] [--quick]
 
 Writes benchmarks/results/data.json and data.md. Rows are Alpaca's, repeated, each with a number of its own so that
 none is the same. Ours is timed from the file to what the trainer takes, reading included and nothing kept from before;
@@ -45,8 +45,18 @@ def write_rows(file: Path, count: int) -> None:
             out.write(json.dumps({"prompt": turns[0], "completion": turns[1]}) + "\n")
 
 
-def ours(tokenizer: str, file: str, processes: int) -> Row:
-    """This project's preparation: the file to ids and labels on disk."""
+def write_columns(file: Path, count: int, names: tuple[str, str]) -> None:
+    """The same rows with question and answer as texts under two names, and two columns that nothing uses."""
+    rows = json.loads(Path(alpaca_rows()).read_text())
+    with file.open("w") as out:
+        for i in range(count):
+            row = rows[i % len(rows)]
+            pair = dict(zip(names, (f"({i}) {row['instruction']}", row["output"]), strict=True))
+            out.write(json.dumps({"id": f"row {i}", **pair, "lang": "en"}) + "\n")
+
+
+def ours(tokenizer: str, file: str, processes: int, **data: Any) -> Row:
+    """This project's preparation: the file to ids and labels on disk. `data`: more keys of the section."""
     from phinetune.chats.encoder import make_encoder
     from phinetune.checkpoints.tokenizer import open_tokenizer
     from phinetune.config.data import DataSection
@@ -59,7 +69,7 @@ def ours(tokenizer: str, file: str, processes: int) -> Row:
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:processes]))
     encoder = make_encoder(open_tokenizer(ModelSection(path=tokenizer)))
     start = time.perf_counter()
-    report = build_chats(RowEncoder(DataSection(train=file), encoder, LENGTH)).train.report
+    report = build_chats(RowEncoder(DataSection(train=file, **data), encoder, LENGTH)).train.report
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
@@ -204,7 +214,47 @@ def million(options: argparse.Namespace) -> list[Row]:
         ]
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {"starter": starter, "phi3": phi3, "million": million}
+def columns(options: argparse.Namespace) -> list[Row]:
+    """Rows whose columns have names of their own, beside the same rows in a known form: medians of paired runs."""
+    from phinetune.checkpoints.starter import ensure_starter
+
+    mappings: dict[str, Row] = {
+        "a known form": {},
+        "columns": {"columns": {"user": "question", "assistant": "answer"}},
+        "templates": {"prompt": "{question}", "completion": "{answer}", "system_text": None},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        known, own = Path(folder) / "known.jsonl", Path(folder) / "own.jsonl"
+        write_columns(known, options.mapped, ("prompt", "completion"))
+        write_columns(own, options.mapped, ("question", "answer"))
+        found: dict[str, list[Row]] = {name: [] for name in mappings}
+        common = {"tokenizer": str(ensure_starter()), "processes": options.processes}
+        for _ in range(options.pairs):
+            for name, mapping in mappings.items():
+                file = str(own if mapping else known)
+                found[name].append(measure("ours", file=file, **common, **mapping))
+    medians = {
+        name: sorted(rows, key=lambda row: row.get("seconds", 0))[len(rows) // 2] for name, rows in found.items()
+    }
+    first = medians["a known form"]
+    return [
+        {
+            "what": f"{name}, {options.mapped:,} rows",
+            **row,
+            "besides": row.get("failed")
+            or f"{row['seconds'] / first['seconds']:.3f} × the time of a known form, {row['tokens'] - first['tokens']} "
+            "tokens more",
+        }
+        for name, row in medians.items()
+    ]
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "starter": starter,
+    "phi3": phi3,
+    "million": million,
+    "columns": columns,
+}
 
 
 def cells(row: Row) -> list[str]:
@@ -250,12 +300,14 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--only", default=",".join(PARTS))
     cli.add_argument("--rows", type=int, default=20_000)
+    cli.add_argument("--mapped", type=int, default=100_000, help="rows with columns of their own")
+    cli.add_argument("--pairs", type=int, default=3, help="times that each of them is prepared")
     cli.add_argument("--million", type=int, default=1_000_000, help="rows of the large set")
     cli.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     cli.add_argument("--quick", action="store_true", help="fewer rows")
     options = cli.parse_args()
     if options.quick:
-        options.rows, options.million = 6_000, 50_000
+        options.rows, options.million, options.mapped = 6_000, 50_000, 6_000
     console = Console()
     for name in options.only.split(","):
         rows = PARTS[name](options)

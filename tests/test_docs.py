@@ -8,6 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from helpers import TINY
+from phinetune import columns
+from phinetune.api.columns import columns_of
+from phinetune.config.run import make_config
+from phinetune.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = (ROOT, ROOT / "src" / "phinetune")
@@ -41,6 +48,27 @@ def test_the_worked_examples_apply_to_the_tree(number: int, tmp_path: Path) -> N
     command = ["git", "apply", "--check", str(tmp_path / "example.diff")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def data_blocks(language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"))
+
+
+def test_the_page_on_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its configurations are read, its templates and columns fit the files they speak of, and its Python trains."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qa.csv").write_text("question,answer,context,topic\nHow far?,Near.,Be brief.,roads\n")
+    (tmp_path / "pairs.csv").write_text("lang,text,target\nGerman,Yes,Ja\n")
+    for block in data_blocks("yaml"):
+        section = make_config(yaml.safe_load(block)).data
+        if Path(str(section.train)).is_file():
+            assert [row.problem for row in columns_of(section, str(section.train)).shown] == [None]
+    found = columns("qa.csv", out="run.yaml")
+    assert "  " + data_blocks("yaml")[1].splitlines()[-1].strip() in found.config
+    assert make_config(yaml.safe_load((tmp_path / "run.yaml").read_text())).data.tag == "topic"
+    (block,) = data_blocks("python")
+    exec(compile(block, "docs/data.md", "exec"), {"MODEL": TINY, "OUT": str(tmp_path / "run")})
+    assert RunFolder(tmp_path / "run").is_finished
 
 
 def test_the_order_of_the_rooms_names_every_room() -> None:

@@ -14,6 +14,7 @@ from phinetune.cpu_share import share_processor
 from phinetune.version import VERSION
 
 if TYPE_CHECKING:
+    from phinetune.api.columns import columns
     from phinetune.api.data import check, preview
     from phinetune.api.evaluate import evaluate, evaluate_tasks
     from phinetune.api.merge import merge
@@ -34,6 +35,7 @@ __version__ = VERSION
 _PLACES = {
     "chat": "phinetune.api.talk",
     "check": "phinetune.api.data",
+    "columns": "phinetune.api.columns",
     "convert": "phinetune.exporting.convert.convert",
     "demo": "phinetune.api.train",
     "describe_config": "phinetune.config.run",
@@ -53,6 +55,7 @@ _PLACES = {
 __all__ = [
     "chat",
     "check",
+    "columns",
     "convert",
     "demo",
     "describe_config",

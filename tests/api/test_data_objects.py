@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas
-import polars
 import pytest
 from rich.console import Console
 
@@ -52,10 +52,14 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "DatasetDict": lambda folder: datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}),
     "IterableDataset": lambda folder: datasets.IterableDataset.from_generator(generator),
     "pandas": lambda folder: pandas.DataFrame(ROWS),
-    "polars": lambda folder: polars.DataFrame(ROWS),
-    "polars lazy": lambda folder: polars.LazyFrame(ROWS),
     "list of one": lambda folder: [datasets.Dataset.from_list(ROWS)],
 }
+
+if find_spec("polars"):  # it has no release for Python 3.10
+    import polars
+
+    KINDS["polars"] = lambda folder: polars.DataFrame(ROWS)
+    KINDS["polars lazy"] = lambda folder: polars.LazyFrame(ROWS)
 
 
 def config_of(data: Any, **more: Any) -> Any:
@@ -180,6 +184,34 @@ def test_splits_of_a_dictionary_of_sets(tmp_path: Path) -> None:
 def test_a_mistake_names_the_row(data: Any, words: str) -> None:
     with pytest.raises(PhinetuneError, match=words):
         digests(data, eval=0.5)
+
+
+def test_the_final_verdict_is_on_the_test_split(tmp_path: Path) -> None:
+    parts = {"train": ROWS[:16], "validation": ROWS[16:20], "test": ROWS[20:]}
+    held = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
+    training = {"output_dir": str(tmp_path / "run"), "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    section = {"train": held, "eval": {"split": "validation"}, "test": {"split": "test"}, **COLUMNS}
+    run = train(TINY, section, {"r": 4}, training, {"generate": False}, console=QUIET)
+    sets = run.results["data"]
+    assert [sets[name]["kept"] for name in ("train", "held_out", "test")] == [16, 4, 4]
+    assert sets["overlap"]["rows"] == 4
+    card, page = (run.path / "README.md").read_text(), (run.path / "report.html").read_text()
+    assert "## Results on test chats" in card
+    assert "Results on test chats" in page
+    assert "on 4 test chats" in page
+    lines = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+    last = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+    verdict = run.results["evaluation"]["tuned"]["loss"]
+    assert verdict != pytest.approx(last, rel=1e-6)
+    again = evaluate(run.path, held["test"], {"generate": False}, console=QUIET)
+    assert again.results["tuned"]["loss"] == pytest.approx(verdict, rel=1e-6)
+
+
+def test_a_test_set_may_be_neither_trained_on_nor_held_out(tmp_path: Path) -> None:
+    with pytest.raises(PhinetuneError, match=r"data.test: .*these are the rows that are trained on; give other rows"):
+        digests(ROWS, eval=0.25, test=list(ROWS))
+    with pytest.raises(PhinetuneError, match=r"data.test: list of 4 rows .* is data.eval, too"):
+        digests(ROWS[:20], eval=ROWS[20:], test=ROWS[20:])
 
 
 def test_a_generator_may_be_given_again_while_it_lives() -> None:

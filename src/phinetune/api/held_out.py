@@ -16,7 +16,7 @@ from phinetune.data.prepare.build_sets import SMALL, build_chats, compare_sets, 
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.prepare.named_sources import name_sources, weighted
-from phinetune.data.prepare.sources import check_there, held_out_section, name_held_out
+from phinetune.data.prepare.sources import check_there, held_out_section, name_held_out, name_test, test_section
 from phinetune.data.read.any_source import check_source
 from phinetune.data.read.held_data import held_rows, is_held_name
 from phinetune.errors import DataError
@@ -91,27 +91,21 @@ def _why_not_here(source: str) -> str | None:
 
 
 def held_out_chats(config: RunConfig, path: Path) -> ChatSet | None:
-    """The run's own held-out chats: a file's, or the share of its training chats; None where it has none.
+    """The chats that the run was measured on: those of its final verdict, a file's, or the share of its training chats;
+    None where it has none.
 
     Of a file that has changed, a warning says so.
 
     Raises:
         DataError: a file is missing or unusable, or has changed so that the share would be another one.
     """
+    if config.data.test is not None:
+        return _read_again(config, path, "test", name_test(config.data), test_section(config.data))
     if config.data.eval is None:
         return None
     section = held_out_section(config.data)
     if section:
-        held_out = _read(config, name_held_out(config.data), section)
-        changed = _changed(path, {"held_out": held_out.report.to_dict()}, held_out)
-        if changed:
-            logger.warning(
-                "%s: these are not the chats that the run was measured on in training (%s), so its own results are not "
-                "to be compared with these",
-                name_held_out(config.data),
-                changed,
-            )
-        return held_out
+        return _read_again(config, path, "held_out", name_held_out(config.data), section)
     chats = build_chats(row_encoder(config))
     assert chats.held_out is not None
     changed = _changed(path, chats.facts(), chats.held_out)
@@ -123,6 +117,21 @@ def held_out_chats(config: RunConfig, path: Path) -> ChatSet | None:
     return chats.held_out
 
 
+def _read_again(config: RunConfig, path: Path, part: str, name: str, section: DataSection | None) -> ChatSet:
+    """The chats of a file or a split that the run was measured on. If they have changed, a warning says so."""
+    assert section is not None
+    measured = _read(config, name, section)
+    changed = _changed(path, {part: measured.report.to_dict()}, measured)
+    if changed:
+        logger.warning(
+            "%s: these are not the chats that the run was measured on in training (%s), so its own results are not to "
+            "be compared with these",
+            name,
+            changed,
+        )
+    return measured
+
+
 def _changed(path: Path, facts: Mapping[str, Any], held_out: ChatSet) -> str | None:
     """How the rows differ from those that the run recorded; None if they don't, or it recorded none.
 
@@ -132,13 +141,15 @@ def _changed(path: Path, facts: Mapping[str, Any], held_out: ChatSet) -> str | N
     """
     run = run_of(path)
     recorded: dict[str, Any] = run.recorded_data() if run else {}
-    for name in ("train", "held_out"):
+    for name in ("train", "held_out", "test"):
         before, now = recorded.get(name) or {}, facts.get(name) or {}
         if now and any(key in before and before[key] != now.get(key) for key in COMPARED):
             return (
                 f"{name}: {before['rows']} rows and {before['tokens']:,} tokens then, {now['rows']} and "
                 f"{now['tokens']:,} now"
             )
+    if "test" in facts:
+        return None
     digest = ((run.read_start() if run else {}).get("decides") or {}).get(HELD_OUT_ROWS)
     differs = digest is not None and digest != rows_digest(held_out)
     return "held_out: as many rows and tokens as then, but others" if differs else None

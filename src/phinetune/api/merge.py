@@ -101,7 +101,7 @@ def _scorer(config: RunConfig, held_out: ChatSet) -> Callable[[Any], Score]:
 
 
 def _why_not_scored(config: RunConfig, made: Merge, device: str) -> str | None:
-    if config.data.eval is None:
+    if config.data.eval is None and config.data.test is None:
         return "no held-out chats are recorded for this run"
     quantized = config.model.quantization != "none"
     widths = [1 if quantized else trained_dtype(config.model).itemsize, made.dtype.itemsize]

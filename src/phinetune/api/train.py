@@ -52,7 +52,7 @@ class Run:
 
     Attributes:
         path: its folder, an adapter that PEFT loads.
-        results: what results.json holds; `evaluation` only where there were held-out chats.
+        results: what results.json holds; `evaluation` only where there were held-out or test chats.
         stopped: whether it was asked to stop before its end; `resume=True` goes on.
     """
 
@@ -261,16 +261,16 @@ def _finish(trained: TrainedRun, metrics: Metrics, console: Console) -> Run:
 
 
 def _compared(trained: TrainedRun, metrics: Metrics, console: Console) -> dict[str, Any]:
-    """Base against tuned, shown and as results.json holds it; empty without held-out chats."""
+    """Base against tuned, shown and as results.json holds it; empty without held-out or test chats."""
     prepared = trained.prepared
-    held_out, section = prepared.chats.held_out, prepared.config.evaluation
-    if not (held_out and section.enabled):
+    measured, section = prepared.chats.measured, prepared.config.evaluation
+    if not (measured and section.enabled):
         return {}
     tokenizer, encoder = trained.loaded.tokenizer, prepared.rows.encoder
     with ComparisonProgress(console) as watcher:
         base = partial(untouched_base, trained.model, trained.loaded, prepared.config.model)
-        comparison = compare(trained.model, tokenizer, encoder, held_out, section, metrics, watcher, base)
-    show_comparison(comparison, console)
+        comparison = compare(trained.model, tokenizer, encoder, measured, section, metrics, watcher, base)
+    show_comparison(comparison, console, "Test chats" if prepared.chats.test else "Held-out chats")
     return comparison.to_tree(examples=EXAMPLES)
 
 

@@ -13,6 +13,7 @@ from phinetune.cli.program import program
 from phinetune.screen.console import say, stdout
 
 if TYPE_CHECKING:
+    from phinetune.api.columns import Columns
     from phinetune.config.run import RunConfig
 
 app = typer.Typer(help="Look at chats before a run does.", no_args_is_help=True)
@@ -85,6 +86,43 @@ def preview(
     for row in found:
         show_row(row, screen, boundaries=tokens)
     say(screen, f"Next: {program()} data check {file}{_with(config)}")
+
+
+@app.command()
+def columns(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="a file whose columns have names of their own")],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="show the first N rows as they are read")] = 2,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", metavar="CONFIG", help="write a configuration with the proposal to a new file"),
+    ] = None,
+    config: ConfigFile = None,
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """Propose which column is the question and which the answer, from their names. Needs no model."""
+    from phinetune.api.columns import columns_of
+    from phinetune.screen.columns import show_columns, show_turns
+
+    screen = stdout()
+    found = columns_of(_config(config, overrides).data, file, rows, out)
+    show_columns(file, found.rows, ((one.name, one.filled, one.example) for one in found.columns), screen)
+    say(screen, ["", _what_was_found(found)])
+    for row in found.shown:
+        show_turns(row.where, row.messages, row.problem, screen)
+    name = out or Path("run.yaml")
+    told = f"Wrote {out}" if out else f"As a configuration, for a file {name} (--out {name} writes it):"
+    say(screen, ["", told, *([] if out else ["", *found.config, ""])])
+    say(screen, f"Next: {program()} data check --config {name}; {program()} train {name}")
+
+
+def _what_was_found(found: Columns) -> str:
+    made = found.proposal
+    if made.form:
+        return f"The rows have the form `{made.form}`, so nothing has to be said of the columns. They are read as:"
+    if not made.knobs():
+        return "No two columns hold words, so say yourself which is what: columns: {user: …, assistant: …}"
+    doubt = " The names tell nothing, so this is a guess; exchange the names if it is wrong." if made.guessed else ""
+    return "\n".join(["Proposed, below `data:`." + doubt, *made.yaml(), "Rows read that way:"])
 
 
 def _config(file: Path | None, overrides: list[str]) -> RunConfig:

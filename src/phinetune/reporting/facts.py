@@ -57,7 +57,7 @@ class RunFacts:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """What happened to the rows of the training and held-out sets."""
+        """What happened to the rows of the training, held-out and test sets."""
         recorded: Mapping[str, Any] = self.results.get("data") or self.start.get("data") or {}
         return recorded
 
@@ -82,8 +82,13 @@ class RunFacts:
     def held_out(self) -> Mapping[str, Any]:
         """What happened to the rows that were evaluated."""
         data = self.later.get("data") if self.evaluated is self.later else self.data
-        found: Mapping[str, Any] = (data or {}).get("held_out") or {}
+        found: Mapping[str, Any] = (data or {}).get("test") or (data or {}).get("held_out") or {}
         return found
+
+    @property
+    def measured_on(self) -> str:
+        """What the rows that were evaluated are called: those of the final verdict are test chats."""
+        return "test chats" if self.evaluated is not self.later and self.data.get("test") else "held-out chats"
 
     @property
     def overlap(self) -> Mapping[str, Any]:

@@ -50,7 +50,7 @@ def _compared(run: RunFacts, base: Mapping[str, Any], tuned: Mapping[str, Any]) 
             + _change(measure, base[measure.key], tuned[measure.key])
             + (f" (95% interval {ends})" if ends and measure.key != "loss" else "")
         )
-    where = f"on {chats:,} held-out chats" if chats else "on the held-out chats"
+    where = f"on {chats:,} {run.measured_on}" if chats else f"on the {run.measured_on}"
     verdict = "Not finite" if broken else _verdict(run, told, base, tuned)
     said = f"{verdict} {where}: {', '.join(parts)}."
     shared = [f"{sentence}." for sentence in shared_sentences(run.overlap)]

@@ -259,7 +259,12 @@ def summary_items(run: RunFacts) -> list[tuple[str, str]]:
     return items
 
 
-SETS = ("train", "held_out")
+SETS = {"train": "training", "held_out": "held out", "test": "test"}
+
+
+def set_names(run: RunFacts) -> list[str]:
+    """What the sets of a run are called, in the order of `data_rows`."""
+    return [heading for name, heading in SETS.items() if run.data.get(name)]
 
 
 def data_rows(sets: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

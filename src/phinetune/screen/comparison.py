@@ -17,11 +17,15 @@ TAGS = 12  # values of the tag column that are shown
 CLASSES = 12
 
 
-def show_comparison(comparison: Comparison, console: Console) -> None:
-    """The results as a table, by tag as well where there are tags, and what should be looked at."""
+def show_comparison(comparison: Comparison, console: Console, chats: str = "Held-out chats") -> None:
+    """The results as a table, by tag as well where there are tags, and what should be looked at.
+
+    Args:
+        chats: what the chats are called that were measured.
+    """
     one = next(iter(comparison.results.values()))
     prompts = f", {one['prompts']} prompts answered" if one["prompts"] else ""
-    console.print(f"Held-out chats ({one['labelled_tokens']:,} labelled tokens{prompts}):", highlight=False)
+    console.print(f"{chats} ({one['labelled_tokens']:,} labelled tokens{prompts}):", highlight=False)
     console.print(_results(comparison))
     if comparison.json_fields:
         console.print(_fields(comparison.json_fields))

@@ -16,14 +16,14 @@ PREVIEWS = 3
 
 
 def show_data(chats: Chats, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """The reports of both sets, and the first chats with the trained part told apart."""
-    for made in (chats.train, chats.held_out):
-        if made:
-            say(console, made.report.lines())
-    if chats.held_out and chats.held_out.shared and chats.held_out.shared.lines():
-        say(console, chats.held_out.shared.lines())
-    if chats.held_out and chats.held_out.not_compared:
-        say(console, chats.held_out.not_compared)
+    """The reports of the sets, and the first chats with the trained part told apart."""
+    for made in filter(None, (chats.train, chats.held_out, chats.test)):
+        say(console, made.report.lines())
+    for made in filter(None, (chats.held_out, chats.test)):
+        if made.shared and made.shared.lines():
+            say(console, made.shared.lines())
+        if made.not_compared:
+            say(console, made.not_compared)
     marks = not console.is_terminal
     part = "the part in ⟦ ⟧" if marks else "the green part"
     console.print(f"The first chats as the model sees them; {part} is trained on:", highlight=False)

@@ -24,7 +24,7 @@ from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
 from phinetune.data.prepare.first_rows import look_at_first
 from phinetune.data.prepare.named_sources import name_sources, weighted
 from phinetune.data.prepare.report import DataReport
-from phinetune.data.prepare.sources import check_sources, held_out_section, name_held_out
+from phinetune.data.prepare.sources import check_sources, held_out_section, name_held_out, name_test, test_section
 from phinetune.data.prepare.splits import held_out_places, split_places
 from phinetune.data.prepare.stream import first_rows, stream, tell_unused
 from phinetune.data.read.any_source import read_first, scan_rows
@@ -69,24 +69,26 @@ def build_chats(encode: RowEncoder) -> Chats:
     others = held_out_section(section)
     if others:
         held_out = read_sets(name_held_out(section), others.train, replace(encode, section=others))[0]
-    if held_out:
-        compare_sets(train, held_out)
-    chats = Chats(train, held_out)
+    last = test_section(section)
+    test = read_sets(name_test(section), last.train, replace(encode, section=last))[0] if last else None
+    for measured in filter(None, (held_out, test)):
+        compare_sets(train, measured)
+    chats = Chats(train, held_out, test)
     _tell_without_effect(chats, encode)
     return chats
 
 
 def _tell_without_effect(chats: Chats, encode: RowEncoder) -> None:
     """Say which keys change nothing, because no row has what they are for."""
-    section, measured = encode.section, chats.held_out or chats.train
+    section, measured = encode.section, chats.measured or chats.train
     if section.tag and not any(measured.tags):
         logger.warning(
             "data.tag %s: no row of %s has a column of that name%s",
             section.tag,
             measured.report.source,
-            _columns(held_out_section(section) or section),
+            _columns(test_section(section) or held_out_section(section) or section),
         )
-    sets = [one for one in (chats.train, chats.held_out) if one]
+    sets = [one for one in (chats.train, chats.held_out, chats.test) if one]
     if section.response and not any(one.report.forms.get("text") for one in sets):
         logger.warning("data.response has no effect: no row is a text; chats have their answers by the template")
     if section.overlap != OVERLAP and not section.streaming and not any(one.report.pieces for one in sets):

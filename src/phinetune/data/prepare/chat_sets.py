@@ -73,19 +73,25 @@ class ChatSet:
 
 @dataclass
 class Chats:
-    """A run's training chats and its held-out chats; `held_out` is None if there are none."""
+    """A run's training chats, its held-out chats, and those of its final verdict; None where there are none."""
 
     train: ChatSet
     held_out: ChatSet | None
+    test: ChatSet | None = None
+
+    @property
+    def measured(self) -> ChatSet | None:
+        """The chats on which base and tuned model are compared at the end."""
+        return self.test or self.held_out
 
     def facts(self) -> dict[str, Any]:
-        """The reports of both sets, and how many held-out rows are trained on, as JSON can hold them.
+        """The reports of the sets, and how many of the measured rows are trained on, as JSON can hold them.
 
-        `held_out` is None without held-out chats, and `overlap` is None where both sets could not be compared. Where
-        not all training rows were looked at, `not_compared` says why.
+        `held_out` is None without held-out chats, `test` is left out without such chats, and `overlap` is None where
+        the measured set could not be compared. Where not all training rows were looked at, `not_compared` says why.
         """
-        sets = {"train": self.train, "held_out": self.held_out}
-        shared, unlooked = (self.held_out.shared, self.held_out.not_compared) if self.held_out else (None, None)
+        sets = {"train": self.train, "held_out": self.held_out, **({"test": self.test} if self.test else {})}
+        shared, unlooked = (self.measured.shared, self.measured.not_compared) if self.measured else (None, None)
         return {
             **{name: chat_set.report.to_dict() if chat_set else None for name, chat_set in sets.items()},
             "overlap": shared.to_dict() if shared else None,

@@ -62,7 +62,7 @@ def _refuse_unknown(source: str, rows: Sequence[Row]) -> None:
             detect_form(row.fields)
             return
         except RowError as error:
-            problem = problem or str(error)
+            problem = problem or str(error).partition("; or below `data:`")[0]
     raise DataError(
         [
             f"{rows[0].where}: {problem}",

@@ -10,6 +10,7 @@ from typing import Any
 from phinetune.chats.template import Message
 from phinetune.chats.template_rendering import REASONING
 from phinetune.config.row_forms import READY, ROW_FORMS, expected_keys
+from phinetune.data.read.propose import propose
 from phinetune.data.read.safe_json import load_json
 from phinetune.data.read.tool_calls import FUNCTION_CALL, read_calls, read_tools
 from phinetune.errors import RowError
@@ -60,7 +61,15 @@ def detect_form(fields: Mapping[str, Any]) -> str:
             "yet; to train on the chosen answers, name the columns `prompt` and `completion`"
         )
     keys = ", ".join([*map(shown, list(fields)[:KEYS_SHOWN]), *(["…"] if len(fields) > KEYS_SHOWN else [])])
-    raise RowError(f"the keys ({keys or 'none'}) are those of no known form; expected {expected_keys()}")
+    raise RowError(
+        f"the keys ({keys or 'none'}) are those of no known form; expected {expected_keys()}{_offer(fields)}"
+    )
+
+
+def _offer(fields: Mapping[str, Any]) -> str:
+    """The line that would read such a row, as the end of a sentence."""
+    line = propose([fields]).line()
+    return f"; or below `data:` write `{line}`" if line else ""
 
 
 def to_messages(fields: Mapping[str, Any], form: str = "auto") -> list[Message]:

@@ -90,6 +90,11 @@ class Proposal:
         prompt = {"prompt": self.prompt} if self.prompt else {}
         return {**prompt, **({"columns": self.columns} if self.columns else {})}
 
+    def line(self) -> str:
+        """These keys in one line of YAML, where one line holds them; nothing else."""
+        lines = self.yaml()
+        return lines[0].strip() if len(lines) == 1 else ""
+
     def yaml(self) -> list[str]:
         """These keys as lines of YAML below `data:`."""
         lines = [f"  prompt: {quoted(self.prompt)}"] if self.prompt else []
@@ -126,6 +131,9 @@ def propose(rows: Sequence[Mapping[str, Any]]) -> Proposal:
         best = min(free, key=lambda name: _rank(name, NAMES[part]), default=None)
         if best is not None and _rank(best, NAMES[part]) < (9,):
             found[part] = best
+    if len(filled) == 1:  # nothing asked and nothing answered: a text
+        made.columns = {"text": filled[0]}
+        return made
     if not set(ROLES_OF_A_PAIR) <= found.keys():
         found, made.guessed = _guess(filled, found), True
     made.columns = {part: found[part] for part in NAMES_IN_ORDER if part in found}
@@ -174,7 +182,7 @@ def _has_words(value: Any) -> bool:
 def quoted(text: str | None) -> str:
     """A text as YAML has it within braces: bare if it is a word, else in quotation marks."""
     word = text or ""
-    if re.fullmatch(r"[^\W\d][\w.-]*( [\w.-]+)*", word) and word.lower() not in NO_WORDS:
+    if re.fullmatch(r"[^\W\d][\w./-]*( [\w./-]+)*", word) and word.lower() not in NO_WORDS:
         return word
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
     return f'"{escaped}"'

@@ -161,7 +161,7 @@ def _text(source: Source, fields: Mapping[str, Any], notes: set[str]) -> str:
             raise RowError(f"`{column}` ({source.knob}) {error}", "content") from None
         if note:
             notes.add(note)
-        if not value and len(source.pieces) > 2:
+        if not value.strip() and len(source.pieces) > 2:
             notes.add(GAP)
         parts.append(value)
     return "".join(parts)

@@ -65,13 +65,14 @@ def described_base(base: Mapping[str, Any]) -> str:
 
 
 def training_sections(results: Mapping[str, Any]) -> list[str]:
-    """The sections on data, training and results on held-out chats. What is not known is left out."""
+    """The sections on data, training and results on held-out or test chats. What is not known is left out."""
     parts = []
     if results.get("data"):
         parts.append("## Data\n\n" + "\n".join(f"- {line}" for line in _data_lines(results["data"])))
     if results.get("training"):
+        measured_on = "test chats" if (results.get("data") or {}).get("test") else "held-out chats"
         parts.append("## Training\n\n" + _training_lines(results["training"]))
-        parts.append("## Results on held-out chats\n\n" + _results_table(results))
+        parts.append(f"## Results on {measured_on}\n\n" + _results_table(results))
     return parts
 
 
@@ -79,7 +80,7 @@ def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
     sets = [
         f"{part.replace('_', ' ')}: {code(report['source'])}, {report['kept']} of {report['rows']} chats, "
         f"{report['tokens']:,} tokens, {report['trainable_tokens']:,} of them trained on or scored"
-        for part in ("train", "held_out")
+        for part in ("train", "held_out", "test")
         if (report := data.get(part))
     ]
     unlooked = [data["not_compared"]] if data.get("not_compared") else []

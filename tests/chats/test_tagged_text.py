@@ -57,7 +57,7 @@ def test_a_prompt_is_made_of_the_tokens_before_the_answer(
     for text in (ONE, ONE.replace("### Response:\n", "### Response: ")):
         prompt, answer = encoder.asked(text + str(tokenizer.eos_token))
         assert answer == {"role": "assistant", "content": "It is 4."}
-        assert prompt["role"] == PLAIN
+        assert prompt == {"role": PLAIN, "content": text[: -len("It is 4.")].rstrip(" ")}
         (row,) = encoder.encode_texts([text])
         asked = next(i for i, label in enumerate(row.labels) if label != IGNORED)
         assert encoder.prompt_ids([prompt]) == row.input_ids[:asked]

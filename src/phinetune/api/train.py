@@ -36,11 +36,12 @@ from phinetune.screen.console import Console, say, silent, stderr
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
 from phinetune.screen.progress import ComparisonProgress, ProgressLine
+from phinetune.screen.settings import show_settings
 from phinetune.training.best_checkpoint import needs_answers
 from phinetune.training.callbacks import StopRequest
 from phinetune.training.hub_wish import HubWish
 from phinetune.training.library_errors import disk_told
-from phinetune.training.prepare import PreparedRun, SettledRun, prepare_run, settle
+from phinetune.training.prepare import PreparedRun, SettledRun, as_it_began, prepare_run, settle
 from phinetune.training.run import RunPlace, TrainedRun, open_place, train_run
 
 EXAMPLES = 20  # answered prompts that results.json keeps
@@ -164,10 +165,11 @@ def _train_at(
     place: RunPlace, settled: SettledRun, metrics: Mapping[str, RowMetric], console: Console, stop: StopRequest
 ) -> Run:
     """All of a run that happens while its folder is locked."""
-    prepared = prepare_run(settled)
+    prepared = prepare_run(*_begun(place, settled))
     look_at_rows(prepared, metrics)
     check_limits(prepared)
     show_data(prepared.chats, prepared.tokenizer, console)
+    show_settings(prepared.choices, console)
     progress = ProgressLine(console)
     try:
         trained = train_run(
@@ -185,6 +187,11 @@ def _train_at(
     if settled.settings.push and processes.is_main() and not run.stopped:
         _push(run.path, settled.settings.push, console)
     return run
+
+
+def _begun(place: RunPlace, settled: SettledRun) -> tuple[SettledRun, Mapping[str, Any]]:
+    """The run as it is to be prepared, and what it chose when it began, if it goes on."""
+    return as_it_began(settled, place.folder.read_start()) if place.checkpoint else (settled, {})
 
 
 def _seconds(max_time: float | str | None) -> float | None:

@@ -29,7 +29,7 @@ from phinetune.training.best_checkpoint import EarlyStop
 from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.environment import describe_environment
 from phinetune.training.library_errors import disk_told, told_in_sentences
-from phinetune.training.prepare import PreparedRun
+from phinetune.training.prepare import CHOSEN, PreparedRun
 from phinetune.training.recorded import Record, record_of
 from phinetune.training.resuming import Resumption, check_resume, stretch_of
 from phinetune.training.settings import make_lora_config
@@ -225,6 +225,8 @@ def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> 
     return {
         "base": asdict(loaded.base),
         "data": prepared.chats.facts(),
+        CHOSEN: prepared.chosen,
+        "settings": [asdict(choice) for choice in prepared.choices],
         "trainable_parameters": trains,
         "parameters": total,
         "environment": describe_environment(trainer.args),

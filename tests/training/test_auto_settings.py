@@ -9,7 +9,14 @@ from phinetune.training import auto_settings as rules
 
 @pytest.mark.parametrize(
     ("hidden", "steps", "rate"),
-    [(576, 200, 1.3e-3), (576, 60, 2e-3), (3072, 1000, 3.6e-4), (3072, 99, 5.4e-4), (5120, 1000, 2.4e-4), (32, 1, 3e-3)],
+    [
+        (576, 200, 1.3e-3),
+        (576, 60, 2e-3),
+        (3072, 1000, 3.6e-4),
+        (3072, 99, 5.4e-4),
+        (5120, 1000, 2.4e-4),
+        (32, 1, 3e-3),
+    ],
 )
 def test_the_rate_falls_with_width_and_is_higher_for_short_runs(hidden: int, steps: int, rate: float) -> None:
     assert rules.learning_rate(hidden, steps) == pytest.approx(rate)
@@ -17,7 +24,15 @@ def test_the_rate_falls_with_width_and_is_higher_for_short_runs(hidden: int, ste
 
 @pytest.mark.parametrize(
     ("trained", "widest", "rank"),
-    [(0, 512, 16), (15_999, 512, 16), (16_000, 512, 32), (100_000, 512, 128), (10**9, 512, 128), (10**9, 40, 32), (9, 4, 16)],
+    [
+        (0, 512, 16),
+        (15_999, 512, 16),
+        (16_000, 512, 32),
+        (100_000, 512, 128),
+        (10**9, 512, 128),
+        (10**9, 40, 32),
+        (9, 4, 16),
+    ],
 )
 def test_the_rank_lets_the_parameters_outnumber_the_trained_tokens(trained: int, widest: int, rank: int) -> None:
     assert rules.rank(trained, 1_000, widest) == rank

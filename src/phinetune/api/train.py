@@ -33,12 +33,14 @@ from phinetune.run_lock import locked
 from phinetune.screen.adapted_layers import show_targets
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, silent, stderr
+from phinetune.screen.curves import show_curves
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
 from phinetune.screen.progress import ComparisonProgress, ProgressLine
 from phinetune.screen.settings import show_settings
 from phinetune.training.best_checkpoint import needs_answers
 from phinetune.training.callbacks import StopRequest
+from phinetune.training.curve_words import Words, curve_words, read_course
 from phinetune.training.hub_wish import HubWish
 from phinetune.training.library_errors import disk_told
 from phinetune.training.prepare import PreparedRun, SettledRun, as_it_began, prepare_run, settle
@@ -260,9 +262,24 @@ def _finish(trained: TrainedRun, metrics: Mapping[str, RowMetric], console: Cons
             write_page(folder)
         return Run(folder.path, results, True)
     if processes.is_main():
+        results["curves"] = [asdict(words) for words in _said(trained)]
         results |= _compared(trained, metrics, console)
+        show_curves(results["curves"], console)
         _write_results(folder, trained, results)
     return Run(folder.path, processes.from_main(results), False)
+
+
+def _said(trained: TrainedRun) -> list[Words]:
+    """What the curves of a finished run say."""
+    prepared, best = trained.prepared, trained.summary["best"]
+    course = read_course(
+        trained.folder.metrics,
+        trained.folder.spikes,
+        rows=None if prepared.config.data.streaming else prepared.chats.train.report.kept,
+        best_kept=best["step"] if best and best["loaded"] else None,
+        likelihood=prepared.objective.likelihood,
+    )
+    return curve_words(course)
 
 
 def _compared(trained: TrainedRun, metrics: Mapping[str, RowMetric], console: Console) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def training_sections(results: Mapping[str, Any]) -> list[str]:
     if results.get("data"):
         parts.append("## Data\n\n" + "\n".join(f"- {line}" for line in _data_lines(results["data"])))
     if results.get("training"):
-        parts.append("## Training\n\n" + _training_lines(results["training"]))
+        parts.append("## Training\n\n" + _training_lines(results["training"], results.get("curves") or []))
         parts.append("## Results on held-out chats\n\n" + _results_table(results.get("evaluation")))
     return parts
 
@@ -86,12 +86,14 @@ def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
     return [*sets, *map(plain, [*shared_sentences(data.get("overlap") or {}), *unlooked])]
 
 
-def _training_lines(training: Mapping[str, Any]) -> str:
+def _training_lines(training: Mapping[str, Any], curves: Sequence[Mapping[str, str]]) -> str:
     speed = f" ({training['tokens_per_s']:.0f} tokens/s)" if training["tokens_per_s"] else ""
     return (
         f"{training['steps']} steps, {training['epochs']:.2f} epochs, {training['tokens']:,} tokens in "
         f"{training['seconds']:.0f} s{speed}; {training['trainable_parameters']:,} trainable parameters."
         + "".join(f"\n\n{plain(sentence)}" for sentence in told_changes(training.get("changed")))
+        # A spike shows rows of the data, which a card does not publish.
+        + "".join(f"\n\n{plain(one['text'])}" for one in curves if one["kind"] != "spike")
     )
 
 

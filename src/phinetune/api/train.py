@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from phinetune.demo_data.demo_config import demo_config
 from phinetune.durations import read_seconds
 from phinetune.errors import ConfigError, ModelError
 from phinetune.evaluation.compare import compare
+from phinetune.evaluation.kept import with_kept
 from phinetune.evaluation.metrics import RowMetric
 from phinetune.evaluation.while_training import while_training
 from phinetune.exporting.hub.card import write_card
@@ -36,6 +38,7 @@ from phinetune.screen.console import Console, say, silent, stderr
 from phinetune.screen.curves import show_curves
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
+from phinetune.screen.kept import show_kept
 from phinetune.screen.progress import ComparisonProgress, ProgressLine
 from phinetune.screen.settings import show_settings
 from phinetune.training.best_checkpoint import needs_answers
@@ -291,8 +294,11 @@ def _compared(trained: TrainedRun, metrics: Mapping[str, RowMetric], console: Co
     tokenizer, encoder = trained.loaded.tokenizer, prepared.rows.encoder
     with ComparisonProgress(console) as watcher:
         base = partial(untouched_base, trained.model, trained.loaded, prepared.config.model)
+        began = time.perf_counter()
         comparison = compare(trained.model, tokenizer, encoder, held_out, section, metrics, watcher, base)
+        comparison = with_kept(comparison, trained.model, tokenizer, held_out, section, base, began)
     show_comparison(comparison, console)
+    show_kept(comparison.kept, console)
     return comparison.to_tree(examples=EXAMPLES)
 
 

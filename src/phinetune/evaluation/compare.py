@@ -60,6 +60,7 @@ class Comparison:
         flags: sentences about what the user should look at.
         data: what became of the held-out rows, as in results.json.
         overlap: how many of them were trained on, as in results.json; None if that was not looked at.
+        kept: what the tuned model kept on neutral chats, as in results.json; None if that was not measured.
     """
 
     results: dict[str, Numbers]
@@ -70,6 +71,7 @@ class Comparison:
     flags: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, Any] | None = None
+    kept: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
         """`results` for the key `evaluation` of results.json. JSON has no infinity, so null replaces it."""
@@ -87,6 +89,7 @@ class Comparison:
             "by_tag": {tag: _finite(numbers) for tag, numbers in self.by_tag.items()},
             "json_fields": self.json_fields,
             "flags": self.flags,
+            **({"kept": self.kept} if self.kept else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
 

@@ -7,6 +7,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.data.prepare.chat_sets import Chats
+from phinetune.data.prepare.report import replay_sentence
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.screen.console import say
 from phinetune.terminal_text import visible
@@ -20,6 +21,8 @@ def show_data(chats: Chats, tokenizer: PreTrainedTokenizerBase, console: Console
     for made in (chats.train, chats.held_out):
         if made:
             say(console, made.report.lines())
+    if chats.replay:
+        say(console, replay_sentence(chats.replay))
     if chats.held_out and chats.held_out.shared and chats.held_out.shared.lines():
         say(console, chats.held_out.shared.lines())
     if chats.held_out and chats.held_out.not_compared:

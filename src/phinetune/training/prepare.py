@@ -46,6 +46,7 @@ from phinetune.training.limits import limit_length, without_fp16
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.objectives.registry import make_objective
 from phinetune.training.rehearsal import rehearse
+from phinetune.training.replay import check_replay, with_replay
 from phinetune.training.settings import Settings, make_training_args, not_for_the_fast_engine, read_settings
 from phinetune.training.steps import Steps, check_full_batch, count_steps, row_lengths
 from phinetune.training.trained_parts import check_trained_parts
@@ -121,6 +122,7 @@ def settle(config: RunConfig) -> SettledRun:
     settings = settle_best(settings, config, objective)
     settings = settle_start(settings, config.model.quantization)
     check_sources(config.data)
+    check_replay(config, objective)
     if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
         raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
     return SettledRun(config, settings, objective)
@@ -162,7 +164,7 @@ def prepare_run(settled: SettledRun, recorded: Mapping[str, Any] | None = None) 
     if engine.fast:
         settings = replace(settings, notes=[*settings.notes, *not_for_the_fast_engine(settings)])
     rows = settled.row_encoder(tokenizer)
-    chats = build_chats(rows)
+    chats = with_replay(build_chats(rows), config.model, rows, config.data.replay)
     run = PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
     run = _chosen(run, recorded or {})
     args = run.args

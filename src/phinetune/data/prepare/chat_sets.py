@@ -73,10 +73,15 @@ class ChatSet:
 
 @dataclass
 class Chats:
-    """A run's training chats and its held-out chats; `held_out` is None if there are none."""
+    """A run's training chats and its held-out chats; `held_out` is None if there are none.
+
+    Attributes:
+        replay: what of the base's own answers was mixed into `train`, beside its report; None without any.
+    """
 
     train: ChatSet
     held_out: ChatSet | None
+    replay: dict[str, int] | None = None
 
     def facts(self) -> dict[str, Any]:
         """The reports of both sets, and how many held-out rows are trained on, as JSON can hold them.
@@ -89,5 +94,6 @@ class Chats:
         return {
             **{name: chat_set.report.to_dict() if chat_set else None for name, chat_set in sets.items()},
             "overlap": shared.to_dict() if shared else None,
+            **({"replay": self.replay} if self.replay else {}),
             **({"not_compared": unlooked} if unlooked else {}),
         }

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from phinetune.config.run import SECRETS, RunConfig
+from phinetune.data.prepare.report import replay_sentence
 from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.exporting.hub.card_usage import adapter_usage
 from phinetune.exporting.hub.markdown import code, fenced, plain
@@ -72,6 +73,8 @@ def training_sections(results: Mapping[str, Any]) -> list[str]:
     if results.get("training"):
         parts.append("## Training\n\n" + _training_lines(results["training"], results.get("curves") or []))
         parts.append("## Results on held-out chats\n\n" + _results_table(results.get("evaluation")))
+    if results.get("kept"):
+        parts.append("## Kept of the base\n\n" + plain(results["kept"]["text"]))
     return parts
 
 
@@ -83,6 +86,7 @@ def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
         if (report := data.get(part))
     ]
     unlooked = [data["not_compared"]] if data.get("not_compared") else []
+    sets += [replay_sentence(data["replay"])] if data.get("replay") else []
     return [*sets, *map(plain, [*shared_sentences(data.get("overlap") or {}), *unlooked])]
 
 

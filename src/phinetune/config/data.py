@@ -94,6 +94,11 @@ class DataSection(Section):
     tag: str | None = Field(
         None, description="column of the rows; evaluations are also split by its values (a task, a language, …)"
     )
+    group: str | None = Field(
+        None,
+        description="column of the rows (a customer, a document); rows with the same value stay on one side of a split "
+        "by fraction",
+    )
     seed: int = Field(0, description="seed of the split by fraction and of the rows drawn by weight")
 
     @field_validator("train", mode="before")

@@ -20,6 +20,7 @@ from phinetune.evaluation.answering import Answers, Question, answer_all, questi
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.metrics import RowMetric
+from phinetune.evaluation.trust import few_rows, unseen_places, unseen_sentence
 from phinetune.metric_table import measures_of
 
 FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
@@ -60,6 +61,7 @@ class Comparison:
         flags: sentences about what the user should look at.
         data: what became of the held-out rows, as in results.json.
         overlap: how many of them were trained on, as in results.json; None if that was not looked at.
+        unseen: the verdict on the rows that are no copies of training rows, as in results.json; None without copies.
         kept: what the tuned model kept on neutral chats, as in results.json; None if that was not measured.
     """
 
@@ -71,6 +73,7 @@ class Comparison:
     flags: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, Any] | None = None
+    unseen: dict[str, Any] | None = None
     kept: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
@@ -89,6 +92,7 @@ class Comparison:
             "by_tag": {tag: _finite(numbers) for tag, numbers in self.by_tag.items()},
             "json_fields": self.json_fields,
             "flags": self.flags,
+            **({"unseen": self.unseen} if self.unseen else {}),
             **({"kept": self.kept} if self.kept else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
@@ -111,6 +115,14 @@ class _Side:
 
     scores: list[Score]
     answered: Answers
+
+    def part(self, rows: Sequence[int], prompts: Sequence[int]) -> _Side:
+        """The same for some rows and prompts."""
+        answers = Answers(
+            [self.answered.answers[i] for i in prompts],
+            {name: numbers[list(prompts)] for name, numbers in self.answered.numbers.items()},
+        )
+        return _Side([self.scores[i] for i in rows], answers)
 
     def numbers(self, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None) -> Numbers:
         """The numbers over some rows and prompts; None is all of them."""
@@ -207,6 +219,7 @@ def _compared(
 ) -> Comparison:
     results = {name: side.numbers() for name, side in sides.items()}
     overlap = held_out.shared.to_dict() if held_out.shared else None
+    unseen, told = _unseen(sides, questions, held_out, section)
     unlooked = [held_out.not_compared] if held_out.not_compared else []
     texts = {name: [answer.text for answer in side.answered.answers] for name, side in sides.items()}
     references = [question.reference for question in questions]
@@ -228,13 +241,34 @@ def _compared(
         fields if any(fields.values()) else {},
         [
             *shared_sentences(overlap or {}),
+            *told,
+            *few_rows(len(held_out)),
             *unlooked,
             *_not_finite(results),
             *_flags(results, section.max_new_tokens),
         ],
         held_out.report.to_dict(),
         overlap,
+        unseen,
     )
+
+
+def _unseen(
+    sides: Mapping[str, _Side], questions: Sequence[Question], held_out: ChatSet, section: EvaluationSection
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The verdict without the rows that were trained on, and as a sentence."""
+    places = unseen_places(held_out, questions) if len(sides) == 2 else None
+    if places is None:
+        return None, []
+    rows, prompts = places
+    parts = {name: side.part(rows, prompts) for name, side in sides.items()}
+    found = _differences(parts, section)
+    tree = {
+        "rows": len(rows),
+        "evaluation": {name: _finite(part.numbers()) for name, part in parts.items()},
+        "differences": {key: _finite(one.to_dict()) for key, one in found.items()},
+    }
+    return tree, [unseen_sentence(len(rows), found)]
 
 
 def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict[str, Difference]:

@@ -122,7 +122,7 @@ def replay_examples(rows: RowEncoder, answered: Sequence[tuple[str, str, bool]])
 
 
 def _without_end(row: Encoded, encoder: ChatEncoder) -> Encoded:
-    """An answer that was cut: what the template writes after it is not trained, or the model would learn to stop there."""
+    """An answer that was cut, without a label on what ends it: the model would learn to stop there."""
     labels = list(row.labels)
     for place in range(len(labels) - 1, -1, -1):
         label, labels[place] = labels[place], IGNORED

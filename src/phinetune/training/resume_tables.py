@@ -15,7 +15,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     "data": (
         # The rows that come of these are compared by content.
         *("train", "eval", "split", "format", "loss_on", "system", "overlong", "invalid_rows", "limit", "seed"),
-        "tag",
+        *("tag", "group"),
     ),
     # Recomputes the same numbers; and what becomes of a step that would have ended the run.
     "engine": ("activation_memory", "on_nonfinite", "nonfinite_limit"),

@@ -126,7 +126,7 @@ class RowEncoder:
         A text that is cut into pieces has an outcome for each of them.
         """
         waiting = iter(rows)
-        taken = [*self.uses, *([self.section.tag] if self.section.tag else [])]
+        taken = [*self.uses, *(one for one in (self.section.tag, self.section.group) if one)]
         while batch := [_read(row, self.section, self.encoder, taken) for row in itertools.islice(waiting, BATCH)]:
             _encode(batch, self.encoder)
             for outcome in batch:

@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 # The defaults that differ from SFTConfig's, and why.
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,  # SFTConfig's 2e-5 is for full fine-tuning; LoRA needs ten times as much
+    # Until the rules of `auto_settings` choose, and for runs of versions before them: SFTConfig's 2e-5 is for full
+    # fine-tuning.
+    "learning_rate": 2e-4,
     "report_to": "none",  # nothing leaves the machine unless the user asks for it
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen, not be replaced by a mean
 }

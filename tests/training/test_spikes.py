@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from helpers import chat, tiny_config, train_only, write_jsonl
@@ -35,20 +36,22 @@ def test_rows_are_shown_from_their_own_tokens_whether_padded_packed_or_shared() 
     assert (tokens.tolist(), at) == ([5, 6, 0], 1)
 
 
-def test_a_run_names_the_odd_row_among_equal_ones(tmp_path: Path) -> None:
-    rows = [chat("Hello there", "aaaa aaaa aaaa")] * 60
-    rows[55] = chat("An odd one", "zqxj 0931 !?")
+def test_a_run_names_the_odd_row_among_equal_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's head is random and frozen, so its losses lie close together, and the bar is set lower."""
+    monkeypatch.setattr("phinetune.training.spikes.FACTOR", 1.05)
+    monkeypatch.setattr("phinetune.training.spikes.LEAST", 0.3)
+    rows = [chat("Hello there", "aaaa aaaa aaaa")] * 40
+    rows[35] = chat("An odd one", "zqxj 0931 !?")
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    config = tiny_config(
-        data, tmp_path / "run", max_steps=58, per_device_train_batch_size=1, learning_rate=3e-2, warmup_steps=0,
-        train_sampling_strategy="sequential",
-    )  # fmt: skip
+    schedule = {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", "learning_rate": 0.3}
+    config = tiny_config(data, tmp_path / "run", max_steps=38, per_device_train_batch_size=1, **schedule)
+    config.peft_config = {"r": 16, "lora_alpha": 64}
     config.data.eval = None
     train_only(config)
     (spike,) = [json.loads(line) for line in (tmp_path / "run" / "spikes.jsonl").read_text().splitlines()]
-    assert spike["step"] == 56
+    assert spike["step"] == 36
     assert "An odd one" in spike["rows"][0]
     assert "zqxj" in spike["rows"][0]
     assert (tmp_path / "run" / "spikes.jsonl").stat().st_mode & 0o077 == 0
-    course = read_course(tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "spikes.jsonl", rows=60)
-    assert "step 56" in next(words.text for words in curve_words(course) if words.kind == "spike")
+    course = read_course(tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "spikes.jsonl", rows=40)
+    assert "step 36" in next(words.text for words in curve_words(course) if words.kind == "spike")

@@ -16,7 +16,7 @@ from phinetune.training.prepare import prepare_run, settle
 
 
 def words(i: int) -> str:
-    return " ".join(chr(97 + (i * k) % 26) * (2 + (i + k) % 5) for k in range(1, 15))
+    return " ".join(chr(97 + (i * k) % 26) * (2 + (i + k) % 5) for k in range(1, 40))
 
 
 @pytest.mark.parametrize(("rows", "points"), [(2, 70), (12, 29), (29, 19)])

@@ -73,7 +73,9 @@ def test_the_answers_are_those_that_the_base_gives(tmp_path: Path, cache: Path) 
 
 def test_the_end_of_an_answer_that_was_cut_is_not_trained(tmp_path: Path, cache: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [chat("Is it?", "Yes.")] * 3)
-    rows = prepare_run(settle(tiny_config(data, tmp_path / "run"))).rows
+    config = tiny_config(data, tmp_path / "run")
+    config.data.eval = None
+    rows = prepare_run(settle(config)).rows
     whole, cut = replay_examples(rows, [("Hi", "Hello you", True), ("Hi", "Hello you", False), ("Hi", " ", True)])
     ends = rows.encoder.end_of_turn
     assert whole.input_ids == cut.input_ids

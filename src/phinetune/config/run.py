@@ -38,7 +38,9 @@ class RunConfig(Section):
 
     model: ModelSection = Field(default_factory=ModelSection, description="the checkpoint")
     data: DataSection = Field(default_factory=DataSection, description="the chats")
-    peft_config: dict[str, Any] = Field(default_factory=dict, description="keys of peft.LoraConfig; r and lora_alpha may be `auto`")
+    peft_config: dict[str, Any] = Field(
+        default_factory=dict, description="keys of peft.LoraConfig; r and lora_alpha may be `auto`"
+    )
     training_config: dict[str, Any] = Field(
         default_factory=dict, description="keys of trl.SFTConfig; `auto`, or none, lets rules choose (docs/choices.md)"
     )

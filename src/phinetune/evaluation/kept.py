@@ -20,6 +20,7 @@ from phinetune.chats.encoder import ChatEncoder, make_encoder
 from phinetune.chats.template import Message
 from phinetune.config.data import DataSection
 from phinetune.config.evaluation import EvaluationSection
+from phinetune.config.row_forms import READY
 from phinetune.data.neutral.neutral_rows import NeutralRow, shipped_rows
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.read.any_source import read_first
@@ -163,7 +164,8 @@ def _own_rows(name: str) -> list[NeutralRow]:
     found = []
     for row in rows:
         try:
-            messages: list[Message] = to_messages(row.fields, detect_form(row.fields))
+            form = detect_form(row.fields)
+            messages: list[Message] = [] if form in READY else to_messages(row.fields, form)
         except RowError as error:
             problems.append(f"{row.where}: {error}")
             continue

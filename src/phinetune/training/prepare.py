@@ -179,7 +179,7 @@ def _limited(
     """The settings with a `max_length` that the model has positions for; one that is left open fits the memory, too."""
     if "max_length" not in settings.auto:
         return limit_length(settings, shape)
-    room = room_for_tokens(shape, dtype, device, config.engine.kind == "fast")
+    room = _room(shape, dtype, device, config.engine.kind == "fast")
     cap = length_cap(int(shape.max_position_embeddings), room)
     return replace(settings, training={**settings.training, "max_length": cap})
 
@@ -202,13 +202,18 @@ def _args(run: PreparedRun, settings: Settings) -> SFTConfig:
     return make_training_args(settings, run.config.output_dir, run.device, run.dtype, fast=run.engine.fast is not None)
 
 
+def _room(shape: Phi3Config, dtype: torch.dtype, device: torch.device, fast: bool) -> int:
+    """`room_for_tokens` of the main process: all have to choose alike, and the memory that is free differs."""
+    return int(processes.from_main({"tokens": room_for_tokens(shape, dtype, device, fast)})["tokens"])
+
+
 def _ground(run: PreparedRun) -> Ground:
     train, held_out, section = run.chats.train.report, run.chats.held_out, run.config.evaluation
     streamed = run.config.data.streaming
     return Ground(
         hidden=int(run.shape.hidden_size),
         a_rank=parameters_a_rank(run.settings, run.shape),
-        room=room_for_tokens(run.shape, run.dtype, run.device, run.engine.fast is not None),
+        room=_room(run.shape, run.dtype, run.device, run.engine.fast is not None),
         processes=max(1, run.args.world_size),
         rate=run.objective.rate,
         rows=None if streamed else len(run.lengths),

@@ -17,8 +17,8 @@ def show_kept(kept: Mapping[str, Any] | None, console: Console) -> None:
     if not kept:
         return
     asked = f", {kept['answers']} answered" if kept["answers"] else ""
-    title = f"Kept: {kept['rows']} neutral chats{asked} (took {kept['share']:.0%} of the evaluation)"
-    table = Table(title=title, title_justify="left")
+    say(console, f"Kept: {kept['rows']} neutral chats{asked} (took {kept['share']:.0%} of the evaluation):")
+    table = Table()
     table.add_column("")
     for name in ("rows", "loss, base", "loss, tuned"):
         table.add_column(name, justify="right")

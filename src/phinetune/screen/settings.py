@@ -15,7 +15,8 @@ def show_settings(choices: Sequence[Choice], console: Console) -> None:
     """A line for each setting that was left open, then a line for each given one that may surprise."""
     chosen = [choice for choice in choices if not choice.given]
     if chosen:
-        table = Table(title="Settings that phinetune chose (a value of your own replaces any)", title_justify="left")
+        say(console, "Settings that phinetune chose; a value of your own replaces any of them:")
+        table = Table()
         for heading in ("setting", "value", "why"):
             table.add_column(heading, overflow="fold")
         for choice in chosen:

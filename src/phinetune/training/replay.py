@@ -115,20 +115,24 @@ def replay_examples(rows: RowEncoder, answered: Sequence[tuple[str, str, bool]])
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer, _ in told
     ]
     encoder = rows.encoder
-    encoded = encoder.encode([encoder.prepare(chat) for chat in chats])
-    ended = [one if stopped else _without_end(one, encoder) for one, (*_, stopped) in zip(encoded, told, strict=True)]
+    prepared = [encoder.prepare(chat) for chat in chats]
+    ended = [
+        row if stopped else _without_end(row, len(encoder.prompt_ids(chat[:-1])), encoder)
+        for row, chat, (*_, stopped) in zip(encoder.encode(prepared), prepared, told, strict=True)
+    ]
     limit = rows.max_length or max((len(one.input_ids) for one in ended), default=0)
     return [one for one in ended if one.trainable and len(one.input_ids) <= limit]
 
 
-def _without_end(row: Encoded, encoder: ChatEncoder) -> Encoded:
-    """An answer that was cut, without a label on what ends it: the model would learn to stop there."""
-    labels = list(row.labels)
-    for place in range(len(labels) - 1, -1, -1):
-        label, labels[place] = labels[place], IGNORED
-        if label in encoder.end_of_turn:
-            break
-    return row._replace(labels=labels)
+def _without_end(row: Encoded, start: int, encoder: ChatEncoder) -> Encoded:
+    """An answer that was cut, without a label on what ends it: the model would learn to stop there.
+
+    Args:
+        start: the place of the answer's first token.
+    """
+    ends = (place for place in range(start, len(row.labels)) if row.input_ids[place] in encoder.end_of_turn)
+    kept = next(ends, len(row.labels))
+    return row._replace(labels=[*row.labels[:kept], *[IGNORED] * (len(row.labels) - kept)])
 
 
 def _answers(model: ModelSection, encoder: ChatEncoder, prompts: Sequence[str]) -> list[tuple[str, str, bool]]:

@@ -115,6 +115,16 @@ def test_evaluations_meet_given_checkpoints_so_that_the_best_can_be_kept(hundred
     assert (late.args.load_best_model_at_end, late.args.eval_strategy) == (False, "steps")
 
 
+def test_checkpoints_of_each_epoch_are_scored_and_the_best_is_kept(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path, save_strategy="epoch")
+    assert (run.args.eval_strategy, run.args.save_strategy, run.args.load_best_model_at_end) == ("epoch", "epoch", True)
+
+
+def test_who_wants_the_best_gets_evaluations_that_meet_the_checkpoints(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path, load_best_model_at_end=True, logging_steps=7)
+    assert (run.args.eval_strategy, run.args.eval_steps, run.args.save_steps) == ("steps", 14, 14)
+
+
 def test_a_metric_or_patience_asks_for_evaluations_whatever_they_take(hundred: Path, tmp_path: Path) -> None:
     few = {"max_steps": 4, "per_device_train_batch_size": 1}
     assert prepared(hundred, tmp_path, held_out=0.5, **few).args.eval_strategy == "no"

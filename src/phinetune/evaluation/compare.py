@@ -242,10 +242,10 @@ def _compared(
         [
             *shared_sentences(overlap or {}),
             *told,
-            *few_rows(len(held_out)),
             *unlooked,
             *_not_finite(results),
             *_flags(results, section.max_new_tokens),
+            *few_rows(len(held_out)),
         ],
         held_out.report.to_dict(),
         overlap,

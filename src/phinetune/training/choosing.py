@@ -20,6 +20,7 @@ from phinetune.training.value_rules import plain_name
 
 # What needs an evaluation during training, whatever it takes, where the user asks for it.
 NEEDS_EVALUATIONS = ("metric_for_best_model", "load_best_model_at_end", "eval_on_start")
+UNTIL_CHOSEN = 500  # steps; transformers' own interval of checkpoints
 FEW_ROWS_FOR_EPOCHS = 2.5  # times the rule's epochs, from which rows are likely to be learnt by heart
 
 
@@ -55,12 +56,16 @@ class Ground:
 
 def expect_evaluations(settings: Settings, config: RunConfig) -> Settings:
     """The settings before the rows are known: if nothing was said of evaluations and rows are held out, there will be
-    some."""
-    if "eval_strategy" not in settings.auto:
-        return settings
-    if config.data.eval is None:
-        return replace(settings, auto=settings.auto - {"eval_strategy", "eval_steps"})
-    return replace(settings, training={**settings.training, "eval_strategy": "steps"})
+    some. Until they are chosen, intervals have values that go together.
+    """
+    training, auto = dict(settings.training), settings.auto
+    if "eval_strategy" in auto and config.data.eval is None:
+        return replace(settings, auto=auto - {"eval_strategy", "eval_steps"})
+    if "eval_strategy" in auto:  # checkpoints that are written once an epoch are scored then
+        training["eval_strategy"] = "epoch" if plain_name(training.get("save_strategy")) == "epoch" else "steps"
+    if "eval_steps" in auto and plain_name(training.get("eval_strategy")) == "steps":
+        training["eval_steps"] = training.get("save_steps", UNTIL_CHOSEN)
+    return replace(settings, training=training)
 
 
 def room_for_tokens(shape: Phi3Config, dtype: torch.dtype, device: torch.device, fast: bool) -> int:
@@ -272,7 +277,11 @@ def _evaluations(work: _Work, steps: Steps) -> int | None:
     if not work.is_open("eval_steps"):
         value = training.get("eval_steps")
         return int(value) if value and value >= 1 and training.get("eval_strategy") == "steps" else None
-    if plain_name(training.get("eval_strategy") or "no") != "steps":
+    strategy = plain_name(training.get("eval_strategy") or "no")
+    if strategy == "epoch" and work.is_open("eval_strategy"):
+        work.take("eval_strategy", "epoch", "each checkpoint is scored on the held-out chats")
+        _take_best(work)
+    if strategy != "steps":
         return None
     asked = not work.is_open("eval_strategy") or any(training.get(key) for key in NEEDS_EVALUATIONS)
     found = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out, asked or ground.wants_evaluations)
@@ -291,9 +300,16 @@ def _evaluations(work: _Work, steps: Steps) -> int | None:
 def _keep_the_best(work: _Work, steps: int, interval: int) -> None:
     training = work.settings.training
     save = training.get("save_steps")
-    if training.get("load_best_model_at_end") is not None or not work.is_open("eval_strategy"):
+    if not work.is_open("eval_strategy") or plain_name(training.get("eval_strategy")) != "steps":
         return
     if plain_name(training.get("save_strategy", "steps")) != "steps" or not save or save % interval or save > steps:
+        return
+    _take_best(work)
+
+
+def _take_best(work: _Work) -> None:
+    training = work.settings.training
+    if training.get("load_best_model_at_end") is not None:
         return
     work.take("load_best_model_at_end", True, "the checkpoint that is best on held-out chats is kept")
     if not training.get("metric_for_best_model"):

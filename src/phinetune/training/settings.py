@@ -90,7 +90,8 @@ class Settings:
 
     def without_auto(self) -> Settings:
         """The settings with fixed defaults for all that was not given, as runs had them before there were rules."""
-        kept = {key: value for key, value in self.training.items() if key != "eval_strategy" or key not in self.auto}
+        until_chosen = self.auto & {"eval_strategy", "eval_steps"}
+        kept = {key: value for key, value in self.training.items() if key not in until_chosen}
         return dataclasses.replace(self, training=kept, auto=frozenset())
 
 

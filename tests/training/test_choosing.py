@@ -107,17 +107,17 @@ def test_who_wants_no_evaluations_gets_none(hundred: Path, tmp_path: Path, given
     assert (run.args.eval_strategy, run.args.load_best_model_at_end) == ("no", False)
 
 
-def test_evaluations_meet_given_checkpoints_so_that_the_best_can_be_kept(hundred: Path, tmp_path: Path) -> None:
+def test_evaluations_meet_given_checkpoints_and_the_best_is_kept_if_asked(hundred: Path, tmp_path: Path) -> None:
     run = prepared(hundred, tmp_path, save_steps=40)
-    assert (run.args.eval_steps, run.args.save_steps, run.args.load_best_model_at_end) == (20, 40, True)
+    assert (run.args.eval_steps, run.args.save_steps, run.args.load_best_model_at_end) == (20, 40, False)
     assert run.args.save_total_limit is None
-    late = prepared(hundred, tmp_path, save_steps=500)  # there will be no checkpoint
-    assert (late.args.load_best_model_at_end, late.args.eval_strategy) == (False, "steps")
+    asked = prepared(hundred, tmp_path, save_steps=40, load_best_model_at_end=True)
+    assert (asked.args.eval_steps, asked.args.load_best_model_at_end) == (20, True)
 
 
-def test_checkpoints_of_each_epoch_are_scored_and_the_best_is_kept(hundred: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_each_epoch_are_scored(hundred: Path, tmp_path: Path) -> None:
     run = prepared(hundred, tmp_path, save_strategy="epoch")
-    assert (run.args.eval_strategy, run.args.save_strategy, run.args.load_best_model_at_end) == ("epoch", "epoch", True)
+    assert (run.args.eval_strategy, run.args.save_strategy) == ("epoch", "epoch")
 
 
 def test_who_wants_the_best_gets_evaluations_that_meet_the_checkpoints(hundred: Path, tmp_path: Path) -> None:

@@ -280,7 +280,6 @@ def _evaluations(work: _Work, steps: Steps) -> int | None:
     strategy = plain_name(training.get("eval_strategy") or "no")
     if strategy == "epoch" and work.is_open("eval_strategy"):
         work.take("eval_strategy", "epoch", "each checkpoint is scored on the held-out chats")
-        _take_best(work)
     if strategy != "steps":
         return None
     asked = not work.is_open("eval_strategy") or any(training.get(key) for key in NEEDS_EVALUATIONS)
@@ -302,13 +301,13 @@ def _keep_the_best(work: _Work, steps: int, interval: int) -> None:
     save = training.get("save_steps")
     if not work.is_open("eval_strategy") or plain_name(training.get("eval_strategy")) != "steps":
         return
-    if plain_name(training.get("save_strategy", "steps")) != "steps" or not save or save % interval or save > steps:
+    if (
+        not (work.is_open("save_steps") and work.is_open("save_strategy"))
+        or not save
+        or save % interval
+        or save > steps
+    ):
         return
-    _take_best(work)
-
-
-def _take_best(work: _Work) -> None:
-    training = work.settings.training
     if training.get("load_best_model_at_end") is not None:
         return
     work.take("load_best_model_at_end", True, "the checkpoint that is best on held-out chats is kept")

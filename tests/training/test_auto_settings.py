@@ -84,6 +84,10 @@ def test_evaluations_take_a_bounded_part_of_the_time() -> None:
     assert rules.evaluation_interval(1, 4_000, 1_000, True) == 1
 
 
+def test_checkpoints_are_few_and_not_close_together() -> None:
+    assert [rules.save_interval(steps) for steps in (3, 40, 41, 400)] == [10, 10, 11, 100]
+
+
 @pytest.mark.parametrize(("save", "interval", "found"), [(100, 30, 50), (100, 100, 100), (100, 300, 100), (7, 3, 7)])
 def test_evaluations_meet_the_checkpoints_of_the_user(save: int, interval: int, found: int) -> None:
     assert rules.together(save, interval) == found

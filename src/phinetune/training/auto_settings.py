@@ -33,6 +33,7 @@ EVALUATIONS = 10  # at most so many during a run
 EVALUATION_SHARE = 0.15  # of the time of training
 FORWARD_SHARE = 1 / 3  # what scoring a token takes of what training on it takes
 CHECKPOINTS = 4  # where nothing is held out
+LEAST_INTERVAL = 10  # steps between these; in so few, little is lost
 FAR = 5.0  # a given number is far from its rule if it is so many times above or below it
 
 
@@ -150,7 +151,7 @@ def evaluation_interval(steps: int, trained: int, held_out: int, wanted: bool) -
 
 def save_interval(steps: int) -> int:
     """After how many steps a checkpoint is written where nothing is held out."""
-    return max(1, math.ceil(steps / CHECKPOINTS))
+    return max(LEAST_INTERVAL, math.ceil(steps / CHECKPOINTS))
 
 
 def together(save: int, interval: int) -> int:

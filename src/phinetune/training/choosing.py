@@ -264,7 +264,9 @@ def _intervals(work: _Work, steps: Steps) -> None:
         if interval and work.value("eval_strategy") == "steps":
             work.take("save_steps", interval, "each evaluation has its checkpoint")
         else:
-            work.take("save_steps", rules.save_interval(steps.count), f"{rules.CHECKPOINTS} checkpoints in the run")
+            work.take(
+                "save_steps", rules.save_interval(steps.count), f"{rules.CHECKPOINTS} checkpoints in the run at most"
+            )
         if by and work.settings.training.get("save_total_limit") is None:
             work.take("save_total_limit", 2, "the newest two checkpoints, and the best")
     if interval:

@@ -33,6 +33,7 @@ def _kernels() -> None:
     """The native kernels are compiled before the first test: no test takes that time, and no test's log says so."""
     chosen()
 
+
 # Of the properties in tests/soak: a few inputs, always the same; with --hypothesis-profile=soak thousands of new ones.
 set_hypothesis_home_dir(tempfile.gettempdir())
 settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)

@@ -10,8 +10,8 @@ from phinetune.config.run import RunConfig, make_config
 from phinetune.data.read.any_source import read_first
 from phinetune.data.read.row import Row
 from phinetune.errors import DataError, at_most
-from phinetune.training.prepare import prepare_run, settle
-from phinetune.training.run import TrainedRun, open_place, train_run
+from phinetune.training.prepare import PreparedRun, as_it_began, prepare_run, settle
+from phinetune.training.run import RunPlace, TrainedRun, open_place, train_run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
@@ -115,8 +115,14 @@ def train_only(
     config: RunConfig, *, resume: bool = False, overwrite: bool = False, changed: bool = False
 ) -> TrainedRun:
     """A run prepared and trained, nothing shown and nothing compared."""
-    prepared = prepare_run(settle(config))
-    return train_run(prepared, open_place(config, resume=resume, overwrite=overwrite, changed=changed))
+    place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
+    return train_run(prepared_at(config, place), place)
+
+
+def prepared_at(config: RunConfig, place: RunPlace) -> PreparedRun:
+    """A run as it is prepared for its place: one that goes on takes what it chose when it began."""
+    settled = settle(config)
+    return prepare_run(*as_it_began(settled, place.folder.read_start())) if place.checkpoint else prepare_run(settled)
 
 
 def read_rows(source: str, split: str = "train") -> list[Row]:

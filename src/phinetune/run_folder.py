@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+SPIKES = "spikes.jsonl"
 LOG = "run.log"
 START = "start.json"
 RESULTS = "results.json"
@@ -40,6 +41,7 @@ OWN_FILES = (
     CONFIG,
     METRICS,
     SAMPLES,
+    SPIKES,
     LOG,
     START,
     RESULTS,
@@ -79,6 +81,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / SAMPLES
+
+    @property
+    def spikes(self) -> Path:
+        return self.path / SPIKES
 
     @property
     def is_run(self) -> bool:

@@ -17,7 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from helpers import tiny_config
 from phinetune.config.run import dump_config
 from phinetune.errors import RunError
-from phinetune.training.callbacks import GradientCheck, MetricsWriter, _drop_lines_after
+from phinetune.training.callbacks import GradientCheck, MetricsWriter, drop_lines_after
 
 
 def test_lines_past_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_each_line_up_to_the_checkpoint_stays_whatever_lies_between(
 ) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_bytes(spoiled.encode(errors="surrogateescape"))
-    _drop_lines_after(file, 2)
+    drop_lines_after(file, 2)
     lines = [json.loads(line) for line in file.read_text().split("\n") if line]
     assert [line["step"] for line in lines] == kept
     assert all(line.get("answer") in (None, "a\u2028b") for line in lines)
@@ -55,7 +55,7 @@ def test_lines_are_dropped_in_one_rename(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
     opened = file.open()
-    _drop_lines_after(file, 2)
+    drop_lines_after(file, 2)
     assert opened.read() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
 

@@ -30,7 +30,10 @@ def train(config: RunConfig) -> Any:
 
 STOPS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "unknown metric": ({"training_config": {"metric_for_best_model": "bleuu"}}, "no evaluation counts `bleuu`"),
-    "early stopping": ({"evaluation": {"early_stopping_patience": 2}}, "there is no evaluation to go by"),
+    "early stopping": (
+        {"data": {"eval": None}, "evaluation": {"early_stopping_patience": 2}},
+        "there is no evaluation to go by",
+    ),
     "endless stream": (
         {"data": {"streaming": True, "eval": None}, "training_config": {"max_steps": -1}},
         "a stream has no known end",

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from helpers import chat, tiny_config, train_only, write_jsonl
+from helpers import chat, prepared_at, tiny_config, train_only, write_jsonl
 from phinetune.api.train import train_config
 from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ConfigError, RunError
@@ -40,8 +40,8 @@ class StopAt(TrainerCallback):
 
 
 def stop_at(config: RunConfig, step: int, **place: bool) -> TrainedRun:
-    prepared = prepare_run(settle(config))
-    return train_run(prepared, open_place(config, **place), callbacks=[StopAt(step)])
+    opened = open_place(config, **place)
+    return train_run(prepared_at(config, opened), opened, callbacks=[StopAt(step)])
 
 
 def config_of(chats: Path, folder: Path, **training: Any) -> RunConfig:

@@ -144,7 +144,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(chats: Path, tmp_path: Path) ->
     theirs, ours = adapter(tmp_path / "whole"), adapter(tmp_path / "stopped")
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert [e["step"] for e in metrics(tmp_path / "stopped")] == list(range(1, 10))
+    assert [e["step"] for e in metrics(tmp_path / "stopped") if "loss" in e] == list(range(1, 10))
 
 
 def test_resuming_at_the_last_step_trains_no_further(chats: Path, tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ def test_remote_code_has_no_effect() -> None:
 
 
 def test_no_length_limit_can_be_asked_for() -> None:
-    assert read_settings({}, {}).max_length == 1024
+    assert read_settings({}, {}).max_length == 4096  # until the rows are known
+    assert read_settings({}, {}).without_auto().max_length == 1024
     assert read_settings({}, {"max_length": None}).max_length is None
 
 

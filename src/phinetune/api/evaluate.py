@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from phinetune.data.read.held_data import hold_function
 from phinetune.errors import DataError, ModelError, RunError
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
+from phinetune.evaluation.kept import with_kept
 from phinetune.evaluation.metrics import open_metrics
 from phinetune.files import write_text
 from phinetune.logs import quiet_libraries
@@ -28,6 +30,7 @@ from phinetune.run_lock import locked, refuse_if_locked
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, stderr
 from phinetune.screen.harness_tasks import show_tasks
+from phinetune.screen.kept import show_kept
 from phinetune.screen.progress import ComparisonProgress
 
 logger = logging.getLogger(__name__)
@@ -87,10 +90,11 @@ def evaluate(
     opened = open_model(path, config)
     with ComparisonProgress(console) as watcher:
         tokenizer = opened.loaded.tokenizer
-        comparison = compare(
-            opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher, opened.base_side
-        )
+        began, base = time.perf_counter(), opened.base_side
+        comparison = compare(opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher, base)
+        comparison = with_kept(comparison, opened.model, tokenizer, held_out, options, base, began)
     show_comparison(comparison, console)
+    show_kept(comparison.kept, console)
     _write_json(out, comparison.to_tree(), console)
     if record:
         _record(path, comparison, console)

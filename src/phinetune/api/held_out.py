@@ -32,13 +32,17 @@ logger = logging.getLogger(__name__)
 COMPARED = ("rows", "kept", "tokens", "trainable_tokens")
 
 
-def row_encoder(config: RunConfig) -> RowEncoder:
+def row_encoder(config: RunConfig, *, of_a_run: bool = False) -> RowEncoder:
     """How rows become examples by a configuration.
+
+    Args:
+        of_a_run: whether a run wrote the configuration. Then what it does not hold had a fixed default.
 
     Raises:
         PhinetuneError: an unknown key, or no tokenizer there.
     """
-    settings = limit_length(read_settings(config.peft_config, config.training_config), open_config(config.model))
+    settings = read_settings(config.peft_config, config.training_config)
+    settings = limit_length(settings.without_auto() if of_a_run else settings, open_config(config.model))
     settled = SettledRun(config, settings, make_objective(config.objective))
     return settled.row_encoder(open_tokenizer(config.model))
 
@@ -56,7 +60,7 @@ def chats_of(config: RunConfig, source: str | Sequence[str]) -> ChatSet:
 
 def _read(config: RunConfig, name: str, section: DataSection) -> ChatSet:
     check_there([path for path, _ in weighted(section.train)])
-    encode = row_encoder(config)
+    encode = row_encoder(config, of_a_run=True)
     held_out = read_sets(name, section.train, replace(encode, section=section))[0]
     _compare_with_training(encode, held_out)
     return held_out
@@ -106,7 +110,7 @@ def held_out_chats(config: RunConfig, path: Path) -> ChatSet | None:
     section = held_out_section(config.data)
     if section:
         return _read_again(config, path, "held_out", name_held_out(config.data), section)
-    chats = build_chats(row_encoder(config))
+    chats = build_chats(row_encoder(config, of_a_run=True))
     assert chats.held_out is not None
     changed = _changed(path, chats.facts(), chats.held_out)
     if changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from phinetune.demo_data.demo_config import demo_config
 from phinetune.durations import read_seconds
 from phinetune.errors import ConfigError, ModelError
 from phinetune.evaluation.compare import compare
+from phinetune.evaluation.kept import with_kept
 from phinetune.evaluation.metrics import Metrics
 from phinetune.evaluation.while_training import while_training
 from phinetune.exporting.hub.card import write_card
@@ -33,14 +35,18 @@ from phinetune.run_lock import locked
 from phinetune.screen.adapted_layers import show_targets
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, silent, stderr
+from phinetune.screen.curves import show_curves
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
+from phinetune.screen.kept import show_kept
 from phinetune.screen.progress import ComparisonProgress, ProgressLine
+from phinetune.screen.settings import show_settings
 from phinetune.training.best_checkpoint import needs_answers
 from phinetune.training.callbacks import StopRequest
+from phinetune.training.curve_words import Words, curve_words, read_course
 from phinetune.training.hub_wish import HubWish
 from phinetune.training.library_errors import disk_told
-from phinetune.training.prepare import PreparedRun, SettledRun, prepare_run, settle
+from phinetune.training.prepare import PreparedRun, SettledRun, as_it_began, prepare_run, settle
 from phinetune.training.run import RunPlace, TrainedRun, open_place, train_run
 
 EXAMPLES = 20  # answered prompts that results.json keeps
@@ -166,10 +172,11 @@ def train_config(
 
 def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: Console, stop: StopRequest) -> Run:
     """All of a run that happens while its folder is locked."""
-    prepared = prepare_run(settled)
+    prepared = prepare_run(*_begun(place, settled))
     look_at_rows(prepared, metrics)
     check_limits(prepared)
     show_data(prepared.chats, prepared.tokenizer, console)
+    show_settings(prepared.choices, console)
     progress = ProgressLine(console)
     try:
         trained = train_run(
@@ -187,6 +194,11 @@ def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: C
     if settled.settings.push and processes.is_main() and not run.stopped:
         _push(run.path, settled.settings.push, console)
     return run
+
+
+def _begun(place: RunPlace, settled: SettledRun) -> tuple[SettledRun, Mapping[str, Any]]:
+    """The run as it is to be prepared, and what it chose when it began, if it goes on."""
+    return as_it_began(settled, place.folder.read_start()) if place.checkpoint else (settled, {})
 
 
 def _seconds(max_time: float | str | None) -> float | None:
@@ -255,9 +267,24 @@ def _finish(trained: TrainedRun, metrics: Metrics, console: Console) -> Run:
             write_page(folder)
         return Run(folder.path, results, True)
     if processes.is_main():
+        results["curves"] = [asdict(words) for words in _said(trained)]
         results |= _compared(trained, metrics, console)
+        show_curves(results["curves"], console)
         _write_results(folder, trained, results)
     return Run(folder.path, processes.from_main(results), False)
+
+
+def _said(trained: TrainedRun) -> list[Words]:
+    """What the curves of a finished run say."""
+    prepared, best = trained.prepared, trained.summary["best"]
+    course = read_course(
+        trained.folder.metrics,
+        trained.folder.spikes,
+        rows=None if prepared.config.data.streaming else prepared.chats.train.report.kept,
+        best_kept=best["step"] if best and best["loaded"] else None,
+        likelihood=prepared.objective.likelihood,
+    )
+    return curve_words(course)
 
 
 def _compared(trained: TrainedRun, metrics: Metrics, console: Console) -> dict[str, Any]:
@@ -269,8 +296,11 @@ def _compared(trained: TrainedRun, metrics: Metrics, console: Console) -> dict[s
     tokenizer, encoder = trained.loaded.tokenizer, prepared.rows.encoder
     with ComparisonProgress(console) as watcher:
         base = partial(untouched_base, trained.model, trained.loaded, prepared.config.model)
+        began = time.perf_counter()
         comparison = compare(trained.model, tokenizer, encoder, measured, section, metrics, watcher, base)
+        comparison = with_kept(comparison, trained.model, tokenizer, measured, section, base, began)
     show_comparison(comparison, console, "Test chats" if prepared.chats.test else "Held-out chats")
+    show_kept(comparison.kept, console)
     return comparison.to_tree(examples=EXAMPLES)
 
 

@@ -143,8 +143,20 @@ class DataSection(Section):
         description="what per_device_train_batch_size counts: conversations, or rows filled up to "
         "training_config.max_length tokens with as many conversations as fit",
     )
+    replay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="answers of the base itself to neutral prompts that are mixed in, for each row of `train`, so that "
+        "less is forgotten: 0.1 mixes in one for ten rows",
+    )
     tag: str | None = Field(
         None, description="column of the rows; evaluations are also split by its values (a task, a language, …)"
+    )
+    group: str | None = Field(
+        None,
+        description="column of the rows (a customer, a document); rows with the same value stay on one side of a split "
+        "by fraction",
     )
     seed: int = Field(0, description="seed of the split by fraction and of the rows drawn by weight")
 

@@ -38,6 +38,11 @@ class EvaluationSection(Section):
         description="count `metrics` at every evaluation during training; always done if "
         "training_config.metric_for_best_model is one of them",
     )
+    neutral: bool | str | list[str] = Field(
+        True,
+        description="score base and tuned model on neutral chats too, to see what was forgotten: true (those that "
+        "come with phinetune), false, or a file of chats of your own, or a list of them, besides",
+    )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,

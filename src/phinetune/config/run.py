@@ -38,8 +38,12 @@ class RunConfig(Section):
 
     model: ModelSection = Field(default_factory=ModelSection, description="the checkpoint")
     data: DataSection = Field(default_factory=DataSection, description="the chats")
-    peft_config: dict[str, Any] = Field(default_factory=dict, description="keys of peft.LoraConfig")
-    training_config: dict[str, Any] = Field(default_factory=dict, description="keys of trl.SFTConfig")
+    peft_config: dict[str, Any] = Field(
+        default_factory=dict, description="keys of peft.LoraConfig; r and lora_alpha may be `auto`"
+    )
+    training_config: dict[str, Any] = Field(
+        default_factory=dict, description="keys of trl.SFTConfig; `auto`, or none, lets rules choose (docs/choices.md)"
+    )
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="what a run trains for")
     engine: EngineSection = Field(default_factory=EngineSection, description="how a step is computed")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="base against tuned")

@@ -8,26 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.shared_rows import shared_sentences
-from phinetune.engine.scoring import Score, score_rows
-from phinetune.errors import RunError
+from phinetune.engine.scoring import score_rows
 from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
-from phinetune.evaluation.bootstrap import Difference, Pairs, differences
+from phinetune.evaluation.bootstrap import Difference
 from phinetune.evaluation.classes import Classes, class_tree
 from phinetune.evaluation.countable import check_classes
 from phinetune.evaluation.json_answers import field_shares
+from phinetune.evaluation.measured import Measured, Numbers, by_tag, differences_of, finite, unseen
 from phinetune.evaluation.metrics import Metrics
-from phinetune.metric_table import COUNTS, MEASURES, measures_of
+from phinetune.evaluation.trust import few_rows
+from phinetune.metric_table import COUNTS, MEASURES
 
 FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
 
-Numbers = dict[str, Any]
 Side = Callable[[], contextlib.AbstractContextManager[Any]]  # gives one of the models that are compared
 
 
@@ -67,6 +66,8 @@ class Comparison:
         flags: sentences about what the user should look at.
         data: what became of the held-out rows, as in results.json.
         overlap: how many of them were trained on, as in results.json; None if that was not looked at.
+        unseen: the verdict on the rows that are no copies of training rows, as in results.json; None without copies.
+        kept: what the tuned model kept on neutral chats, as in results.json; None if that was not measured.
     """
 
     results: dict[str, Numbers]
@@ -79,10 +80,12 @@ class Comparison:
     flags: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, Any] | None = None
+    unseen: dict[str, Any] | None = None
+    kept: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
         """`results` for the key `evaluation` of results.json. JSON has no infinity, so null replaces it."""
-        return {name: _finite(numbers) for name, numbers in self.results.items()}
+        return {name: finite(numbers) for name, numbers in self.results.items()}
 
     def to_tree(self, examples: int | None = None) -> dict[str, Any]:
         """Everything but `data` and `overlap`, with the keys of results.json and `phinetune evaluate --out`.
@@ -92,56 +95,16 @@ class Comparison:
         """
         return {
             "evaluation": self.to_dict(),
-            "differences": {key: _finite(difference.to_dict()) for key, difference in self.differences.items()},
-            "by_tag": {tag: _finite(numbers) for tag, numbers in self.by_tag.items()},
+            "differences": {key: finite(difference.to_dict()) for key, difference in self.differences.items()},
+            "by_tag": {tag: finite(numbers) for tag, numbers in self.by_tag.items()},
             "json_fields": self.json_fields,
             "classes": self.classes,
             "own": self.own,
             "flags": self.flags,
+            **({"unseen": self.unseen} if self.unseen else {}),
+            **({"kept": self.kept} if self.kept else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
-
-
-def _finite(tree: Numbers) -> Numbers:
-    return {
-        key: _finite(value)
-        if isinstance(value, dict)
-        else None
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for key, value in tree.items()
-    }
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One model's scores, row by row, and its answers, prompt by prompt."""
-
-    scores: list[Score]
-    answered: Answers
-
-    def numbers(self) -> Numbers:
-        """The numbers over all rows and prompts."""
-        return {**_scored(self.scores), "prompts": len(self.answered.answers), **self.answered.means()}
-
-    def some_numbers(self, rows: Sequence[int], prompts: Sequence[int]) -> tuple[Numbers, list[str]]:
-        """The numbers over some rows and prompts, and why a metric over the set has none for them: it may need more."""
-        problems: list[str] = []
-        try:
-            means = self.answered.means(prompts)
-        except RunError as error:
-            means, problems = self.answered.row_means(prompts), error.problems
-        return {**_scored([self.scores[i] for i in rows]), "prompts": len(prompts), **means}, problems
-
-
-def _scored(scores: Sequence[Score]) -> Numbers:
-    score = sum(scores, Score())
-    return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "token_accuracy": 100 * score.token_accuracy,
-        "labelled_tokens": score.tokens,
-    }
 
 
 class Watcher(Protocol):
@@ -192,7 +155,7 @@ def compare(
     check_classes(metrics, questions)
     models = sides_of(model, base)
     model.eval()
-    sides: dict[str, _Side] = {}
+    sides: dict[str, Measured] = {}
     watcher.begin(len(held_out), len(questions), list(models))
     size = None if section.batch_size == "auto" else section.batch_size
     for name, opened in models.items():
@@ -202,7 +165,7 @@ def compare(
             answered = Answers([], {})
             if questions:
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
-        sides[name] = _Side(scores, answered)
+        sides[name] = Measured(scores, answered)
     return _compared(sides, questions, held_out, section)
 
 
@@ -224,12 +187,13 @@ def _switched_off(model: Any) -> Iterator[Any]:
 
 
 def _compared(
-    sides: dict[str, _Side], questions: Sequence[Question], held_out: ChatSet, section: EvaluationSection
+    sides: dict[str, Measured], questions: Sequence[Question], held_out: ChatSet, section: EvaluationSection
 ) -> Comparison:
     results = {name: side.numbers() for name, side in sides.items()}
-    found, few = _differences(sides, results, section) if len(sides) == 2 else ({}, [])
-    by_tag, untold = _by_tag(sides, questions, held_out.tags)
+    found, few = differences_of(sides, results, section) if len(sides) == 2 else ({}, [])
+    tagged, untold = by_tag(sides, questions, held_out.tags)
     overlap = held_out.shared.to_dict() if held_out.shared else None
+    apart, told = unseen(sides, questions, held_out, section)
     unlooked = [held_out.not_compared] if held_out.not_compared else []
     texts = {name: [answer.text for answer in side.answered.answers] for name, side in sides.items()}
     references = [question.reference for question in questions]
@@ -247,20 +211,23 @@ def _compared(
         results,
         examples,
         found,
-        by_tag,
+        tagged,
         fields if any(fields.values()) else {},
         _classes(sides),
         _own(results, section),
         [
             *shared_sentences(overlap or {}),
+            *told,
             *unlooked,
             *_not_finite(results),
             *_flags(results, section.max_new_tokens),
             *few,
             *untold,
+            *few_rows(len(held_out)),
         ],
         held_out.report.to_dict(),
         overlap,
+        apart,
     )
 
 
@@ -271,7 +238,7 @@ def _own(results: Mapping[str, Numbers], section: EvaluationSection) -> dict[str
     return {key: {"less_is_better": key in less, "is_percent": key in percents} for key in keys}
 
 
-def _classes(sides: Mapping[str, _Side]) -> dict[str, Any]:
+def _classes(sides: Mapping[str, Measured]) -> dict[str, Any]:
     answered = {name: side.answered for name, side in sides.items()}
     first = next(iter(answered.values()))
     return {
@@ -281,69 +248,6 @@ def _classes(sides: Mapping[str, _Side]) -> dict[str, Any]:
         for one in first.sets
         if isinstance(one.function, Classes)
     }
-
-
-def _differences(
-    sides: Mapping[str, _Side], results: Mapping[str, Numbers], section: EvaluationSection
-) -> tuple[dict[str, Difference], list[str]]:
-    """The difference of both models in every measure: of loss and tokens over rows, of answers over prompts. Then
-    lines about intervals that come from few resamples.
-    """
-    base, tuned = sides["base"], sides["tuned"]
-
-    def per_token(name: str, factor: float = 1.0, exponential: bool = False) -> Pairs:
-        def column(side: _Side, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-            return np.array([getattr(score, name) for score in side.scores], dtype=np.float64)
-
-        sums, tokens = ((column(base, key), column(tuned, key)) for key in (name, "tokens"))
-        return Pairs(factor * sums[0], factor * sums[1], tokens[0], tokens[1], exponential)
-
-    def mean(name: str) -> Pairs:
-        before, after = base.answered.numbers[name], tuned.answered.numbers[name]
-        in_both = ~np.isnan(before + after)  # the comparison is paired, so both models must have a number
-        weights = in_both.astype(np.float64)
-        return Pairs(np.where(in_both, before, 0.0), np.where(in_both, after, 0.0), weights, weights)
-
-    scored = {
-        "loss": per_token("nll"),
-        "perplexity": per_token("nll", exponential=True),
-        "token_accuracy": per_token("correct", 100.0),
-    }
-    answered = {name: both for name in tuned.answered.row_means() if (both := mean(name)).base_weights.any()}
-    by_measure: dict[str, Difference] = {}
-    for pairs, rows in ((scored, len(base.scores)), (answered, len(base.answered.answers))):
-        shown = {key: [side.get(key) for side in results.values()] for key in pairs}
-        measures = measures_of(list(pairs), section.less_is_better(pairs), section.percents(pairs), shown)
-        by_measure |= differences({measure.key: (measure, pairs[measure.key]) for measure in measures}, rows)
-    lines: list[str] = []
-    for metric, before, after in zip(tuned.answered.sets, base.answered.whole, tuned.answered.whole, strict=False):
-        made, told = metric.differences(
-            base.answered.judged,
-            tuned.answered.judged,
-            before.numbers,
-            after.numbers,
-            before.seconds + after.seconds,
-        )
-        by_measure, lines = by_measure | made, lines + told
-    return by_measure, lines
-
-
-def _by_tag(
-    sides: Mapping[str, _Side], questions: Sequence[Question], tags: Sequence[str]
-) -> tuple[dict[str, Numbers], list[str]]:
-    """The numbers by tag, and a line for each tag on whose answers a metric over the set fails."""
-    by_tag: dict[str, Numbers] = {}
-    lines: list[str] = []
-    if not any(tags):  # the held-out file does not have the run's tag column
-        return by_tag, lines
-    for tag in sorted(set(tags)):
-        rows = [i for i, own in enumerate(tags) if own == tag]
-        prompts = [i for i, question in enumerate(questions) if tags[question.row] == tag]
-        by_tag[tag] = {"rows": len(rows)}
-        for name, side in sides.items():
-            by_tag[tag][name], failed = side.some_numbers(rows, prompts)
-            lines += [f"of tag {tag!r}, {name}: {problem}" for problem in failed]
-    return by_tag, lines
 
 
 def _not_finite(results: Mapping[str, Numbers]) -> list[str]:

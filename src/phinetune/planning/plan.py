@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from phinetune.config.run import RunConfig
@@ -18,6 +18,7 @@ from phinetune.planning.memory import OPTIMIZERS, Parts, optimizer_name
 from phinetune.planning.probe import Speed, measure, sample_batch
 from phinetune.planning.setup import Need, Setup
 from phinetune.run_folder import RunFolder
+from phinetune.training.auto_settings import Choice
 from phinetune.training.prepare import PreparedRun, prepare_run, settle
 from phinetune.training.steps import Steps
 
@@ -41,6 +42,7 @@ class Plan:
         fits: whether memory and disk are enough.
         nearest: changes of settings, each of which makes the run fit into memory; empty if it fits or nothing helps.
         notes: what these numbers leave out.
+        settings: what was chosen of the settings, with the reasons, and what of the given ones may surprise.
         busy: what other programs took while the time was measured, in a sentence; None if they took nothing.
     """
 
@@ -58,6 +60,7 @@ class Plan:
     nearest: list[Changes]
     notes: list[str]
     busy: str | None
+    settings: list[Choice] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "memory": self.memory.to_dict()}
@@ -99,6 +102,7 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
         nearest=[] if enough_memory else nearest_fitting(setup),
         notes=[*_notes(setup, prepared.engine), *_place_taken(prepared.config)],
         busy=busy_sentence(company),
+        settings=prepared.choices,
     )
 
 

@@ -150,6 +150,19 @@ def _cells(counts: Sequence[int]) -> list[Cell]:
     return [Cell(f"{count:,}", (10 * count >= total) + (2 * count >= total)) for count in counts]
 
 
+def kept_rows(evaluated: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """For all neutral chats and for each tag: how many there are, and the loss of base and tuned model."""
+    kept = evaluated.get("kept") or {}
+    if not kept:
+        return []
+    parts = {"all": {"rows": kept["rows"], **kept["results"]}, **kept["by_tag"]}
+    loss = MEASURES[0]
+    return [
+        (tag, [f"{part['rows']:,}", *(_of(part.get(side), loss) for side in ("base", "tuned"))])
+        for tag, part in parts.items()
+    ]
+
+
 class MarkedAnswer(NamedTuple):
     """One model's answer, twice: differences from the other model's answer marked, and from the reference."""
 
@@ -272,6 +285,7 @@ def data_rows(sets: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     present = [sets[name] for name in SETS if sets.get(name)]  # beside them stands what the sets share
     if not present:
         return []
+    replay = sets.get("replay")
 
     def row(name: str, key: str) -> tuple[str, list[str]]:
         return name, [f"{report.get(key, 0):,}" for report in present]
@@ -291,6 +305,7 @@ def data_rows(sets: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         row("tokens", "tokens"),
         ("tokens trained on or scored", share),
         row("longest chat, tokens", "longest"),
+        *([("answers of the base mixed in", [f"{replay['rows']:,}", *[""] * (len(present) - 1)])] if replay else []),
     ]
 
 

@@ -7,6 +7,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from phinetune.data.prepare.chat_sets import Chats
+from phinetune.data.prepare.report import replay_sentence
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.screen.console import say
 from phinetune.terminal_text import visible
@@ -19,6 +20,8 @@ def show_data(chats: Chats, tokenizer: PreTrainedTokenizerBase, console: Console
     """The reports of the sets, and the first chats with the trained part told apart."""
     for made in filter(None, (chats.train, chats.held_out, chats.test)):
         say(console, made.report.lines())
+    if chats.replay:
+        say(console, replay_sentence(chats.replay))
     for made in filter(None, (chats.held_out, chats.test)):
         if made.shared and made.shared.lines():
             say(console, made.shared.lines())

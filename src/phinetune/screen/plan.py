@@ -10,6 +10,7 @@ from rich.table import Table
 
 from phinetune.planning.fitting_settings import Changes
 from phinetune.planning.plan import Plan
+from phinetune.screen.settings import show_settings
 
 PARTS = {
     "weights": "weights",
@@ -32,6 +33,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"largest about {steps.largest:,}; {steps.tokens:,} tokens in all",
     ]
     console.print("\n".join(say), highlight=False, soft_wrap=True)
+    show_settings(plan.settings, console)
     console.print(_table(plan))
     console.print("\n".join(_sentences(plan)), highlight=False, soft_wrap=True, markup=False)
 

@@ -41,7 +41,7 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restart(state)
         if state.is_world_process_zero:
-            _drop_lines_after(self.path, state.global_step)
+            drop_lines_after(self.path, state.global_step)
 
     def on_log(
         self,
@@ -83,7 +83,7 @@ class MetricsWriter(TrainerCallback):
             os.fsync(file.fileno())
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int) -> None:
     """Delete the lines of a JSON Lines file that belong to later steps, and lines that a crash left incomplete."""
     if not path.is_file():
         return
@@ -108,7 +108,7 @@ class SamplesWriter(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            _drop_lines_after(self.path, state.global_step)
+            drop_lines_after(self.path, state.global_step)
 
     def write(self, state: TrainerState, samples: Sequence[dict[str, Any]]) -> None:
         """Append the answers of this step."""

@@ -11,7 +11,7 @@ from phinetune.checkpoints.adapters import read_base
 from phinetune.checkpoints.device import pick_dtype
 from phinetune.engine.choice import choose_engine
 from phinetune.run_folder import RunFolder
-from phinetune.training.prepare import PreparedRun, settle
+from phinetune.training.prepare import PreparedRun, as_it_began, settle
 from phinetune.training.recorded import HELD_OUT_COUNT, LIBRARIES, TRAIN_COUNT, WEIGHTS, Record, count_of, settings_of
 from phinetune.training.settings import make_training_args
 
@@ -26,7 +26,7 @@ def record_of_older(folder: RunFolder, checkpoint: Path, prepared: PreparedRun, 
     Raises:
         PhinetuneError: the run's own configuration is refused by now.
     """
-    settled = settle(folder.read_config())
+    settled, _ = as_it_began(settle(folder.read_config()), start)
     config, settings, device = settled.config, settled.settings, prepared.device
     dtype = pick_dtype(config.model.dtype, device)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, prepared.shape)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,15 +32,27 @@ from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.prepare.sources import check_sources
 from phinetune.engine.choice import EngineChoice, choose_engine
 from phinetune.errors import ConfigError
+from phinetune.training.auto_settings import Choice, length_cap
 from phinetune.training.beginning import settle_start
 from phinetune.training.best_checkpoint import settle_best
+from phinetune.training.choosing import (
+    Ground,
+    choose,
+    expect_evaluations,
+    parameters_a_rank,
+    room_for_tokens,
+    with_choices,
+)
 from phinetune.training.limits import limit_length, without_fp16
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.objectives.registry import make_objective
 from phinetune.training.rehearsal import rehearse
+from phinetune.training.replay import check_replay, with_replay
 from phinetune.training.settings import Settings, make_training_args, not_for_the_fast_engine, read_settings
 from phinetune.training.steps import Steps, check_full_batch, count_steps, row_lengths
 from phinetune.training.trained_parts import check_trained_parts
+
+CHOSEN = "chosen"  # the key of start.json
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,8 @@ class PreparedRun(SettledRun):
         args: TRL's arguments for this device and engine.
         rows: how rows become examples.
         chats: the encoded training chats and held-out chats.
+        choices: the settings that were left open, with the reasons; and given ones that are far from their rules.
+        recorded: of a run that goes on, what it chose when it began, by `section.key`.
     """
 
     device: torch.device
@@ -77,6 +93,13 @@ class PreparedRun(SettledRun):
     tokenizer: PreTrainedTokenizerBase
     rows: RowEncoder
     chats: Chats
+    choices: list[Choice] = field(default_factory=list)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What was left open, by `section.key`, as start.json keeps it for a later `--resume`."""
+        return {**self.recorded, **{one.key: one.value for one in self.choices if not one.given}}
 
     @cached_property
     def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -96,16 +119,32 @@ def settle(config: RunConfig) -> SettledRun:
         PhinetuneError: what can be said without reading a row.
     """
     objective = make_objective(config.objective)
-    settings = settle_best(read_settings(config.peft_config, config.training_config), config, objective)
+    settings = expect_evaluations(read_settings(config.peft_config, config.training_config), config)
+    settings = settle_best(settings, config, objective)
     settings = settle_start(settings, config.model.quantization)
     check_sources(config.data)
+    check_replay(config, objective)
     if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
         raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
     return SettledRun(config, settings, objective)
 
 
-def prepare_run(settled: SettledRun) -> PreparedRun:
-    """Choose the engine, read and encode the chats. Every process of a run calls it.
+def as_it_began(settled: SettledRun, start: Mapping[str, Any]) -> tuple[SettledRun, Mapping[str, Any]]:
+    """A run that goes on, and what it chose when it began. One of an older version had fixed defaults.
+
+    Args:
+        start: what its start.json holds.
+    """
+    if CHOSEN in start:
+        return settled, start[CHOSEN] or {}
+    return replace(settled, settings=settled.settings.without_auto()), {}
+
+
+def prepare_run(settled: SettledRun, recorded: Mapping[str, Any] | None = None) -> PreparedRun:
+    """Choose the engine, read and encode the chats, and choose what was left open. Every process of a run calls it.
+
+    Args:
+        recorded: of a run that goes on, what it chose when it began, by `section.key`.
 
     Raises:
         PhinetuneError: anything that would stop the run before its first step, as far as the weights don't matter.
@@ -115,7 +154,7 @@ def prepare_run(settled: SettledRun) -> PreparedRun:
     dtype = pick_dtype(config.model.dtype, device)
     with processes.main_first():  # a starter model is made once
         shape, tokenizer = open_config(config.model), open_tokenizer(config.model)
-    settings = without_fp16(limit_length(settings, shape), device, dtype)
+    settings = without_fp16(_limited(settings, shape, dtype, device, config), device, dtype)
     settled = replace(settled, settings=settings)
     _check_base(config.model, tokenizer, shape)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
@@ -126,11 +165,65 @@ def prepare_run(settled: SettledRun) -> PreparedRun:
     if engine.fast:
         settings = replace(settings, notes=[*settings.notes, *not_for_the_fast_engine(settings)])
     rows = settled.row_encoder(tokenizer)
-    chats = build_chats(rows)
+    chats = with_replay(build_chats(rows), config.model, rows, config.data.replay)
     run = PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
+    run = _chosen(run, recorded or {})
+    args = run.args
     if args.dataloader_drop_last and not config.data.streaming:
         check_full_batch(run.lengths, args)
     return run
+
+
+def _limited(
+    settings: Settings, shape: Phi3Config, dtype: torch.dtype, device: torch.device, config: RunConfig
+) -> Settings:
+    """The settings with a `max_length` that the model has positions for; one that is left open fits the memory, too."""
+    if "max_length" not in settings.auto:
+        return limit_length(settings, shape)
+    room = _room(shape, dtype, device, config.engine.kind == "fast")
+    cap = length_cap(int(shape.max_position_embeddings), room)
+    return replace(settings, training={**settings.training, "max_length": cap})
+
+
+def _chosen(run: PreparedRun, recorded: Mapping[str, Any]) -> PreparedRun:
+    """The run with numbers for what was left open."""
+    settings, choices = choose(
+        run.settings, _ground(run), lambda made: replace(run, args=_args(run, made)).steps, recorded
+    )
+    if "peft_config.r" in {choice.key for choice in choices if not choice.given}:
+        rehearse(settings, run.args, run.shape)
+    config = with_choices(run.config, choices)
+    length, training = settings.max_length, settings.training
+    engine = choose_engine(config, training, settings.peft, length, run.dtype, run.shape)
+    made = replace(run, config=config, settings=settings, engine=engine, choices=choices, recorded=recorded)
+    return replace(made, args=_args(made, settings), rows=replace(run.rows, max_length=length))
+
+
+def _args(run: PreparedRun, settings: Settings) -> SFTConfig:
+    return make_training_args(settings, run.config.output_dir, run.device, run.dtype, fast=run.engine.fast is not None)
+
+
+def _room(shape: Phi3Config, dtype: torch.dtype, device: torch.device, fast: bool) -> int:
+    """`room_for_tokens` of the main process: all have to choose alike, and the memory that is free differs."""
+    return int(processes.from_main({"tokens": room_for_tokens(shape, dtype, device, fast)})["tokens"])
+
+
+def _ground(run: PreparedRun) -> Ground:
+    train, held_out, section = run.chats.train.report, run.chats.held_out, run.config.evaluation
+    streamed = run.config.data.streaming
+    return Ground(
+        hidden=int(run.shape.hidden_size),
+        a_rank=parameters_a_rank(run.settings, run.shape),
+        room=_room(run.shape, run.dtype, run.device, run.engine.fast is not None),
+        processes=max(1, run.args.world_size),
+        rate=run.objective.rate,
+        rows=None if streamed else len(run.lengths),
+        longest=int(run.lengths.max(initial=1)),
+        trained=train.trainable_tokens,
+        held_out=held_out.report.tokens if held_out else 0,
+        cap=run.settings.max_length or int(run.shape.max_position_embeddings),
+        wants_evaluations=bool(section.early_stopping_patience or section.metrics_while_training),
+    )
 
 
 def _check_base(model: ModelSection, tokenizer: PreTrainedTokenizerBase, shape: Phi3Config) -> None:

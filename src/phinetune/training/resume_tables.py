@@ -15,7 +15,19 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     "data": (
         # The rows that come of these are compared by content.
         *("train", "eval", "split", "format", "loss_on", "system", "overlong", "invalid_rows", "limit", "seed"),
-        *("test", "columns", "prompt", "completion", "system_text", "row", "text_by", "response", "instruction", "tag"),
+        *(
+            "test",
+            "columns",
+            "prompt",
+            "completion",
+            "system_text",
+            "row",
+            "text_by",
+            "response",
+            "instruction",
+            "tag",
+            "group",
+        ),
     ),
     # Recomputes the same numbers; and what becomes of a step that would have ended the run.
     "engine": ("activation_memory", "on_nonfinite", "nonfinite_limit"),

@@ -29,10 +29,11 @@ from phinetune.training.best_checkpoint import EarlyStop
 from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.environment import describe_environment
 from phinetune.training.library_errors import disk_told, told_in_sentences
-from phinetune.training.prepare import PreparedRun
+from phinetune.training.prepare import CHOSEN, PreparedRun
 from phinetune.training.recorded import Record, record_of
 from phinetune.training.resuming import Resumption, check_resume, stretch_of
 from phinetune.training.settings import make_lora_config
+from phinetune.training.spikes import SpikeWatch
 from phinetune.training.trainer import FastTrainer, Look, RunTrainer
 from phinetune.training.value_rules import plain_name
 
@@ -169,6 +170,7 @@ class _Callbacks:
 
     metrics: MetricsWriter
     samples: SamplesWriter
+    spikes: SpikeWatch
     stop: StopRequest
     early: EarlyStop | None
 
@@ -177,11 +179,12 @@ class _Callbacks:
         section = prepared.config.evaluation
         patience, threshold = section.early_stopping_patience, section.early_stopping_threshold
         early = EarlyStop(patience, threshold) if patience else None
-        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), stop, early)
+        spikes = SpikeWatch(folder.spikes, lambda ids: str(prepared.tokenizer.decode(ids.tolist())))
+        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), spikes, stop, early)
 
     def listed(self) -> list[TrainerCallback]:
         early = [self.early] if self.early else []
-        return [self.metrics, GradientCheck(), self.stop, self.samples, *early]
+        return [self.metrics, GradientCheck(), self.stop, self.samples, self.spikes, *early]
 
 
 def _make_trainer(
@@ -198,6 +201,7 @@ def _make_trainer(
         "eval_dataset": held_out.dataset() if held_out else None,
         "look": look,
         "samples": own.samples,
+        "spikes": own.spikes,
         "nonfinite": prepared.config.engine,
         # What shows the numbers comes after what counts them.
         "callbacks": [metrics, *more, *others],
@@ -225,6 +229,8 @@ def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> 
     return {
         "base": asdict(loaded.base),
         "data": prepared.chats.facts(),
+        CHOSEN: prepared.chosen,
+        "settings": [asdict(choice) for choice in prepared.choices],
         "trainable_parameters": trains,
         "parameters": total,
         "environment": describe_environment(trainer.args),

@@ -22,6 +22,7 @@ from trl import SFTConfig
 
 from phinetune.checkpoints.named_modules import resolve_names
 from phinetune.errors import ConfigError, reason_of, told_as
+from phinetune.training.auto_settings import AUTO, AUTO_PEFT, AUTO_TRAINING, LENGTH_CAP
 from phinetune.training.checked_keys import checked
 from phinetune.training.hub_wish import HubWish, take_wish
 from phinetune.training.idle_keys import IDLE_PEFT, IDLE_TRAINING, NEEDS_PEFT, NEEDS_TRAINING, leave_out_idle, overruled
@@ -38,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 # The defaults that differ from SFTConfig's, and why.
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,  # SFTConfig's 2e-5 is for full fine-tuning; LoRA needs ten times as much
+    # Until the rules of `auto_settings` choose, and for runs of versions before them: SFTConfig's 2e-5 is for full
+    # fine-tuning.
+    "learning_rate": 2e-4,
     "report_to": "none",  # nothing leaves the machine unless the user asks for it
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen, not be replaced by a mean
 }
@@ -64,23 +67,32 @@ class Settings:
         peft: the arguments of `LoraConfig`. Names of modules are as the user gave them, not yet matched with a model.
         notes: a line for the log about each key or value that was translated or left out.
         push: where the finished run is pushed; None if it stays here.
+        auto: the keys that are chosen by rules once the rows are known; until then they have fixed defaults.
     """
 
     training: dict[str, Any]
     peft: dict[str, Any]
     notes: list[str]
     push: HubWish | None = None
+    auto: frozenset[str] = frozenset()
 
     @property
     def max_length(self) -> int | None:
         """How many tokens a chat may have; None is no limit."""
-        value = self.training.get("max_length", _field(SFTConfig, "max_length").default)
+        default = LENGTH_CAP if "max_length" in self.auto else _field(SFTConfig, "max_length").default
+        value = self.training.get("max_length", default)
         return None if value is None else int(value)
 
     @property
     def step_timeout(self) -> float:
         """How many seconds processes wait for each other in a step."""
         return float(self.training.get("ddp_timeout", _field(SFTConfig, "ddp_timeout").default))
+
+    def without_auto(self) -> Settings:
+        """The settings with fixed defaults for all that was not given, as runs had them before there were rules."""
+        until_chosen = self.auto & {"eval_strategy", "eval_steps"}
+        kept = {key: value for key, value in self.training.items() if key not in until_chosen}
+        return dataclasses.replace(self, training=kept, auto=frozenset())
 
 
 def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, Any]) -> Settings:
@@ -94,12 +106,30 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     notes: list[str] = []
     training = translate(training_config, problems, notes)
     peft = translate_peft(peft_config, training, problems, notes)
+    auto = _left_open(training, peft)
+    training = {key: value for key, value in training.items() if key not in AUTO_TRAINING or not _is_auto(value)}
+    peft = {key: value for key, value in peft.items() if key not in AUTO_PEFT or not _is_auto(value)}
     training = _read_training(training, problems, notes)
     push = take_wish(training, problems, notes)
     peft = _read_peft(peft, problems, notes)
     if problems:
         raise ConfigError(problems)
-    return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes, push)
+    return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes, push, auto)
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == AUTO
+
+
+def _left_open(training: Mapping[str, Any], peft: Mapping[str, Any]) -> frozenset[str]:
+    """The keys of both dictionaries that are `auto`, or not given."""
+    found = {key for key in AUTO_TRAINING if _is_auto(training.get(key, AUTO))}
+    found |= {key for key in AUTO_PEFT if _is_auto(peft.get(key, AUTO))}
+    if "eval_steps" not in found or training.get("do_eval") is False:  # TRL's users know them to mean this
+        found -= {"eval_strategy"} if "eval_strategy" not in training else set()
+    if "eval_strategy" not in found and "eval_strategy" not in training:
+        found -= {"eval_steps"}
+    return frozenset(found)
 
 
 def _read_training(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:

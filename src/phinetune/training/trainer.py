@@ -22,6 +22,7 @@ from phinetune.training.finite import FiniteSteps
 from phinetune.training.log_sums import LogSums
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.saving import CheckpointTrainer
+from phinetune.training.spikes import SpikeWatch
 
 # Of a model: what its answers give (by metric), and some of these answers as they go into samples.jsonl.
 Look = Callable[[PeftModel], tuple[dict[str, float], list[dict[str, Any]]]]
@@ -44,11 +45,12 @@ class RunTrainer(CheckpointTrainer):
         objective: Objective,
         look: Look | None = None,
         samples: SamplesWriter | None = None,
+        spikes: SpikeWatch | None = None,
         nonfinite: EngineSection | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
-        self.look, self.samples = look, samples
+        self.look, self.samples, self.spikes = look, samples, spikes
         self._sums: LogSums | None = None  # of the checkpoint that the run goes on from, until they are taken up
         super().__init__(**kwargs)
         self.finite = FiniteSteps(nonfinite or EngineSection(), lambda ids: str(self.tokenizer.decode(ids.tolist())))
@@ -68,6 +70,8 @@ class RunTrainer(CheckpointTrainer):
         rows = dict(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.finite.saw(rows, loss)
+        if self.spikes:
+            self.spikes.saw(rows, loss)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -109,7 +109,8 @@ class Columns:
     def keys(self, lines: np.ndarray[Any, Any]) -> SetKeys:
         """What the rows whose first pieces stand on some lines are compared by."""
         rows, asked = (self.table.data.column(name).take(lines).to_pylist() for name in ("key", "asked"))
-        return SetKeys(rows, asked)
+        named = self.table.data.column("group").take(lines).to_pylist()
+        return SetKeys(rows, asked, group=named if any(named) else None)
 
     def counts(self, name: str, places: Sequence[int]) -> Counter[str]:
         """How many of the rows at `places` have each text of this column."""

@@ -42,6 +42,7 @@ FIELDS = {
     "error": pyarrow.string(),  # begins with the row's place
     "broken": pyarrow.string(),  # for a place that holds no row: what is wrong there
     "tag": pyarrow.string(),
+    "group": pyarrow.string(),
     "chat": pyarrow.string(),  # the messages as JSON, if the row is a chat
     "key": pyarrow.binary(),  # what the row is compared by as a whole, and
     "asked": pyarrow.binary(),  # by the turns before its first answer
@@ -137,6 +138,7 @@ def _line(outcome: RowOutcome, encode: RowEncoder) -> dict[str, Any]:
         "reason": outcome.reason,
         "error": f"{outcome.row.where}: {outcome.error}" if outcome.error else None,
         "tag": tag_of(outcome.row, tag) if tag else None,
+        "group": tag_of(outcome.row, group) or None if (group := encode.section.group) else None,
         "chat": json.dumps(outcome.chat) if example and outcome.chat else None,
         "key": key,
         "asked": asked,

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # The keys that a table depends on.
 SETTINGS = {
     *("split", "name", "format", "loss_on", "system", "overlong", "overlap", "limit", "tag", "text_by"),
-    *("columns", "prompt", "completion", "system_text", "row", "response", "instruction"),
+    *("columns", "prompt", "completion", "system_text", "row", "response", "instruction", "group"),
 }
 OVERLAP = DataSection.model_fields["overlap"].default
 SMALL = 5000  # rows; for fewer, starting other processes takes longer than the work
@@ -73,9 +73,21 @@ def build_chats(encode: RowEncoder) -> Chats:
     test = read_sets(name_test(section), last.train, replace(encode, section=last))[0] if last else None
     for measured in filter(None, (held_out, test)):
         compare_sets(train, measured)
+    check_group(section, [one for one in (train, held_out, test) if one])
     chats = Chats(train, held_out, test)
     _tell_without_effect(chats, encode)
     return chats
+
+
+def check_group(section: DataSection, sets: Sequence[ChatSet]) -> None:
+    """Make sure that rows have the column that they are to be grouped by.
+
+    Raises:
+        DataError: none has it.
+    """
+    if section.group and not section.streaming and not any(one.keys and any(one.keys.group or ()) for one in sets):
+        named = sets[0].report.source
+        raise DataError(f"data.group {section.group}: no row of {named} has a column of that name{_columns(section)}")
 
 
 def _tell_without_effect(chats: Chats, encode: RowEncoder) -> None:
@@ -201,10 +213,12 @@ def _prepare_small(rows_by_source: Sequence[Sequence[Row]], encode: RowEncoder) 
     def make_set(name: str, places: Sequence[int], keys: SetKeys | None = None) -> ChatSet:
         made = _collect(name, itertools.chain.from_iterable(rows[place] for place in places), encode)
         kept = [place for place in dict.fromkeys(places) if rows[place][0].encoded]
-        made.keys = keys.at(kept) if keys else keys_of([rows[place][0] for place in kept])
+        made.keys = keys.at(kept) if keys else keys_of([rows[place][0] for place in kept], encode.section.group)
         return made
 
-    return _SourceRows([len(own) for own in rows_by_source], lambda: keys_of([row[0] for row in rows]), make_set)
+    return _SourceRows(
+        [len(own) for own in rows_by_source], lambda: keys_of([row[0] for row in rows], encode.section.group), make_set
+    )
 
 
 def _read_small(paths: Sequence[str], section: DataSection) -> list[list[Row]] | None:

@@ -73,11 +73,16 @@ class ChatSet:
 
 @dataclass
 class Chats:
-    """A run's training chats, its held-out chats, and those of its final verdict; None where there are none."""
+    """A run's training chats, its held-out chats, and those of its final verdict; None where there are none.
+
+    Attributes:
+        replay: what of the base's own answers was mixed into `train`, beside its report; None without any.
+    """
 
     train: ChatSet
     held_out: ChatSet | None
     test: ChatSet | None = None
+    replay: dict[str, int] | None = None
 
     @property
     def measured(self) -> ChatSet | None:
@@ -95,5 +100,6 @@ class Chats:
         return {
             **{name: chat_set.report.to_dict() if chat_set else None for name, chat_set in sets.items()},
             "overlap": shared.to_dict() if shared else None,
+            **({"replay": self.replay} if self.replay else {}),
             **({"not_compared": unlooked} if unlooked else {}),
         }

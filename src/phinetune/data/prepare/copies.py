@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from phinetune.chats.template import Message
 from phinetune.data.prepare.duplicates import NearDuplicates, exact_key
-from phinetune.data.prepare.encode_rows import RowOutcome
+from phinetune.data.prepare.encode_rows import RowOutcome, tag_of
 from phinetune.data.prepare.shared_rows import Shared
 
 # What more than one in so many rows have in common, and more than so many rows, is the form of the task (an instruction
@@ -33,18 +33,21 @@ class SetKeys:
         asked: equal for rows with the same turns before the first answer; None for a row that is no chat.
         texts: the rows as texts; None if they are too many to look for near copies.
         near: equal for rows that are nearly equal; None if they were not looked for.
+        group: what rows have in the column `data.group`; None without such a column.
     """
 
     rows: Marks
     asked: Marks
     texts: Sequence[str] | None = None
     near: Marks | None = None
+    group: Marks | None = None
 
     def at(self, places: Sequence[int]) -> SetKeys:
         """The keys of the rows at some places."""
         rows, asked = ([marks[place] for place in places] for marks in (self.rows, self.asked))
-        texts, near = (None if one is None else [one[place] for place in places] for one in (self.texts, self.near))
-        return SetKeys(rows, asked, texts, near)  # type: ignore[arg-type]
+        others = (self.texts, self.near, self.group)
+        texts, near, group = (None if one is None else [one[place] for place in places] for one in others)
+        return SetKeys(rows, asked, texts, near, group)  # type: ignore[arg-type]
 
 
 def text_of(messages: Sequence[Message]) -> str:
@@ -76,11 +79,16 @@ def key_of(outcome: RowOutcome) -> tuple[bytes | None, bytes | None]:
     return exact_key(text) if text else None, exact_key(text_of(asked)) if asked else None
 
 
-def keys_of(outcomes: Sequence[RowOutcome]) -> SetKeys:
-    """The keys of rows in memory."""
+def keys_of(outcomes: Sequence[RowOutcome], group: str | None = None) -> SetKeys:
+    """The keys of rows in memory.
+
+    Args:
+        group: the column `data.group`.
+    """
     keys = [key_of(outcome) for outcome in outcomes]
     texts = [text_of(outcome.messages) or outcome.text or "" for outcome in outcomes]  # ids have no words to compare
-    return SetKeys([row for row, _ in keys], [asked for _, asked in keys], texts)
+    groups = [tag_of(outcome.row, group) or None for outcome in outcomes] if group else None
+    return SetKeys([row for row, _ in keys], [asked for _, asked in keys], texts, None, groups)
 
 
 def with_near(*sets: SetKeys) -> list[SetKeys]:
@@ -98,10 +106,12 @@ def groups_of(keys: SetKeys) -> list[int]:
     """For each row the number of its group, which is that of the group's first row.
 
     Copies make a group. So do near copies and rows with one question, unless so many rows have them in common that it
-    is the form of the task (`FORM`), or everything would be one group.
+    is the form of the task (`FORM`), or everything would be one group. Rows that the user's own column joins always
+    do.
     """
-    copies = _joined(len(keys.rows), [keys.rows])
-    alike = [keys.rows, _not_the_form(keys.asked), _not_the_form(keys.near or [])]
+    named = [keys.group] if keys.group else []
+    copies = _joined(len(keys.rows), [keys.rows, *named])
+    alike = [keys.rows, _not_the_form(keys.asked), _not_the_form(keys.near or []), *named]
     groups = _joined(len(keys.rows), alike)
     return copies if len(set(groups)) == 1 else groups
 
@@ -145,12 +155,17 @@ def count_shared(train: SetKeys, held_out: SetKeys) -> Shared:
     A question, and a likeness, that are the form of the task are not counted.
     """
     total = len(train.rows)
+    known = set(train.group or ()) - {None}
+    same_group = sum(mark in known for mark in held_out.group or ())
     near = None if train.near is None or held_out.near is None else _not_the_form([*train.near, *held_out.near])
     kinds = [[*train.rows, *held_out.rows], near or [], _not_the_form([*train.asked, *held_out.asked])]
-    counts = [0, 0, 0]
+    counts, copied = [0, 0, 0], []
     trained = [set(marks[:total]) - {None} for marks in kinds]
     for row in range(total, total + len(held_out.rows)):
         first = next((i for i, marks in enumerate(kinds) if marks and marks[row] in trained[i]), None)
         if first is not None:
             counts[first] += 1
-    return Shared(len(held_out.rows), counts[0], None if near is None else counts[1], counts[2])
+            if first < 2:
+                copied.append(row - total)
+    near_copies = None if near is None else counts[1]
+    return Shared(len(held_out.rows), counts[0], near_copies, counts[2], same_group, tuple(copied))

@@ -128,7 +128,7 @@ class RowEncoder:
         A text that is cut into pieces has an outcome for each of them.
         """
         waiting = iter(rows)
-        taken = [*self.uses, *([self.section.tag] if self.section.tag else [])]
+        taken = [*self.uses, *(one for one in (self.section.tag, self.section.group) if one)]
         read = _RowReader(self.section, self.encoder, taken, RowMapping.of(self.section))
         while batch := [read(row) for row in itertools.islice(waiting, BATCH)]:
             _encode(batch, self.encoder)

@@ -124,3 +124,9 @@ class DataReport:
             *([f"  columns not used: {self.unused_columns()}"] if self.unused or self.unused_values else []),
             *(f"  {NOTES[note]}: {count:,} rows" for note, count in sorted(self.notes.items())),
         ]
+
+
+def replay_sentence(replay: Mapping[str, int]) -> str:
+    """What of the base's own answers was mixed into the training rows (`data.replay`), in a sentence."""
+    again = f", of {replay['prompts']:,} different prompts" if replay["prompts"] < replay["rows"] else ""
+    return f"mixed in: {replay['rows']:,} answers of the base to neutral prompts{again}; {replay['tokens']:,} tokens"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -16,15 +16,21 @@ class Shared:
         copies: how many of them are training rows, but for white space and case.
         near_copies: how many others are nearly equal to a training row; None if there were too many rows to look.
         same_prompt: how many others ask what a training row asks.
+        same_group: how many have what a training row has in the column `data.group`.
+        copied: the places of the copies and near copies among the held-out rows.
     """
 
     rows: int
     copies: int
     near_copies: int | None
     same_prompt: int
+    same_group: int = 0
+    copied: tuple[int, ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The numbers, as results.json holds them."""
+        numbers = {key: value for key, value in asdict(self).items() if key != "copied"}
+        return numbers if self.same_group else {key: n for key, n in numbers.items() if key != "same_group"}
 
     def lines(self) -> list[str]:
         """What was found, in sentences; and that near copies were not looked for."""
@@ -50,6 +56,10 @@ def shared_sentences(counts: Mapping[str, Any]) -> list[str]:
         )
     if asked:
         sentences.append(f"{asked:,} {held} {'asks' if asked == 1 else 'ask'} what a training row asks")
+    group = counts.get("same_group") or 0
+    if group:
+        of_a = "is of a group that is" if group == 1 else "are of groups that are"
+        sentences.append(f"{group:,} {held} {of_a} trained on (data.group); the comparison may be too kind")
     return sentences
 
 

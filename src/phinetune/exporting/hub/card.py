@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from phinetune.config.run import SECRETS, RunConfig
+from phinetune.data.prepare.report import replay_sentence
 from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.exporting.hub.card_usage import adapter_usage
 from phinetune.exporting.hub.markdown import code, fenced, plain
@@ -71,8 +72,10 @@ def training_sections(results: Mapping[str, Any]) -> list[str]:
         parts.append("## Data\n\n" + "\n".join(f"- {line}" for line in _data_lines(results["data"])))
     if results.get("training"):
         measured_on = "test chats" if (results.get("data") or {}).get("test") else "held-out chats"
-        parts.append("## Training\n\n" + _training_lines(results["training"]))
+        parts.append("## Training\n\n" + _training_lines(results["training"], results.get("curves") or []))
         parts.append(f"## Results on {measured_on}\n\n" + _results_table(results))
+    if results.get("kept"):
+        parts.append("## Kept of the base\n\n" + plain(results["kept"]["text"]))
     return parts
 
 
@@ -84,15 +87,18 @@ def _data_lines(data: Mapping[str, Any]) -> Sequence[str]:
         if (report := data.get(part))
     ]
     unlooked = [data["not_compared"]] if data.get("not_compared") else []
+    sets += [replay_sentence(data["replay"])] if data.get("replay") else []
     return [*sets, *map(plain, [*shared_sentences(data.get("overlap") or {}), *unlooked])]
 
 
-def _training_lines(training: Mapping[str, Any]) -> str:
+def _training_lines(training: Mapping[str, Any], curves: Sequence[Mapping[str, str]]) -> str:
     speed = f" ({training['tokens_per_s']:.0f} tokens/s)" if training["tokens_per_s"] else ""
     return (
         f"{training['steps']} steps, {training['epochs']:.2f} epochs, {training['tokens']:,} tokens in "
         f"{training['seconds']:.0f} s{speed}; {training['trainable_parameters']:,} trainable parameters."
         + "".join(f"\n\n{plain(sentence)}" for sentence in told_changes(training.get("changed")))
+        # A spike shows rows of the data, which a card does not publish.
+        + "".join(f"\n\n{plain(one['text'])}" for one in curves if one["kind"] != "spike")
     )
 
 

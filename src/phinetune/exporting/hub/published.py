@@ -30,6 +30,8 @@ from phinetune.run_folder import CARD, CONFIG, MARK, RunFolder
 
 # Files that are copied from the adapter's folder, if they are there.
 COPIED = (ADAPTER_WEIGHTS, "generation_config.json", *TOKENIZER_FILES)
+# Of results.json; of `curves` the card leaves out what shows rows.
+PUBLISHED = ("data", "training", "evaluation", "curves", "kept")
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -78,7 +80,7 @@ def _results(source: Path) -> dict[str, Any]:
 
     A run's checkpoint has the data of its run. Training and evaluation are those of the finished run, not its own.
     """
-    for folder, parts in ((source, ("data", "training", "evaluation")), (source.parent, ("data",))):
+    for folder, parts in ((source, PUBLISHED), (source.parent, ("data",))):
         if RunFolder(folder).is_finished:
             tree = json.loads(RunFolder(folder).results.read_text(encoding="utf-8"))
             found = {part: tree[part] for part in parts if tree.get(part)}

@@ -52,6 +52,8 @@ class Objective(ABC):
         sums: the names of what `score` gives.
         metrics: what every evaluation counts; `loss` is always among them.
         less_is_better: those of its own metrics of which a smaller number is the better one.
+        likelihood: whether its loss is nats a token, of which 0 means knowing each token beforehand.
+        rate: what the learning rate that suits supervised fine-tuning is multiplied by where none is given.
     """
 
     kind: ClassVar[str]
@@ -62,6 +64,8 @@ class Objective(ABC):
     sums: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     less_is_better: ClassVar[tuple[str, ...]] = ()
+    likelihood: ClassVar[bool] = False
+    rate: ClassVar[float] = 1.0
 
     def __init__(self, options: Section) -> None:
         self.options = options

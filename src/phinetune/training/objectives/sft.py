@@ -22,6 +22,7 @@ class Sft(Objective):
     """The mean negative log-likelihood of a labelled token, as TRL's `SFTTrainer` has it (`loss_type: nll`)."""
 
     kind = "sft"
+    likelihood = True
     sums = ("nll", "correct", "tokens")
     metrics = ("loss", "perplexity", "token_accuracy")
 

@@ -1,0 +1,252 @@
+"""What a tuned model kept of what its base could do: both are scored on neutral chats, and answer some of them.
+
+The cost is bounded by a share of the evaluation, and told.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from phinetune.chats.encoder import ChatEncoder, make_encoder
+from phinetune.chats.template import Message
+from phinetune.config.data import DataSection
+from phinetune.config.evaluation import EvaluationSection
+from phinetune.config.row_forms import READY
+from phinetune.data.neutral.neutral_rows import NeutralRow, shipped_rows
+from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.data.read.any_source import read_first
+from phinetune.data.read.messages import detect_form, to_messages
+from phinetune.engine.generate import answer_prompts
+from phinetune.engine.scoring import Score, score_rows
+from phinetune.errors import DataError, RowError, at_most
+from phinetune.evaluation.bootstrap import Difference, Pairs, differences
+from phinetune.evaluation.compare import Comparison, Side, sides_of
+from phinetune.metric_table import Measure, measures_of
+
+SHARE = 0.1  # of the evaluation's work, for the scored tokens and again for the answered ones
+LEAST_ROWS = 24  # are scored in any case
+LEAST_ANSWERS = 6  # are given in any case, where prompts are answered at all
+ANSWER_TOKENS = 32  # most tokens of an answer: enough to see whether it is right
+ANSWER_FACTOR = 4  # what a token of an answer takes of what scoring one takes, roughly
+MOST_OWN = 500  # rows of a user's own set that are read
+RIGHT = Measure("right", "answers right %", "{:.1f}", True)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was kept, side by side.
+
+    Attributes:
+        results: by model `loss` (nats a labelled token) and, of the answers, `right` in percent.
+        differences: by measure tuned minus base with its interval.
+        by_tag: by tag how many `rows`, and the loss of each model.
+        rows, answers: how many were scored and answered.
+        share: of the evaluation's time that this took.
+    """
+
+    results: dict[str, dict[str, float]]
+    differences: dict[str, Difference]
+    by_tag: dict[str, dict[str, Any]]
+    rows: int
+    answers: int
+    share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As results.json holds it; null where a number is not finite."""
+        return {
+            "results": {name: _finite(numbers) for name, numbers in self.results.items()},
+            "differences": {key: _finite(one.to_dict()) for key, one in self.differences.items()},
+            "by_tag": {tag: {k: _finite(v) if isinstance(v, dict) else v for k, v in numbers.items()}
+                       for tag, numbers in self.by_tag.items()},
+            "rows": self.rows,
+            "answers": self.answers,
+            "share": round(self.share, 3),
+            "text": kept_sentence(self.differences.get("loss"), self.rows),
+        }  # fmt: skip
+
+
+def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+
+def kept_sentence(loss: Difference | None, rows: int) -> str:
+    """What the loss on neutral chats says, in words."""
+    if loss is None:
+        return f"On {rows} neutral chats nothing can be said of what the model forgot."
+    if loss.verdict == "worse":
+        return (
+            f"Forgotten: on {rows} neutral chats the loss is {loss.text}. "
+            "More of the base's own answers (`data.replay`) keep more."
+        )
+    if loss.verdict == "better":
+        return f"Kept: on {rows} neutral chats nothing is lost; the loss is {loss.text}."
+    return f"Kept: on {rows} neutral chats the loss shows {loss.text}."
+
+
+def measure_kept(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: ChatSet,
+    section: EvaluationSection,
+    base: Side | None,
+    seconds: float,
+) -> Kept | None:
+    """Score both models on the neutral chats, and let them answer some. None without an adapter, or if switched off.
+
+    Args:
+        held_out: what the evaluation was made on; the work allowed follows from it.
+        base: see `phinetune.evaluation.compare.compare`.
+        seconds: that the evaluation took.
+
+    Raises:
+        DataError: a set that the user names can't be read.
+    """
+    models = sides_of(model, base)
+    rows = neutral_rows(section)
+    if len(models) < 2 or not rows:
+        return None
+    began = time.perf_counter()
+    encoder = make_encoder(tokenizer, "assistant", "keep")
+    encoded = encoder.encode([encoder.prepare(list(row.messages)) for row in rows])
+    scored = scored_places([len(one.input_ids) for one in encoded], _budget(held_out, section))
+    asked = _asked([rows[place] for place in scored], held_out, section)
+    chats, kept_rows = [encoded[place] for place in scored], [rows[place] for place in scored]
+    size = None if section.batch_size == "auto" else section.batch_size
+    losses, right = {}, {}
+    for name, opened in models.items():
+        with opened() as one:
+            losses[name] = score_rows(one, chats, size, lambda count: None)
+            right[name] = _right(one, tokenizer, encoder, asked)
+    took = time.perf_counter() - began
+    return _kept(losses, right, kept_rows, took / max(1e-9, took + seconds))
+
+
+def with_kept(
+    comparison: Comparison,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: ChatSet,
+    section: EvaluationSection,
+    base: Side | None,
+    began: float,
+) -> Comparison:
+    """The comparison with what was kept beside what was gained.
+
+    Args:
+        began: `time.perf_counter()` of when the comparison began.
+    """
+    kept = measure_kept(model, tokenizer, held_out, section, base, time.perf_counter() - began)
+    return replace(comparison, kept=kept.to_dict()) if kept else comparison
+
+
+def neutral_rows(section: EvaluationSection) -> list[NeutralRow]:
+    """The shipped chats, and those of the user's own files; none if it is switched off.
+
+    Raises:
+        DataError: a file can't be read, or has no usable row.
+    """
+    if section.neutral is False:
+        return []
+    named = (
+        [] if section.neutral is True else [section.neutral] if isinstance(section.neutral, str) else section.neutral
+    )
+    return [*(row for name in named for row in _own_rows(name)), *shipped_rows()]
+
+
+def _own_rows(name: str) -> list[NeutralRow]:
+    rows, problems = read_first(name, DataSection.model_fields["split"].default, MOST_OWN)
+    found = []
+    for row in rows:
+        try:
+            form = detect_form(row.fields)
+            messages: list[Message] = [] if form in READY else to_messages(row.fields, form)
+        except RowError as error:
+            problems.append(f"{row.where}: {error}")
+            continue
+        if any(message["role"] == "assistant" for message in messages):
+            expect = row.fields.get("expect")
+            found.append(NeutralRow(Path(name).stem, tuple(messages), str(expect) if expect else None))
+    if problems or not found:
+        raise DataError(
+            [*at_most(problems), f"evaluation.neutral: {name}: a chat with an answer is wanted in each row"]
+        )
+    return found
+
+
+def _budget(held_out: ChatSet, section: EvaluationSection) -> float:
+    """Tokens that may be scored on each side."""
+    prompts = _prompts(held_out, section)
+    return SHARE * (held_out.report.tokens + ANSWER_FACTOR * prompts * section.max_new_tokens)
+
+
+def _prompts(held_out: ChatSet, section: EvaluationSection) -> int:
+    return min(len(held_out.chats), section.max_prompts or len(held_out.chats)) if section.generate else 0
+
+
+def scored_places(lengths: Sequence[int], budget: float) -> list[int]:
+    """The places of the first rows that fit the budget of tokens, `LEAST_ROWS` at least."""
+    total, places = 0, []
+    for place, length in enumerate(lengths):
+        total += length
+        if total > budget and place >= LEAST_ROWS:
+            break
+        places.append(place)
+    return places
+
+
+def _asked(rows: Sequence[NeutralRow], held_out: ChatSet, section: EvaluationSection) -> list[NeutralRow]:
+    """The rows that are answered as well: those whose answers a pattern can judge, as far as the budget allows."""
+    prompts = _prompts(held_out, section)
+    most = max(LEAST_ANSWERS, int(SHARE * prompts * section.max_new_tokens / ANSWER_TOKENS)) if prompts else 0
+    return [row for row in rows if row.expect][:most]
+
+
+def _right(
+    model: Any, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder, asked: Sequence[NeutralRow]
+) -> list[float]:
+    """100 for each answer that contains what is expected, else 0."""
+    if not asked:
+        return []
+    prompts = [encoder.prompt_ids(encoder.prepare(list(row.messages[:-1]))) for row in asked]
+    answers = answer_prompts(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+    pairs = zip(asked, answers, strict=True)
+    return [100.0 * bool(re.search(row.expect or "", answer.text, re.IGNORECASE)) for row, answer in pairs]
+
+
+def _kept(
+    losses: Mapping[str, list[Score]], right: Mapping[str, list[float]], rows: Sequence[NeutralRow], share: float
+) -> Kept:
+    answers = len(right["base"])
+    results = {
+        name: {"loss": sum(scores, Score()).loss, **({"right": float(np.mean(right[name]))} if answers else {})}
+        for name, scores in losses.items()
+    }
+    (loss,) = measures_of(["loss"])
+    found = differences({"loss": (loss, _pairs(losses))}, len(rows))
+    if answers:
+        ones = np.ones(answers)
+        both = Pairs(np.array(right["base"]), np.array(right["tuned"]), ones, ones)
+        found |= differences({"right": (RIGHT, both)}, answers)
+    by_tag: dict[str, dict[str, Any]] = {}
+    for tag in dict.fromkeys(row.tag for row in rows):
+        places = [place for place, row in enumerate(rows) if row.tag == tag]
+        own = {name: {"loss": sum((scores[i] for i in places), Score()).loss} for name, scores in losses.items()}
+        by_tag[tag] = {"rows": len(places), **own}
+    return Kept(results, found, by_tag, len(rows), answers, share)
+
+
+def _pairs(losses: Mapping[str, list[Score]]) -> Pairs:
+    def column(side: str, name: str) -> Any:
+        return np.array([getattr(score, name) for score in losses[side]], dtype=np.float64)
+
+    sums, tokens = ([column(side, name) for side in ("base", "tuned")] for name in ("nll", "tokens"))
+    return Pairs(sums[0], sums[1], tokens[0], tokens[1])

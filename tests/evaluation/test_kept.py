@@ -1,0 +1,104 @@
+"""What a tuned model kept: the shipped set, its bounds, the words, and the numbers of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers import chat, write_jsonl
+from phinetune.api.evaluate import evaluate
+from phinetune.config.evaluation import EvaluationSection
+from phinetune.data.neutral.neutral_rows import shipped_prompts, shipped_rows
+from phinetune.engine.scoring import score_rows
+from phinetune.errors import DataError
+from phinetune.evaluation.bootstrap import Pairs, differences
+from phinetune.evaluation.kept import kept_sentence, neutral_rows, scored_places
+from phinetune.metric_table import measures_of
+from phinetune.screen.console import Console
+
+
+def test_the_shipped_set_is_spread_over_tags_and_its_patterns_match_its_answers() -> None:
+    rows = shipped_rows()
+    counts = Counter(row.tag for row in rows)
+    assert counts.keys() == {"everyday", "knowledge", "arithmetic", "code", "chinese", "refusal"}
+    assert min(counts.values()) >= 8
+    assert {row.tag for row in rows[:12]} == counts.keys()
+    for row in rows:
+        assert row.expect is None or re.search(row.expect, row.messages[-1]["content"], re.IGNORECASE), row
+
+
+def test_nothing_that_is_replayed_is_scored() -> None:
+    prompts = shipped_prompts()
+    assert len(set(prompts)) == len(prompts) >= 60
+    assert not set(prompts) & {row.messages[0]["content"] for row in shipped_rows()}
+
+
+def test_the_scored_tokens_are_bounded_and_never_too_few() -> None:
+    assert scored_places([10] * 60, 10_000) == list(range(60))
+    assert scored_places([10] * 60, 300) == list(range(30))
+    assert scored_places([10] * 60, 0) == list(range(24))
+    assert scored_places([10] * 3, 0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (0.5, "Forgotten: on 20 neutral chats the loss is worse by 0.5000"),
+        (-0.5, "Kept: on 20 neutral chats nothing is lost; the loss is better by 0.5000"),
+        (0.0, "Kept: on 20 neutral chats the loss shows no clear difference"),
+    ],
+)
+def test_what_the_loss_says(change: float, words: str) -> None:
+    base, ones = np.linspace(1, 2, 20), np.ones(20)
+    wobble = 0.01 * np.where(np.arange(20) % 2, 1, -1)
+    (loss,) = measures_of(["loss"])
+    found = differences({"loss": (loss, Pairs(base, base + change + wobble, ones, ones))}, 20)
+    assert kept_sentence(found["loss"], 20).startswith(words)
+
+
+def test_a_users_own_set_comes_first_and_a_broken_one_is_told(tmp_path: Path) -> None:
+    own = write_jsonl(tmp_path / "ours.jsonl", [{**chat("Who are you?", "A shop."), "expect": "shop"}])
+    rows = neutral_rows(EvaluationSection(neutral=str(own)))
+    assert (rows[0].tag, rows[0].expect, len(rows)) == ("ours", "shop", 1 + len(shipped_rows()))
+    assert neutral_rows(EvaluationSection(neutral=False)) == []
+    broken = write_jsonl(tmp_path / "broken.jsonl", [{"text": "no chat"}])
+    with pytest.raises(DataError, match=r"evaluation\.neutral"):
+        neutral_rows(EvaluationSection(neutral=[str(broken)]))
+
+
+def test_a_run_measures_base_and_tuned_and_keeps_it(tiny_run: Path) -> None:
+    results = json.loads((tiny_run / "results.json").read_text())
+    kept = results["kept"]
+    assert kept["rows"] >= 24
+    assert kept["results"].keys() == {"base", "tuned"}
+    assert kept["results"]["base"]["loss"] != kept["results"]["tuned"]["loss"]
+    assert {"change", "low", "high", "verdict"} <= kept["differences"]["loss"].keys()
+    assert sum(part["rows"] for part in kept["by_tag"].values()) == kept["rows"]
+    assert 0 < kept["answers"] <= kept["rows"]
+    assert "## Kept of the base" in (tiny_run / "README.md").read_text()
+    assert "Kept: neutral chats" in (tiny_run / "report.html").read_text()
+
+
+def test_the_base_of_a_run_has_the_loss_of_the_plain_model(tiny_run: Path) -> None:
+    """The numbers of `base` are those of the model without an adapter."""
+    from phinetune.checkpoints.opened import open_model, opened_config
+
+    opened = open_model(tiny_run, opened_config(tiny_run))
+    kept = json.loads((tiny_run / "results.json").read_text())["kept"]
+    rows = shipped_rows()[: kept["rows"]]
+    encoded = opened.encoder.encode([opened.encoder.prepare(list(row.messages)) for row in rows])
+    with opened.model.disable_adapter():
+        scores = score_rows(opened.model, encoded, None, lambda count: None)
+    loss = sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+    assert kept["results"]["base"]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_it_can_be_switched_off(tiny_run: Path, console: Console) -> None:
+    found = evaluate(tiny_run, evaluation={"neutral": False, "generate": False}, record=False, console=console)
+    assert found.kept is None
+    assert "kept" not in found.to_tree()

@@ -1,0 +1,155 @@
+"""What a run chooses where nothing is given, what of that is written down, and what becomes of given values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from helpers import TINY, chat, write_jsonl
+from phinetune.api.train import train_config
+from phinetune.config.run import RunConfig, make_config
+from phinetune.screen.console import Console
+from phinetune.training.prepare import PreparedRun, prepare_run, settle
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [chat(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(100)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "hundred.jsonl", rows)
+
+
+def config_of(data: Path, out: Path, held_out: Any = 0.1, peft: Any = None, **training: Any) -> RunConfig:
+    tree = {
+        "model": {"path": TINY},
+        "data": {"train": str(data), "eval": held_out},
+        "peft_config": peft or {},
+        "training_config": {"output_dir": str(out), **training},
+        "evaluation": {"enabled": False, "fixed_prompts": 0},
+    }
+    return make_config(tree)
+
+
+def prepared(data: Path, out: Path, **changes: Any) -> PreparedRun:
+    return prepare_run(settle(config_of(data, out, **changes)))
+
+
+def remarks(run: PreparedRun) -> dict[str, str]:
+    return {choice.key.partition(".")[2]: choice.why for choice in run.choices if choice.given}
+
+
+def test_all_that_is_left_open_gets_a_number_and_a_reason(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path)
+    assert {key.partition(".")[2]: value for key, value in run.chosen.items()} == {
+        "r": 16,
+        "lora_alpha": 32,
+        "max_length": 1024,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 3,
+        "learning_rate": 3e-3,
+        "warmup_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 14,
+        "save_steps": 14,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+    }
+    assert run.steps.count == 135
+    assert all(choice.why for choice in run.choices)
+    args = run.args
+    assert (args.learning_rate, args.warmup_steps, args.eval_steps, args.save_steps) == (3e-3, 6, 14, 14)
+    assert (args.load_best_model_at_end, run.settings.auto) == (True, frozenset())
+
+
+def test_auto_is_the_same_as_leaving_out(hundred: Path, tmp_path: Path) -> None:
+    keys = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+    more = ("warmup_steps", "max_length", "eval_steps", "eval_strategy", "save_steps")
+    named = prepared(hundred, tmp_path, peft={"r": "auto", "lora_alpha": "auto"}, **dict.fromkeys(keys + more, "auto"))
+    assert named.chosen == prepared(hundred, tmp_path).chosen
+    assert "auto" not in {**named.config.peft_config, **named.config.training_config}.values()
+
+
+def test_older_names_of_keys_may_be_auto(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path, max_seq_length="auto", warmup_ratio="auto")
+    assert (run.config.training_config["max_length"], run.args.warmup_steps) == (1024, 6)
+    assert not {"max_seq_length", "warmup_ratio"} & run.config.training_config.keys()
+
+
+def test_a_given_value_is_obeyed_and_one_far_from_its_rule_gets_a_line(hundred: Path, tmp_path: Path) -> None:
+    given = {"learning_rate": 2e-5, "num_train_epochs": 10, "per_device_train_batch_size": 45, "warmup_steps": 1}
+    run = prepared(hundred, tmp_path, peft={"r": 2, "lora_alpha": 4}, **given)
+    assert not {f"training_config.{key}" for key in given} & run.chosen.keys()
+    assert (run.args.learning_rate, run.args.num_train_epochs, run.settings.peft["r"]) == (2e-5, 10, 2)
+    told = remarks(run)
+    assert told["learning_rate"] == (
+        "some 200 times below the rule's 0.003 for hidden size 32; expect little to be learnt in 20 steps"
+    )
+    assert told["num_train_epochs"] == "the rule's is 3 for 90 rows; expect rows to be learnt by heart"
+    assert told["per_device_train_batch_size"].startswith("45 rows a step are some 20 times above the rule's 2")
+    near = prepared(hundred, tmp_path, learning_rate=2e-3, num_train_epochs=2, per_device_train_batch_size=4)
+    assert remarks(near) == {}
+
+
+def test_nothing_held_out_no_evaluations(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path, held_out=None)
+    assert (run.args.eval_strategy, run.args.load_best_model_at_end, run.args.save_steps) == ("no", False, 38)
+
+
+@pytest.mark.parametrize("given", [{"eval_strategy": "no"}, {"do_eval": False}, {"eval_steps": 5}])
+def test_who_wants_no_evaluations_gets_none(hundred: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    run = prepared(hundred, tmp_path, **given)
+    assert (run.args.eval_strategy, run.args.load_best_model_at_end) == ("no", False)
+
+
+def test_evaluations_meet_given_checkpoints_and_the_best_is_kept_if_asked(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path, save_steps=40)
+    assert (run.args.eval_steps, run.args.save_steps, run.args.load_best_model_at_end) == (20, 40, False)
+    assert run.args.save_total_limit is None
+    asked = prepared(hundred, tmp_path, save_steps=40, load_best_model_at_end=True)
+    assert (asked.args.eval_steps, asked.args.load_best_model_at_end) == (20, True)
+
+
+def test_checkpoints_of_each_epoch_are_scored(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path, save_strategy="epoch")
+    assert (run.args.eval_strategy, run.args.save_strategy) == ("epoch", "epoch")
+
+
+def test_who_wants_the_best_gets_evaluations_that_meet_the_checkpoints(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path, load_best_model_at_end=True, logging_steps=7)
+    assert (run.args.eval_strategy, run.args.eval_steps, run.args.save_steps) == ("steps", 14, 14)
+
+
+def test_a_metric_or_patience_asks_for_evaluations_whatever_they_take(hundred: Path, tmp_path: Path) -> None:
+    few = {"max_steps": 4, "per_device_train_batch_size": 1}
+    assert prepared(hundred, tmp_path, held_out=0.5, **few).args.eval_strategy == "no"
+    config = config_of(hundred, tmp_path, 0.5, **few)
+    config.evaluation.early_stopping_patience = 2
+    run = prepare_run(settle(config))
+    assert (run.args.eval_strategy, run.args.eval_steps) == ("steps", 2)
+
+
+def test_config_and_start_have_the_numbers_and_resuming_takes_them(hundred: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    console = Console(quiet=True)
+    config = config_of(hundred, out, max_steps=8, save_steps=4)
+    train_config(config, console)
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    start = json.loads((out / "start.json").read_text())
+    assert written["training_config"]["learning_rate"] == 3e-3
+    assert written["peft_config"] == {"r": 16, "lora_alpha": 32}
+    assert start["chosen"]["training_config.learning_rate"] == 3e-3
+    assert {"key", "value", "why", "given"} == start["settings"][0].keys()
+    # It goes on with what it chose, even if the rules would choose otherwise by now.
+    start["chosen"]["peft_config.r"] = 16
+    start["chosen"]["training_config.warmup_steps"] = 0
+    (out / "start.json").write_text(json.dumps(start))
+    (out / "results.json").unlink()
+    run = train_config(config_of(hundred, out, max_steps=8, save_steps=4), console, resume=True)
+    assert json.loads((out / "start.json").read_text())["chosen"] == start["chosen"]
+    assert run.path == out

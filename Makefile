@@ -34,8 +34,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@.venv/bin/phinetune demo
 
+# Two tests at a time: each is one thread's work, and two processes with two threads each slow one another tenfold.
+WORKERS = 2
 test: $(STAMP)
-	@.venv/bin/python -m pytest
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-examples: $(STAMP)
 	@.venv/bin/python -m pytest tests/examples

@@ -35,7 +35,19 @@ class RunError(PhinetuneError):
     """A run's folder can't be used, or a run can't go on."""
 
 
-Trouble = Literal["form", "roles", "content", "tools", "system", "template", "labels", "untrained", "letters"]
+Trouble = Literal[
+    "form",
+    "roles",
+    "content",
+    "tools",
+    "system",
+    "template",
+    "labels",
+    "untrained",
+    "letters",
+    "prompts",
+    "equal_answers",
+]
 
 
 class RowError(DataError):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from phinetune.config.row_forms import FORM_NAMES
+from phinetune.config.row_forms import FORM_NAMES, PREFERENCE_NAMES
 from phinetune.config.section import Section, checked_entry, one_of
 
 
@@ -47,10 +47,10 @@ class DataSection(Section):
     )
     split: str = Field("train", description="split to read of a datasets folder or hub id")
     name: str | None = Field(None, description="configuration to read of a datasets folder or hub id")
-    format: Annotated[str, one_of("auto", *FORM_NAMES)] = Field(
+    format: Annotated[str, one_of("auto", *FORM_NAMES, *PREFERENCE_NAMES)] = Field(
         "auto",
         description=f"form of the rows: {', '.join(FORM_NAMES)}; auto looks at each row's keys. text and tokens "
-        "(input_ids, labels) are taken as they stand",
+        f"(input_ids, labels) are taken as they stand. With preferences: {', '.join(PREFERENCE_NAMES)}",
     )
     loss_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="tokens trained on: every assistant turn, the last one, or all tokens"

@@ -32,8 +32,8 @@ from phinetune.errors import ConfigError
 from phinetune.training.beginning import settle_start
 from phinetune.training.best_checkpoint import settle_best
 from phinetune.training.limits import limit_length, without_fp16
+from phinetune.training.objective_keys import with_objective_keys
 from phinetune.training.objectives.objective import Objective
-from phinetune.training.objectives.registry import make_objective
 from phinetune.training.rehearsal import rehearse
 from phinetune.training.settings import Settings, make_training_args, not_for_the_fast_engine, read_settings
 from phinetune.training.steps import Steps, check_full_batch, count_steps, row_lengths
@@ -80,7 +80,7 @@ class PreparedRun(SettledRun):
     @cached_property
     def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Tokens of each row that a micro-batch is made of, shape (rows)."""
-        return row_lengths(self.chats.train, self.engine.fast)
+        return np.asarray(self.objective.row_tokens(row_lengths(self.chats.train, self.engine.fast)))
 
     @cached_property
     def steps(self) -> Steps:
@@ -94,12 +94,20 @@ def settle(config: RunConfig) -> SettledRun:
     Raises:
         PhinetuneError: what can be said without reading a row.
     """
-    objective = make_objective(config.objective)
-    settings = settle_best(read_settings(config.peft_config, config.training_config), config, objective)
+    config, objective, notes = with_objective_keys(config)
+    settings = read_settings(config.peft_config, config.training_config)
+    settings = settle_best(replace(settings, notes=[*notes, *settings.notes]), config, objective)
     settings = settle_start(settings, config.model.quantization)
     check_sources(config.data)
     if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
         raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
+    if refused := objective.refused(settings.training):
+        raise ConfigError(refused)
+    if config.data.streaming and objective.reference:
+        raise ConfigError(
+            f"data.streaming: {objective.kind} computes the reference's log-probabilities of all rows before its first "
+            "step, and a stream's are not known by then; set data.streaming: false"
+        )
     return SettledRun(config, settings, objective)
 
 

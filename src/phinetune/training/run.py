@@ -31,6 +31,7 @@ from phinetune.training.environment import describe_environment
 from phinetune.training.library_errors import disk_told, told_in_sentences
 from phinetune.training.prepare import PreparedRun
 from phinetune.training.recorded import Record, record_of
+from phinetune.training.reference import OnDone, Reference
 from phinetune.training.resuming import Resumption, check_resume, stretch_of
 from phinetune.training.settings import make_lora_config
 from phinetune.training.trainer import FastTrainer, Look, RunTrainer
@@ -102,6 +103,7 @@ def train_run(
     look: Look | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     on_start: Callable[[PeftModel], None] = lambda model: None,
+    on_reference: OnDone = lambda done, total: None,
     stop: StopRequest | None = None,
 ) -> TrainedRun:
     """Train a prepared run into its folder. Of several processes the main one writes.
@@ -110,6 +112,7 @@ def train_run(
         look: looks at the model at every evaluation.
         callbacks: more callbacks, a progress line for example.
         on_start: is given the model with its adapter before the first step.
+        on_reference: is told how many rows the reference has read, and how many there are.
         stop: ends the run before its end; None: signals do.
 
     Raises:
@@ -120,7 +123,8 @@ def train_run(
         resumption = _held_against(prepared, place, record)
         loaded = load_base(prepared.config.model, fast=prepared.engine.fast is not None)
     own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
-    trainer = _make_trainer(prepared, loaded, look, own, callbacks)
+    reference = Reference(prepared, record, on_reference)
+    trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
     facts = _start_facts(trainer, prepared, loaded) | _course(trainer, prepared, record, resumption)
     trainer.add_callback(StartRecord(place.folder, facts, prepared.config, loaded.base.revision))
     if place.checkpoint is None and processes.is_main():
@@ -185,7 +189,12 @@ class _Callbacks:
 
 
 def _make_trainer(
-    prepared: PreparedRun, loaded: Loaded, look: Look | None, own: _Callbacks, more: Sequence[TrainerCallback]
+    prepared: PreparedRun,
+    loaded: Loaded,
+    look: Look | None,
+    own: _Callbacks,
+    more: Sequence[TrainerCallback],
+    reference: Reference,
 ) -> RunTrainer:
     lora = make_lora_config(prepared.settings, loaded.model)
     lora.revision = loaded.base.revision
@@ -204,12 +213,14 @@ def _make_trainer(
     }
     set_seed(prepared.args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
     with told_in_sentences():  # both libraries check much only now: a tracker that is not installed, odd combinations
-        trainer = _fast_or_plain(prepared, loaded, lora, shared)
+        trainer = _fast_or_plain(prepared, loaded, lora, shared, reference)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dictionary
     return trainer
 
 
-def _fast_or_plain(prepared: PreparedRun, loaded: Loaded, lora: LoraConfig, shared: dict[str, Any]) -> RunTrainer:
+def _fast_or_plain(
+    prepared: PreparedRun, loaded: Loaded, lora: LoraConfig, shared: dict[str, Any], reference: Reference
+) -> RunTrainer:
     rows, engine = prepared.chats.train.dataset(), prepared.engine.fast
     if engine is None:
         kind: Any = prepared.objective.plain_trainer()
@@ -217,7 +228,8 @@ def _fast_or_plain(prepared: PreparedRun, loaded: Loaded, lora: LoraConfig, shar
         return trainer
     model = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model))
     assert isinstance(model, PeftModel)
-    return FastTrainer(model=model, engine=engine, train_dataset=engine.prepare(rows), **shared)
+    rows, held_out = reference.added(model, engine.prepare(rows), shared.pop("eval_dataset"))
+    return FastTrainer(model=model, engine=engine, train_dataset=rows, eval_dataset=held_out, **shared)
 
 
 def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> dict[str, Any]:

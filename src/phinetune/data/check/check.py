@@ -22,9 +22,11 @@ from phinetune.data.check.text_checks import (
     text_troubles,
     turn_troubles,
 )
+from phinetune.data.prepare.encode_answers import EQUAL
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
 from phinetune.data.prepare.report import DataReport
 from phinetune.data.read.messages import strings
+from phinetune.data.read.preferences import ALIKE
 from phinetune.data.read.row import Broken, Row
 
 LONGEST_SHOWN = 3
@@ -204,6 +206,8 @@ class _RowChecker:
         """The kind and the detail of each finding in a row."""
         if outcome.error:
             yield outcome.error.kind, str(outcome.error)
+        elif outcome.reason in (EQUAL, ALIKE):
+            yield "equal_answers", ""
         elif outcome.reason:
             yield "too_long", outcome.reason
         elif outcome.cut:

@@ -42,6 +42,8 @@ KINDS: dict[str, Kind] = {
     "huge": Kind("rows far too long to be chats", "split them, or look whether line ends are missing", True, True),
     "no_stop": Kind("sets that never end a turn", "see data.loss_on and training_config.max_length", True),
     "empty_answer": Kind("answers without words", "the model would learn to say nothing", True, True),
+    "prompts": Kind("pairs whose answers belong to unlike prompts", "give both answers the same prompt", True, True),
+    "equal_answers": Kind("pairs of equal answers", "they are left out, as neither is preferred", False, True),
     "answer_markup": Kind(
         "answers that hold a template's tokens",
         "these rows are rendered already: give them as `text`, or remove the tokens",

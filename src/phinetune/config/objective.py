@@ -17,7 +17,7 @@ class ObjectiveSection(Section):
     kind: str = Field(
         "sft",
         description="what a run trains for: sft, supervised fine-tuning on the answers of chats; dpo, orpo, simpo, "
-        "a chosen answer against a rejected one each; kto, answers that are judged good or not. Each has knobs of its own "
+        "a chosen answer against a rejected one each; kto, answers judged good or not. Each has knobs of its own "
         "beside `kind`, with TRL's names (beta, loss_type, …)",
     )
 

@@ -38,6 +38,7 @@ from phinetune.training.rehearsal import rehearse
 from phinetune.training.settings import Settings, make_training_args, not_for_the_fast_engine, read_settings
 from phinetune.training.steps import Steps, check_full_batch, count_steps, row_lengths
 from phinetune.training.trained_parts import check_trained_parts
+from phinetune.training.warm_start import settle_adapter, with_adapters_base
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def settle(config: RunConfig) -> SettledRun:
     Raises:
         PhinetuneError: what can be said without reading a row.
     """
-    config, objective, notes = with_objective_keys(config)
+    config, objective, notes = with_objective_keys(with_adapters_base(config))
     settings = read_settings(config.peft_config, config.training_config)
     settings = settle_best(replace(settings, notes=[*notes, *settings.notes]), config, objective)
     settings = settle_start(settings, config.model.quantization)
@@ -123,8 +124,9 @@ def prepare_run(settled: SettledRun) -> PreparedRun:
     with processes.main_first():  # a starter model is made once
         shape, tokenizer = open_config(config.model), open_tokenizer(config.model)
     settings = without_fp16(limit_length(settings, shape), device, dtype)
-    settled = replace(settled, settings=settings)
     _check_base(config.model, tokenizer, shape)
+    config, settings = settle_adapter(config, settings)
+    settled = replace(settled, config=config, settings=settings)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
     _check_engine(objective, engine)
     args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)

@@ -24,7 +24,7 @@ from phinetune import processes
 from phinetune.data.prepare.cache import cache_key, cached_folder, find_cached
 from phinetune.engine.packing import PackedCollator
 from phinetune.training.prepare import PreparedRun
-from phinetune.training.recorded import HELD_OUT_ROWS, TRAIN_ROWS, WEIGHTS, Record
+from phinetune.training.recorded import HELD_OUT_ROWS, STARTING_ADAPTER, TRAIN_ROWS, WEIGHTS, Record
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,10 @@ OnDone = Callable[[int, int], None]  # rows done, and all
 
 TOKENS = 8192  # of a packed row of the reference; nothing is kept for a backward, so it takes little memory
 FILE = "reference.arrow"
-# The keys of a run's record that say what the model is when the run starts.
+# The keys of a run's record that say what the model is when the run starts, but for those of places.
 DECIDES = ("model.", "peft_config.", "versions.", "training_config.seed")
+PLACES = ("model.path", "model.tokenizer", "model.adapter", "model.use_cache", "versions.trl")
+BY_CONTENT = (WEIGHTS, STARTING_ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,17 @@ class Reference:
         decides = {
             "rows": self.record[name],
             "arranged": prepared.objective.arrangement(rows),
-            "weights": {key: value for key, value in self.record.items() if key.startswith(DECIDES) or key == WEIGHTS},
+            "weights": {key: value for key, value in self.record.items() if key in BY_CONTENT or _decides(key)},
             "share": fast.share,
         }
         collate = fast.collator(model.config)
         return with_reference(
             model, rows, prepared.objective.reference, collate, decides, prepared.tokenizer, self.on_done
         )
+
+
+def _decides(key: str) -> bool:
+    return key.startswith(DECIDES) and key not in PLACES
 
 
 class RowsWith(TorchDataset[dict[str, Any]]):

@@ -36,6 +36,7 @@ from phinetune.training.resuming import Resumption, check_resume, stretch_of
 from phinetune.training.settings import make_lora_config
 from phinetune.training.trainer import FastTrainer, Look, RunTrainer
 from phinetune.training.value_rules import plain_name
+from phinetune.training.warm_start import load_start, started_from
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,7 @@ def _make_trainer(
         "eval_dataset": held_out.dataset() if held_out else None,
         "look": look,
         "samples": own.samples,
+        "started_from": started_from(prepared.config.model),
         "nonfinite": prepared.config.engine,
         # What shows the numbers comes after what counts them.
         "callbacks": [metrics, *more, *others],
@@ -225,11 +227,19 @@ def _fast_or_plain(
     if engine is None:
         kind: Any = prepared.objective.plain_trainer()
         trainer: RunTrainer = kind(train_dataset=rows, peft_config=lora, **shared)
+        _begin(trainer.peft_model, prepared)
         return trainer
     model = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model))
     assert isinstance(model, PeftModel)
+    _begin(model, prepared)
     rows, held_out = reference.added(model, engine.prepare(rows), shared.pop("eval_dataset"))
     return FastTrainer(model=model, engine=engine, train_dataset=rows, eval_dataset=held_out, **shared)
+
+
+def _begin(model: PeftModel, prepared: PreparedRun) -> None:
+    """Give the adapter the weights that it goes on from, if there are any."""
+    if prepared.config.model.adapter:
+        load_start(model, Path(prepared.config.model.adapter).expanduser())
 
 
 def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> dict[str, Any]:
@@ -240,6 +250,7 @@ def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> 
         "trainable_parameters": trains,
         "parameters": total,
         "environment": describe_environment(trainer.args),
+        "started_from": started_from(prepared.config.model),
     }
 
 

@@ -176,7 +176,7 @@ def test_the_rate_is_loras_unless_one_is_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("dpo", {"objective": {"beta": 0.2}, "training_config": {"beta": 0.3}}, "beta is 0.3, and objective.beta is 0.2"),
+        ("dpo", {"objective": {"beta": 0.2}, "training_config": {"beta": 0.3}}, "and objective.beta is 0.2"),
         ("dpo", {"training_config": {"sync_ref_model": True}}, "training_config.sync_ref_model: `True` is not there"),
         ("dpo", {"training_config": {"f_divergence_type": "js_divergence"}}, "`js_divergence` is not there"),
         ("dpo", {"objective": {"loss_type": "sigmiod"}}, "there is no loss_type `sigmiod` (there are sigmoid, "),

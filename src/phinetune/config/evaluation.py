@@ -61,6 +61,10 @@ class EvaluationSection(Section):
         description=f"metrics of answers: {', '.join(METRICS)} (json_… if references hold JSON), "
         "{name: …, regex: …}, {name: …, function: file.py:function}",
     )
+    win_rate_by: str | None = Field(
+        None,
+        description="one of `metrics`: how often the tuned model's answer is better by it than the base's",
+    )
     max_prompts: int | None = Field(200, ge=1, description="answer the first N held-out prompts at most")
     max_new_tokens: int = Field(256, ge=1, description="tokens an answer may have before it is cut")
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
@@ -95,6 +99,15 @@ class EvaluationSection(Section):
         if twice:
             raise ValueError(f"named twice: {', '.join(twice)}")
         return metrics
+
+    @model_validator(mode="after")
+    def _by_a_metric(self) -> EvaluationSection:
+        names = [one if isinstance(one, str) else one.name for one in self.metrics]
+        if self.win_rate_by is not None and self.win_rate_by not in names:
+            raise ValueError(
+                f"win_rate_by: `{self.win_rate_by}` is none of `metrics` ({', '.join(names)}); name it there too"
+            )
+        return self
 
 
 def _metric(entry: Any) -> str | CustomMetric:

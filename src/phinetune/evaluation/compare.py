@@ -17,9 +17,10 @@ from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.engine.scoring import Score, score_rows
 from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
-from phinetune.evaluation.bootstrap import Difference, Pairs, differences
+from phinetune.evaluation.bootstrap import Array, Difference, Pairs, differences
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.metrics import RowMetric
+from phinetune.evaluation.preferences import answer_words, are_pairs, score_pairs, win_rate
 from phinetune.metric_table import measures_of
 
 FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
@@ -60,6 +61,7 @@ class Comparison:
         flags: sentences about what the user should look at.
         data: what became of the held-out rows, as in results.json.
         overlap: how many of them were trained on, as in results.json; None if that was not looked at.
+        win_rate: how often the tuned model's answer is the better one, see `preferences.win_rate`; None if not asked.
     """
 
     results: dict[str, Numbers]
@@ -70,6 +72,7 @@ class Comparison:
     flags: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, Any] | None = None
+    win_rate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
         """`results` for the key `evaluation` of results.json. JSON has no infinity, so null replaces it."""
@@ -87,6 +90,7 @@ class Comparison:
             "by_tag": {tag: _finite(numbers) for tag, numbers in self.by_tag.items()},
             "json_fields": self.json_fields,
             "flags": self.flags,
+            **({"win_rate": self.win_rate} if self.win_rate else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
 
@@ -108,6 +112,7 @@ class _Side:
 
     scores: list[Score]
     answered: Answers
+    preferred: Mapping[str, Array] = field(default_factory=dict)  # of held-out pairs, row by row
 
     def numbers(self, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None) -> Numbers:
         """The numbers over some rows and prompts; None is all of them."""
@@ -116,10 +121,16 @@ class _Side:
             "loss": score.loss,
             "perplexity": score.perplexity,
             "token_accuracy": 100 * score.token_accuracy,
+            **{name: _mean(values, rows) for name, values in self.preferred.items()},
             "labelled_tokens": score.tokens,
             "prompts": len(self.answered.answers if prompts is None else prompts),
+            **({"answer_words": answer_words(self.answered, prompts)} if self.preferred else {}),
             **self.answered.means(prompts),
         }
+
+
+def _mean(values: Array, rows: Sequence[int] | None) -> float:
+    return float(np.mean(values if rows is None else values[list(rows)]))
 
 
 class Watcher(Protocol):
@@ -171,14 +182,19 @@ def compare(
     sides: dict[str, _Side] = {}
     watcher.begin(len(held_out), len(questions), list(models))
     size = None if section.batch_size == "auto" else section.batch_size
+    pairs = are_pairs(held_out.encoded)
     for name, opened in models.items():
         watcher.side(name)
         with opened() as one:
-            scores = score_rows(one, held_out.encoded, size, watcher.advance)
+            preferred: dict[str, Array] = {}
+            if pairs:
+                scores, preferred = score_pairs(one, held_out.encoded, size, watcher.advance)
+            else:
+                scores = score_rows(one, held_out.encoded, size, watcher.advance)
             answered = Answers([], {})
             if questions:
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
-        sides[name] = _Side(scores, answered)
+        sides[name] = _Side(scores, answered, preferred)
     return _compared(sides, questions, held_out, section)
 
 
@@ -231,7 +247,17 @@ def _compared(
         ],
         held_out.report.to_dict(),
         overlap,
+        _won(sides, section),
     )
+
+
+def _won(sides: Mapping[str, _Side], section: EvaluationSection) -> dict[str, Any] | None:
+    by = section.win_rate_by
+    if by is None or len(sides) < 2:
+        return None
+    less = [one.name for one in section.metrics if isinstance(one, CustomMetric) and one.less_is_better]
+    more_is_better = measures_of([by], less)[0].more_is_better
+    return win_rate(by, sides["base"].answered, sides["tuned"].answered, more_is_better)
 
 
 def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict[str, Difference]:
@@ -254,10 +280,12 @@ def _differences(sides: Mapping[str, _Side], section: EvaluationSection) -> dict
         weights = in_both.astype(np.float64)
         return Pairs(np.where(in_both, before, 0.0), np.where(in_both, after, 0.0), weights, weights)
 
+    ones = np.ones(len(base.scores))
     scored = {
         "loss": per_token("nll"),
         "perplexity": per_token("nll", exponential=True),
         "token_accuracy": per_token("correct", 100.0),
+        **{name: Pairs(base.preferred[name], tuned.preferred[name], ones, ones) for name in tuned.preferred},
     }
     answered = {name: both for name in tuned.answered.means() if (both := mean(name)).base_weights.any()}
     by_measure: dict[str, Difference] = {}

@@ -180,6 +180,10 @@ def spell_logs(logs: dict[str, Any]) -> str:
     parts = [f"loss {logs['loss']:.4f}"]
     if "learning_rate" in logs:
         parts.append(f"lr {logs['learning_rate']:.2e}")
+    if "rewards/margins" in logs:
+        parts.append(f"margin {logs['rewards/margins']:.3f}")
+    if "rewards/accuracies" in logs:
+        parts.append(f"right {logs['rewards/accuracies']:.0%}")
     if logs.get("tokens_per_s"):
         parts.append(f"{logs['tokens_per_s']:.0f} tokens/s")
     return "  ".join(parts)

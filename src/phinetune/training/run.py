@@ -28,6 +28,7 @@ from phinetune.secret_text import tree_without_secrets
 from phinetune.training.best_checkpoint import EarlyStop
 from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.environment import describe_environment
+from phinetune.training.falling import FallingWarning
 from phinetune.training.library_errors import disk_told, told_in_sentences
 from phinetune.training.prepare import PreparedRun
 from phinetune.training.recorded import Record, record_of
@@ -186,7 +187,7 @@ class _Callbacks:
 
     def listed(self) -> list[TrainerCallback]:
         early = [self.early] if self.early else []
-        return [self.metrics, GradientCheck(), self.stop, self.samples, *early]
+        return [self.metrics, GradientCheck(), FallingWarning(), self.stop, self.samples, *early]
 
 
 def _make_trainer(

@@ -73,6 +73,11 @@ KINDS: dict[str, Kind] = {
     "duplicate": Kind("rows that occur twice", "--fix keeps the first one", False, True),
     "near": Kind("rows nearly equal to earlier ones (8 of 10 word triples shared)", "look whether they add anything"),
     "near_shared": Kind("training rows nearly equal to a held-out row", "the tuned model may seem better than it is"),
+    "length_bias": Kind(
+        "sets whose chosen answers differ in length",
+        "the model may learn the length and not what you prefer; pair answers of like length, or take a loss by the "
+        "mean token (dpo: sigmoid_norm; simpo)",
+    ),
     "language": Kind("answers in another language than their question", "look whether that is intended"),
 }
 

@@ -35,7 +35,7 @@ from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, silent, stderr
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
-from phinetune.screen.progress import ComparisonProgress, ProgressLine
+from phinetune.screen.progress import ComparisonProgress, ProgressLine, ReferenceProgress
 from phinetune.training.best_checkpoint import needs_answers
 from phinetune.training.callbacks import StopRequest
 from phinetune.training.hub_wish import HubWish
@@ -168,7 +168,7 @@ def _train_at(
     look_at_rows(prepared, metrics)
     check_limits(prepared)
     show_data(prepared.chats, prepared.tokenizer, console)
-    progress = ProgressLine(console)
+    progress, reference = ProgressLine(console), ReferenceProgress(console)
     try:
         trained = train_run(
             prepared,
@@ -176,10 +176,12 @@ def _train_at(
             look=_look(prepared, metrics),
             callbacks=[progress],
             on_start=lambda model: show_targets(model, console),
+            on_reference=reference,
             stop=stop,
         )
     finally:
         progress.close()
+        reference.close()
     with disk_told(place.folder.path):
         run = _finish(trained, metrics, console)
     if settled.settings.push and processes.is_main() and not run.stopped:

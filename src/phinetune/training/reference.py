@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ class Reference:
     Attributes:
         record: what decides the run's result.
         on_done: is told how many rows are done, and how many there are.
+        seconds: what it took, for each set.
     """
 
     prepared: PreparedRun
     record: Record
     on_done: OnDone
+    seconds: list[float] = field(default_factory=list)
 
     def added(self, model: PeftModel, train: Any, held_out: Any) -> tuple[Any, Any]:
         """Both sets as the trainer takes them.
@@ -77,9 +79,10 @@ class Reference:
             "share": fast.share,
         }
         collate = fast.collator(model.config)
-        return with_reference(
-            model, rows, prepared.objective.reference, collate, decides, prepared.tokenizer, self.on_done
-        )
+        columns, began = prepared.objective.reference, time.perf_counter()
+        made = with_reference(model, rows, columns, collate, decides, prepared.tokenizer, self.on_done)
+        self.seconds.append(time.perf_counter() - began)
+        return made
 
 
 def _decides(key: str) -> bool:

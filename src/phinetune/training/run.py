@@ -139,6 +139,8 @@ def train_run(
         _train(trainer, own.stop, place)
     stopped = own.stop.requested and trainer.state.global_step < trainer.state.max_steps
     summary = _summary(trainer, own, time.perf_counter() - began) | {"changed": facts["changed"]}
+    if reference.seconds:
+        summary["reference_seconds"] = round(sum(reference.seconds), 2)
     trainer.peft_model.eval()
     return TrainedRun(prepared, place.folder, loaded, trainer.peft_model, summary, stopped)
 

@@ -42,11 +42,11 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
+    Measure("prefers_chosen", "prefers the chosen answer %", "{:.1f}", True, True, "scored"),
+    Measure("prefers_chosen_a_token", "the same, by its mean token %", "{:.1f}", True, True, "scored"),
     Measure("loss", "loss (nats a token)", "{:.4f}", False, False, "scored"),
     Measure("perplexity", "perplexity", "{:.2f}", False, False, "scored"),
     Measure("token_accuracy", "token accuracy %", "{:.1f}", True, True, "scored"),
-    Measure("prefers_chosen", "prefers the chosen answer %", "{:.1f}", True, True, "scored"),
-    Measure("prefers_chosen_a_token", "the same, by its mean token %", "{:.1f}", True, True, "scored"),
     Measure("exact_match", "exact match %", "{:.1f}", True),
     Measure("rouge1", "ROUGE-1", "{:.1f}", True),
     Measure("rouge2", "ROUGE-2", "{:.1f}", True),

@@ -19,10 +19,11 @@ from phinetune.data.prepare.sources import check_there, held_out_section, name_h
 from phinetune.data.read.any_source import check_source
 from phinetune.errors import DataError
 from phinetune.training.limits import limit_length
-from phinetune.training.objectives.registry import make_objective
+from phinetune.training.objective_keys import with_objective_keys
 from phinetune.training.prepare import SettledRun
 from phinetune.training.recorded import HELD_OUT_ROWS, rows_digest
 from phinetune.training.settings import read_settings
+from phinetune.training.warm_start import with_adapters_base
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ def row_encoder(config: RunConfig) -> RowEncoder:
     Raises:
         PhinetuneError: an unknown key, or no tokenizer there.
     """
+    config, objective, _ = with_objective_keys(with_adapters_base(config))
     settings = limit_length(read_settings(config.peft_config, config.training_config), open_config(config.model))
-    settled = SettledRun(config, settings, make_objective(config.objective))
+    settled = SettledRun(config, settings, objective)
     return settled.row_encoder(open_tokenizer(config.model))
 
 

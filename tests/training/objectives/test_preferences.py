@@ -11,7 +11,9 @@ import pytest
 
 from helpers import TINY, train_only, write_jsonl
 from phinetune import plan
+from phinetune.api.held_out import row_encoder
 from phinetune.config.run import make_config
+from phinetune.data.prepare import build_sets
 from phinetune.errors import ConfigError
 from phinetune.training.prepare import prepare_run, settle
 
@@ -156,6 +158,7 @@ def test_the_keys_of_dpoconfig_paste_in(tmp_path: Path) -> None:
         **{"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
     }
     assert settled.settings.peft["lora_dropout"] == 0
+    assert type(row_encoder(make_config(given))).__name__ == "PairRows"  # so `data check` and `evaluate` take them too
     notes = "\n".join(settled.settings.notes)
     for words in (
         "`beta` is taken as",
@@ -164,6 +167,23 @@ def test_the_keys_of_dpoconfig_paste_in(tmp_path: Path) -> None:
         "lora_dropout: 0.05",
     ):
         assert words in notes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_on_disk_are_those_in_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a number of rows, several processes write them to disk. A pair is two examples for kto."""
+    given = sections(tmp_path / "run", kind)
+    given["data"] |= {"eval": None, "train": str(write_jsonl(tmp_path / "pairs.jsonl", PAIRS))}
+    small = prepare_run(settle(make_config(given))).chats.train
+    monkeypatch.setattr(build_sets, "SMALL", 3)
+    large = prepare_run(settle(make_config(given))).chats.train
+    assert len(large) == len(small) == len(PAIRS) * (2 if kind == "kto" else 1)
+    assert list(large.encoded) == list(small.encoded)
+    assert large.report.lines() == small.report.lines()
+    if kind == "kto":
+        assert "pairs taken answer by answer: 12, now 24 examples" in "\n".join(large.report.lines())
+    rows = [large.dataset()[0], small.dataset()[0]]
+    assert rows[0]["seq_lengths"] == rows[1]["seq_lengths"]
 
 
 def test_the_rate_is_loras_unless_one_is_given(tmp_path: Path) -> None:

@@ -40,7 +40,18 @@ class RunError(PhinetuneError):
 
 
 Trouble = Literal[
-    "form", "roles", "content", "tools", "system", "template", "labels", "untrained", "letters", "response"
+    "form",
+    "roles",
+    "content",
+    "tools",
+    "system",
+    "template",
+    "labels",
+    "untrained",
+    "letters",
+    "prompts",
+    "equal_answers",
+    "response",
 ]
 
 

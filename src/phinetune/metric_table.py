@@ -51,6 +51,8 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
+    Measure("prefers_chosen", "prefers the chosen answer %", "{:.1f}", True, True, "scored"),
+    Measure("prefers_chosen_a_token", "the same, by its mean token %", "{:.1f}", True, True, "scored"),
     Measure("loss", "loss (nats a token)", "{:.4f}", False, False, "scored"),
     Measure("perplexity", "perplexity", "{:.2f}", False, False, "scored"),
     Measure("token_accuracy", "token accuracy %", "{:.1f}", True, True, "scored"),
@@ -65,7 +67,8 @@ MEASURES = (
     Measure("stopped", "stopped by itself %", "{:.1f}", True, kind="answer"),
     Measure("repeating", "going in circles %", "{:.1f}", False, kind="answer"),
 )
-COUNTS = ("labelled_tokens", "prompts")  # of what was measured; they stand beside the measures in results.json
+# Of what was measured, and how long answers are where held-out rows are pairs: neither more nor less is better.
+COUNTS = ("labelled_tokens", "prompts", "answer_words")
 TIMES = ("runtime", "samples_per_second", "steps_per_second")  # what transformers logs of an evaluation besides
 
 

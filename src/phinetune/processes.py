@@ -35,6 +35,11 @@ def count() -> int:
     return distributed.get_world_size() if _several() else 1
 
 
+def rank() -> int:
+    """Which of the run's processes this is, from 0."""
+    return distributed.get_rank() if _several() else 0
+
+
 def is_main() -> bool:
     """Whether this is the process that prints and writes."""
     return not _several() or distributed.get_rank() == 0
@@ -67,6 +72,29 @@ def any_of(flag: bool) -> bool:
     maximum = torch.tensor(int(flag), device=own_device())
     distributed.all_reduce(maximum, distributed.ReduceOp.MAX)
     return bool(maximum)
+
+
+def summed(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, on the CPU, in every process. The processes wait for each other for up to a week.
+
+    Args:
+        numbers: of the same shape in every process.
+    """
+    if not _several():
+        return numbers
+    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    total = numbers.clone()
+    distributed.all_reduce(total, distributed.ReduceOp.SUM, group)
+    return total
+
+
+def mean(number: torch.Tensor) -> torch.Tensor:
+    """The mean of a number over all processes, in every process, each with it on its own device."""
+    if not _several():
+        return number
+    total = number.clone()
+    distributed.all_reduce(total)
+    return total / count()
 
 
 def from_main(value: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers import tiny_config, train_only
+from helpers import tiny_config, train_only, write_jsonl
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.model import ModelSection
+from phinetune.config.objective import ObjectiveSection
 
 pytest.importorskip("bitsandbytes")
 
@@ -52,6 +53,51 @@ def test_the_adapter_of_a_quantised_base_loads_in_plain_peft(chats: Path, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pairs_over_four_bits_are_those_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses from the first step to the last; after the first, the adapter differs from its reference."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import set_seed
+    from trl import DPOConfig, DPOTrainer
+
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"How many are {i} and {i}?"}],
+            "chosen": [{"role": "assistant", "content": f"They are {2 * i}."}],
+            "rejected": [{"role": "assistant", "content": f"No{'!' * i} {i}"}],
+        }
+        for i in range(6)
+    ]
+    settings = {"max_steps": 4, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "logging_steps": 1}
+    settings |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "save_strategy": "no", "seed": 0}
+    config = tiny_config(write_jsonl(tmp_path / "pairs.jsonl", pairs), tmp_path / "run", **settings)
+    config.model.path, config.model.quantization, config.data.eval = SHAPE, "nf4", None
+    config.objective = ObjectiveSection(kind="dpo")
+    config.peft_config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    train_only(config)
+    loaded = load_base(config.model, fast=False)
+    loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
+    set_seed(0)
+    trainer = DPOTrainer(
+        loaded.model,
+        args=DPOConfig(
+            str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, **settings
+        ),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=loaded.tokenizer,
+        peft_config=LoraConfig(**config.peft_config, task_type="CAUSAL_LM"),
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses(tmp_path / "run") == pytest.approx(theirs, rel=1e-3)
+    assert theirs[-1] < theirs[0] - 0.01
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_resumed_run_over_four_bits_ends_with_the_same_adapter(chats: Path, tmp_path: Path) -> None:
     whole = trained(chats, tmp_path / "whole", "nf4", "fast")
     trained(chats, tmp_path / "part", "nf4", "fast", save_strategy="steps", save_steps=3)
@@ -68,6 +114,7 @@ import sys
 from pathlib import Path
 import bitsandbytes
 from phinetune.config.model import ModelSection
+from phinetune.config.objective import ObjectiveSection
 from phinetune.checkpoints.load import load_base
 
 def status(key):

@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from helpers import RUN_FILES, tiny_config, train_only, write_jsonl
 from phinetune import processes
+from phinetune.config.objective import ObjectiveSection
 from phinetune.training.settings import one_gpu
 
 HERE = Path(__file__).resolve().parent
@@ -115,6 +116,31 @@ def test_every_process_gets_the_results_that_the_first_one_found(two: Launched) 
     assert first["evaluation"]["tuned"]["loss"] > 0
 
 
+PAIRS = [
+    {"prompt": f"How many are {i} and {i}?", "chosen": f"They are {2 * i}.", "rejected": f"No{'!' * (i % 3)} {i}"}
+    for i in range(16)
+]
+DPO = {"kind": "dpo", "loss_type": ["sigmoid", "sft"]}
+
+
+def test_pairs_are_learnt_as_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the part of the loss that is averaged over labels, of which the processes have unlike numbers."""
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    training = {**STEPS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "two-home"))
+    both = launch(pairs, tmp_path / "two", training=training, objective=DPO)
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "one-home"))
+    config = tiny_config(pairs, tmp_path / "one", **{**training, "per_device_train_batch_size": 2})
+    config.model.device, config.model.dtype, config.objective = "cpu", "float32", ObjectiveSection(**DPO)
+    train_only(config)
+    for key in ("loss", "grad_norm", "eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
+        assert metrics(both.folder, key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5), key
+    assert both.err.count("the reference's log-probabilities of 12 rows") == 1
+    ours, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_alone_a_process_is_the_main_one() -> None:
     processes.join(cpu=True, timeout_s=1)
     assert processes.is_main()
@@ -123,6 +149,9 @@ def test_alone_a_process_is_the_main_one() -> None:
     assert not processes.any_of(False)
     assert processes.any_of(True)
     assert processes.from_main({"a": 1}) == {"a": 1}
+    assert processes.rank() == 0
+    assert processes.summed(torch.ones(2)).tolist() == [1, 1]
+    assert float(processes.mean(torch.tensor(3.0))) == 3
 
 
 def test_one_process_that_sees_several_gpus_takes_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from helpers import tiny_config
 from phinetune.api.train import train_config
+from phinetune.config.objective import ObjectiveSection
 from phinetune.screen.console import stdout
 
 if __name__ == "__main__":
@@ -20,5 +21,6 @@ if __name__ == "__main__":
     config.model.device = "cpu"
     config.model.dtype = "float32"
     config.engine.kind = given.pop("engine", "fast")
+    config.objective = ObjectiveSection(**given.pop("objective", {}))
     made = train_config(config, stdout())
     (Path(folder).parent / f"results-{torch.distributed.get_rank()}.json").write_text(json.dumps(made.results))

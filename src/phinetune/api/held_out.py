@@ -21,10 +21,11 @@ from phinetune.data.read.any_source import check_source
 from phinetune.data.read.held_data import held_rows, is_held_name
 from phinetune.errors import DataError
 from phinetune.training.limits import limit_length
-from phinetune.training.objectives.registry import make_objective
+from phinetune.training.objective_keys import with_objective_keys
 from phinetune.training.prepare import SettledRun
 from phinetune.training.recorded import HELD_OUT_ROWS, rows_digest
 from phinetune.training.settings import read_settings
+from phinetune.training.warm_start import with_adapters_base
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,10 @@ def row_encoder(config: RunConfig, *, of_a_run: bool = False) -> RowEncoder:
     Raises:
         PhinetuneError: an unknown key, or no tokenizer there.
     """
+    config, objective, _ = with_objective_keys(with_adapters_base(config))
     settings = read_settings(config.peft_config, config.training_config)
     settings = limit_length(settings.without_auto() if of_a_run else settings, open_config(config.model))
-    settled = SettledRun(config, settings, make_objective(config.objective))
+    settled = SettledRun(config, settings, objective)
     return settled.row_encoder(open_tokenizer(config.model))
 
 

@@ -39,7 +39,7 @@ from phinetune.screen.curves import show_curves
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
 from phinetune.screen.kept import show_kept
-from phinetune.screen.progress import ComparisonProgress, ProgressLine
+from phinetune.screen.progress import ComparisonProgress, ProgressLine, ReferenceProgress
 from phinetune.screen.settings import show_settings
 from phinetune.training.best_checkpoint import needs_answers
 from phinetune.training.callbacks import StopRequest
@@ -177,7 +177,7 @@ def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: C
     check_limits(prepared)
     show_data(prepared.chats, prepared.tokenizer, console)
     show_settings(prepared.choices, console)
-    progress = ProgressLine(console)
+    progress, reference = ProgressLine(console), ReferenceProgress(console)
     try:
         trained = train_run(
             prepared,
@@ -185,10 +185,12 @@ def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: C
             look=_look(prepared, metrics),
             callbacks=[progress],
             on_start=lambda model: show_targets(model, console),
+            on_reference=reference,
             stop=stop,
         )
     finally:
         progress.close()
+        reference.close()
     with disk_told(place.folder.path):
         run = _finish(trained, metrics, console)
     if settled.settings.push and processes.is_main() and not run.stopped:

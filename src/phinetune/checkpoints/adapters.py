@@ -31,7 +31,7 @@ def read_base(folder: Path) -> Base | None:
     file = folder / BASE_FILE
     if not file.exists():
         return None
-    tree = read_json(file)
+    tree = {key: value for key, value in read_json(file).items() if key != "started_from"}
     with told_as(ModelError, f"{file}: broken"):
         base = Base(**tree)
     texts = isinstance(base.path, str) and isinstance(base.fingerprint, str)

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,8 +59,14 @@ class Base:
     fingerprint: str
     seed: int | None = None
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+    def to_json(self, started_from: Mapping[str, str] | None = None) -> str:
+        """The record beside an adapter.
+
+        Args:
+            started_from: the adapter that training went on from, and its digest; None for one that began anew.
+        """
+        tree = asdict(self) | ({"started_from": dict(started_from)} if started_from else {})
+        return json.dumps(tree, indent=2) + "\n"
 
 
 @dataclass

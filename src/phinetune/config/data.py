@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from phinetune.config.format_fields import parse_template
-from phinetune.config.row_forms import FORM_NAMES, ROW_FORMS
+from phinetune.config.row_forms import FORM_NAMES, PREFERENCE_NAMES, ROW_FORMS
 from phinetune.config.section import Section, checked_entry, one_of
 from phinetune.errors import unknown_key
 
@@ -106,10 +106,10 @@ class DataSection(Section):
         description='of rows of text with several answers, what stands before a question, such as "### Instruction:"; '
         "without it a text has one answer, behind its last `response`",
     )
-    format: Annotated[str, one_of("auto", *FORM_NAMES)] = Field(
+    format: Annotated[str, one_of("auto", *FORM_NAMES, *PREFERENCE_NAMES)] = Field(
         "auto",
         description=f"form of the rows: {', '.join(FORM_NAMES)}; auto looks at each row's keys. text and tokens "
-        "(input_ids, labels) are taken as they stand",
+        f"(input_ids, labels) are taken as they stand. With preferences: {', '.join(PREFERENCE_NAMES)}",
     )
     loss_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="tokens trained on: every assistant turn, the last one, or all tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from phinetune.config.own_metrics import KINDS, CustomMetric, metric_of
 from phinetune.config.section import Section, checked_entry
@@ -22,6 +22,10 @@ class EvaluationSection(Section):
         list(METRICS),
         description=f"metrics of answers: {', '.join(METRICS)} (json_… if references hold JSON), "
         f"or your own, {{name: …, KIND: …}}, where KIND is {', '.join(KINDS[:-1])} or {KINDS[-1]} (docs/metrics.md)",
+    )
+    win_rate_by: str | None = Field(
+        None,
+        description="one of `metrics`: how often the tuned model's answer is better by it than the base's",
     )
     max_prompts: int | None = Field(200, ge=1, description="answer the first N held-out prompts at most")
     max_new_tokens: int = Field(256, ge=1, description="tokens an answer may have before it is cut")
@@ -62,6 +66,19 @@ class EvaluationSection(Section):
         if twice:
             raise ValueError(f"named twice: {', '.join(twice)}")
         return metrics
+
+    @model_validator(mode="after")
+    def _by_a_metric(self) -> EvaluationSection:
+        names = [one if isinstance(one, str) else one.name for one in self.metrics]
+        if self.win_rate_by is not None and self.win_rate_by not in names:
+            raise ValueError(
+                f"win_rate_by: `{self.win_rate_by}` is none of `metrics` ({', '.join(names)}); name it there too"
+            )
+        if any(one.name == self.win_rate_by and one.gives_several for one in self.own):
+            raise ValueError(
+                f"win_rate_by: `{self.win_rate_by}` is counted over all answers and has no number for each"
+            )
+        return self
 
     @property
     def own(self) -> list[CustomMetric]:

@@ -15,6 +15,10 @@ class ModelSection(Section):
     """Which checkpoint is used, and how it is held in memory."""
 
     path: str = Field("starter", description="hub id, folder, `starter`, or `random:SHAPE` for random weights")
+    adapter: str | None = Field(
+        None,
+        description="run or adapter folder that training goes on from; the base is its own unless `path` is given",
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; resolved to a commit")
     tokenizer: str | None = Field(None, description="another folder or hub id to take the tokenizer from")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -14,7 +14,12 @@ class ObjectiveSection(Section):
 
     model_config = ConfigDict(extra="allow", validate_assignment=True)
 
-    kind: str = Field("sft", description="what a run trains for: sft, supervised fine-tuning on the answers of chats")
+    kind: str = Field(
+        "sft",
+        description="what a run trains for: sft, supervised fine-tuning on the answers of chats; dpo, orpo, simpo, "
+        "a chosen answer against a rejected one each; kto, answers judged good or not. Each has knobs of its own "
+        "beside `kind`, with TRL's names (beta, loss_type, …)",
+    )
 
     @property
     def options(self) -> dict[str, Any]:

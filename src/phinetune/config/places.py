@@ -22,6 +22,7 @@ def with_absolute_places(config: RunConfig) -> RunConfig:
     made = config.model_copy(deep=True)
     if made.model.path != "starter" and not made.model.path.startswith(RANDOM):
         made.model.path = absolute_place(made.model.path)
+    made.model.adapter = _absolute(made.model.adapter)
     made.model.tokenizer = _absolute(made.model.tokenizer)
     made.data.train = _absolute(made.data.train)
     made.data.eval = _absolute(made.data.eval)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 
@@ -35,6 +35,14 @@ CHAT_KEYS = ("system", "tools", "functions")
 # Masks of a row of ids: which ids are no padding, and which are trained on (as TRL and others write it).
 ATTENTION_MASK = "attention_mask"
 LABEL_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+JUDGED_KEYS = ("label", "kto_tag")  # whether an answer is good, as TRL and LLaMA-Factory write it
+
+
+def _with_label(*keys: str) -> tuple[tuple[str, ...], ...]:
+    """Groups of keys of a form, with each of the keys that say whether an answer is good."""
+    return tuple((*keys, label) for label in JUDGED_KEYS)
+
+
 # In the order of detection: the first form that fits a row is taken.
 ROW_FORMS = (
     RowForm("messages", (("messages",),)),
@@ -44,11 +52,28 @@ ROW_FORMS = (
     RowForm("tokens", (("input_ids",),), is_ready=True, more=("labels", ATTENTION_MASK, *LABEL_MASKS)),
     RowForm("text", (("text",),), is_ready=True),
 )
+# Rows with two answers to one prompt, of which one is preferred; in the order of detection.
+PAIR_FORMS = (
+    RowForm("pair_openai", (("input", "preferred_output", "non_preferred_output"),)),
+    RowForm("pair_responses", (("chosen_response", "rejected_response"),), more=("instruction", "prompt")),
+    RowForm("pair_ultrafeedback", (("instruction", "completions"),)),
+    RowForm("pair_conversations", (("conversations", "chosen", "rejected"), ("conversation", "chosen", "rejected"))),
+    RowForm("pair_alpaca", (("instruction", "chosen", "rejected"),), more=("input", "history")),
+    RowForm("pair", (("chosen", "rejected"),), more=("prompt", "messages")),
+)
+# Rows with one answer, and whether it is good.
+JUDGED_FORMS = (
+    RowForm("judged_messages", _with_label("messages")),
+    RowForm("judged_conversations", (*_with_label("conversations"), *_with_label("conversation"))),
+    RowForm("judged_alpaca", _with_label("instruction", "output"), more=("input", "history")),
+    RowForm("judged", _with_label("prompt", "completion")),
+)
 FORM_NAMES = tuple(form.name for form in ROW_FORMS)
+PREFERENCE_NAMES = tuple(form.name for form in (*PAIR_FORMS, *JUDGED_FORMS))
 READY = tuple(form.name for form in ROW_FORMS if form.is_ready)
 
 
-def expected_keys() -> str:
-    """The keys of all forms, for an error message: "`messages`, …, or `text`"."""
-    shown = [" and ".join(f"`{key}`" for key in form.keys[0]) for form in ROW_FORMS]
+def expected_keys(forms: Sequence[RowForm] = ROW_FORMS) -> str:
+    """The keys of forms, for an error message: "`messages`, …, or `text`"."""
+    shown = [" and ".join(f"`{key}`" for key in form.keys[0]) for form in forms]
     return f"{', '.join(shown[:-1])}, or {shown[-1]}"

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message, render, tokenize
+from phinetune.data.prepare.encode_answers import parts_of
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, describe_size, is_huge
 from phinetune.data.prepare.first_rows import LOOKED_AT, look_at_first
 from phinetune.data.read.any_source import scan_rows
@@ -108,10 +109,29 @@ def preview_row(outcome: RowOutcome | Broken, encoder: ChatEncoder) -> Previewed
 def turns_of(outcome: RowOutcome, encoder: ChatEncoder) -> list[Turn]:
     """The row's tokens turn by turn. A remark says where something was cut."""
     row = outcome.encoded or Encoded([], [])
+    if outcome.answer_turns and row.lengths:
+        return _answers(outcome, encoder)
     chat = outcome.fitted or outcome.chat
     if not chat or outcome.text is not None:
         return [Turn(outcome.form or "row", list(pieces(encoder.tokenizer, row)))]
-    remarks = _remarks(outcome.chat, chat) if outcome.cut else {}
+    return _turns(row, chat, _remarks(outcome.chat, chat) if outcome.cut else {}, encoder)
+
+
+def _answers(outcome: RowOutcome, encoder: ChatEncoder) -> list[Turn]:
+    """A prompt with its answer; of a pair, the turns of the rejected answer follow."""
+    assert outcome.encoded
+    chats = [outcome.fitted or outcome.chat, outcome.other_fitted or outcome.other]
+    names = ("chosen", "rejected") if outcome.other else ("good" if outcome.liked else "not good",)
+    shown: list[Turn] = []
+    for i, (part, count, name) in enumerate(zip(parts_of(outcome.encoded), outcome.answer_turns, names, strict=True)):
+        remarks = _remarks(outcome.chat, chats[0]) if outcome.cut and not i else {}
+        turns = _turns(part, chats[i], remarks, encoder)
+        answer = [turn._replace(role=name) if turn.role == "assistant" else turn for turn in turns[-count:]]
+        shown += answer if i else [*turns[:-count], *answer]
+    return shown
+
+
+def _turns(row: Encoded, chat: Sequence[Message], remarks: dict[int, str], encoder: ChatEncoder) -> list[Turn]:
     ends = turn_ends(encoder.tokenizer, chat, row.input_ids)
     turns = [Turn("", [], remarks[-1])] if -1 in remarks else []
     for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):

@@ -16,14 +16,15 @@ from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.engine.scoring import score_rows
 from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
-from phinetune.evaluation.bootstrap import Difference
+from phinetune.evaluation.bootstrap import Array, Difference
 from phinetune.evaluation.classes import Classes, class_tree
 from phinetune.evaluation.countable import check_classes
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.measured import Measured, Numbers, by_tag, differences_of, finite, unseen
 from phinetune.evaluation.metrics import Metrics
+from phinetune.evaluation.preferences import are_pairs, score_pairs, win_rate
 from phinetune.evaluation.trust import few_rows
-from phinetune.metric_table import COUNTS, MEASURES
+from phinetune.metric_table import COUNTS, MEASURES, measures_of
 
 FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
 
@@ -68,6 +69,7 @@ class Comparison:
         overlap: how many of them were trained on, as in results.json; None if that was not looked at.
         unseen: the verdict on the rows that are no copies of training rows, as in results.json; None without copies.
         kept: what the tuned model kept on neutral chats, as in results.json; None if that was not measured.
+        win_rate: how often the tuned model's answer is the better one, see `preferences.win_rate`; None if not asked.
     """
 
     results: dict[str, Numbers]
@@ -82,6 +84,7 @@ class Comparison:
     overlap: dict[str, Any] | None = None
     unseen: dict[str, Any] | None = None
     kept: dict[str, Any] | None = None
+    win_rate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
         """`results` for the key `evaluation` of results.json. JSON has no infinity, so null replaces it."""
@@ -103,6 +106,7 @@ class Comparison:
             "flags": self.flags,
             **({"unseen": self.unseen} if self.unseen else {}),
             **({"kept": self.kept} if self.kept else {}),
+            **({"win_rate": self.win_rate} if self.win_rate else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
 
@@ -158,14 +162,19 @@ def compare(
     sides: dict[str, Measured] = {}
     watcher.begin(len(held_out), len(questions), list(models))
     size = None if section.batch_size == "auto" else section.batch_size
+    pairs = are_pairs(held_out.encoded)
     for name, opened in models.items():
         watcher.side(name)
         with opened() as one:
-            scores = score_rows(one, held_out.encoded, size, watcher.advance)
+            preferred: dict[str, Array] = {}
+            if pairs:
+                scores, preferred = score_pairs(one, held_out.encoded, size, watcher.advance)
+            else:
+                scores = score_rows(one, held_out.encoded, size, watcher.advance)
             answered = Answers([], {})
             if questions:
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
-        sides[name] = Measured(scores, answered)
+        sides[name] = Measured(scores, answered, preferred)
     return _compared(sides, questions, held_out, section)
 
 
@@ -228,6 +237,7 @@ def _compared(
         held_out.report.to_dict(),
         overlap,
         apart,
+        win_rate=_won(sides, section),
     )
 
 
@@ -236,6 +246,14 @@ def _own(results: Mapping[str, Numbers], section: EvaluationSection) -> dict[str
     keys = [key for key in dict.fromkeys(key for numbers in results.values() for key in numbers) if key not in known]
     less, percents = section.less_is_better(keys), section.percents(keys)
     return {key: {"less_is_better": key in less, "is_percent": key in percents} for key in keys}
+
+
+def _won(sides: Mapping[str, Measured], section: EvaluationSection) -> dict[str, Any] | None:
+    by = section.win_rate_by
+    if by is None or len(sides) < 2:
+        return None
+    more_is_better = measures_of([by], section.less_is_better([by]))[0].more_is_better
+    return win_rate(by, sides["base"].answered, sides["tuned"].answered, more_is_better)
 
 
 def _classes(sides: Mapping[str, Measured]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.scoring import Score
 from phinetune.errors import RunError
 from phinetune.evaluation.answering import Answers, Question
-from phinetune.evaluation.bootstrap import Difference, Pairs, differences
+from phinetune.evaluation.bootstrap import Array, Difference, Pairs, differences
+from phinetune.evaluation.preferences import answer_words
 from phinetune.evaluation.trust import unseen_places, unseen_sentence
 from phinetune.metric_table import measures_of
 
@@ -23,17 +24,23 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's scores, row by row, and its answers, prompt by prompt."""
+    """One model's scores, row by row, and its answers, prompt by prompt.
+
+    Attributes:
+        preferred: of held-out pairs, what `preferences.score_pairs` gives, by name and row by row.
+    """
 
     scores: list[Score]
     answered: Answers
+    preferred: Mapping[str, Array] = field(default_factory=dict)
 
     def part(self, rows: Sequence[int], prompts: Sequence[int]) -> Measured:
         """The same for some rows and prompts."""
         whole = self.answered
         picked = {name: numbers[list(prompts)] for name, numbers in whole.numbers.items()}
         answers = Answers([whole.answers[i] for i in prompts], picked, whole.judged.at(prompts), whole.sets)
-        return Measured([self.scores[i] for i in rows], answers)
+        preferred = {name: values[list(rows)] for name, values in self.preferred.items()}
+        return Measured([self.scores[i] for i in rows], answers, preferred)
 
     def by_row(self) -> Measured:
         """The same without the metrics over the set."""
@@ -45,7 +52,10 @@ class Measured:
         Raises:
             RunError: a metric over the set failed.
         """
-        return {**_scored(self.scores), "prompts": len(self.answered.answers), **self.answered.means()}
+        preferred = {name: float(np.mean(values)) for name, values in self.preferred.items()}
+        words = {"answer_words": answer_words(self.answered)} if preferred else {}
+        prompts = len(self.answered.answers)
+        return {**_scored(self.scores), **preferred, "prompts": prompts, **words, **self.answered.means()}
 
     def some_numbers(self, rows: Sequence[int], prompts: Sequence[int]) -> tuple[Numbers, list[str]]:
         """The numbers over some rows and prompts, and why a metric over the set has none for them: it may need more."""
@@ -124,10 +134,12 @@ def differences_of(
         weights = in_both.astype(np.float64)
         return Pairs(np.where(in_both, before, 0.0), np.where(in_both, after, 0.0), weights, weights)
 
+    ones = np.ones(len(base.scores))
     scored = {
         "loss": per_token("nll"),
         "perplexity": per_token("nll", exponential=True),
         "token_accuracy": per_token("correct", 100.0),
+        **{name: Pairs(base.preferred[name], tuned.preferred[name], ones, ones) for name in tuned.preferred},
     }
     answered = {name: both for name in tuned.answered.row_means() if (both := mean(name)).base_weights.any()}
     by_measure: dict[str, Difference] = {}

@@ -71,7 +71,9 @@ def measure(prepared: PreparedRun, rows: Sequence[dict[str, Any]], levels: Seque
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
-    collate = engine.collator(loaded.model.config, owned=objective.owned, columns=objective.rows.columns)
+    collate = engine.collator(loaded.model.config, owned=objective.owned, columns=objective.columns)
+    arranged = objective.arranged(rows, len(rows), settings.max_length)
+    rows = [{**dict.fromkeys(objective.reference, 0.0), **arranged[i]} for i in range(len(arranged))]
     batch = {key: value.to(loaded.device) for key, value in collate(rows).items()}
     engine.set_up(model, loaded.device)
     decoder = model.get_base_model().model
@@ -111,7 +113,7 @@ def two_layers(section: ModelSection, config: Phi3Config) -> ModelSection:
 
 def _step(model: nn.Module, batch: dict[str, Any], objective: Objective, device: torch.device) -> None:
     row = objective.loss(model, batch)
-    (row.total / row.items).backward()
+    (row.total / row.items).sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -14,7 +14,7 @@ from phinetune.reporting.facts import RunFacts
 ANSWERED = ("exact_match", "json_fields", "rouge_l", "chrf")
 # The headline names the loss and the first of these that was measured and is not zero for both models; a metric of the
 # user's own comes before the token accuracy.
-BESIDE_LOSS = (*ANSWERED, "token_accuracy")
+BESIDE_LOSS = ("prefers_chosen", *ANSWERED, "token_accuracy")
 UNCLEAR = "no clear difference"  # a verdict of the paired bootstrap
 VERBS = {True: "rose", False: "fell"}
 

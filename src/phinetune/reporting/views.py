@@ -62,6 +62,15 @@ def _result_row(measure: Measure, values: list[float], difference: Mapping[str, 
     return ResultRow(measure.titled, shown, change.replace("-", "−"), verdict, ends, bar)
 
 
+def answer_lengths(evaluated: Mapping[str, Any]) -> str:
+    """How many words an answer of each model has, where held-out rows are pairs; else empty."""
+    sides = evaluated.get("evaluation") or {}
+    counts = {name: numbers.get("answer_words") for name, numbers in sides.items()}
+    if not counts or any(count is None for count in counts.values()):
+        return ""
+    return "Words an answer: " + ", ".join(f"{name} {count:.1f}" for name, count in counts.items())
+
+
 class TagTable(NamedTuple):
     """Results for each value of the tag column, with two columns for each measure: base and tuned."""
 

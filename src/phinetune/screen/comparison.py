@@ -33,6 +33,15 @@ def show_comparison(comparison: Comparison, console: Console, chats: str = "Held
         console.print(_classes(name, tree))
     if comparison.by_tag:
         console.print(_tags(comparison))
+    words = [
+        f"{name} {numbers['answer_words']:.1f}"
+        for name, numbers in comparison.results.items()
+        if numbers.get("answer_words")
+    ]
+    if words:
+        console.print(f"Words an answer: {', '.join(words)}", highlight=False)
+    if comparison.win_rate:
+        console.print(f"Win rate: {comparison.win_rate['text']}", markup=False, highlight=False, soft_wrap=True)
     for flag in comparison.flags:
         console.print(f"Look: {flag}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 

@@ -17,6 +17,7 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -139,6 +140,34 @@ def spell_evaluation(logs: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+class ReferenceProgress:
+    """How far the reference is: a line where there is no terminal, else a bar with the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` rows have their log-probabilities."""
+        if self._progress is None:
+            say(self.console, f"Computing the reference's log-probabilities of {total:,} rows, once …")
+            columns = (TextColumn("reference"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(
+                *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+            )
+            self._progress.add_task("reference", total=total)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=done)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal; safe to call twice."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+
 class ComparisonProgress:
     """What a comparison is at: a line at its beginning, a bar for each model on a terminal."""
 
@@ -180,6 +209,10 @@ def spell_logs(logs: dict[str, Any]) -> str:
     parts = [f"loss {logs['loss']:.4f}"]
     if "learning_rate" in logs:
         parts.append(f"lr {logs['learning_rate']:.2e}")
+    if "rewards/margins" in logs:
+        parts.append(f"margin {logs['rewards/margins']:.3f}")
+    if "rewards/accuracies" in logs:
+        parts.append(f"right {logs['rewards/accuracies']:.0%}")
     if logs.get("tokens_per_s"):
         parts.append(f"{logs['tokens_per_s']:.0f} tokens/s")
     return "  ".join(parts)

@@ -11,6 +11,7 @@ from phinetune.data.preview import PreviewedRow, TokenText, Turn
 from phinetune.terminal_text import printable, visible
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
+COLOURS |= {"chosen": "green", "good": "green", "rejected": "red", "not good": "red"}
 SHOWN = 400  # tokens of a turn that are shown; the middle of a longer one is left out
 MARGIN = 10
 INDENT = " " * MARGIN + " │ "

@@ -44,13 +44,14 @@ from phinetune.training.choosing import (
     with_choices,
 )
 from phinetune.training.limits import limit_length, without_fp16
+from phinetune.training.objective_keys import with_objective_keys
 from phinetune.training.objectives.objective import Objective
-from phinetune.training.objectives.registry import make_objective
 from phinetune.training.rehearsal import rehearse
 from phinetune.training.replay import check_replay, with_replay
 from phinetune.training.settings import Settings, make_training_args, not_for_the_fast_engine, read_settings
 from phinetune.training.steps import Steps, check_full_batch, count_steps, row_lengths
 from phinetune.training.trained_parts import check_trained_parts
+from phinetune.training.warm_start import settle_adapter, with_adapters_base
 
 CHOSEN = "chosen"  # the key of start.json
 
@@ -104,7 +105,7 @@ class PreparedRun(SettledRun):
     @cached_property
     def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Tokens of each row that a micro-batch is made of, shape (rows)."""
-        return row_lengths(self.chats.train, self.engine.fast)
+        return np.asarray(self.objective.row_tokens(row_lengths(self.chats.train, self.engine.fast)))
 
     @cached_property
     def steps(self) -> Steps:
@@ -118,14 +119,21 @@ def settle(config: RunConfig) -> SettledRun:
     Raises:
         PhinetuneError: what can be said without reading a row.
     """
-    objective = make_objective(config.objective)
+    config, objective, notes = with_objective_keys(with_adapters_base(config))
     settings = expect_evaluations(read_settings(config.peft_config, config.training_config), config)
-    settings = settle_best(settings, config, objective)
+    settings = settle_best(replace(settings, notes=[*notes, *settings.notes]), config, objective)
     settings = settle_start(settings, config.model.quantization)
     check_sources(config.data)
     check_replay(config, objective)
     if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
         raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
+    if refused := objective.refused(settings.training):
+        raise ConfigError(refused)
+    if config.data.streaming and objective.reference:
+        raise ConfigError(
+            f"data.streaming: {objective.kind} computes the reference's log-probabilities of all rows before its first "
+            "step, and a stream's are not known by then; set data.streaming: false"
+        )
     return SettledRun(config, settings, objective)
 
 
@@ -155,8 +163,9 @@ def prepare_run(settled: SettledRun, recorded: Mapping[str, Any] | None = None) 
     with processes.main_first():  # a starter model is made once
         shape, tokenizer = open_config(config.model), open_tokenizer(config.model)
     settings = without_fp16(_limited(settings, shape, dtype, device, config), device, dtype)
-    settled = replace(settled, settings=settings)
     _check_base(config.model, tokenizer, shape)
+    config, settings = settle_adapter(config, settings)
+    settled = replace(settled, config=config, settings=settings)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
     _check_engine(objective, engine)
     args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)

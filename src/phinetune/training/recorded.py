@@ -26,10 +26,12 @@ from phinetune.training.environment import describe_environment
 from phinetune.training.prepare import PreparedRun
 from phinetune.training.rehearsal import adapted_shape
 from phinetune.training.settings import BITSANDBYTES
+from phinetune.training.warm_start import start_digest
 
 Record = dict[str, Any]
 # What is recorded by its content. The keys of `data` only say how the rows came about.
 TRAIN_ROWS, HELD_OUT_ROWS, TOKENIZER, WEIGHTS = "the training rows", "the held-out rows", "the tokenizer", "the base"
+STARTING_ADAPTER = "the adapter that training goes on from"
 TRAIN_COUNT, HELD_OUT_COUNT = "data.train holds", "data.eval holds"
 # The libraries whose code computes a step.
 LIBRARIES = ("phinetune", "torch", "transformers", "peft", "trl", "accelerate")
@@ -54,6 +56,7 @@ def record_of(prepared: PreparedRun, fingerprint: str) -> Record:
         HELD_OUT_ROWS: rows_digest(chats.held_out) if chats.held_out else None,
         TOKENIZER: tokenizer_digest(prepared.tokenizer),
         WEIGHTS: fingerprint,
+        STARTING_ADAPTER: start_digest(prepared.config.model),
         TRAIN_COUNT: count_of(chats.train.report.to_dict()),
         HELD_OUT_COUNT: count_of(chats.held_out.report.to_dict()) if chats.held_out else None,
     }

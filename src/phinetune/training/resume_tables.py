@@ -11,7 +11,7 @@ from phinetune.training.recorded import TRAIN_COUNT, TRAIN_ROWS, Record
 # The one table of what may change without harm, by section: what is shown, kept, written or looked at, and how memory
 # is used. Each gives the same adapter. `*` is every key of the section.
 HARMLESS: Mapping[str, tuple[str, ...]] = {
-    "model": ("path", "tokenizer", "use_cache"),  # weights and tokenizer are compared by content
+    "model": ("path", "tokenizer", "adapter", "use_cache"),  # weights and tokenizer are compared by content
     "data": (
         # The rows that come of these are compared by content.
         *("train", "eval", "split", "format", "loss_on", "system", "overlong", "invalid_rows", "limit", "seed"),

@@ -20,13 +20,13 @@ from phinetune.run_folder import RunFolder
 from phinetune.training.going_on import GoingOn
 from phinetune.training.older_runs import record_of_older
 from phinetune.training.prepare import PreparedRun
-from phinetune.training.recorded import HELD_OUT_ROWS, TOKENIZER, TRAIN_ROWS, WEIGHTS, Record
+from phinetune.training.recorded import HELD_OUT_ROWS, STARTING_ADAPTER, TOKENIZER, TRAIN_ROWS, WEIGHTS, Record
 from phinetune.training.resume_tables import ORDER, STEP_SIZE, counts_for_the_best, is_harmless, why_never
 from phinetune.training.row_place import Stretch
 
 logger = logging.getLogger(__name__)
 
-BY_CONTENT = (TRAIN_ROWS, HELD_OUT_ROWS, TOKENIZER, WEIGHTS)
+BY_CONTENT = (TRAIN_ROWS, HELD_OUT_ROWS, TOKENIZER, WEIGHTS, STARTING_ADAPTER)
 ROWS = ("data.", "training_config.max_length")  # the keys that rows come of
 
 

@@ -28,14 +28,17 @@ from phinetune.secret_text import tree_without_secrets
 from phinetune.training.best_checkpoint import EarlyStop
 from phinetune.training.callbacks import GradientCheck, MetricsWriter, SamplesWriter, StartRecord, StopRequest
 from phinetune.training.environment import describe_environment
+from phinetune.training.falling import FallingWarning
 from phinetune.training.library_errors import disk_told, told_in_sentences
 from phinetune.training.prepare import CHOSEN, PreparedRun
 from phinetune.training.recorded import Record, record_of
+from phinetune.training.reference import OnDone, Reference
 from phinetune.training.resuming import Resumption, check_resume, stretch_of
 from phinetune.training.settings import make_lora_config
 from phinetune.training.spikes import SpikeWatch
 from phinetune.training.trainer import FastTrainer, Look, RunTrainer
 from phinetune.training.value_rules import plain_name
+from phinetune.training.warm_start import load_start, started_from
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,7 @@ def train_run(
     look: Look | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     on_start: Callable[[PeftModel], None] = lambda model: None,
+    on_reference: OnDone = lambda done, total: None,
     stop: StopRequest | None = None,
 ) -> TrainedRun:
     """Train a prepared run into its folder. Of several processes the main one writes.
@@ -111,6 +115,7 @@ def train_run(
         look: looks at the model at every evaluation.
         callbacks: more callbacks, a progress line for example.
         on_start: is given the model with its adapter before the first step.
+        on_reference: is told how many rows the reference has read, and how many there are.
         stop: ends the run before its end; None: signals do.
 
     Raises:
@@ -121,7 +126,8 @@ def train_run(
         resumption = _held_against(prepared, place, record)
         loaded = load_base(prepared.config.model, fast=prepared.engine.fast is not None, tokenizer=prepared.tokenizer)
     own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
-    trainer = _make_trainer(prepared, loaded, look, own, callbacks)
+    reference = Reference(prepared, record, on_reference)
+    trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
     facts = _start_facts(trainer, prepared, loaded) | _course(trainer, prepared, record, resumption)
     trainer.add_callback(StartRecord(place.folder, facts, prepared.config, loaded.base.revision))
     if place.checkpoint is None and processes.is_main():
@@ -134,6 +140,8 @@ def train_run(
         _train(trainer, own.stop, place)
     stopped = own.stop.requested and trainer.state.global_step < trainer.state.max_steps
     summary = _summary(trainer, own, time.perf_counter() - began) | {"changed": facts["changed"]}
+    if reference.seconds:
+        summary["reference_seconds"] = round(sum(reference.seconds), 2)
     trainer.peft_model.eval()
     return TrainedRun(prepared, place.folder, loaded, trainer.peft_model, summary, stopped)
 
@@ -184,11 +192,16 @@ class _Callbacks:
 
     def listed(self) -> list[TrainerCallback]:
         early = [self.early] if self.early else []
-        return [self.metrics, GradientCheck(), self.stop, self.samples, self.spikes, *early]
+        return [self.metrics, GradientCheck(), FallingWarning(), self.stop, self.samples, self.spikes, *early]
 
 
 def _make_trainer(
-    prepared: PreparedRun, loaded: Loaded, look: Look | None, own: _Callbacks, more: Sequence[TrainerCallback]
+    prepared: PreparedRun,
+    loaded: Loaded,
+    look: Look | None,
+    own: _Callbacks,
+    more: Sequence[TrainerCallback],
+    reference: Reference,
 ) -> RunTrainer:
     lora = make_lora_config(prepared.settings, loaded.model)
     lora.revision = loaded.base.revision
@@ -202,26 +215,38 @@ def _make_trainer(
         "look": look,
         "samples": own.samples,
         "spikes": own.spikes,
+        "started_from": started_from(prepared.config.model),
         "nonfinite": prepared.config.engine,
         # What shows the numbers comes after what counts them.
         "callbacks": [metrics, *more, *others],
     }
     set_seed(prepared.args.seed)  # the adapter's first weights; TRL before 1.16 draws them unseeded
     with told_in_sentences():  # both libraries check much only now: a tracker that is not installed, odd combinations
-        trainer = _fast_or_plain(prepared, loaded, lora, shared)
+        trainer = _fast_or_plain(prepared, loaded, lora, shared, reference)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dictionary
     return trainer
 
 
-def _fast_or_plain(prepared: PreparedRun, loaded: Loaded, lora: LoraConfig, shared: dict[str, Any]) -> RunTrainer:
+def _fast_or_plain(
+    prepared: PreparedRun, loaded: Loaded, lora: LoraConfig, shared: dict[str, Any], reference: Reference
+) -> RunTrainer:
     rows, engine = prepared.chats.train.dataset(), prepared.engine.fast
     if engine is None:
         kind: Any = prepared.objective.plain_trainer()
         trainer: RunTrainer = kind(train_dataset=rows, peft_config=lora, **shared)
+        _begin(trainer.peft_model, prepared)
         return trainer
     model = get_peft_model(loaded.model, use_fused_layers(lora, loaded.model))
     assert isinstance(model, PeftModel)
-    return FastTrainer(model=model, engine=engine, train_dataset=engine.prepare(rows), **shared)
+    _begin(model, prepared)
+    rows, held_out = reference.added(model, engine.prepare(rows), shared.pop("eval_dataset"))
+    return FastTrainer(model=model, engine=engine, train_dataset=rows, eval_dataset=held_out, **shared)
+
+
+def _begin(model: PeftModel, prepared: PreparedRun) -> None:
+    """Give the adapter the weights that it goes on from, if there are any."""
+    if prepared.config.model.adapter:
+        load_start(model, Path(prepared.config.model.adapter).expanduser())
 
 
 def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> dict[str, Any]:
@@ -234,6 +259,7 @@ def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> 
         "trainable_parameters": trains,
         "parameters": total,
         "environment": describe_environment(trainer.args),
+        "started_from": started_from(prepared.config.model),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ class CheckpointTrainer(GoingOnTrainer):
     Attributes:
         folder: the run's.
         beginning: of an adapter that changed its base; None for any other.
+        started_from: the adapter that training went on from; None for a new one.
     """
 
-    def __init__(self, *, loaded: Loaded, **kwargs: Any) -> None:
+    def __init__(self, *, loaded: Loaded, started_from: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        self.started_from = started_from
         self.base, self.tokenizer = loaded.base, loaded.tokenizer
         self.generation = loaded.model.generation_config
         self.folder = Path(str(kwargs["args"].output_dir))
@@ -92,7 +95,7 @@ class CheckpointTrainer(GoingOnTrainer):
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run's own comes at its end
         self.tokenizer.save_pretrained(str(folder))
         self.generation.save_pretrained(str(folder))
-        (folder / BASE_FILE).write_text(self.base.to_json(), encoding="utf-8")
+        (folder / BASE_FILE).write_text(self.base.to_json(self.started_from), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.beginning:

@@ -178,7 +178,7 @@ class FastTrainer(RunTrainer):
     def __init__(self, *, model: PeftModel, engine: FastEngine, objective: Objective, **kwargs: Any) -> None:
         self.engine = engine
         self._row_metrics: dict[str, list[float]] = defaultdict(list)
-        collator = engine.collator(model.config, owned=objective.owned, columns=objective.rows.columns)
+        collator = engine.collator(model.config, owned=objective.owned, columns=objective.columns)
         if isinstance(kwargs["train_dataset"], IterableDataset):  # packed rows are of unlike size, so none is cut up
             kwargs["args"].accelerator_config.dispatch_batches = False
         super().__init__(model=model, objective=objective, data_collator=collator, **kwargs)
@@ -191,7 +191,7 @@ class FastTrainer(RunTrainer):
     ) -> Any:
         """A packed row's summed loss over the items of the whole step."""
         row = self.objective.loss(model, inputs)
-        loss = row.total / (row.items if num_items_in_batch is None else num_items_in_batch)
+        loss = (row.total / (row.items if num_items_in_batch is None else num_items_in_batch)).sum()
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes, each a part of the sum
         for name, value in row.metrics.items():
@@ -202,9 +202,9 @@ class FastTrainer(RunTrainer):
         """The items of all micro-batches of a step, over all processes."""
         if not batch_samples:
             return None
-        count = torch.stack([self.objective.items(batch) for batch in batch_samples]).sum().to(device)
+        count = torch.stack([self.objective.items(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
+            count = self.accelerator.gather(count[None]).sum(0)
         return count
 
     def _open_metrics(self) -> dict[str, list[float]]:

@@ -20,4 +20,5 @@ def test_each_objective_is_named_in_the_help(kind: str) -> None:
 def test_an_unknown_one_is_refused_with_all_that_there_are() -> None:
     with pytest.raises(ConfigError) as caught:
         make_objective(ObjectiveSection(kind="stf"))
-    assert str(caught.value) == ("objective.kind: there is no objective `stf`; did you mean `sft`? (there are: sft)")
+    there_are = "(there are: sft, dpo, orpo, simpo, kto)"
+    assert str(caught.value) == f"objective.kind: there is no objective `stf`; did you mean `sft`? {there_are}"

@@ -13,6 +13,7 @@ from phinetune.data.check.findings import KINDS, Findings
 from phinetune.data.check.histogram import histogram
 from phinetune.data.check.languages import Languages
 from phinetune.data.check.overlap import Overlap
+from phinetune.data.check.pairs import empty_answers, length_bias, words_of_answers
 from phinetune.data.check.scan import as_row, scan_file, unreadable
 from phinetune.data.check.secrets import SECRETS, count_sensitive
 from phinetune.data.check.text_checks import (
@@ -22,9 +23,11 @@ from phinetune.data.check.text_checks import (
     text_troubles,
     turn_troubles,
 )
+from phinetune.data.prepare.encode_answers import EQUAL
 from phinetune.data.prepare.encode_rows import TOO_LONG, RowEncoder, RowOutcome
 from phinetune.data.prepare.report import DataReport
 from phinetune.data.read.messages import strings
+from phinetune.data.read.preferences import ALIKE
 from phinetune.data.read.row import Broken, Row
 
 LONGEST_SHOWN = 3
@@ -44,6 +47,7 @@ class CheckReport:
         turns: how many turns there are of each role, and how many tool calls.
         sensitive: how often each kind of personal data or secret occurs in the rows.
         left_out: why `--fix` leaves a row out, by the row's number among the rows of `files` that could be checked.
+        answer_words: of each pair of answers, how many words the chosen and the rejected one have.
         ends_a_turn: whether any label is an end-of-turn token.
         held_out: what became of the rows of the held-out files; None without such files.
     """
@@ -60,6 +64,7 @@ class CheckReport:
     languages: Languages = field(default_factory=Languages)
     sensitive: Counter[str] = field(default_factory=Counter)
     left_out: dict[int, str] = field(default_factory=dict)
+    answer_words: list[tuple[int, int]] = field(default_factory=list)
     ends_a_turn: bool = False
     held_out: DataReport | None = None
     name: str | None = None
@@ -126,6 +131,9 @@ def check_files(
             if not outcome.piece:
                 on_row()
                 overlap.hold_out(outcome)
+    bias = length_bias(report.answer_words)
+    if bias:
+        report.findings.add("length_bias", ", ".join(files), bias)
     if report.lengths and not report.ends_a_turn:
         report.findings.add("no_stop", ", ".join(files), "no label is an end-of-turn token")
     return report
@@ -134,6 +142,7 @@ def check_files(
 def _measure(outcome: RowOutcome, encoder: ChatEncoder, report: CheckReport) -> None:
     """Add a row's turns to the report, and its lengths if it is kept."""
     report.turns.update(m["role"] for m in outcome.messages if m["content"] or "tools" not in m)
+    report.answer_words += words_of_answers(outcome)
     report.turns["tool call"] += sum(len(m.get("tool_calls", [])) for m in outcome.messages)
     if not outcome.encoded:
         return
@@ -209,11 +218,14 @@ class _RowChecker:
         """The kind and the detail of each finding in a row."""
         if outcome.error:
             yield outcome.error.kind, str(outcome.error)
+        elif outcome.reason in (EQUAL, ALIKE):
+            yield "equal_answers", ""
         elif outcome.reason and outcome.reason.startswith(TOO_LONG):
             yield "too_long", outcome.reason
         elif outcome.cut:
             yield "cut", ""
         yield from turn_troubles(outcome.messages)
+        yield from empty_answers(outcome)
         yield from call_troubles(outcome.messages)
         yield from markup_troubles(outcome.messages, self.encode.encoder)
         yield from text_troubles(outcome.text or "", self.encode.encoder)

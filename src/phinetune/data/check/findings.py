@@ -48,6 +48,8 @@ KINDS: dict[str, Kind] = {
     "huge": Kind("rows far too long to be chats", "split them, or look whether line ends are missing", True, True),
     "no_stop": Kind("sets that never end a turn", "see data.loss_on and training_config.max_length", True),
     "empty_answer": Kind("answers without words", "the model would learn to say nothing", True, True),
+    "prompts": Kind("pairs whose answers belong to unlike prompts", "give both answers the same prompt", True, True),
+    "equal_answers": Kind("pairs of equal answers", "they are left out, as neither is preferred", False, True),
     "answer_markup": Kind(
         "answers that hold a template's tokens",
         "these rows are rendered already: give them as `text`, or remove the tokens",
@@ -77,6 +79,11 @@ KINDS: dict[str, Kind] = {
     "duplicate": Kind("rows that occur twice", "--fix keeps the first one", False, True),
     "near": Kind("rows nearly equal to earlier ones (8 of 10 word triples shared)", "look whether they add anything"),
     "near_shared": Kind("training rows nearly equal to a held-out row", "the tuned model may seem better than it is"),
+    "length_bias": Kind(
+        "sets whose chosen answers differ in length",
+        "the model may learn the length and not what you prefer; pair answers of like length, or take a loss by the "
+        "mean token (dpo: sigmoid_norm; simpo)",
+    ),
     "language": Kind("answers in another language than their question", "look whether that is intended"),
 }
 

@@ -71,6 +71,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def find_cached(key: str) -> Path | None:
+    """The folder of an entry that is there and whole."""
+    target = cache_folder() / "data" / key
+    return target if target.is_dir() and _is_whole(target) else None
+
+
 def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
     """The folder of an entry. If it is missing or damaged, it is made first.
 

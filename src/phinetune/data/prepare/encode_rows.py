@@ -15,7 +15,7 @@ from phinetune.chats.control import control_tokens
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message
 from phinetune.config.data import DataSection
-from phinetune.config.row_forms import READY
+from phinetune.config.row_forms import FORM_NAMES, READY
 from phinetune.data.prepare.pieces import cut_beginning, cut_into_pieces
 from phinetune.data.read.audit import RENDERED, Audit, audit_row, is_rendered
 from phinetune.data.read.messages import detect_form, size_of, strings, to_messages
@@ -50,6 +50,9 @@ class RowOutcome:
         audit: what of the row reaches no model; empty for a row that can't be used.
         piece: which piece of its row it is, from 0; what is said of the row stands with the first.
         pieces: how many pieces the row was cut into.
+        other: of a pair, the chat with the rejected answer; `other_fitted`: what is left of it after it was cut.
+        answer_turns: of a row of preferences, how many turns each of its answers has.
+        liked: of a row of preferences, whether the answer in `chat` is the liked one.
     """
 
     row: Row
@@ -65,6 +68,10 @@ class RowOutcome:
     audit: Audit = field(default_factory=Audit)
     piece: int = 0
     pieces: int = 1
+    other: list[Message] = field(default_factory=list)
+    other_fitted: list[Message] = field(default_factory=list)
+    answer_turns: tuple[int, ...] = ()
+    liked: bool = True
 
     def refuse(self, error: RowError) -> None:
         """Drop the row because it can't be used."""
@@ -105,6 +112,7 @@ class RowEncoder:
         columns: the names of the numbers that an example has besides its tokens.
         joins: whether an example holds several conversations.
         uses: columns of the rows that it reads beside those of their form.
+        forms: the names of the forms of rows that it takes.
     """
 
     section: DataSection
@@ -114,8 +122,14 @@ class RowEncoder:
     columns: ClassVar[tuple[str, ...]] = ()
     joins: ClassVar[bool] = False
     uses: ClassVar[tuple[str, ...]] = ()
+    forms: ClassVar[tuple[str, ...]] = FORM_NAMES
 
     def __post_init__(self) -> None:
+        if self.section.format not in ("auto", *self.forms):
+            raise ConfigError(
+                f"data.format: rows of the form {self.section.format} are for another objective; this one takes "
+                f"{', '.join(self.forms)}"
+            )
         if self.max_length and self.section.overlap >= self.max_length:
             raise ConfigError(
                 f"data.overlap: {self.section.overlap} leaves no room for new tokens in a piece of a text; it must be "

@@ -107,6 +107,11 @@ class DataReport:
         rest = len(shown) - COLUMNS_SHOWN
         return ", ".join(shown[:COLUMNS_SHOWN]) + (f", and {rest} more" if rest > 0 else "")
 
+    def _divided(self) -> str:
+        """Which rows became several examples."""
+        pairs = any(form.startswith("pair") for form in self.forms)  # of which kto takes each answer by itself
+        return "pairs taken answer by answer" if pairs else "texts cut into pieces"
+
     def lines(self) -> list[str]:
         """The report in sentences, for a person to read."""
         forms = ", ".join(f"{count} {form}" for form, count in self.forms.most_common())
@@ -120,7 +125,7 @@ class DataReport:
             f"{self.trainable_tokens:,} of them trained on ({share:.0%}); longest chat {self.longest} tokens",
             *(f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common(REASONS_SHOWN)),
             *([f"  dropped {rest} for other reasons"] if rest else []),
-            *([f"  texts cut into pieces: {self.in_pieces:,}, now {self.pieces:,} examples"] if self.pieces else []),
+            *([f"  {self._divided()}: {self.in_pieces:,}, now {self.pieces:,} examples"] if self.pieces else []),
             *([f"  columns not used: {self.unused_columns()}"] if self.unused or self.unused_values else []),
             *(f"  {NOTES[note]}: {count:,} rows" for note, count in sorted(self.notes.items())),
         ]

@@ -8,12 +8,12 @@ from typing import Any
 
 from phinetune.chats.control import ControlTokens
 from phinetune.chats.template import Message
-from phinetune.config.row_forms import CHAT_KEYS, READY, ROW_FORMS
+from phinetune.config.row_forms import CHAT_KEYS, JUDGED_FORMS, PAIR_FORMS, READY, ROW_FORMS
 from phinetune.data.read.messages import READ_OF_TURN, ROLES, looks_like_turns, more_texts, shown, strings, turn_keys
 from phinetune.data.read.tool_calls import ARGUMENTS, FUNCTION_CALL, READ_OF_CALL, from_json, is_filled
 from phinetune.errors import RowError
 
-READ_OF = {form.name: form.read for form in ROW_FORMS}
+READ_OF = {form.name: form.read for form in (*ROW_FORMS, *PAIR_FORMS, *JUDGED_FORMS)}
 PLAIN = ({"role", "content"}, {"from", "value"})  # the keys of a turn with nothing beside its role and its text
 LINKS = frozenset({"tool_call_id"})  # they only say which call an answer belongs to
 NULLS, FLOATS, RENDERED = "nulls", "floats", "rendered"
@@ -82,8 +82,9 @@ def _audit_value(key: str, value: Any, reads: Callable[[str, str], bool], made: 
         _audit_parts(key, items, made)
     elif key in CHAT_KEYS:
         _audit_tools(items, made)
-    elif items:
-        names = turn_keys(items) if key.startswith("conversation") else ("role", "content")
+    elif items and key != "completions":  # of UltraFeedback: answers with many notes, not turns
+        either = key.startswith("conversation") or key in ("chosen", "rejected")
+        names = turn_keys(items) if either else ("role", "content")
         for turn in items:
             if turn.keys() not in PLAIN or not isinstance(turn.get(names[1]), str) or _is_call(turn, names):
                 _audit_turn(turn, names, reads, made)
@@ -91,7 +92,7 @@ def _audit_value(key: str, value: Any, reads: Callable[[str, str], bool], made: 
 
 def _holds_turns(key: str, text: str) -> bool:
     """Whether the text of a column is JSON that is read as such. In other columns, JSON is a text like any other."""
-    if key in ("prompt", "completion"):
+    if key in ("prompt", "completion", "chosen", "rejected"):
         return looks_like_turns(text)
     return key == "messages" or key.startswith("conversation") or (key in CHAT_KEYS and key != "system")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from phinetune.chats.template import Message
 from phinetune.chats.template_rendering import REASONING
-from phinetune.config.row_forms import READY, ROW_FORMS, expected_keys
+from phinetune.config.row_forms import READY, ROW_FORMS, RowForm, expected_keys
 from phinetune.data.read.propose import propose
 from phinetune.data.read.safe_json import load_json
 from phinetune.data.read.tool_calls import FUNCTION_CALL, read_calls, read_tools
@@ -43,8 +43,8 @@ _ROLE = re.compile(r"""(["'])role\1\s*:""")
 _TURNS = re.compile(rf"""\s*\[?\s*\{{\s*(["'])(?:role|name|train|weight|{"|".join((*_SAID, *REASONING))})\1\s*:""")
 
 
-def detect_form(fields: Mapping[str, Any]) -> str:
-    """The name of the first form in `ROW_FORMS` that has a row's keys.
+def detect_form(fields: Mapping[str, Any], forms: Sequence[RowForm] = ROW_FORMS) -> str:
+    """The name of the first of some forms that has a row's keys.
 
     Keys with a value come first: tables have all columns in every row, and leave empty those that a row does not use.
 
@@ -52,18 +52,17 @@ def detect_form(fields: Mapping[str, Any]) -> str:
         RowError: no form has these keys.
     """
     filled = [key for key, value in fields.items() if value is not None and not (isinstance(value, str) and not value)]
-    form = next((form.name for keys in (filled, fields) for form in ROW_FORMS if form.fits(keys)), None)
+    form = next((form.name for keys in (filled, fields) for form in forms if form.fits(keys)), None)
     if form:
         return form
-    if {"chosen", "rejected"} <= fields.keys():
+    if forms is ROW_FORMS and {"chosen", "rejected"} <= fields.keys():
         raise RowError(
-            "`chosen` and `rejected` are for objectives that learn from preferences, such as DPO, and there is none "
-            "yet; to train on the chosen answers, name the columns `prompt` and `completion`"
+            "`chosen` and `rejected` are for objectives that learn from preferences: set objective to dpo, orpo, simpo "
+            "or kto; to train on the chosen answers, name the columns `prompt` and `completion`"
         )
     keys = ", ".join([*map(shown, list(fields)[:KEYS_SHOWN]), *(["…"] if len(fields) > KEYS_SHOWN else [])])
-    raise RowError(
-        f"the keys ({keys or 'none'}) are those of no known form; expected {expected_keys()}{_offer(fields)}"
-    )
+    offer = _offer(fields) if forms is ROW_FORMS else ""
+    raise RowError(f"the keys ({keys or 'none'}) are those of no known form; expected {expected_keys(forms)}{offer}")
 
 
 def _offer(fields: Mapping[str, Any]) -> str:
@@ -83,7 +82,16 @@ def to_messages(fields: Mapping[str, Any], form: str = "auto") -> list[Message]:
         RowError: the row is not of this form, has no assistant turn, begins with one, or says something twice and
             differently.
     """
-    messages = _with_system(fields, MESSAGES_OF[detect_form(fields) if form == "auto" else form](fields))
+    return completed(fields, MESSAGES_OF[detect_form(fields) if form == "auto" else form](fields))
+
+
+def completed(fields: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The turns of a row as its chat: with the row's system text and its tools.
+
+    Raises:
+        RowError: see `to_messages`.
+    """
+    messages = _with_system(fields, messages)
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no assistant turn, so there is nothing to learn from it", "roles")
     if messages[0]["role"] == "assistant":
@@ -146,14 +154,14 @@ def size_of(value: Any) -> int:
 
 
 def _from_messages(fields: Mapping[str, Any]) -> list[Message]:
-    return _turns(fields, "messages", "role", "content")
+    return read_turns(fields, "messages", "role", "content")
 
 
 def _from_conversations(fields: Mapping[str, Any]) -> list[Message]:
     if fields.get("conversations") and fields.get("conversation"):
         raise RowError("the row has both `conversations` and `conversation`; keep one of them")
     key = next((key for key in ("conversations", "conversation") if fields.get(key) is not None), "conversations")
-    return _turns(fields, key, *turn_keys(_listed(fields, key)))
+    return read_turns(fields, key, *turn_keys(_listed(fields, key)))
 
 
 def turn_keys(turns: Sequence[Any]) -> tuple[str, str]:
@@ -186,7 +194,7 @@ def _from_prompt_completion(fields: Mapping[str, Any]) -> list[Message]:
         if isinstance(fields.get(key), str) and not looks_like_turns(fields[key]):
             messages.append(_message(role, fields[key]))
         else:
-            messages += _turns(fields, key, "role", "content")
+            messages += read_turns(fields, key, "role", "content")
     return messages
 
 
@@ -211,7 +219,8 @@ def _with_system(fields: Mapping[str, Any], messages: list[Message]) -> list[Mes
     return messages
 
 
-def _turns(fields: Mapping[str, Any], key: str, role_key: str, text_key: str) -> list[Message]:
+def read_turns(fields: Mapping[str, Any], key: str, role_key: str, text_key: str) -> list[Message]:
+    """The messages in a column that holds turns."""
     turns = enumerate(_listed(fields, key), 1)
     messages = [_turn(turn, role_key, text_key, f"{key}, turn {number}") for number, turn in turns]
     if not messages:

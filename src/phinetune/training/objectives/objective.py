@@ -30,7 +30,8 @@ class RowLoss:
 
     Attributes:
         total: the loss summed over the row's items, a float32 scalar with a gradient. The trainer divides it by the
-            items of the whole step, over all micro-batches and processes.
+            items of the whole step, over all micro-batches and processes. A loss of several parts has an entry for
+            each, shape (parts); they are divided each by its own items, then added up.
         items: how many there are, as `Objective.items` counts them.
         metrics: numbers of this row for the log, scalars. A log step shows their mean over its micro-batches.
     """
@@ -54,6 +55,9 @@ class Objective(ABC):
         less_is_better: those of its own metrics of which a smaller number is the better one.
         likelihood: whether its loss is nats a token, of which 0 means knowing each token beforehand.
         rate: what the learning rate that suits supervised fine-tuning is multiplied by where none is given.
+        reference: columns for the log-probabilities of an example's conversations by the model as it stands when the
+            run starts, one for each conversation. They are there when `loss` and `score` are called.
+        training_defaults: values of `training_config` where the user gives none.
     """
 
     kind: ClassVar[str]
@@ -66,17 +70,45 @@ class Objective(ABC):
     less_is_better: ClassVar[tuple[str, ...]] = ()
     likelihood: ClassVar[bool] = False
     rate: ClassVar[float] = 1.0
+    reference: ClassVar[tuple[str, ...]] = ()
+    training_defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, options: Section) -> None:
         self.options = options
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The numbers of each example that a packed row has."""
+        return (*self.rows.columns, *self.reference)
 
     def row_encoder(self, section: DataSection, encoder: ChatEncoder, max_length: int | None) -> RowEncoder:
         """How this run's rows become examples."""
         return self.rows(section, encoder, max_length)
 
+    def refused(self, training: Mapping[str, Any]) -> list[str]:
+        """A sentence for each value of `training_config` that this objective can't train with."""
+        return []
+
+    def row_tokens(self, tokens: Any) -> Any:
+        """Tokens of rows as `arranged` gives them, from those of the rows as they are encoded; for a plan."""
+        return tokens
+
+    def arranged(self, rows: Any, batch_size: int, max_length: int | None) -> Any:
+        """The rows of a set as the trainer takes them.
+
+        Args:
+            batch_size: the rows of a micro-batch.
+            max_length: how many tokens a conversation may have; None is no limit.
+        """
+        return rows
+
+    def arrangement(self, rows: Any) -> Any:
+        """What tells rows that `arranged` returned from others that it makes of the same set, as JSON holds it."""
+        return None
+
     @abstractmethod
     def items(self, row: PackedRow) -> Tensor:
-        """What a packed row's loss is averaged over, a scalar: labels, say, or pairs."""
+        """What a packed row's loss is averaged over: labels, say, or pairs. A scalar, or shape (parts)."""
 
     @abstractmethod
     def loss(self, model: Any, row: PackedRow) -> RowLoss:

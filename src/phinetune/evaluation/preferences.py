@@ -1,0 +1,109 @@
+"""What held-out pairs say of a model: how often it finds the chosen answer likelier, and which answers win."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from phinetune.data.prepare.encode_answers import parts_of
+from phinetune.engine.examples import IGNORED, Encoded
+from phinetune.engine.scoring import Score, score_rows
+from phinetune.evaluation.answering import Answers
+from phinetune.evaluation.bootstrap import LEVEL, SEED, Array
+
+RESAMPLES = 10_000
+
+
+def are_pairs(rows: Sequence[Encoded]) -> bool:
+    """Whether a set holds pairs of answers."""
+    return bool(len(rows)) and len(rows[0].lengths) == 2
+
+
+def score_pairs(
+    model: Any, rows: Sequence[Encoded], batch_size: int | None, on_done: Callable[[int], None]
+) -> tuple[list[Score], dict[str, Array]]:
+    """The scores of the chosen answers, and for each pair what the model prefers.
+
+    Args:
+        rows: pairs: the chosen conversation, then the rejected one.
+        batch_size, on_done: see `score_rows`.
+
+    Returns:
+        the scores; and 100 where the model finds the chosen answer likelier, else 0: the whole answer
+            (`prefers_chosen`) and the mean over its tokens (`prefers_chosen_a_token`), each of shape (rows).
+    """
+    sides = [[_answer_alone(parts_of(row)[i], parts_of(row)[1]) for row in rows] for i in (0, 1)]
+    scored = score_rows(model, [*sides[0], *sides[1]], batch_size, _halved(on_done))
+    chosen, rejected = scored[: len(rows)], scored[len(rows) :]
+    both = list(zip(chosen, rejected, strict=True))
+    return chosen, {
+        "prefers_chosen": np.array([100.0 * (a.nll < b.nll) for a, b in both]),
+        "prefers_chosen_a_token": np.array([100.0 * (a.loss < b.loss) for a, b in both]),
+    }
+
+
+def _answer_alone(part: Encoded, rejected: Encoded) -> Encoded:
+    """A conversation with labels in its answer alone, where the objective has others too.
+
+    The rejected conversation never has labels in the prompt, so its first one says where answers begin.
+    """
+    start = next(i for i, label in enumerate(rejected.labels) if label != IGNORED)
+    return Encoded(part.input_ids, [IGNORED] * start + part.labels[start:])
+
+
+def _halved(on_done: Callable[[int], None]) -> Callable[[int], None]:
+    """Tells of a row when both of its conversations are scored."""
+    waiting = [0]
+
+    def done(count: int) -> None:
+        waiting[0] += count
+        on_done(waiting[0] // 2)
+        waiting[0] %= 2
+
+    return done
+
+
+def answer_words(answered: Answers) -> float | None:
+    """How many words an answer has, the mean; None without answers."""
+    answers = answered.answers
+    return float(np.mean([len(answer.text.split()) for answer in answers])) if answers else None
+
+
+def win_rate(by: str, base: Answers, tuned: Answers, more_is_better: bool) -> dict[str, Any] | None:
+    """How often the tuned model's answer beats the base's by a metric; an even one counts half. With its interval.
+
+    Args:
+        by: the metric's name.
+
+    Returns:
+        `by`, `rate`, `low` and `high` in percent, `won`, `lost`, `even`, `level`, and all of it in words (`text`); None
+            where no answer has a number.
+    """
+    if by not in base.numbers or by not in tuned.numbers:
+        return None
+    change = tuned.numbers[by] - base.numbers[by]
+    change = change[~np.isnan(change)] * (1 if more_is_better else -1)
+    if not len(change):
+        return None
+    points = 50.0 * (1 + np.sign(change))
+    drawn = np.random.default_rng(SEED).choice(points, (RESAMPLES, len(points))).mean(axis=1)
+    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    found = {
+        "by": by,
+        "rate": float(points.mean()),
+        "low": float(low),
+        "high": float(high),
+        "level": LEVEL,
+        "won": int((change > 0).sum()),
+        "lost": int((change < 0).sum()),
+        "even": int((change == 0).sum()),
+    }
+    return {**found, "text": _sentence(found)}
+
+
+def _sentence(found: Mapping[str, Any]) -> str:
+    counts = f"{found['won']} won, {found['lost']} lost, {found['even']} even"
+    interval = f"{found['level']}% interval {found['low']:.0f} to {found['high']:.0f}"
+    return f"tuned wins {found['rate']:.0f}% against base by {found['by']} ({interval}; {counts})"

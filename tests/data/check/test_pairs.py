@@ -1,0 +1,82 @@
+"""What the check finds in pairs: equal and empty answers, unlike prompts, and a length that tells them apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.cli_helpers import run
+from helpers import TINY, write_jsonl
+
+
+def pair(i: int, chosen: str = "", rejected: str = "") -> dict[str, Any]:
+    """A sound pair, unless its answers are given."""
+    return {
+        "prompt": f"How far is camp {i}?",
+        "chosen": chosen or f"It is {i} km.",
+        "rejected": rejected or f"No idea about {i}.",
+    }
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def found(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str = "dpo") -> Any:
+    run(monkeypatch, "data", "check", file, "--json", "--set", f"model.path={TINY}", "--set", f"objective.kind={kind}")
+    report = json.loads(capsys.readouterr().out)
+    return {one["kind"]: one["places"] for one in report["findings"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "detail"),
+    [
+        (pair(3, "It is 3 km.", "It is 3 km."), "equal_answers", ""),
+        (pair(3, "   "), "empty_answer", "turn 2"),
+        (pair(3, rejected="  "), "empty_answer", "the rejected one"),
+        ({"chosen": turns("How far?", "5"), "rejected": turns("How long?", "5")}, "prompts", "no prompt in common"),
+        ({"chosen": turns("Hi", "Ho", "How?", "5"), "rejected": turns("Hi", "Ho", "So?", "6")}, "prompts", "at turn 3"),
+    ],
+    ids=["equal", "empty chosen", "empty rejected", "two prompts", "two last questions"],
+)
+def test_each_spoiled_pair_gets_its_finding(
+    row: Any,
+    kind: str,
+    detail: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_jsonl(tmp_path / "pairs.jsonl", [pair(0), pair(1), row])
+    places = found(file, monkeypatch, capsys)[kind]
+    assert places[0]["where"] == f"{file}:3"
+    assert detail in places[0]["detail"]
+
+
+def test_longer_chosen_answers_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    even = [pair(i) for i in range(8)]
+    assert "length_bias" not in found(write_jsonl(tmp_path / "even.jsonl", even), monkeypatch, capsys)
+    biased = [pair(i, f"It is {i} km, as the crow flies, and more on foot.") for i in range(8)]
+    (place,) = found(write_jsonl(tmp_path / "biased.jsonl", biased), monkeypatch, capsys)["length_bias"]
+    assert "200% longer (12 words against 4); in 100%" in place["detail"]
+    assert "length_bias" not in found(tmp_path / "biased.jsonl", monkeypatch, capsys, "kto")
+
+
+def test_a_preview_shows_both_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "pairs.jsonl", [pair(7)])
+    options = ("--set", f"model.path={TINY}", "--set", "objective.kind=dpo")
+    assert run(monkeypatch, "data", "preview", file, *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("How far is camp 7?" in line for line in lines) == 1
+    shown = {line.split("│")[0].strip(): line for line in lines if "│" in line}
+    assert "It is 7 km." in shown["chosen"].replace("⟦", "")
+    assert "No idea about 7." in shown["rejected"].replace("⟦", "")
+    assert "⟦" in shown["rejected"]
+    assert "⟦" not in shown["user"]

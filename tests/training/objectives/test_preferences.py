@@ -1,0 +1,229 @@
+"""Runs that learn from preferences: however a step is cut, resumed, in two settings; and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import TINY, train_only, write_jsonl
+from phinetune import plan
+from phinetune.api.held_out import row_encoder
+from phinetune.config.run import make_config
+from phinetune.data.prepare import build_sets
+from phinetune.errors import ConfigError
+from phinetune.training import auto_settings
+from phinetune.training.prepare import prepare_run, settle
+
+PROMPT = "Count with me, as slowly and as carefully as you can, and never leave a number out. "
+PAIRS = [
+    {
+        "prompt": f"{PROMPT}How many are {i % 5} and {i}?",
+        "chosen": "They are " + " ".join(map(str, range(i % 4 + 1))),
+        "rejected": f"No{'!' * (i % 3)} {i}",
+    }
+    for i in range(12)
+]
+JUDGED = [
+    {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
+    for i, row in enumerate(PAIRS)
+]
+KINDS = ["dpo", "orpo", "simpo", "kto"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+
+
+def sections(folder: Path, kind: str = "dpo", knobs: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
+    file = write_jsonl(folder.parent / f"{kind}.jsonl", JUDGED if kind == "kto" else PAIRS)
+    return {
+        "model": {"path": TINY, "dtype": "float32"},
+        "data": {"train": str(file), "eval": 0.25},
+        "objective": {"kind": kind, **(knobs or {})},
+        "peft_config": {"r": 4, "lora_alpha": 8},
+        "training_config": {
+            "output_dir": str(folder),
+            "max_steps": 4,
+            "per_device_train_batch_size": 3,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "lr_scheduler_type": "constant",
+            **training,
+        },
+        "evaluation": {"enabled": False},
+    }
+
+
+def run(given: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    train_only(make_config(given), **options)
+    return logged(Path(given["training_config"]["output_dir"]))
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(kind: str, tmp_path: Path) -> None:
+    """Also where the reference is gone from the cache: it is computed again, by the model as the run started."""
+    whole = [entry["loss"] for entry in run(sections(tmp_path / "whole", kind)) if "loss" in entry]
+    halves = sections(tmp_path / "parts", kind, save_strategy="steps", save_steps=2)
+    run({**halves, "training_config": {**halves["training_config"], "max_steps": 2}})
+    for entry in (tmp_path / "home" / "data").glob("*/reference.arrow"):
+        entry.unlink()
+    run(halves, resume=True, changed=True)
+    assert [entry["loss"] for entry in logged(tmp_path / "parts") if "loss" in entry] == whole
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "knobs"),
+    [("dpo", {"loss_type": ["sigmoid", "sft"]}), ("orpo", {}), ("simpo", {})],
+    ids=["dpo", "orpo", "simpo"],
+)
+def test_however_a_step_is_cut_its_loss_is_the_same(kind: str, knobs: dict[str, Any], tmp_path: Path) -> None:
+    """Also the part that is averaged over labels, of which each micro-batch has another number."""
+    found = []
+    for micro, accumulation in ((8, 1), (1, 8)):
+        steps = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        given = sections(tmp_path / f"{micro}", kind, knobs, **steps, train_sampling_strategy="sequential")
+        given["data"] |= {"limit": 8, "eval": None}
+        found.append([entry["loss"] for entry in run(given) if "loss" in entry])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_learns_the_preference_and_says_so(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = sections(
+        tmp_path / "run",
+        kind,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=4,
+        metric_for_best_model="rewards/margins",
+    )
+    with caplog.at_level(logging.INFO, "phinetune"):
+        entries = run(given)
+    first, last = (next(e for e in order if "rewards/margins" in e) for order in (entries, entries[::-1]))
+    assert last["rewards/margins"] > first["rewards/margins"]
+    evaluated = [entry for entry in entries if "eval_loss" in entry]
+    names = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
+    assert {f"eval_{name}" for name in names} <= evaluated[-1].keys()
+    assert evaluated[-1]["eval_rewards/margins"] > 0
+    told = "the reference's log-probabilities of" in caplog.text
+    assert told is (kind in ("dpo", "kto"))
+
+
+def test_the_reference_is_found_again_by_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the same rows and weights, whatever else is changed; not of other weights."""
+    first = run(sections(tmp_path / "first"))
+    with caplog.at_level(logging.INFO, "phinetune"):
+        again = run(sections(tmp_path / "again", learning_rate=1e-3))
+    assert caplog.text.count("computed before") == 2
+    assert [again[0][name] for name in ("loss", "logps/chosen")] == [
+        first[0][name] for name in ("loss", "logps/chosen")
+    ]
+    caplog.clear()
+    other = sections(tmp_path / "other")
+    other["model"]["seed"] = 1
+    with caplog.at_level(logging.INFO, "phinetune"):
+        run(other)
+    assert "computed before" not in caplog.text
+
+
+def test_the_keys_of_dpoconfig_paste_in(tmp_path: Path) -> None:
+    """As TRL's documentation and older scripts have them."""
+    given = sections(
+        tmp_path / "run",
+        beta=0.3,
+        loss_type="sigmoid",
+        rpo_alpha=0.5,
+        max_prompt_length=512,
+        max_length=768,
+        precompute_ref_log_probs=True,
+        truncation_mode="keep_end",
+        generate_during_eval=False,
+        sync_ref_model=False,
+    )
+    given["peft_config"]["lora_dropout"] = 0.05
+    settled = settle(make_config(given))
+    assert settled.objective.options.model_dump() == {
+        **{"beta": 0.3, "disable_dropout": True, "label_smoothing": 0.0, "discopop_tau": 0.05},
+        **{"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    }
+    assert settled.settings.peft["lora_dropout"] == 0
+    assert type(row_encoder(make_config(given))).__name__ == "PairRows"  # so `data check` and `evaluate` take them too
+    notes = "\n".join(settled.settings.notes)
+    for words in (
+        "`beta` is taken as",
+        "`rpo_alpha` is retired",
+        "`max_prompt_length` has no effect",
+        "lora_dropout: 0.05",
+    ):
+        assert words in notes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_on_disk_are_those_in_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a number of rows, several processes write them to disk. A pair is two examples for kto."""
+    given = sections(tmp_path / "run", kind)
+    given["data"] |= {"eval": None, "train": str(write_jsonl(tmp_path / "pairs.jsonl", PAIRS))}
+    small = prepare_run(settle(make_config(given))).chats.train
+    monkeypatch.setattr(build_sets, "SMALL", 3)
+    large = prepare_run(settle(make_config(given))).chats.train
+    assert len(large) == len(small) == len(PAIRS) * (2 if kind == "kto" else 1)
+    assert list(large.encoded) == list(small.encoded)
+    assert large.report.lines() == small.report.lines()
+    if kind == "kto":
+        assert "pairs taken answer by answer: 12, now 24 examples" in "\n".join(large.report.lines())
+    rows = [large.dataset()[0], small.dataset()[0]]
+    assert rows[0]["seq_lengths"] == rows[1]["seq_lengths"]
+
+
+def test_the_rate_is_a_share_of_imitations_unless_one_is_given(tmp_path: Path) -> None:
+    given = sections(tmp_path / "run")
+    del given["training_config"]["learning_rate"]
+    chosen = prepare_run(settle(make_config(given))).settings.training["learning_rate"]
+    assert chosen == auto_settings.two_digits(0.03 * auto_settings.learning_rate(hidden=32, steps=4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("dpo", {"objective": {"beta": 0.2}, "training_config": {"beta": 0.3}}, "and objective.beta is 0.2"),
+        ("dpo", {"training_config": {"sync_ref_model": True}}, "training_config.sync_ref_model: `True` is not there"),
+        ("dpo", {"training_config": {"f_divergence_type": "js_divergence"}}, "`js_divergence` is not there"),
+        ("dpo", {"objective": {"loss_type": "sigmiod"}}, "there is no loss_type `sigmiod` (there are sigmoid, "),
+        ("dpo", {"objective": {"loss_weights": [1, 2]}}, "loss_weights has 2 numbers for 1 entries of loss_type"),
+        ("dpo", {"objective": {"simpo_gamma": 1}}, "objective: there is no key `simpo_gamma`"),
+        ("dpo", {"data": {"streaming": True, "eval": None}}, "data.streaming: dpo computes the reference"),
+        ("dpo", {"data": {"loss_on": "all"}}, "data.loss_on: all: a preference is learnt from the answers alone"),
+        ("dpo", {"data": {"format": "messages"}}, "data.format: rows of the form messages are for another objective"),
+        ("kto", {"training_config": {"per_device_train_batch_size": 1}}, "per_device_train_batch_size: kto estimates"),
+        ("sft", {"data": {"format": "pair"}}, "data.format: rows of the form pair are for another objective"),
+        ("sft", {}, "`chosen` and `rejected` are for objectives that learn from preferences: set objective to dpo"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_is_refused(kind: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    given = sections(tmp_path / "run", kind)
+    for section, values in changes.items():
+        given[section] = {**given[section], **values}
+    with pytest.raises(ConfigError if kind != "sft" or changes else Exception) as caught:
+        prepare_run(settle(make_config(given)))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_planned_by_its_own_loss(kind: str, tmp_path: Path) -> None:
+    made = plan(**sections(tmp_path / "run", kind))
+    assert made.fits
+    assert made.steps.count == 4
+    assert made.seconds
+    assert made.seconds > 0

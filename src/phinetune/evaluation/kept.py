@@ -83,7 +83,8 @@ def kept_sentence(loss: Difference | None, rows: int) -> str:
     if loss is None:
         return f"On {rows} neutral chats nothing can be said of what the model forgot."
     if loss.verdict == "worse":
-        return f"Forgotten: on {rows} neutral chats the loss is {loss.text}. More of the base's own answers (`data.replay`) keep more."
+        remedy = "More of the base's own answers (`data.replay`) keep more."
+        return f"Forgotten: on {rows} neutral chats the loss is {loss.text}. {remedy}"
     if loss.verdict == "better":
         return f"Kept: on {rows} neutral chats nothing is lost; the loss is {loss.text}."
     return f"Kept: on {rows} neutral chats the loss shows {loss.text}."

@@ -17,9 +17,8 @@ from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
 
 CHOSEN_REFERENCE, REJECTED_REFERENCE = "ref_chosen_logps", "ref_rejected_logps"
-# LoRA learns at ten times the rate that TRL's preference trainers have as their default for all weights, 1e-6.
-# Of the learning rate that suits imitation: the loss of pairs asks for small moves from where the model stands. It gives
-# 1e-5 for Phi-3 mini, ten times TRL's 1e-6, which is for training all weights.
+# Of the learning rate that suits imitation, since pairs ask for small moves from where the model stands. It gives 1e-5
+# for Phi-3 mini, ten times TRL's 1e-6, which is for training all weights.
 RATE = 0.03
 
 

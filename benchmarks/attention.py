@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention [--dtype float32] [--lengths 64,128,256,512,1024,2048,4096] [--rounds 5]
 
-What `FLASH_FROM` in `phinetune.engine.attention_plan` rests on. 4,096 tokens of Phi-3 mini's heads are cut into
+What `FUSED_FROM` in `phinetune.engine.kernels.attention` rests on. 4,096 tokens of Phi-3 mini's heads are cut into
 segments of one length. The two ways take turns; the ratio is a median over the rounds.
 """
 

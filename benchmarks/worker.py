@@ -264,12 +264,13 @@ def step(
 
 def _attention_share(loss: Callable[[], torch.Tensor]) -> float:
     """Of a step's time."""
+    from phinetune.engine.kernels.attention import PROFILED
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         start = time.perf_counter()
         loss().backward()
         seconds = time.perf_counter() - start
-    own = ("_Attention", "_AttentionBackward")
-    return sum(event.cpu_time_total for event in seen.key_averages() if event.key in own) / 1e6 / seconds
+    return sum(event.cpu_time_total for event in seen.key_averages() if event.key == PROFILED) / 1e6 / seconds
 
 
 def pairs_seen(config: Any, length: int) -> int:

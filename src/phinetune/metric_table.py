@@ -50,10 +50,11 @@ class Measure(NamedTuple):
         return (self.form.replace("{:", "{:+") if sign else self.form).format(value)
 
 
+LOSS = Measure("loss", "loss (nats a token)", "{:.4f}", False, False, "scored")
 MEASURES = (
     Measure("prefers_chosen", "prefers the chosen answer %", "{:.1f}", True, True, "scored"),
     Measure("prefers_chosen_a_token", "the same, by its mean token %", "{:.1f}", True, True, "scored"),
-    Measure("loss", "loss (nats a token)", "{:.4f}", False, False, "scored"),
+    LOSS,
     Measure("perplexity", "perplexity", "{:.2f}", False, False, "scored"),
     Measure("token_accuracy", "token accuracy %", "{:.1f}", True, True, "scored"),
     Measure("exact_match", "exact match %", "{:.1f}", True),

@@ -105,7 +105,9 @@ def test_an_evaluation_that_can_not_be_kept_is_still_given(
 def running(chats: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], RunConfig]]:
     """A real process that trains, past its second checkpoint."""
     run, file = tmp_path / "run", tmp_path / "run.yaml"
-    config = tiny_config(chats, run, max_steps=4000, save_strategy="steps", save_steps=1, save_total_limit=2)
+    config = tiny_config(
+        chats, run, max_steps=4000, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="no"
+    )
     file.write_text(dump_config(config))
     command = [sys.executable, "-m", "phinetune", "train", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

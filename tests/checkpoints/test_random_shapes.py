@@ -39,6 +39,7 @@ def test_a_preset_can_be_changed() -> None:
         ("random:phi-9", "known: phi-3-mini"),
         ("random:{layrs: 4}", "did you mean `layers`?"),
         ("random:{layers: [}", "write it as"),
+        ("random:{layers: 4, num_hidden_layers: 2}", "`layers` and `num_hidden_layers` are the same; keep one"),
         ("random:{layers: 4, layers: 2}", "model.path: random:{layers: 4, layers: 2}: `layers` is given twice; keep"),
         ("random:{layers: " + "[" * 3000, "write it as"),
         ("random:{hidden: 30, heads: 4}", "multiple of num_attention_heads"),

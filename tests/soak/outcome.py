@@ -8,7 +8,7 @@ from typing import Any
 
 # In metrics.jsonl and results.json: what a clock or the machine decides.
 CLOCKED = {
-    *("time", "tokens_per_s", "memory", "seconds", "resumed"),
+    *("time", "tokens_per_s", "memory", "seconds", "resumed", "share"),
     *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
 }
 

@@ -87,7 +87,13 @@ def test_an_adapter_without_gradient_is_noticed_at_the_first_step(gradient: floa
 def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None:
     """A real process is interrupted after its first steps; it saves, and goes on to the same end."""
     run, file = tmp_path / "run", tmp_path / "run.yaml"
-    settings = {"max_steps": 400, "save_strategy": "steps", "save_steps": 1000, "logging_steps": 1}
+    settings = {
+        "max_steps": 400,
+        "save_strategy": "steps",
+        "save_steps": 1000,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+    }
     file.write_text(dump_config(tiny_config(chats, run, **settings)))
     command = [sys.executable, "-m", "phinetune", "train", str(file)]
     bare = {**os.environ, "PATH": os.defpath}  # without a `phinetune` that could be called by its name

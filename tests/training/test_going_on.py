@@ -14,7 +14,8 @@ from phinetune.config.run import RunConfig
 
 def config_of(chats: Path, folder: Path, kind: str = "fast", **training: Any) -> RunConfig:
     settings = {"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 1, "save_strategy": "steps"}
-    config = tiny_config(chats, folder, **{**settings, "save_steps": 4, "lr_scheduler_type": "constant", **training})
+    settings |= {"save_steps": 4, "lr_scheduler_type": "constant", "eval_strategy": "no"}
+    config = tiny_config(chats, folder, **{**settings, **training})
     config.engine.kind = kind  # type: ignore[assignment]
     config.evaluation.generate, config.evaluation.fixed_prompts = False, 0
     return config

@@ -39,7 +39,7 @@ def test_a_run_takes_the_steps_of_its_plan(chats: Path, tmp_path: Path, training
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_largest_batch_is_that_of_the_run(chats: Path, tmp_path: Path, seed: int) -> None:
-    config = tiny_config(chats, tmp_path / "run", max_steps=9, logging_steps=1, seed=seed)
+    config = tiny_config(chats, tmp_path / "run", max_steps=9, logging_steps=1, seed=seed, eval_strategy="no")
     config.evaluation.enabled = False
     plan = make_plan(config, probe=False)
     train_only(config)

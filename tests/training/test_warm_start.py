@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(
     with pytest.raises(ConfigError, match=r"peft_config\.r is 8, and the adapter in .* has 4"):
         train_only(config)
     with pytest.raises(ConfigError, match="would be written over"):
-        train_only(going_on(tiny_run, chats, tiny_run, "sft"))
+        prepare_run(settle(going_on(tiny_run, chats, tiny_run, "sft")))
     other = going_on(tiny_run, chats, tmp_path / "run", "sft")
     other.model = ModelSection(path=TINY, seed=3, adapter=str(tiny_run))
     with pytest.raises(ModelError, match="was trained on"):

@@ -43,11 +43,14 @@ def look_at_rows(prepared: PreparedRun, metrics: Metrics) -> None:
     name, held_out = best_metric(prepared.settings.training), prepared.chats.held_out
     counted = name if name and name not in prepared.objective.metrics else None
     told = processes.is_main() and names_metrics(section)
-    if held_out and counted:
-        check_countable(counted, metrics, questions_of(encoder, held_out, section.max_prompts))
-    for chats in (held_out, prepared.chats.test) if section.generate and sorts(metrics) else ():
-        check_classes(metrics, questions_of(encoder, chats, section.max_prompts) if chats else [])
-    measured = prepared.chats.measured
-    if measured and told:
-        for line in without_numbers(metrics, questions_of(encoder, measured, section.max_prompts)):
+    for chats in filter(None, (held_out, prepared.chats.test)):
+        counts, tells = counted if chats is held_out else None, told and chats is prepared.chats.measured
+        if not (counts or tells or sorts(metrics)):
+            continue
+        questions = questions_of(encoder, chats, section.max_prompts)
+        if counts:
+            check_countable(counts, metrics, questions)
+        if section.generate:
+            check_classes(metrics, questions)
+        for line in without_numbers(metrics, questions) if tells else ():
             logger.warning(line)

@@ -85,6 +85,8 @@ def parse_shape(path: str) -> Phi3Config:
         raise ModelError(error.problems) from None
     except yaml.YAMLError:
         raise ModelError(f"model.path: {path}: write it as random:{{layers: 4, hidden_size: 64}}") from None
+    if both := [f"`{short}` and `{long}`" for short, long in SHORT_NAMES.items() if {short, long} <= given.keys()]:
+        raise ModelError(f"model.path: {path}: {', '.join(both)} are the same; keep one of them")
     given = {SHORT_NAMES.get(key, key): value for key, value in given.items()}
     known = Phi3Config().to_dict()
     problems = [unknown_key(f"model.path: {path}", key, [*known, *SHORT_NAMES]) for key in given if key not in known]

@@ -69,6 +69,7 @@ JUDGED_FORMS = (
     RowForm("judged", _with_label("prompt", "completion")),
 )
 FORM_NAMES = tuple(form.name for form in ROW_FORMS)
+ALL_FORMS = (*ROW_FORMS, *PAIR_FORMS, *JUDGED_FORMS)
 PREFERENCE_NAMES = tuple(form.name for form in (*PAIR_FORMS, *JUDGED_FORMS))
 READY = tuple(form.name for form in ROW_FORMS if form.is_ready)
 

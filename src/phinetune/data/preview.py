@@ -81,7 +81,7 @@ def preview_rows(source: str, encode: RowEncoder, rows: int) -> Iterator[Preview
     first = list(islice(scan_rows(source, section.split, section.name, text_by=section.text_by), max(rows, LOOKED_AT)))
     mapping = RowMapping.of(section)
     if mapping and not mapping.function:
-        look_at_first(source, [row for row in first if isinstance(row, Row)], section)
+        look_at_first(source, [row for row in first if isinstance(row, Row)], section, encode.forms)
     for row in first[:rows]:
         if not isinstance(row, Broken) and is_huge(row, encode.max_length):
             row = Broken(row.where, f"far too long to be a chat: {describe_size(row)}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from phinetune.durations import spell_seconds
-from phinetune.metric_table import MEASURES, Measure, measured
+from phinetune.metric_table import LOSS, Measure, measured
 from phinetune.reporting.curves import GIB, last_values
 from phinetune.reporting.facts import RunFacts
 from phinetune.reporting.headline import UNCLEAR, interval, measure_beside_loss
@@ -83,7 +83,7 @@ def tag_table(run: RunFacts) -> TagTable | None:
     tags, sides = run.evaluated.get("by_tag") or {}, run.comparison
     if not tags or not {"base", "tuned"} <= sides.keys():
         return None
-    told = [m for m in (measure_beside_loss(run.evaluated), MEASURES[0]) if m]
+    told = [m for m in (measure_beside_loss(run.evaluated), LOSS) if m]
     rows = [
         (str(tag), [f"{part.get('rows', 0):,}", *(_of(part.get(s), m) for m in told for s in ("base", "tuned"))])
         for tag, part in tags.items()
@@ -165,7 +165,7 @@ def kept_rows(evaluated: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     if not kept:
         return []
     parts = {"all": {"rows": kept["rows"], **kept["results"]}, **kept["by_tag"]}
-    loss = MEASURES[0]
+    loss = LOSS
     return [
         (tag, [f"{part['rows']:,}", *(_of(part.get(side), loss) for side in ("base", "tuned"))])
         for tag, part in parts.items()

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from phinetune.metric_table import MEASURES
+from phinetune.metric_table import LOSS
 from phinetune.screen.console import say
 
 
@@ -32,4 +32,4 @@ def show_kept(kept: Mapping[str, Any] | None, console: Console) -> None:
 
 def _losses(part: Mapping[str, Any]) -> list[str]:
     values = [part[name]["loss"] for name in ("base", "tuned")]
-    return ["not finite" if value is None else MEASURES[0].amount(value) for value in values]
+    return ["not finite" if value is None else LOSS.amount(value) for value in values]

@@ -75,7 +75,7 @@ def count_steps(lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = 
         most = max(1, DRAWN // len(lengths)) * per_epoch
         drawn = _drawn(lengths, args, min(count, most), per_epoch)
         tokens, own = int(drawn.sum()) * count // min(count, most), drawn[::processes]
-    return Steps(count, len(lengths), batches, tokens, int(own.max()), mean)
+    return Steps(count, len(lengths), batches, tokens, int(own.max(initial=0)), mean)
 
 
 def check_full_batch(lengths: np.ndarray[Any, Any], args: SFTConfig) -> None:

@@ -29,6 +29,7 @@ from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.read import source_parts as sources
 from phinetune.engine.packing import fill_rows
 from phinetune.errors import DataError
+from phinetune.manifest import MANIFEST
 
 ENCODER = make_encoder(byte_tokenizer(300))
 LONGEST = 90
@@ -296,7 +297,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, harm: str) -> None:
     elif harm in MANIFESTS:
         if len(harm) < 3:  # with the rows or without: a manifest that names nothing vouches for nothing
             file.write_bytes(content)
-        (entry / cache.MANIFEST).write_text(harm)
+        (entry / MANIFEST).write_text(harm)
     again = build_chats(RowEncoder(section, ENCODER, LONGEST)).train
     assert list(again.encoded) == rows
     assert entries(tmp_path) == [entry]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Phi3ForCausalLM
@@ -14,6 +16,7 @@ from transformers import Phi3ForCausalLM
 from helpers import TINY
 from phinetune.checkpoints.adapters import BASE_FILE
 from phinetune.checkpoints.load import Base, load_base
+from phinetune.checkpoints.random_shapes import SHORT_NAMES
 from phinetune.checkpoints.weight_files import fingerprint
 from phinetune.config.model import ModelSection
 
@@ -22,7 +25,9 @@ IDS = torch.arange(24).reshape(2, 12) * 11 % 256
 
 def save_base(folder: Path, dtype: str = "float32", shards: str = "40KB", **shape: Any) -> Path:
     """The tiny model as a checkpoint's folder, in several files."""
-    path = TINY[:-1] + "".join(f", {key}: {str(value).lower()}" for key, value in shape.items()) + "}"
+    tiny = yaml.safe_load(TINY.removeprefix("random:"))
+    sizes = {**{SHORT_NAMES.get(key, key): value for key, value in tiny.items()}, **shape}
+    path = f"random:{json.dumps(sizes)}"
     loaded = load_base(ModelSection(path=path, dtype=dtype, device="cpu"), fast=False)
     with torch.no_grad():  # a norm of ones would hide that it is trained
         for i, (name, weight) in enumerate(loaded.model.named_parameters()):

@@ -212,7 +212,7 @@ def test_the_tokenizer_comes_along_with_its_template_and_stop_ids(
 ) -> None:
     wanted = AutoTokenizer.from_pretrained(base) if own else phi3_tokenizer
     if not own:
-        base = save_base(tmp_path / "base", vocab=32064)  # an embedding for every id of the other tokenizer
+        base = save_base(tmp_path / "base", vocab_size=32064)  # an embedding for every id of the other tokenizer
         adapted(base, adapter)
         phi3_tokenizer.save_pretrained(tmp_path / "tokenizer")
         (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(b"sentencepiece")

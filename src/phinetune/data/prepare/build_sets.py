@@ -143,7 +143,7 @@ def read_few(encode: RowEncoder) -> ChatSet | None:
     section = encode.section
     if section.streaming:
         return _streamed_set(name_sources(section.train), encode)
-    if _read_small([path for path, _ in weighted(section.train)], section) is None:
+    if _read_small([path for path, _ in weighted(section.train)], encode) is None:
         return None
     share = section.eval if isinstance(section.eval, float) else None
     return read_sets(name_sources(section.train), section.train, encode, share=share)[0]
@@ -169,7 +169,7 @@ def read_sets(
     """
     sources = weighted(source)
     paths, weights = [path for path, _ in sources], [weight for _, weight in sources]
-    rows_by_source = _read_small(paths, encode.section)
+    rows_by_source = _read_small(paths, encode)
     source_rows = _prepare_large(paths, encode) if rows_by_source is None else _prepare_small(rows_by_source, encode)
     counts, seed = source_rows.counts, encode.section.seed
     for path, before in zip(paths, [0, *itertools.accumulate(counts)], strict=False):
@@ -221,19 +221,20 @@ def _prepare_small(rows_by_source: Sequence[Sequence[Row]], encode: RowEncoder) 
     )
 
 
-def _read_small(paths: Sequence[str], section: DataSection) -> list[list[Row]] | None:
+def _read_small(paths: Sequence[str], encode: RowEncoder) -> list[list[Row]] | None:
     """The rows of each source, or None if there are more than `SMALL` together.
 
     Raises:
         DataError: places are broken; the error lists them.
     """
+    section = encode.section
     most = SMALL + 1 if section.limit is None else min(SMALL + 1, section.limit)
     rows: list[list[Row]] = []
     broken: list[str] = []
     for path in paths:
         left = most - sum(map(len, rows))
         own, problems = read_first(path, section.split, left, section.name, section.text_by)
-        look_at_first(path, own, section)
+        look_at_first(path, own, section, encode.forms)
         rows.append(own)
         broken += problems
     if sum(map(len, rows)) > SMALL:
@@ -345,7 +346,7 @@ def _streamed_set(name: str, encode: RowEncoder) -> ChatSet:
     Raises:
         DataError: some of the first rows can't be used (unless `invalid_rows` is `drop`), or none can.
     """
-    rows = first_rows(encode.section)
+    rows = first_rows(encode.section, encode.forms)
     outcomes = list(encode(rows))
     chat_set = _collect(f"{name} (streamed; its first {len(rows)} rows)", outcomes, encode)
     chat_set.keys = keys_of([outcome for outcome in outcomes if outcome.piece == 0 and outcome.encoded])

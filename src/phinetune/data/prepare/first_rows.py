@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from phinetune.config.data import DataSection
+from phinetune.config.row_forms import ALL_FORMS, FORM_NAMES, ROW_FORMS, RowForm
 from phinetune.data.read.messages import KEYS_SHOWN, detect_form, shown
 from phinetune.data.read.propose import propose
 from phinetune.data.read.row import Row
@@ -15,8 +16,11 @@ from phinetune.errors import DataError, RowError
 LOOKED_AT = 50
 
 
-def look_at_first(source: str, rows: Sequence[Row], section: DataSection) -> None:
+def look_at_first(source: str, rows: Sequence[Row], section: DataSection, forms: Sequence[str] = FORM_NAMES) -> None:
     """Make sure that the columns which the section names are there, or that one of the first rows has a known form.
+
+    Args:
+        forms: the names of the forms of rows that the run takes.
 
     Raises:
         DataError: none of the first rows has a column that is named (the error lists these columns); or nothing is
@@ -32,7 +36,8 @@ def look_at_first(source: str, rows: Sequence[Row], section: DataSection) -> Non
     if problems:
         raise DataError(problems)
     if not mapping and section.format == "auto":
-        _refuse_unknown(source, first)
+        is_chat, taken = tuple(forms) == FORM_NAMES, [form for form in ALL_FORMS if form.name in forms]
+        _refuse_unknown(source, first, ROW_FORMS if is_chat else taken)
 
 
 def missing_columns(source: str, rows: Sequence[Mapping[str, object]], mapping: RowMapping) -> list[str]:
@@ -50,7 +55,7 @@ def missing_columns(source: str, rows: Sequence[Mapping[str, object]], mapping: 
     return problems
 
 
-def _refuse_unknown(source: str, rows: Sequence[Row]) -> None:
+def _refuse_unknown(source: str, rows: Sequence[Row], forms: Sequence[RowForm]) -> None:
     """Refuse a source of whose rows none has a known form, in one sentence, with what would read them.
 
     Raises:
@@ -59,13 +64,10 @@ def _refuse_unknown(source: str, rows: Sequence[Row]) -> None:
     problem = ""
     for row in rows:
         try:
-            detect_form(row.fields)
+            detect_form(row.fields, forms)
             return
         except RowError as error:
             problem = problem or str(error).partition("; or below `data:`")[0]
-    raise DataError(
-        [
-            f"{rows[0].where}: {problem}",
-            *propose([row.fields for row in rows]).advice(source),
-        ]
-    )
+    # What is proposed are the columns of a chat.
+    advice = propose([row.fields for row in rows]).advice(source) if forms is ROW_FORMS else []
+    raise DataError([f"{rows[0].where}: {problem}", *advice])

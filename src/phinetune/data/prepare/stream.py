@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Features, IterableDataset, List, Value
@@ -38,14 +38,17 @@ def check_stream(section: DataSection) -> None:
         raise ConfigError([f"{problem} (data.streaming is on)" for problem in problems])
 
 
-def first_rows(section: DataSection) -> list[Row]:
+def first_rows(section: DataSection, forms: Sequence[str]) -> list[Row]:
     """The first `BATCH` rows.
+
+    Args:
+        forms: the names of the forms of rows that the run takes.
 
     Raises:
         DataError: a source can't be opened, or one of these rows is broken.
     """
     rows = list(itertools.islice(_rows(section), BATCH))
-    look_at_first(name_sources(section.train), rows, section)
+    look_at_first(name_sources(section.train), rows, section, forms)
     return rows
 
 

@@ -23,15 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from phinetune.engine.attention_plan import AttentionRun, GroupRows, Groups, Heads, fused_run, grouped_run
 from phinetune.engine.kernels import attention_ways
 from phinetune.engine.kernels.attention_ways import Way
+from phinetune.engine.kernels.kept_choices import kept_choice
 from phinetune.engine.kernels.matmul import converted, product_dtype, round_into, scratch
 from phinetune.engine.kernels.rotary import rotate_
 from phinetune.engine.segments import Segment
 
 READ_ELEMENTS = 1 << 21  # of queries, keys or values that are laid out at a time: 4 MB in bfloat16
+PROFILED = "phinetune::attention"  # the name under which a profile finds the time of both directions
 FUSED_FROM = 2048  # tokens; up to this length a CPU computes roots by products without asking which is faster
 
 
@@ -117,6 +120,11 @@ class _Attention(torch.autograd.Function):
 
 def attend_forward(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups, heads: Heads) -> Tensor:
     """Attention over groups of segments, without a graph. First rotates qkv in place, if cos and sin are given."""
+    with record_function(PROFILED):
+        return _attend_forward(qkv, cos, sin, groups, heads)
+
+
+def _attend_forward(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups, heads: Heads) -> Tensor:
     if cos is not None and sin is not None:
         _rotate_qk(qkv, cos, sin, heads)
     sizes = [group.out.numel() for group in groups.members]
@@ -130,6 +138,13 @@ def attend_backward(
     grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups, heads: Heads
 ) -> Tensor:
     """The gradient of qkv before it was rotated, given the rotated qkv and the gradient of the output."""
+    with record_function(PROFILED):
+        return _attend_backward(grad, qkv, cos, sin, groups, heads)
+
+
+def _attend_backward(
+    grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups, heads: Heads
+) -> Tensor:
     sizes = [group.q.numel() + 2 * group.batch * group.length for group in groups.members]
     grouped = qkv.new_empty(sum(sizes), heads.size)
     above: list[tuple[Tensor, Tensor]] = []
@@ -396,7 +411,7 @@ def _fused_is_faster(heads: Heads) -> bool:
     few = attention_ways.sample(attention_ways.TIMED, heads)
     segments, cpu = [Segment(0, attention_ways.TIMED)], torch.device("cpu")
     cos = torch.ones(attention_ways.TIMED, 1)
-    runs = [grouped_run(segments, few, cpu), fused_run(segments)]
+    runs = {"products": grouped_run(segments, few, cpu), "fused": fused_run(segments)}
 
     def seconds(run: AttentionRun) -> float:
         with torch.inference_mode(False), torch.enable_grad():
@@ -405,7 +420,11 @@ def _fused_is_faster(heads: Heads) -> bool:
             attention(qkv * 1, cos, cos, [run], few).sum().backward()
             return time.perf_counter() - start
 
-    return attention_ways.fastest([0, 1], lambda which: seconds(runs[which])) == 1
+    return kept_choice(
+        f"long float32 roots of {heads}",
+        {"products": False, "fused": True},
+        lambda: attention_ways.fastest(list(runs), lambda which: seconds(runs[which])),
+    )
 
 
 def _way(group: GroupRows, heads: Heads, qkv: Tensor) -> Way:
@@ -417,7 +436,7 @@ def _way(group: GroupRows, heads: Heads, qkv: Tensor) -> Way:
 
 @functools.lru_cache
 def _fastest(length: int, heads: Heads, dtype: torch.dtype) -> Way:
-    """Of the ways for segments of `length` tokens, the one that is fastest on this CPU."""
+    """Of the ways for segments of `length` tokens, the one that was fastest on this CPU when it first met them."""
     few = attention_ways.sample(length, heads)
     qkv = torch.randn(length, few.total * few.size, dtype=dtype)
     run = grouped_run([Segment(0, length)], few, qkv.device)
@@ -432,4 +451,9 @@ def _fastest(length: int, heads: Heads, dtype: torch.dtype) -> Way:
         _group_backward(qkv, out, group, grads, few, way)
         return time.perf_counter() - start
 
-    return attention_ways.fastest(attention_ways.candidates(length), seconds)
+    ways = attention_ways.candidates(length)
+    return kept_choice(
+        f"segments of {length} tokens, {heads}, {dtype}",
+        {str(way): way for way in ways},
+        lambda: str(attention_ways.fastest(ways, seconds)),
+    )

@@ -4,7 +4,7 @@ A way says how many queries a block has and how many scores are held at a time. 
 the diagonal; a large one multiplies faster. Many key heads together take few calls of operators, but torch copies
 their keys for each block; one key head alone takes more calls, which read the keys where they lie. What pays depends
 on the length, on the processor's products, its caches and its threads. So the ways are timed when a length is met for
-the first time in a process.
+the first time on a machine (`kept_choices`).
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def key() -> str:
     A library is made for the user who made it: loading it is running it.
     """
     parts = [file.read_bytes() for file in source_files()]
-    facts = (torch.__version__, capability(), _processor(), *platform.libc_ver(), str(os.getuid()))
+    facts = (torch.__version__, capability(), processor(), *platform.libc_ver(), str(os.getuid()))
     return hashlib.sha256(b"\0".join([*parts, *map(str.encode, facts)])).hexdigest()[:32]
 
 
@@ -74,7 +74,7 @@ def capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's model and flags. The compiler is told to use what this processor has."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

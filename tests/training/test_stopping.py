@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ from phinetune.training.prepare import prepare_run, settle
 from phinetune.training.run import TrainedRun, open_place, train_run
 
 UNLIKE = {"time", "tokens_per_s", "memory", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_at_a_terminal() -> Iterator[None]:
+    """Under `nohup`, or in the background of a script, SIGINT and SIGHUP are ignored, here and in child processes."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Sends(TrainerCallback):

@@ -100,16 +100,18 @@ def shape(dtype: str, quick: bool) -> list[Row]:
 
 SHAPES = ((4, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))  # chats and tokens a chat
 QUICK_SHAPES = SHAPES[:3]
+PEERS_UP_TO = 1024  # tokens a step; above, a peer's step takes minutes
 PEERS = {"compiled": "transformers + PEFT, compiled", "plain": "transformers + PEFT"}
 
 
 def peak(dtype: str, quick: bool) -> list[Row]:
-    """Share of the machine's peak at Phi-3 mini's shape with 4 layers, growth with the tokens of a step, and peers."""
+    """Share of the peak at Phi-3 mini's shape with 4 layers, growth with the tokens of a step, and peers at 4 × 256."""
     rates = measure("gemm", dtype=dtype)["flop_per_s"]
     seen = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
     rows: list[Row] = [{"what": f"matrix products, GFLOP/s: {seen}"}]
     for chats, length in QUICK_SHAPES if quick else SHAPES:
-        rows += at_shape(chats, length, dtype, rates, {} if quick else PEERS)
+        peers = {} if quick or chats * length > PEERS_UP_TO else PEERS
+        rows += at_shape(chats, length, dtype, rates, peers)
     return rows
 
 

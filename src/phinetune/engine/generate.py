@@ -68,11 +68,13 @@ class Answer:
     Attributes:
         tokens: how many tokens it has, without the one that ended it.
         stopped: whether it ended by itself, not because it reached the limit.
+        ids: its tokens.
     """
 
     text: str
     tokens: int
     stopped: bool
+    ids: tuple[int, ...] = ()
 
 
 @torch.no_grad()

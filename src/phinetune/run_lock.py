@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,10 +15,8 @@ from phinetune.errors import RunError, reason_of
 from phinetune.files import write_text
 from phinetune.liveness import is_alive, is_on_this_host, named, this_process
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def _holder(folder: Path) -> dict[str, Any] | None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """A context for the moment in which a lock is looked at and taken, so that of two processes one gets it."""
-    if fcntl is None:  # Windows locks no folder; the moment is short
+    if sys.platform == "win32":  # it locks no folder; the moment is short
         yield
         return
     handle = os.open(folder, os.O_RDONLY)

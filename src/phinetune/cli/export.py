@@ -23,8 +23,8 @@ def export(
         Optional[str],  # noqa: UP045
         typer.Option(
             "--type",
-            help="of the numbers: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0, several with commas; for onnx int4 or f32; "
-            "what suits the target if left out",
+            help="of the numbers: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0, several with commas; "
+            "for onnx int4 or f32; what suits the target if left out",
         ),
     ] = None,
     out: Annotated[

@@ -18,6 +18,7 @@ from phinetune.exporting.ollama import modelfile as ollama
 from phinetune.exporting.onnx import model as onnx
 from phinetune.exporting.output_paths import LONGEST_CONTEXT, ExportResult, check_free, folder_size, quoted, staged_file
 
+
 @dataclass(frozen=True)
 class Request:
     """What the user asked for, with the defaults filled in.

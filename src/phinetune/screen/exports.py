@@ -45,9 +45,7 @@ def sentences(measured: Sequence[Measured]) -> list[str]:
     """What each file costs against the run, which comes first."""
     own = measured[0].loss
     return [
-        f"{one.name} {_cost(one.loss - own)} here"
-        for one in measured[1:]
-        if one.loss is not None and own is not None
+        f"{one.name} {_cost(one.loss - own)} here" for one in measured[1:] if one.loss is not None and own is not None
     ]
 
 

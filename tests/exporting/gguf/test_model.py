@@ -240,7 +240,11 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
     ("to", "options", "words"),
     [
         ("tflite", {}, "--to must be one of gguf, gguf-lora, ollama"),
-        ("gguf", {"kind": "int4"}, "--type must be one of f16, f32, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 for --to gguf, not int4"),
+        (
+            "gguf",
+            {"kind": "int4"},
+            "--type must be one of f16, f32, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 for --to gguf, not int4",
+        ),
     ],
     ids=["target", "type"],
 )

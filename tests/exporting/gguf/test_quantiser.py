@@ -72,8 +72,12 @@ def test_without_the_quantiser_the_type_is_refused_before_anything_is_written(
     quantiser._ggml.cache_clear()
     try:
         with pytest.raises(ModelError, match=r"pip install 'phinetune\[llamacpp\]'"):
-            export("random:{layers: 1, hidden_size: 256, intermediate_size: 256, heads: 4, vocab: 300}", "gguf",
-                   kind="q4_k_m", out=tmp_path / "a.gguf")
+            export(
+                "random:{layers: 1, hidden_size: 256, intermediate_size: 256, heads: 4, vocab: 300}",
+                "gguf",
+                kind="q4_k_m",
+                out=tmp_path / "a.gguf",
+            )
         assert not list(tmp_path.iterdir())
     finally:
         quantiser._ggml.cache_clear()

@@ -56,11 +56,12 @@ def check_quantiser(kinds: set[Type]) -> None:
 def _ggml() -> ctypes.CDLL:
     """ggml in xllamacpp's library, with the signatures of ggml.h."""
     found = find_spec("xllamacpp")
-    library = next(iter(Path(str(found.origin)).parent.glob("xllamacpp.*[!y]")), None) if found and found.origin else None
-    if library is None:
+    folder = Path(found.origin).parent if found and found.origin else None
+    libraries = [file for end in ("so", "pyd", "dylib") for file in folder.glob(f"xllamacpp*.{end}")] if folder else []
+    if not libraries:
         raise ModelError(f"the types q4_k_m, q5_k_m, q6_k and q4_0 need ggml's quantiser: {INSTALL}")
     try:
-        ggml = ctypes.CDLL(str(library))
+        ggml = ctypes.CDLL(str(libraries[0]))
         ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
         ggml.ggml_quantize_chunk.argtypes = [
             ctypes.c_int,  # type
@@ -71,7 +72,7 @@ def _ggml() -> ctypes.CDLL:
         ]
     except (OSError, AttributeError) as error:
         raise ModelError(
-            f"{library}: ggml's quantiser can't be called there ({error}); write f16, and use llama.cpp's own "
+            f"{libraries[0]}: ggml's quantiser can't be called there ({error}); write f16, and use llama.cpp's own "
             "program: llama-quantize FILE-f16.gguf FILE-q4_k_m.gguf Q4_K_M"
         ) from error
     return ggml

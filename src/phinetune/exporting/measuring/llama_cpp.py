@@ -63,8 +63,10 @@ class LlamaCpp:
         )
 
     def _log_probability(self, ids: list[int], label: int) -> float:
-        """Of a token after others. llama.cpp tells probabilities only beside a token that is text, so one is forced: its
-        bias changes what is taken, not the probabilities.
+        """Of a token after others.
+
+        llama.cpp tells probabilities only beside a token that is text, so one is forced. Its bias changes what is
+        taken, not the probabilities.
         """
         count = LIKELIEST
         while True:

@@ -102,8 +102,10 @@ def _program(path: Path, longest: int) -> LlamaCpp | Genai:
 
 def agreement(own: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> Agreement:
     """How two models' answers agree, token by token up to the first difference of each answer."""
-    alike = [next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), min(len(x), len(y)))
-             for x, y in zip(own, theirs, strict=True)]
+    alike = [
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), min(len(x), len(y)))
+        for x, y in zip(own, theirs, strict=True)
+    ]
     longest = [max(len(x), len(y)) for x, y in zip(own, theirs, strict=True)]
     same = sum(a == b for a, b in zip(alike, longest, strict=True))
     return Agreement(len(own), same, sum(alike) / max(1, sum(longest)) if sum(longest) else 1.0)

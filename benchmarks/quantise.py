@@ -55,7 +55,7 @@ def differences(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def compared(llama: Path | None, run: str, kinds: list[str], measure: bool) -> list[Row]:
-    """A row for each type: this project's file, and llama.cpp's own of the same numbers."""
+    """A row for each type: this project's file, and llama.cpp's own of the same numbers if it is another."""
     from phinetune.api.export import export, measure_exports
 
     with tempfile.TemporaryDirectory() as folder:
@@ -71,9 +71,10 @@ def compared(llama: Path | None, run: str, kinds: list[str], measure: bool) -> l
             if llama:
                 theirs = place / f"{kind}-llama.gguf"
                 llamas_own(llama, source, theirs, kind)
-                rows[-1] |= differences(ours, theirs)
-                rows.append({"what": f"{kind}, llama.cpp's own", "mb": theirs.stat().st_size / 1e6})
-                files.append(theirs)
+                rows[-1] |= (found := differences(ours, theirs))
+                if found["types"] or found["bytes"]:  # the same bytes give the same loss
+                    rows.append({"what": f"{kind}, llama.cpp's own", "mb": theirs.stat().st_size / 1e6})
+                    files.append(theirs)
         if measure:
             own, *measured = measure_exports(run, files)
             rows.insert(0, {"what": "the run", "loss": own.loss})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from phinetune.api.columns import columns
     from phinetune.api.data import check, preview
     from phinetune.api.evaluate import evaluate, evaluate_tasks
+    from phinetune.api.export import export
     from phinetune.api.merge import merge
     from phinetune.api.plan import plan
     from phinetune.api.report import report, watch
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from phinetune.config.run import describe_config
     from phinetune.exporting.convert.convert import convert
     from phinetune.exporting.hub.push import push
-    from phinetune.exporting.targets import export
 
 share_processor()  # before torch is loaded
 # bitsandbytes, which PEFT imports, warns on processors with AVX512-BF16 of a missing kernel that nothing here calls.
@@ -42,7 +42,7 @@ _PLACES = {
     "describe_config": "phinetune.config.run",
     "evaluate": "phinetune.api.evaluate",
     "evaluate_tasks": "phinetune.api.evaluate",
-    "export": "phinetune.exporting.targets",
+    "export": "phinetune.api.export",
     "generate": "phinetune.api.talk",
     "load": "phinetune.api.talk",
     "merge": "phinetune.api.merge",

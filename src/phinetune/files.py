@@ -39,6 +39,7 @@ def write_lines(path: Path, lines: Iterable[str], *, private: bool = False) -> N
         raise
 
 
+WINDOWS = os.name == "nt"  # it opens no folder, and flushes no file that was opened for reading alone
 # What a rename to a folder says if another process has put something there in the meantime.
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 # What a disk reports, by the system's number: in an OSError, or in the text of an error of a library in Rust.
@@ -151,7 +152,9 @@ def disk_trouble(error: BaseException | None) -> str | None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

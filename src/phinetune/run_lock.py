@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +14,9 @@ from typing import Any
 from phinetune.errors import RunError, reason_of
 from phinetune.files import write_text
 from phinetune.liveness import is_alive, is_on_this_host, named, this_process
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +92,12 @@ def _holder(folder: Path) -> dict[str, Any] | None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """A context for the moment in which a lock is looked at and taken, so that of two processes one gets it."""
+    if sys.platform == "win32":  # it locks no folder; the moment is short
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without such locks: the moment is short
+        with suppress(OSError):  # nor do some file systems
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -23,7 +23,8 @@ def export(
         Optional[str],  # noqa: UP045
         typer.Option(
             "--type",
-            help="of the numbers: f32, f16, bf16 or q8_0, for onnx int4 or f32; what suits the target if left out",
+            help="of the numbers: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0, several with commas; "
+            "for onnx int4 or f32; what suits the target if left out",
         ),
     ] = None,
     out: Annotated[
@@ -31,10 +32,16 @@ def export(
         typer.Option(help="the file (ollama, onnx: the folder) to write; named after the run if left out"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="run what was written on held-out chats: loss and answers beside the run's own"),
+    ] = False,
 ) -> None:
     """Write a run or a model for another program: llama.cpp, Ollama, onnxruntime-genai."""
     with libraries():
-        from phinetune.exporting.targets import export as export_run
+        from phinetune.api.export import export_types
 
-    done = export_run(run, to, kind=kind, out=out, overwrite=overwrite)
-    say(stdout(), done.report(program()))
+    kinds = [one.strip() for one in kind.split(",")] if kind else [None]
+    done, _ = export_types(run, to, kinds, out=out, overwrite=overwrite, measure=measure, console=stdout())
+    for one in done:
+        say(stdout(), one.report(program()))

@@ -68,11 +68,13 @@ class Answer:
     Attributes:
         tokens: how many tokens it has, without the one that ended it.
         stopped: whether it ended by itself, not because it reached the limit.
+        ids: these tokens.
     """
 
     text: str
     tokens: int
     stopped: bool
+    ids: tuple[int, ...]
 
 
 @torch.no_grad()
@@ -226,4 +228,4 @@ def stop_set(model: Any) -> set[int]:
 def _read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: set[int]) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     answer = ids if end is None else ids[:end]
-    return Answer(str(tokenizer.decode(answer, skip_special_tokens=True)), len(answer), end is not None)
+    return Answer(str(tokenizer.decode(answer, skip_special_tokens=True)), len(answer), end is not None, tuple(answer))

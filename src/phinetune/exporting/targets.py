@@ -9,15 +9,14 @@ from pathlib import Path
 from phinetune.errors import ModelError
 from phinetune.exporting.checkpoint_source import is_adapter, open_checkpoint, short_name
 from phinetune.exporting.gguf.lora import write_gguf_lora
-from phinetune.exporting.gguf.model import FILE_TYPES, write_gguf
+from phinetune.exporting.gguf.model import write_gguf
+from phinetune.exporting.gguf.types import MIXED, PLAIN
 from phinetune.exporting.hub.card_usage import llama_cli, model_name
 from phinetune.exporting.longrope import trained_context
 from phinetune.exporting.merge.merged import open_merged
 from phinetune.exporting.ollama import modelfile as ollama
 from phinetune.exporting.onnx import model as onnx
 from phinetune.exporting.output_paths import LONGEST_CONTEXT, ExportResult, check_free, folder_size, quoted, staged_file
-
-NEED_LLAMA_QUANTIZE = ("q4_k_m",)  # only llama.cpp's own program makes these types, from another GGUF
 
 
 @dataclass(frozen=True)
@@ -72,26 +71,24 @@ def export(
     Raises:
         ModelError: the target or the type is unknown, the place is taken, or the model can't be written in this form.
     """
-    if to not in TARGETS:
-        raise ModelError(f"--to must be one of {', '.join(TARGETS)}, not {to}")
+    kind = check_kind(to, kind)
     target = TARGETS[to]
-    kind = kind or target.types[0]
-    if kind not in target.types:
-        raise ModelError(_wrong_type(to, kind, run))
     place = Path(out).expanduser() if out else Path(target.place.format(name=short_name(run), type=kind))
     return target.write(Request(run, kind, place, overwrite))
 
 
-def _wrong_type(to: str, kind: str, run: str) -> str:
-    if kind not in NEED_LLAMA_QUANTIZE or to not in ("gguf", "ollama"):
-        return f"--type must be one of {', '.join(TARGETS[to].types)} for --to {to}, not {kind}"
-    file = Path(f"{short_name(run)}-f16.gguf")
-    quantised = file.with_name(f"{short_name(run)}-{kind}.gguf")
-    return (
-        f"--type {kind}: only llama.cpp's own quantiser makes this type, and phinetune does not come with it; "
-        f"with llama.cpp's programs installed, run: phinetune export {quoted(run)} --to gguf --type f16 && "
-        f"llama-quantize {quoted(file)} {quoted(quantised)} {kind.upper()}"
-    )
+def check_kind(to: str, kind: str | None) -> str:
+    """The type that is meant: the target's first if none is given.
+
+    Raises:
+        ModelError: the target or the type is unknown.
+    """
+    if to not in TARGETS:
+        raise ModelError(f"--to must be one of {', '.join(TARGETS)}, not {to}")
+    types = TARGETS[to].types
+    if kind is not None and kind not in types:
+        raise ModelError(f"--type must be one of {', '.join(types)} for --to {to}, not {kind}")
+    return kind or types[0]
 
 
 def _gguf(request: Request) -> ExportResult:
@@ -156,10 +153,9 @@ def _onnx(request: Request) -> ExportResult:
     )
 
 
-_GGUF_TYPES = tuple(FILE_TYPES)
 TARGETS = {
-    "gguf": ExportTarget(("f16", "f32", "bf16", "q8_0"), "{name}-{type}.gguf", _gguf),
-    "gguf-lora": ExportTarget(_GGUF_TYPES, "{name}-lora-{type}.gguf", _gguf_lora),
-    "ollama": ExportTarget(("q8_0", "f16", "f32", "bf16"), "{name}-ollama", _ollama),
+    "gguf": ExportTarget(("f16", "f32", "bf16", "q8_0", *MIXED), "{name}-{type}.gguf", _gguf),
+    "gguf-lora": ExportTarget(PLAIN, "{name}-lora-{type}.gguf", _gguf_lora),
+    "ollama": ExportTarget(("q8_0", "f16", "f32", "bf16", *MIXED), "{name}-ollama", _ollama),
     "onnx": ExportTarget(tuple(onnx.PRECISIONS), "{name}-onnx-{type}", _onnx),
 }

@@ -240,18 +240,16 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
     ("to", "options", "words"),
     [
         ("tflite", {}, "--to must be one of gguf, gguf-lora, ollama"),
-        ("gguf", {"kind": "int4"}, "--type must be one of f16, f32, bf16, q8_0 for --to gguf, not int4"),
+        (
+            "gguf",
+            {"kind": "int4"},
+            "--type must be one of f16, f32, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 for --to gguf, not int4",
+        ),
     ],
     ids=["target", "type"],
 )
 def test_an_unknown_target_or_type_is_refused(tmp_path: Path, to: str, options: dict[str, Any], words: str) -> None:
     assert words in refused(tmp_path, TINY, to, **options)
-
-
-def test_a_type_that_llama_cpp_alone_makes_is_refused_with_its_command(tmp_path: Path, tiny_run: Path) -> None:
-    assert refused(tmp_path, str(tiny_run), kind="q4_k_m").endswith(
-        f"phinetune export {tiny_run} --to gguf --type f16 && llama-quantize tiny-f16.gguf tiny-q4_k_m.gguf Q4_K_M"
-    )
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from phinetune.checkpoints.whole import EMBED, HEAD
 from phinetune.errors import ModelError, at_most
-from phinetune.exporting.gguf.model import ARCHITECTURE, as_array, stored, stored_type, tensor_names
+from phinetune.exporting.gguf.model import ARCHITECTURE, as_array, tensor_names
+from phinetune.exporting.gguf.quantiser import quantised
+from phinetune.exporting.gguf.types import TypeChoice
 from phinetune.exporting.merge.merged import MergedCheckpoint
 from phinetune.exporting.merge.weight_deltas import WeightDelta, read_weight_deltas
 
@@ -43,8 +45,8 @@ def write_gguf_lora(run: MergedCheckpoint, file: Path, kind: str, name: str) -> 
             gguf_weight = names.get_name(weight, try_suffixes=(".weight",))
             for end, numbers in _pair(delta, alpha):
                 tensor = f"{gguf_weight}.{end}"
-                type_ = stored_type(tensor, numbers.shape, kind)
-                writer.add_tensor(tensor, stored(numbers, type_, tensor), raw_dtype=type_)
+                type_ = TypeChoice(kind).of(tensor, numbers.shape)
+                writer.add_tensor(tensor, quantised(numbers, type_, tensor), raw_dtype=type_)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_name(name)

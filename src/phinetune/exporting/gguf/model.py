@@ -19,25 +19,20 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from transformers import Phi3Config
 
 from phinetune.errors import ModelError
 from phinetune.exporting.checkpoint_source import Checkpoint
+from phinetune.exporting.gguf.quantiser import check_quantiser, quantised
 from phinetune.exporting.gguf.tokenizer import Vocabulary, read_vocabulary
+from phinetune.exporting.gguf.types import FILE_TYPES, OUTPUT, TypeChoice
 from phinetune.exporting.longrope import attention_factor, is_longrope, original_context, rope, trained_context
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
 NAMED_PHI3 = re.compile(r"phi-?3", re.IGNORECASE)  # llama.cpp looks for phi-3 and phi3 in `general.name`
 
-# llama.cpp's number for a file's type, and the type of the file's matrices, by the name of the type in phinetune.
-FILE_TYPES = {
-    "f32": (LlamaFileType.ALL_F32, GGMLQuantizationType.F32),
-    "f16": (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
-    "bf16": (LlamaFileType.MOSTLY_BF16, GGMLQuantizationType.BF16),
-    "q8_0": (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
-}
 # The numpy dtype of a tensor that gguf has converted to a type. Tensors of all other types become bytes.
 NUMPY: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -64,17 +59,18 @@ def write_gguf(source: Checkpoint, file: Path, kind: str, name: str) -> GgufFile
     """Write `source` to `file`. At most one tensor is in memory.
 
     Args:
-        kind: the type of the matrices: f32, f16, bf16 or q8_0. Vectors are always float32.
+        kind: the type of the matrices, a key of `types.FILE_TYPES`. Vectors are always float32.
         name: the value of `general.name`.
 
     Raises:
-        ModelError: the file can't hold this model, its tokenizer or one of its values.
+        ModelError: the file can't hold this model, its tokenizer or one of its values, or the quantiser is missing.
     """
     check_shape(source)
     vocabulary = read_vocabulary(source.tokenizer, source.generation_config, source.config.vocab_size)
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
     try:
         plan = _plan(source, kind)
+        check_quantiser({tensor.type for tensor in plan})
         for tensor in plan:
             _announce(writer, tensor)
         _add_keys(writer, source.config, kind, general_name(name, vocabulary))
@@ -170,18 +166,6 @@ def tensor_names(config: Phi3Config) -> gguf.TensorNameMap:
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
 
 
-def stored_type(name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
-    """The type in which a tensor is stored. llama.cpp's converter decides in the same way.
-
-    Vectors and norms are float32. A matrix whose rows don't fill the blocks of q8_0 is float16.
-    """
-    wanted = FILE_TYPES[kind][1]
-    if len(shape) < 2 or name.endswith("_norm.weight"):
-        return GGMLQuantizationType.F32
-    block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
-
-
 def _plan(source: Checkpoint, kind: str) -> list[Tensor]:
     """All tensors of the file, in the file's order."""
     names = tensor_names(source.config)
@@ -194,12 +178,13 @@ def _plan(source: Checkpoint, kind: str) -> list[Tensor]:
             factors = np.array(rope(source.config)[key], dtype=np.float32)
             factors_name = f"{gguf.TENSOR_NAMES[tensor]}.weight"
             plan.append(Tensor(factors_name, factors, factors.shape, GGMLQuantizationType.F32))
-    for name in source.names():
-        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+    named = {name: names.get_name(name, try_suffixes=(".weight",)) for name in source.names()}
+    choice = TypeChoice(kind, source.config.num_hidden_layers, OUTPUT not in named.values())
+    for name, gguf_name in named.items():
         if gguf_name is None:
             raise ModelError(f"{source.base.path}: llama.cpp's Phi-3 has no tensor for {name}")
         shape = source.shape_of(name)
-        plan.append(Tensor(gguf_name, name, shape, stored_type(gguf_name, shape, kind)))
+        plan.append(Tensor(gguf_name, name, shape, choice.of(gguf_name, shape)))
     return plan
 
 
@@ -216,23 +201,7 @@ def _announce(writer: gguf.GGUFWriter, tensor: Tensor) -> None:
 
 def _data(source: Checkpoint, tensor: Tensor) -> NDArray[Any]:
     numbers = tensor.source if isinstance(tensor.source, np.ndarray) else as_array(source.tensor(tensor.source))
-    return stored(numbers, tensor.type, tensor.name)
-
-
-def stored(numbers: NDArray[Any], kind: GGMLQuantizationType, name: str) -> NDArray[Any]:
-    """Convert float32 numbers to the type of the file. The gguf package rounds them.
-
-    Args:
-        name: the tensor's name, for the error message.
-
-    Raises:
-        ModelError: a number is too large for float16.
-    """
-    with np.errstate(over="ignore"):
-        data: NDArray[Any] = gguf.quantize(numbers, kind)
-    if kind == GGMLQuantizationType.F16 and not np.isfinite(data).all():
-        raise ModelError(f"{name}: it holds values that are too large for float16; export with --type bf16")
-    return data
+    return quantised(numbers, tensor.type, tensor.name)
 
 
 def as_array(tensor: torch.Tensor) -> NDArray[Any]:

@@ -41,7 +41,7 @@ def write_ollama(source: Checkpoint, folder: Path, kind: str, name: str) -> Olla
     """Write `source` as a folder for Ollama. The folder appears whole or not at all.
 
     Args:
-        kind: the type of the GGUF's matrices: f32, f16, bf16 or q8_0.
+        kind: the type of the GGUF's matrices, a key of `FILE_TYPES`.
         name: the model's name in the GGUF.
 
     Raises:

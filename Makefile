@@ -56,6 +56,8 @@ bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.qlora
 	@.venv/bin/python -m benchmarks.generate
 	@.venv/bin/python -m benchmarks.waiting
+	@.venv/bin/python -m benchmarks.preferences
+	@.venv/bin/python -m benchmarks.styles
 
 bench-quick: $(STAMP)
 	@.venv/bin/python -m benchmarks.quick

@@ -3,15 +3,16 @@
     python -m benchmarks.preferences [--pairs 64] [--only ours,trl-best,trl-default]
     python -m benchmarks.preferences --one ours --pairs 16       # one measurement in this process, as JSON
 
-Prompts have about 300 tokens and answers about 100; every prompt is another one. The model is the starter in bf16, with
-LoRA of rank 16 on all linear layers. Seconds count the reference's log-probabilities and one epoch; loading does not
-count. TRL's default has a batch of 8 with gradient checkpointing and runs the reference at every step. Its best setting
-has the reference computed once, a batch of 1, and no checkpointing.
+Writes benchmarks/results/preferences/*.json and preferences.md; about 15 minutes for 64 pairs on two quiet cores, most
+of it TRL's default. Prompts have about 300 tokens and answers about 100; every prompt is another one. The model is the
+starter in bf16, with LoRA of rank 16 on all linear layers. Seconds count the reference's log-probabilities and one
+epoch; loading does not count. Memory is resident memory at its largest, loading included. TRL's default has a batch of
+8 with gradient checkpointing and runs the reference at every step. Its best setting has the reference computed once and
+no checkpointing, at the batch that takes less time on the first pairs (`TRIED`, `SAMPLE`).
 
 `cpu_seconds` are those of the processor, which other programs on the machine hardly change; compare them where the
-machine is not quiet, with OMP_NUM_THREADS=1.
-
-A measurement in pieces: run each with `--one` and fewer pairs, and compare the seconds a pair.
+machine is not quiet, with OMP_NUM_THREADS=1. A measurement in pieces: run each with `--one` and fewer pairs, and
+compare the seconds a pair.
 """
 
 from __future__ import annotations
@@ -26,11 +27,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from benchmarks.machine import machine
+from benchmarks.store import HERE, Book, Part, Row
+
 PROMPT, ANSWER = 300, 100  # tokens, about
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 TRAINING: dict[str, Any] = {"num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no", "max_length": 1024}
-KINDS = ("ours", "trl-best", "trl-default")
-RESULTS = Path(__file__).resolve().parent / "results"
+TRAINING["learning_rate"] = 1e-5
+KINDS = {
+    "ours": "phinetune, batch 8",
+    "trl-best": "TRL, reference computed once, no checkpointing",
+    "trl-default": "TRL, its default (batch 8, checkpointing)",
+}
+TRIED, SAMPLE = (1, 8), 16  # batches for TRL's best setting, and how many pairs they are tried on
 
 
 def pairs(count: int, salt: int = 0) -> list[dict[str, Any]]:
@@ -105,7 +116,6 @@ def trl(count: int, batch: int, *, best: bool) -> dict[str, Any]:
         per_device_train_batch_size=batch,
         gradient_checkpointing=not best,
         precompute_ref_log_probs=best,
-        learning_rate=1e-5,
         use_cpu=True,
         bf16=True,
         report_to=[],
@@ -130,20 +140,78 @@ def trl(count: int, batch: int, *, best: bool) -> dict[str, Any]:
     return {"seconds": done - made + reference, "cpu_seconds": cpu, "reference_seconds": reference, "losses": losses}
 
 
-def one(kind: str, count: int, batch: int | None) -> dict[str, Any]:
+def one(kind: str, count: int, batch: int | None) -> Row:
     """One measurement in this process."""
-    if kind == "ours":
-        row = ours(count, batch or 8)
-    else:
-        best = kind == "trl-best"
-        row = trl(count, batch or (1 if best else 8), best=best)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return {"kind": kind, "pairs": count, **row, "a_pair": row["seconds"] / count, "peak_gb": peak}
+    batch = batch or 8
+    row = ours(count, batch) if kind == "ours" else trl(count, batch, best=kind == "trl-best")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"kind": kind, "pairs": count, "batch": batch, **row, "a_pair": row["seconds"] / count, "peak_gb": peak}
+
+
+def fresh(kind: str, count: int, batch: int) -> Row:
+    """The same in a fresh process; where it fails, a line in place of numbers."""
+    options = ["--one", kind, "--pairs", str(count), "--batch", str(batch)]
+    command = [sys.executable, "-m", "benchmarks.preferences", *options]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    if done.returncode:
+        return {"kind": kind, "failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
+
+
+def faster_batch(count: int) -> int:
+    """The batch at which TRL's best setting takes less time a pair; both are tried on few pairs."""
+    tried = {batch: fresh("trl-best", min(count, SAMPLE), batch) for batch in TRIED}
+    return min(tried, key=lambda batch: tried[batch].get("a_pair", float("inf")))
+
+
+def measured(kinds: list[str], count: int) -> list[Row]:
+    """A row a kind. Those of TRL say how many times as long they take as this engine, and how much more memory."""
+    rows = []
+    for kind in kinds:
+        batch = faster_batch(count) if kind == "trl-best" else 8
+        more = f", batch {batch}" if kind == "trl-best" else ""
+        rows.append({**fresh(kind, count, batch), "what": KINDS[kind] + more})
+    own = next((row for row in rows if row["kind"] == "ours" and "a_pair" in row), None)
+    for row in rows:
+        if own and "a_pair" in row:
+            row["times_ours"], row["memory_of_ours"] = (row[name] / own[name] for name in ("a_pair", "peak_gb"))
+    return rows
+
+
+HEADINGS = (
+    *("", "seconds a pair", "of it reference", "÷ phinetune's", "peak GB", "÷ its peak"),
+    *("first loss", "last loss", "besides"),
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as the table shows it."""
+    if "failed" in row:
+        return [row["what"], *[""] * (len(HEADINGS) - 2), row["failed"]]
+    return [
+        row["what"],
+        f"{row['a_pair']:.2f}",
+        f"{row['reference_seconds'] / row['pairs']:.2f}",
+        f"{row['times_ours']:.1f}" if "times_ours" in row else "",
+        f"{row['peak_gb']:.1f}",
+        f"{row['memory_of_ours']:.1f}" if "memory_of_ours" in row else "",
+        *(f"{row['losses'][place]:.4f}" for place in (0, -1)),
+        f"{row['pairs']} pairs, {row['cpu_seconds'] / row['pairs']:.2f} s of a processor a pair",
+    ]
+
+
+def meaning(name: str, part: Part) -> str:
+    """What a part of this benchmark is."""
+    return "DPO on pairs with prompts of about 300 tokens and answers of about 100: one epoch and the reference."
+
+
+BOOK = Book("preferences", "Preferences: DPO beside TRL's trainer", HEADINGS, cells, meaning)
 
 
 def main() -> None:
-    """Measure each kind in a fresh process, and write the results."""
-    cli = argparse.ArgumentParser()
+    """Measure each kind in a fresh process, print the table and write the results."""
+    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--pairs", type=int, default=64)
     cli.add_argument("--only", default=",".join(KINDS))
     cli.add_argument("--one", choices=KINDS)
@@ -152,13 +220,10 @@ def main() -> None:
     if given.one:
         print(json.dumps(one(given.one, given.pairs, given.batch)))
         return
-    rows = []
-    for kind in given.only.split(","):
-        command = [sys.executable, "-m", "benchmarks.preferences", "--one", kind, "--pairs", str(given.pairs)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        print(rows[-1])
-    (RESULTS / "preferences.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows, console = measured(given.only.split(","), given.pairs), Console()
+    console.print(BOOK.table("dpo", rows))
+    written = BOOK.keep({"dpo": {"machine": machine("bfloat16"), "rows": rows}})
+    console.print(f"Wrote {' and '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

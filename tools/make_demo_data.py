@@ -4,6 +4,9 @@
 
 Every answer follows from its message by plain rules, so a fine-tuned model can be scored by exact match.
 The held-out chats use (product, problem) pairs which the training chats never show together.
+
+Beside them it writes the data of the demo of preferences. In styles.jsonl, for supervised fine-tuning, a coin decides
+in which of two styles a last answer is written. In pairs.jsonl and pairs_heldout.jsonl the signed style is chosen.
 """
 
 import json
@@ -21,6 +24,8 @@ FOLDER = Path(__file__).resolve().parent.parent / "src" / "phinetune" / "demo_da
 SYSTEM = "Answer for Trailhead Outfitters: a friendly line, then JSON."
 ASK_FOR_ORDER = "Happy to help! Which order is it?"
 LINE = "Sorry about the {problem}, we are on it!"
+SIGNED = "Thanks for telling us about the {problem}. Your Trailhead team"
+STYLES_CHATS = 300  # the first of the training chats; the others become pairs
 
 # Canonical name -> how customers call it.
 PRODUCTS = {
@@ -262,16 +267,50 @@ def build() -> tuple[list[dict], list[dict]]:
     return train, chats(rng, seen, orders[TRAIN_CHATS:], HELDOUT_PAIRS)
 
 
+def signed(answer: str) -> str:
+    """An answer with the friendly line in the signed style, and the same record."""
+    record = answer.split("\n")[1]
+    return SIGNED.format(problem=json.loads(record)["problem"]) + "\n" + record
+
+
+def build_styles(train: Sequence[dict]) -> list[dict]:
+    """Chats whose last answers are in one style or the other, whatever the message says."""
+    rng = random.Random(SEED)
+    made = []
+    for row in train[:STYLES_CHATS]:
+        *before, last = row["messages"]
+        content = signed(last["content"]) if rng.random() < 0.5 else last["content"]
+        made.append({"messages": [*before, {**last, "content": content}]})
+    return made
+
+
+def pair(row: dict) -> dict:
+    """A chat's last answer in both styles, the signed one chosen."""
+    *prompt, last = row["messages"]
+    return {"prompt": prompt, "chosen": [{**last, "content": signed(last["content"])}], "rejected": [last]}
+
+
 def write(path: Path, rows: list[dict]) -> None:
     """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
-def main() -> None:
-    """Writes train.jsonl and heldout.jsonl into the package."""
+def files() -> dict[str, list[dict]]:
+    """The rows of each file."""
     train, heldout = build()
-    write(FOLDER / "train.jsonl", train)
-    write(FOLDER / "heldout.jsonl", heldout)
+    return {
+        "train.jsonl": train,
+        "heldout.jsonl": heldout,
+        "styles.jsonl": build_styles(train),
+        "pairs.jsonl": [pair(row) for row in train[STYLES_CHATS:]],
+        "pairs_heldout.jsonl": [pair(row) for row in heldout],
+    }
+
+
+def main() -> None:
+    """Writes the files into the package."""
+    for name, rows in files().items():
+        write(FOLDER / name, rows)
 
 
 if __name__ == "__main__":

@@ -35,18 +35,32 @@ FORMS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+def single(rows: list[dict[str, Any]], turns: int, key: str, count: int) -> list[dict[str, Any]]:
+    """The first rows whose conversation under `key` has so many turns: those of one exchange."""
+    return [row for row in rows if len(row[key]) == turns][:count]
+
+
 def texts() -> dict[str, str]:
     """What each file holds, by its name."""
     made = {}
     for part, count in ROWS.items():
-        lines = (DEMO / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        rows = [row for row in rows if len(row["messages"]) == 3][:count]
+        rows = single(read(part), 3, "messages", count)
         for form, convert in FORMS.items():
-            made[f"shop_{form}_{part}.jsonl"] = "".join(
-                json.dumps(convert(row), ensure_ascii=False) + "\n" for row in rows
-            )
+            made[f"shop_{form}_{part}.jsonl"] = written([convert(row) for row in rows])
+    made["shop_styles_train.jsonl"] = written(single(read("styles"), 3, "messages", ROWS["train"]))
+    for source, part in (("pairs", "train"), ("pairs_heldout", "heldout")):
+        made[f"shop_pairs_{part}.jsonl"] = written(single(read(source), 2, "prompt", ROWS[part]))
     return made
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of one of the demo's files."""
+    return [json.loads(line) for line in (DEMO / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def written(rows: list[dict[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

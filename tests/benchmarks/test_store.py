@@ -14,7 +14,10 @@ from benchmarks.quick import BOOK as QUICK
 from benchmarks.quick import PARTS
 from benchmarks.store import RESULTS, Book, Row
 
-BENCHES = ("train", "generate", "data", "plan", "qlora", "waiting", "quick", "device", "startup")
+BENCHES = (
+    *("train", "generate", "data", "plan", "qlora", "waiting", "quick", "device", "startup", "preferences"),
+    "styles",
+)
 
 
 def about(instructions: str, **more: Any) -> Row:

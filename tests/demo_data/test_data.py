@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+from phinetune.demo_data.measures import exact_record
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "src" / "phinetune" / "demo_data"
@@ -49,9 +53,11 @@ def test_shipped_files_are_what_the_generator_builds():
 
 def test_files_are_byte_for_byte_what_the_generator_writes(tmp_path):
     module = generator()
-    for name, rows in zip(("train", "heldout"), module.build(), strict=True):
+    files = module.files()
+    assert set(files) == {file.name for file in DEMO.glob("*.jsonl")}
+    for name, rows in files.items():
         module.write(tmp_path / name, rows)
-        assert (tmp_path / name).read_bytes() == (DEMO / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes()
 
 
 def test_sizes():
@@ -123,3 +129,30 @@ def test_share_of_multi_turn_chats(rows):
 @both
 def test_every_urgency_occurs(rows):
     assert column(rows, "urgency") == {("high",), ("normal",), ("low",)}
+
+
+# -- two styles of answer -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "source"), [("pairs", TRAIN), ("pairs_heldout", HELDOUT)])
+def test_of_a_pair_the_signed_answer_is_chosen_and_both_have_the_same_record(name, source):
+    """The check of the configuration tells them apart, and the other one finds no difference."""
+    tree = yaml.safe_load((DEMO / "preference.yaml").read_text(encoding="utf-8"))
+    (signed,) = [one["regex"] for one in tree["evaluation"]["metrics"] if isinstance(one, dict) and "regex" in one]
+    pairs = read(name)
+    prompts = [json.dumps(row["messages"][:-1]) for row in source]
+    for row in pairs:
+        assert json.dumps(row["prompt"]) in prompts
+        chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
+        assert re.search(signed, chosen)
+        assert not re.search(signed, rejected)
+        assert exact_record(chosen, rejected)
+        assert not exact_record(chosen, rejected.replace('"problem": "', '"problem": "no '))
+
+
+def test_of_the_chats_to_imitate_about_half_are_signed_and_none_is_among_the_pairs():
+    rows, pairs = read("styles"), read("pairs")
+    assert 0.45 <= sum("Your Trailhead team" in row["messages"][-1]["content"] for row in rows) / len(rows) <= 0.55
+    taught = {json.dumps(row["messages"][:-1]) for row in rows}
+    assert not taught & {json.dumps(row["prompt"]) for row in pairs}
+    assert len(rows) + len(pairs) == len(TRAIN)

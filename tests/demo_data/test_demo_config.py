@@ -9,7 +9,7 @@ import pytest
 from cli.cli_helpers import run
 from helpers import TINY
 from phinetune.config.run import load_config
-from phinetune.demo_data.demo_config import demo_config
+from phinetune.demo_data.demo_config import PREFERENCE, STYLES, demo_config
 
 
 def test_the_bundled_files_are_named_by_their_places() -> None:
@@ -18,6 +18,14 @@ def test_the_bundled_files_are_named_by_their_places() -> None:
     assert Path(str(config.data.train)).is_file()
     assert Path(str(config.data.eval)).is_file()
     assert config.output_dir == Path("runs/demo")
+
+
+def test_the_demo_of_preferences_goes_on_from_its_first_half() -> None:
+    first = demo_config(Path("runs/styles"), name=STYLES)
+    second = demo_config(Path("runs/preference"), ["model.adapter=runs/styles"], PREFERENCE)
+    assert (first.objective.kind, second.objective.kind) == ("sft", "dpo")
+    assert second.model.adapter == "runs/styles"
+    assert all(Path(str(place)).is_file() for one in (first, second) for place in (one.data.train, one.data.eval))
 
 
 @pytest.mark.parametrize(("answers", "gained"), [("true", "exact match 0% → 0%."), ("false", ".")])

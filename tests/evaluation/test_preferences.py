@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from helpers import TINY, write_jsonl
 from phinetune import evaluate, train
@@ -96,6 +98,41 @@ def test_a_run_over_pairs_tells_what_became_better(tmp_path: Path, monkeypatch: 
     again = evaluate(run, console=Console(quiet=True))
     assert json.loads(json.dumps(again.results["tuned"]["prefers_chosen"])) == tuned["prefers_chosen"]
     assert "prefers" in (run / "README.md").read_text()
+
+
+def test_a_run_that_went_on_is_compared_with_its_start_too(
+    tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a rate of zero the tuned model is its start, which is another model than the base."""
+    shown = Console(file=io.StringIO(), width=140)
+    first, run = shutil.copytree(tiny_run, tmp_path / "first"), tmp_path / "run"
+    training = {"output_dir": str(run), "max_steps": 1, "learning_rate": 0.0, "save_strategy": "no"}
+    results = train(
+        model={"adapter": str(first), "dtype": "float32"},
+        data={"train": str(write_jsonl(tmp_path / "pairs.jsonl", PAIRS)), "eval": 0.25},
+        objective="dpo",
+        training_config=training,
+        evaluation={"max_new_tokens": 6, "win_rate_by": "chrf"},
+        console=shown,
+    ).results
+    base, tuned = results["evaluation"]["base"], results["evaluation"]["tuned"]
+    since = results["since_start"]
+    assert since["evaluation"] == {"start": tuned, "tuned": tuned}
+    assert since["differences"]["loss"]["low"] == since["differences"]["loss"]["high"] == 0
+    assert since["win_rate"]["rate"] == 50
+    assert "tuned wins 50% against start by chrf" in shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "Since the start" in (run / "report.html").read_text()
+    weights = load_file(first / "adapter_model.safetensors")
+    save_file({name: 2 * one for name, one in weights.items()}, run / "adapter_model.safetensors")
+    other = evaluate(run, console=Console(quiet=True), record=False)
+    assert other.since_start
+    assert other.since_start.results["start"]["loss"] == tuned["loss"] != base["loss"] == other.results["base"]["loss"]
+    assert other.since_start.results["tuned"] == other.results["tuned"] != tuned
+    shutil.rmtree(first)
+    again = evaluate(run, console=Console(quiet=True), record=False)
+    assert again.since_start is None
+    assert again.results == other.results, "and its weights are those of the run after the start was looked at"
+    assert f"{first.resolve()}, is not there any more, so it is not compared with" in caplog.text
 
 
 def test_the_win_rate_needs_a_metric_that_is_counted() -> None:

@@ -28,6 +28,7 @@ from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.engine.packing import PackedCollator
 from phinetune.training.objectives.dpo import LOSSES
 from phinetune.training.objectives.objective import Objective
+from phinetune.training.objectives.preferences import SPREAD
 from phinetune.training.objectives.registry import make_objective
 from phinetune.training.reference import with_reference
 
@@ -168,8 +169,17 @@ def test_dpos_reference_and_metrics_are_those_of_trl(dpo: DPOTrainer) -> None:
     torch.testing.assert_close(references["ref_chosen_logps"], torch.as_tensor(chosen), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(references["ref_rejected_logps"], torch.as_tensor(rejected), atol=1e-5, rtol=1e-5)
     theirs = {name: values[-1] for name, values in dpo._metrics["train"].items()}
+    assert {name.replace("mean_", "") for name in theirs} - {"num_tokens"} == metrics.keys()
     for name, value in metrics.items():
         assert float(value) == pytest.approx(theirs[name.replace("token_acc", "mean_token_acc")], abs=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["orpo", "simpo"])
+def test_how_logits_are_spread_is_counted_as_dpo_counts_it(kind: str) -> None:
+    """TRL's trainers for orpo and simpo take the mean of prompts and padding too."""
+    dpos, others = ours("dpo")[2], ours(kind)[2]
+    for name in SPREAD:
+        assert float(others[name]) == pytest.approx(float(dpos[name]), abs=1e-5), name
 
 
 @pytest.mark.parametrize("kind", ["dpo", "orpo", "simpo", "kto"])
@@ -220,7 +230,7 @@ def test_orpo_is_that_of_trl(tmp_path: Path, beta: float) -> None:
     loss.backward()
     assert_same(mine, loss, trainer.model)
     for name, value in mine[2].items():
-        if name != "token_accuracy":
+        if name not in ("token_accuracy", *SPREAD):
             assert float(value) == pytest.approx(metrics[name], abs=1e-4), name
 
 
@@ -252,7 +262,7 @@ def test_simpo_is_trls_cpo(tmp_path: Path, knobs: dict[str, Any]) -> None:
     loss.backward()
     assert_same(mine, loss, trainer.model)
     for name, value in mine[2].items():
-        if name in metrics and (name != "nll_loss" or args.cpo_alpha):
+        if name in metrics and name not in SPREAD and (name != "nll_loss" or args.cpo_alpha):
             assert float(value) == pytest.approx(metrics[name], abs=1e-4), name
 
 
@@ -283,6 +293,7 @@ def test_kto_is_that_of_trl(tmp_path: Path, knobs: dict[str, Any]) -> None:
     loss.backward()
     assert_same(mine, loss, trainer.model)
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    assert theirs.keys() - {"num_tokens"} == mine[2].keys()
     for name, value in mine[2].items():
         assert float(value) == pytest.approx(theirs[name], abs=1e-4), name
     assert float(mine[2]["kl"]) > 0 or "loss_type" in knobs

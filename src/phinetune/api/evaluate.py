@@ -13,7 +13,7 @@ from phinetune.api.held_out import chats_of, held_out_chats
 from phinetune.api.report import write_page
 from phinetune.api.sections import DataValue, holds_data, one_or_several
 from phinetune.api.train import EXAMPLES
-from phinetune.checkpoints.opened import open_model, opened_config
+from phinetune.checkpoints.opened import open_model, opened_config, run_of
 from phinetune.checkpoints.tokenizer import open_config
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.run import make_config
@@ -32,6 +32,7 @@ from phinetune.screen.console import Console, say, stderr
 from phinetune.screen.harness_tasks import show_tasks
 from phinetune.screen.kept import show_kept
 from phinetune.screen.progress import ComparisonProgress
+from phinetune.training.warm_start import STARTED_FROM, start_side
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,10 @@ def evaluate(
     opened = open_model(path, config)
     with ComparisonProgress(console) as watcher:
         tokenizer = opened.loaded.tokenizer
+        run = run_of(Path(path).expanduser())
+        start = start_side(opened.model, run.read_start().get(STARTED_FROM)) if run else None
         began, base = time.perf_counter(), opened.base_side
-        comparison = compare(opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher, base)
+        comparison = compare(opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher, base, start)
         comparison = with_kept(comparison, opened.model, tokenizer, held_out, options, base, began)
     show_comparison(comparison, console)
     show_kept(comparison.kept, console)

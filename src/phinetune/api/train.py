@@ -48,6 +48,7 @@ from phinetune.training.hub_wish import HubWish
 from phinetune.training.library_errors import disk_told
 from phinetune.training.prepare import PreparedRun, SettledRun, as_it_began, prepare_run, settle
 from phinetune.training.run import RunPlace, TrainedRun, open_place, train_run
+from phinetune.training.warm_start import STARTED_FROM, start_side
 
 EXAMPLES = 20  # answered prompts that results.json keeps
 
@@ -298,8 +299,9 @@ def _compared(trained: TrainedRun, metrics: Metrics, console: Console) -> dict[s
     tokenizer, encoder = trained.loaded.tokenizer, prepared.rows.encoder
     with ComparisonProgress(console) as watcher:
         base = partial(untouched_base, trained.model, trained.loaded, prepared.config.model)
+        start = start_side(trained.model, trained.folder.read_start().get(STARTED_FROM))
         began = time.perf_counter()
-        comparison = compare(trained.model, tokenizer, encoder, measured, section, metrics, watcher, base)
+        comparison = compare(trained.model, tokenizer, encoder, measured, section, metrics, watcher, base, start)
         comparison = with_kept(comparison, trained.model, tokenizer, measured, section, base, began)
     show_comparison(comparison, console, "Test chats" if prepared.chats.test else "Held-out chats")
     show_kept(comparison.kept, console)

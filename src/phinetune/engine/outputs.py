@@ -31,8 +31,12 @@ class ConversationOutput(ModelOutput):
         log_probs: the log-probabilities of its labels, in nats; differentiable.
         correct: how many of its labels are the model's first choice.
         count: how many labels it has.
+        entropy: of the distributions that its labels are chosen from, in nats; None where `spread` was not asked for.
+        logits: the mean logits over the vocabulary there; None as well.
     """
 
     log_probs: Tensor | None = None
     correct: Tensor | None = None
     count: Tensor | None = None
+    entropy: Tensor | None = None
+    logits: Tensor | None = None

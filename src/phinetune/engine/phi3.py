@@ -23,7 +23,7 @@ from phinetune.engine.activation_memory import Level
 from phinetune.engine.attention_plan import AttentionRun, Heads, plan
 from phinetune.engine.kernels import rotary
 from phinetune.engine.kernels.attention import attention, fuses
-from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
+from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_label_numbers, linear_log_probs
 from phinetune.engine.kernels.norm import rms_norm
 from phinetune.engine.kernels.recompute import recomputed
 from phinetune.engine.kernels.swiglu import swiglu
@@ -367,6 +367,8 @@ class Phi3ForCausalLM(transformers_phi3.Phi3ForCausalLM):
         given = ("input_ids", "position_ids", "predicts", "labels")
         more = ("owners", "conversations") if owned else ("weights",)
         chosen = {key: kwargs[key] for key in (*given, *more)}
+        if owned:
+            chosen["spread"] = kwargs.get("spread", False)
         return (self.packed_log_probs if owned else self.packed_loss)(segments=segments, **chosen)
 
     def packed_loss(
@@ -400,6 +402,7 @@ class Phi3ForCausalLM(transformers_phi3.Phi3ForCausalLM):
         labels: Tensor,
         owners: Tensor,
         conversations: Tensor,
+        spread: bool = False,
     ) -> ConversationOutput:
         """The summed log-probabilities of each conversation in a packed row.
 
@@ -408,16 +411,19 @@ class Phi3ForCausalLM(transformers_phi3.Phi3ForCausalLM):
             owners: pairs of a label's index and the number of a conversation that has this label, shape (pairs, 2); see
                 `phinetune.engine.packing`. A label that several conversations share counts for each of them.
             conversations: how many conversations there are, a scalar.
+            spread: whether to give `entropy` and `logits` too, which reads the logits once more.
         """
         hidden = self.model.packed(input_ids[0], position_ids[0], segments, predicts)
-        log_probs, first = linear_log_probs(hidden, self._head_weight, labels)
+        numbers = (linear_label_numbers if spread else linear_log_probs)(hidden, self._head_weight, labels)
         place, owner = owners.unbind(1)
         zeros = torch.zeros(int(conversations), dtype=torch.float32, device=hidden.device)
-        return ConversationOutput(
-            log_probs=zeros.index_add(0, owner, log_probs[place]),
-            correct=zeros.index_add(0, owner, first[place]),
-            count=zeros.index_add(0, owner, torch.ones_like(first)[place]),
-        )
+
+        def sums(one: Tensor) -> Tensor:
+            return zeros.index_add(0, owner, one[place])
+
+        log_probs, first, *more = (sums(one) for one in numbers)
+        count = sums(torch.ones_like(numbers[1]))
+        return ConversationOutput(log_probs, first, count, *more)
 
     @property
     def _head_weight(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of a comparison. Models are called `base` and `tuned`.
+    """The result of a comparison. Models are called `base` and `tuned`; `start` is where a run went on from.
 
     Attributes:
         results: by model: the loss (nats per labelled token), the perplexity, `token_accuracy` and shares in percent,
@@ -70,6 +70,8 @@ class Comparison:
         unseen: the verdict on the rows that are no copies of training rows, as in results.json; None without copies.
         kept: what the tuned model kept on neutral chats, as in results.json; None if that was not measured.
         win_rate: how often the tuned model's answer is the better one, see `preferences.win_rate`; None if not asked.
+        since_start: the same for `start` and `tuned`, of which only results, differences and win rate are told; None
+            for a run that began with a new adapter.
     """
 
     results: dict[str, Numbers]
@@ -85,6 +87,7 @@ class Comparison:
     unseen: dict[str, Any] | None = None
     kept: dict[str, Any] | None = None
     win_rate: dict[str, Any] | None = None
+    since_start: Comparison | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
         """`results` for the key `evaluation` of results.json. JSON has no infinity, so null replaces it."""
@@ -107,8 +110,14 @@ class Comparison:
             **({"unseen": self.unseen} if self.unseen else {}),
             **({"kept": self.kept} if self.kept else {}),
             **({"win_rate": self.win_rate} if self.win_rate else {}),
+            **({"since_start": self.since_start.numbers()} if self.since_start else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
+
+    def numbers(self) -> dict[str, Any]:
+        """What `to_tree` gives of results, differences and win rate."""
+        tree = self.to_tree(examples=0)
+        return {key: tree[key] for key in ("evaluation", "differences", "own", "win_rate") if key in tree}
 
 
 class Watcher(Protocol):
@@ -118,7 +127,7 @@ class Watcher(Protocol):
         """The comparison begins. Each side scores this number of chats and answers this number of prompts."""
 
     def side(self, name: str) -> None:
-        """The side `base` or `tuned` begins."""
+        """The side `base`, `start` or `tuned` begins."""
 
     def advance(self, count: int) -> None:
         """`count` more chats have been scored, or prompts answered."""
@@ -139,6 +148,7 @@ def compare(
     metrics: Metrics,
     watcher: Watcher | None = None,
     base: Side | None = None,
+    start: Side | None = None,
 ) -> Comparison:
     """Score the held-out chats and let the model answer their prompts, without and with its adapter.
 
@@ -149,6 +159,7 @@ def compare(
         watcher: gets told how far the comparison is.
         base: gives the base, as `phinetune.checkpoints.untouched` does. None: it is the model without its adapter,
             which holds for every adapter that left its base as it was.
+        start: gives the model as it was when the run started, where that is not the base.
 
     Raises:
         RunError: a metric failed; the error says on which answer.
@@ -158,6 +169,8 @@ def compare(
     questions = questions_of(encoder, held_out, section.max_prompts) if section.generate else []
     check_classes(metrics, questions)
     models = sides_of(model, base)
+    if start and "tuned" in models:
+        models = {"base": models["base"], "start": start, "tuned": models["tuned"]}
     model.eval()
     sides: dict[str, Measured] = {}
     watcher.begin(len(held_out), len(questions), list(models))
@@ -175,7 +188,8 @@ def compare(
             if questions:
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
         sides[name] = Measured(scores, answered, preferred)
-    return _compared(sides, questions, held_out, section)
+    compared = _compared({name: one for name, one in sides.items() if name != "start"}, questions, held_out, section)
+    return replace(compared, since_start=_since_start(sides, section)) if "start" in sides else compared
 
 
 def sides_of(model: Any, base: Side | None = None) -> dict[str, Side]:
@@ -241,6 +255,14 @@ def _compared(
     )
 
 
+def _since_start(sides: Mapping[str, Measured], section: EvaluationSection) -> Comparison:
+    """The model as the run started with it, and the tuned one."""
+    both = {name: sides[name] for name in ("start", "tuned")}
+    results = {name: side.numbers() for name, side in both.items()}
+    found, _ = differences_of(both, results, section)
+    return Comparison(results, [], found, own=_own(results, section), win_rate=_won(both, section))
+
+
 def _own(results: Mapping[str, Numbers], section: EvaluationSection) -> dict[str, dict[str, bool]]:
     known = {measure.key for measure in MEASURES} | set(COUNTS)
     keys = [key for key in dict.fromkeys(key for numbers in results.values() for key in numbers) if key not in known]
@@ -253,7 +275,8 @@ def _won(sides: Mapping[str, Measured], section: EvaluationSection) -> dict[str,
     if by is None or len(sides) < 2:
         return None
     more_is_better = measures_of([by], section.less_is_better([by]))[0].more_is_better
-    return win_rate(by, sides["base"].answered, sides["tuned"].answered, more_is_better)
+    before, after = (side.answered for side in sides.values())
+    return win_rate(by, before, after, more_is_better, next(iter(sides)))
 
 
 def _classes(sides: Mapping[str, Measured]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def differences_of(
     """The difference of both models in every measure: of loss and tokens over rows, of answers over prompts. Then
     lines about intervals that come from few resamples.
     """
-    base, tuned = sides["base"], sides["tuned"]
+    base, tuned = sides.values()
 
     def per_token(name: str, factor: float = 1.0, exponential: bool = False) -> Pairs:
         def column(side: Measured, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -71,11 +71,14 @@ def answer_words(answered: Answers) -> float | None:
     return float(np.mean([len(answer.text.split()) for answer in answers])) if answers else None
 
 
-def win_rate(by: str, base: Answers, tuned: Answers, more_is_better: bool) -> dict[str, Any] | None:
+def win_rate(
+    by: str, base: Answers, tuned: Answers, more_is_better: bool, against: str = "base"
+) -> dict[str, Any] | None:
     """How often the tuned model's answer beats the base's by a metric; an even one counts half. With its interval.
 
     Args:
         by: the metric's name.
+        against: what the other model is called.
 
     Returns:
         `by`, `rate`, `low` and `high` in percent, `won`, `lost`, `even`, `level`, and all of it in words (`text`); None
@@ -92,6 +95,7 @@ def win_rate(by: str, base: Answers, tuned: Answers, more_is_better: bool) -> di
     low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     found = {
         "by": by,
+        "against": against,
         "rate": float(points.mean()),
         "low": float(low),
         "high": float(high),
@@ -106,4 +110,4 @@ def win_rate(by: str, base: Answers, tuned: Answers, more_is_better: bool) -> di
 def _sentence(found: Mapping[str, Any]) -> str:
     counts = f"{found['won']} won, {found['lost']} lost, {found['even']} even"
     interval = f"{found['level']}% interval {found['low']:.0f} to {found['high']:.0f}"
-    return f"tuned wins {found['rate']:.0f}% against base by {found['by']} ({interval}; {counts})"
+    return f"tuned wins {found['rate']:.0f}% against {found['against']} by {found['by']} ({interval}; {counts})"

@@ -36,7 +36,9 @@ class Plan:
         memory: bytes at the peak, by part. What the program takes without model and data is not counted.
         free_memory: bytes of memory that are free now.
         layers: how many layers keep all, how many recompute norms and SwiGLU, and how many are recomputed whole.
-        seconds: the time of training without evaluations; None if it was not measured.
+        seconds: the time of the run without evaluations; None if it was not measured.
+        reference_seconds: how much of it the log-probabilities of a reference take, which are computed once before the
+            first step; 0 for an objective without one. A run that finds them kept from an earlier one spares this time.
         disk: bytes of the adapter and the checkpoints.
         free_disk: bytes that are free where the run will be written.
         fits: whether memory and disk are enough.
@@ -54,6 +56,7 @@ class Plan:
     free_memory: int
     layers: list[int]
     seconds: float | None
+    reference_seconds: float | None
     disk: int
     free_disk: int
     fits: bool
@@ -87,6 +90,7 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
     company = Company.between(before, Usage.now()) if speed else None
     disk, room = checkpoint_bytes(setup.args, need.sizes, need.steps), free_disk(prepared.config.output_dir)
     enough_memory = need.memory.total <= setup.free
+    reference = speed.reference(len(need.levels), _reference_tokens(prepared)) if speed else None
     return Plan(
         data=prepared.chats.train.report.to_dict(),
         parameters=need.sizes.parameters,
@@ -95,7 +99,8 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
         memory=need.memory,
         free_memory=setup.free,
         layers=[sum(level is kind for level in need.levels) for kind in Level],
-        seconds=_seconds(speed, need) if speed else None,
+        seconds=_seconds(speed, need) + (reference or 0.0) if speed else None,
+        reference_seconds=reference,
         disk=disk,
         free_disk=room,
         fits=enough_memory and disk <= room,
@@ -120,6 +125,13 @@ def _seconds(speed: Speed, need: Need) -> float:
     steps = need.steps
     batches = steps.tokens / steps.mean
     return batches * speed.batch(need.levels, steps.mean) + steps.count * speed.a_parameter * need.sizes.trainable
+
+
+def _reference_tokens(prepared: PreparedRun) -> int:
+    """Tokens of all rows whose log-probabilities a reference gives."""
+    held_out = prepared.chats.held_out
+    more = prepared.objective.row_tokens(held_out.lengths()).sum() if held_out else 0
+    return int(prepared.lengths.sum() + more)
 
 
 def busy_sentence(company: Company | None) -> str | None:

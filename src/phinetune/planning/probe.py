@@ -39,12 +39,14 @@ class Speed:
         layer: the time of one layer's forward and backward, by what the layer keeps.
         rest: the time of everything but the layers: embedding, head and loss.
         a_parameter: the time that a step of the optimizer takes per parameter.
+        forward: the time of one layer's forward, and of the forward of the rest, where a reference is computed.
     """
 
     tokens: int
     layer: dict[Level, float]
     rest: float
     a_parameter: float
+    forward: tuple[float, float] | None = None
 
     def batch(self, levels: Sequence[Level], tokens: float) -> float:
         """The time in seconds of a micro-batch with this number of tokens.
@@ -53,6 +55,11 @@ class Speed:
             levels: what each layer keeps.
         """
         return (self.rest + sum(self.layer[level] for level in levels)) * tokens / self.tokens
+
+    def reference(self, layers: int, tokens: float) -> float:
+        """The time in seconds that a reference takes for this number of tokens; 0 for an objective without one."""
+        layer, rest = self.forward or (0.0, 0.0)
+        return (rest + layers * layer) * tokens / self.tokens
 
 
 def measure(prepared: PreparedRun, rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> Speed:
@@ -84,11 +91,21 @@ def measure(prepared: PreparedRun, rows: Sequence[dict[str, Any]], levels: Seque
         decoder.activation_levels = lambda tokens: levels
         return _seconds(lambda: _step(model, batch, objective, loaded.device))
 
+    def forward_seconds(layers: int) -> float:
+        decoder.layers = both_layers[:layers]
+        return _seconds(lambda: _forward(model, batch, loaded.device))
+
     one_layer = step_seconds([Level.KEEP])
-    layer = {level: step_seconds([level, Level.KEEP]) - one_layer for level in sorted({Level.KEEP, *levels})}
+    # Beside other programs, two layers of a small model may take less time than one.
+    layer = {level: max(0.0, step_seconds([level, Level.KEEP]) - one_layer) for level in sorted({Level.KEEP, *levels})}
+    forward = None
+    if objective.reference:
+        one, two = forward_seconds(1), forward_seconds(2)
+        forward = (max(0.0, two - one), max(0.0, 2 * one - two))
     decoder.layers = both_layers
     rest = max(0.0, one_layer - layer[Level.KEEP])
-    return Speed(int(batch["row_tokens"]), layer, rest, _optimizer(trained) / trainable_parameters(model)[0])
+    a_parameter = _optimizer(trained) / trainable_parameters(model)[0]
+    return Speed(int(batch["row_tokens"]), layer, rest, a_parameter, forward)
 
 
 # What names layers that two layers alone do not have, or counts over all of them.
@@ -114,6 +131,14 @@ def two_layers(section: ModelSection, config: Phi3Config) -> ModelSection:
 def _step(model: nn.Module, batch: dict[str, Any], objective: Objective, device: torch.device) -> None:
     row = objective.loss(model, batch)
     (row.total / row.items).sum().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, batch: dict[str, Any], device: torch.device) -> None:
+    """What a reference takes of a micro-batch."""
+    model(**batch)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -42,8 +42,17 @@ def show_comparison(comparison: Comparison, console: Console, chats: str = "Held
         console.print(f"Words an answer: {', '.join(words)}", highlight=False)
     if comparison.win_rate:
         console.print(f"Win rate: {comparison.win_rate['text']}", markup=False, highlight=False, soft_wrap=True)
+    if comparison.since_start:
+        _show_since_start(comparison.since_start, console)
     for flag in comparison.flags:
         console.print(f"Look: {flag}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_since_start(since: Comparison, console: Console) -> None:
+    console.print("Since the start, the adapter that this run went on from:", highlight=False)
+    console.print(_results(since))
+    if since.win_rate:
+        console.print(f"Win rate: {since.win_rate['text']}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(first: str, *others: str) -> Table:

@@ -55,8 +55,14 @@ def _sentences(plan: Plan) -> Iterator[str]:
     keep, cheap, whole = plan.layers
     yield f"layers: {keep} keep all, {cheap} recompute norms and SwiGLU, {whole} are recomputed whole"
     if plan.seconds is not None:
-        rate = plan.steps.tokens / plan.seconds
+        reference = plan.reference_seconds or 0.0
+        rate = plan.steps.tokens / (plan.seconds - reference)
         yield f"time: about {timedelta(seconds=round(plan.seconds))} ({rate:,.0f} tokens/s), evaluations apart"
+        if reference:
+            yield (
+                f"reference: about {timedelta(seconds=round(reference))} of it, once; none if an earlier run kept "
+                "that of the same rows and weights"
+            )
     if plan.busy:
         yield f"busy: {plan.busy}"
     yield f"disk: {plan.disk / 1e9:.2f} GB of checkpoints, {plan.free_disk / 1e9:.1f} GB free"

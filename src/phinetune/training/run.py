@@ -38,7 +38,7 @@ from phinetune.training.settings import make_lora_config
 from phinetune.training.spikes import SpikeWatch
 from phinetune.training.trainer import FastTrainer, Look, RunTrainer
 from phinetune.training.value_rules import plain_name
-from phinetune.training.warm_start import load_start, started_from
+from phinetune.training.warm_start import STARTED_FROM, load_start, started_from
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> 
         "trainable_parameters": trains,
         "parameters": total,
         "environment": describe_environment(trainer.args),
-        "started_from": started_from(prepared.config.model),
+        STARTED_FROM: started_from(prepared.config.model),
     }
 
 

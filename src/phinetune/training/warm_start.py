@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -30,6 +32,7 @@ from phinetune.training.value_rules import plain_name
 
 logger = logging.getLogger(__name__)
 
+STARTED_FROM = "started_from"  # the key of start.json
 # What the user may still set: it is no part of the adapter's weights.
 FREE = ("lora_dropout", "task_type")
 # Keys of an adapter's configuration that say nothing about its shape.
@@ -128,6 +131,41 @@ def load_start(model: PeftModel, folder: Path) -> None:
         named = ", ".join([*missing, *found.unexpected_keys][:4])
         raise ModelError(f"{folder / ADAPTER_WEIGHTS}: does not fit the new adapter ({named})")
     logger.info("the adapter begins with the weights in %s", folder)
+
+
+@contextmanager
+def at_start(model: PeftModel, folder: Path) -> Iterator[PeftModel]:
+    """The model with the weights of the adapter in `folder`, which has its shape, while the context lasts."""
+    kept = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    try:
+        load_start(model, folder)
+        yield model
+    finally:
+        set_peft_model_state_dict(model, kept)
+
+
+def start_side(model: Any, recorded: Mapping[str, str] | None) -> Callable[[], AbstractContextManager[Any]] | None:
+    """How to get a run's model as the run started with it; None for a run that began with a new adapter.
+
+    It is None, too, if the adapter that it went on from is not there as it was; a line says so.
+
+    Args:
+        recorded: what `started_from` gave when the run started.
+    """
+    folder = _still_there(recorded) if recorded else None
+    return partial(at_start, model, folder) if folder else None
+
+
+def _still_there(recorded: Mapping[str, str]) -> Path | None:
+    folder = Path(recorded["adapter"])
+    try:
+        if file_digest(folder / ADAPTER_WEIGHTS) == recorded["sha256"]:
+            return folder
+        why = "has changed since"
+    except OSError:
+        why = "is not there any more"
+    logger.warning("the adapter that the run went on from, %s, %s, so it is not compared with", folder, why)
+    return None
 
 
 def start_digest(section: ModelSection) -> str | None:

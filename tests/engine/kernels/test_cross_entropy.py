@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
+from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_label_numbers, linear_log_probs
 
 LABELS, WIDTH, VOCABULARY = 7, 5, 11
 each_chunk = pytest.mark.parametrize("rows", [1, 3, LABELS, 100])
@@ -190,6 +190,24 @@ def test_no_labels_have_no_log_probabilities() -> None:
     assert hidden.grad.shape == (0, WIDTH)
 
 
+@each_chunk
+def test_how_logits_are_spread_is_seen_in_the_same_pass(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far from zero too, where a sum of exponentials would overflow."""
+    in_chunks_of(rows, monkeypatch)
+    hidden, head, labels, _ = draw()
+    with torch.no_grad():
+        hidden[0] *= 100
+    numbers = linear_label_numbers(hidden, head, labels)
+    logits = (hidden @ head.t()).detach().double()
+    torch.testing.assert_close(numbers[2], torch.distributions.Categorical(logits=logits).entropy().float())
+    torch.testing.assert_close(numbers[3], logits.mean(-1).float())
+    assert not any(one.requires_grad for one in numbers[1:])
+    plain = linear_log_probs(hidden, head, labels)
+    assert all(torch.equal(a, b) for a, b in zip(numbers[:2], plain, strict=True))
+    ours, theirs = (torch.autograd.grad(one[0].sum(), (hidden, head)) for one in (numbers, plain))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 # -- what a step keeps and makes ----------------------------------------------------------------------------------
 
 
@@ -221,6 +239,6 @@ def test_logits_are_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     hidden, head, labels, weights = draw()
     with MadeShapes() as mode:
         linear_cross_entropy(hidden, head, labels, weights)[0].backward()
-        linear_log_probs(hidden, head, labels)[0].sum().backward()
+        linear_label_numbers(hidden, head, labels)[0].sum().backward()
     # The head is seen as (width, vocabulary).
     assert {shape[0] for shape in mode.shapes if shape[1:] == (VOCABULARY,)} <= {1, 2, WIDTH}

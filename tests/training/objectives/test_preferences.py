@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from helpers import TINY, train_only, write_jsonl
 from phinetune import plan
@@ -15,6 +17,8 @@ from phinetune.api.held_out import row_encoder
 from phinetune.config.run import make_config
 from phinetune.data.prepare import build_sets
 from phinetune.errors import ConfigError
+from phinetune.planning.probe import Speed
+from phinetune.screen.plan import show_plan
 from phinetune.training import auto_settings
 from phinetune.training.prepare import prepare_run, settle
 
@@ -226,4 +230,15 @@ def test_it_is_planned_by_its_own_loss(kind: str, tmp_path: Path) -> None:
     assert made.fits
     assert made.steps.count == 4
     assert made.seconds
-    assert made.seconds > 0
+    assert made.reference_seconds is not None
+    assert made.seconds > made.reference_seconds
+    assert (made.reference_seconds > 0) is (kind in ("dpo", "kto"))
+    shown = Console(file=io.StringIO(), width=140)
+    show_plan(made, shown)
+    assert ("\nreference: about 0:00:0" in shown.file.getvalue()) is (kind in ("dpo", "kto"))  # type: ignore[attr-defined]
+
+
+def test_a_plan_counts_all_rows_of_the_reference_once() -> None:
+    speed = Speed(100, {}, 0.0, 0.0, forward=(0.5, 0.25))
+    assert speed.reference(layers=4, tokens=1000) == 10 * (4 * 0.5 + 0.25)
+    assert Speed(100, {}, 0.0, 0.0).reference(layers=4, tokens=1000) == 0

@@ -3,7 +3,7 @@
 Only positions that have a label are given at all. `linear_cross_entropy` gives one sum. It computes the gradient of
 the hidden states in the forward, while a chunk's logits are there (Hsu et al. 2024, Liger Kernel, section 3.2).
 `linear_log_probs` gives a number a label. What their gradients will be is not known in the forward, so the backward
-computes the logits again.
+computes the logits again. `linear_label_numbers` also tells how the logits are spread, while they are there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,18 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Te
     Returns:
         shape (labels), float32, differentiable in hidden and in a head that trains; shape (labels), float32, 1 or 0.
     """
-    out: tuple[Tensor, Tensor] = _LinearLogProbs.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+    log_probs, first, _, _ = _LinearLogProbs.apply(hidden, weight, labels, False)  # type: ignore[no-untyped-call]
+    return log_probs, first
+
+
+def linear_label_numbers(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `linear_log_probs` gives, and how the logits that each label is chosen from are spread.
+
+    Returns:
+        the log-probabilities and the first choices; then, without gradients, the entropy of softmax(hidden weightᵀ) in
+        nats and the mean logit over the vocabulary. Each has shape (labels), float32.
+    """
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _LinearLogProbs.apply(hidden, weight, labels, True)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -95,17 +106,22 @@ class _LinearLogProbs(torch.autograd.Function):
     """Keeps what it was given; the backward computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, spread: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         found = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         first = torch.empty_like(found)
+        more = (torch.empty_like(found), torch.empty_like(found)) if spread else None
         for part, _, logits in _chunks(hidden, weight, len(labels)):
             _cross_entropy_(logits, labels[part], None, found[part], first[part])
+            if more:
+                _spread(logits, labels[part], found[part], *(one[part] for one in more))
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.mark_non_differentiable(first)
-        return found, first
+        ctx.mark_non_differentiable(first, *(more or ()))
+        return found, first, *(more or (None, None))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -114,7 +130,7 @@ class _LinearLogProbs(torch.autograd.Function):
         for part, seen, logits in _chunks(hidden, weight, len(labels)):
             _cross_entropy_(logits, labels[part], pulls[part], *torch.empty_like(pulls[part].expand(2, -1)))
             _add_gradients(logits, seen, weight, d_hidden, d_weight, part)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
 def _chunks(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -174,6 +190,16 @@ def _by_torch(logits: Tensor, labels: Tensor, weights: Tensor | None, log_probs:
             seen.copy_(p.mul_(weights[rows, None]))
 
 
+def _spread_by_torch(logits: Tensor, labels: Tensor, log_probs: Tensor, entropy: Tensor, mean: Tensor) -> None:
+    """Write the entropy of softmax(logits), in nats, and the mean logit of each row; `log_probs` are its label's."""
+    for rows in row_chunks(logits):
+        seen = logits[rows].float()
+        log_z = seen.gather(1, labels[rows, None]) - log_probs[rows, None]
+        mean[rows] = seen.mean(-1)
+        log_p = seen - log_z
+        entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+
+
 def _sample(kind: torch.dtype) -> tuple[Tensor, ...]:
     (logits,) = drawn((32, 32064), kind=kind)
     labels = torch.arange(32)
@@ -181,3 +207,11 @@ def _sample(kind: torch.dtype) -> tuple[Tensor, ...]:
 
 
 _cross_entropy_ = Operator("cross_entropy_", _by_torch, _sample)
+
+
+def _spread_sample(kind: torch.dtype) -> tuple[Tensor, ...]:
+    logits, labels, _, entropy, mean = _sample(kind)
+    return logits, labels, logits.log_softmax(-1, dtype=torch.float32).gather(1, labels[:, None])[:, 0], entropy, mean
+
+
+_spread = Operator("spread", _spread_by_torch, _spread_sample)

@@ -19,7 +19,7 @@ from phinetune.data.prepare.encode_answers import JudgedRows
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.engine.examples import IGNORED
 from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
-from phinetune.training.objectives.preferences import RATE, PreferenceOptions
+from phinetune.training.objectives.preferences import RATE, SPREAD, PreferenceOptions, spread_means
 
 
 class KtoOptions(PreferenceOptions):
@@ -49,8 +49,12 @@ class Kto(Objective):
     rate = RATE
     metrics = (
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "kl"),
+        *SPREAD,
     )
-    sums = ("total", "chosen", "rejected", *metrics[1:3], *metrics[4:6], "kl", "batches")
+    sums = (
+        *("total", "chosen", "rejected", *metrics[1:3], *metrics[4:6], "kl", "batches"),
+        *("chosen_tokens", "rejected_tokens", *SPREAD),
+    )
     less_is_better = ("rewards/rejected", "logps/rejected", "kl")
 
     def __init__(self, options: Any) -> None:
@@ -100,7 +104,7 @@ class Kto(Objective):
         Args:
             together: whether the other processes compute a micro-batch at the same time.
         """
-        out, good = model(**row), row["label"] > 0.5
+        out, good = model(**row, spread=True), row["label"] > 0.5
         step = 2 if self.neighbours else 1
         logps = out.log_probs[::step]
         ratios = logps - row["ref_logps"]
@@ -116,6 +120,11 @@ class Kto(Objective):
             "logps/rejected": logps.detach()[~good].sum(),
             "kl": moved.detach(),
             "batches": torch.ones(()),
+            "chosen_tokens": out.count[::step][good].sum(),
+            "rejected_tokens": out.count[::step][~good].sum(),
+            "entropy": out.entropy[::step].sum(),
+            "logits/chosen": out.logits[::step][good].sum(),
+            "logits/rejected": out.logits[::step][~good].sum(),
         }, total
 
     @torch.no_grad()
@@ -140,7 +149,7 @@ def _means(sums: Mapping[str, Any]) -> dict[str, Any]:
             means |= {f"{name}/{side}": sums[f"{name}/{side}"] / float(sums[side]) for name in ("rewards", "logps")}
     if len(means) == 4:
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-    return {**means, "kl": sums["kl"] / max(1.0, float(sums["batches"]))}
+    return {**means, **spread_means(sums), "kl": sums["kl"] / max(1.0, float(sums["batches"]))}
 
 
 class Neighbours(torch.utils.data.Dataset[dict[str, Any]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,9 +39,10 @@ class Orpo(PairObjective):
         whole = torch.stack([whole[:, 0], count + whole[:, 1] // 2], dim=1)
         groups = torch.cat([owners[_in_answers(row)], whole])
         total = torch.tensor(count + count // 2)
-        out = model(**{**row, "owners": groups, "conversations": total})
-        chosen, rejected = ((out.log_probs[i:count:2], out.count[i:count:2], out.correct[i:count:2]) for i in (0, 1))
-        return Side(*chosen, None, out.log_probs[count:], out.count[count:]), Side(*rejected)
+        out = model(**{**row, "owners": groups, "conversations": total}, spread=True)
+        columns = (out.log_probs, out.count, out.correct, out.entropy, out.logits)
+        chosen, rejected = (Side(*(one[i:count:2] for one in columns)) for i in (0, 1))
+        return replace(chosen, whole_logps=out.log_probs[count:], whole_tokens=out.count[count:]), rejected
 
     def losses(self, chosen: Side, rejected: Side, row: PackedRow) -> tuple[Tensor, Tensor]:
         assert chosen.whole_logps is not None

@@ -17,6 +17,8 @@ from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
 
 CHOSEN_REFERENCE, REJECTED_REFERENCE = "ref_chosen_logps", "ref_rejected_logps"
+# How the logits are spread that the answers' labels are chosen from: their entropy in nats, and the mean logit.
+SPREAD = ("entropy", "logits/chosen", "logits/rejected")
 # Of the learning rate that suits imitation, since pairs ask for small moves from where the model stands. It gives 1e-5
 # for Phi-3 mini, ten times TRL's 1e-6, which is for training all weights.
 RATE = 0.03
@@ -37,6 +39,8 @@ class Side:
         logps: the summed log-probability of each answer's labels in nats, shape (pairs), differentiable.
         tokens: how many labels each has, shape (pairs).
         correct: how many of them are the model's first choice, shape (pairs).
+        entropy: the summed entropy of what they are chosen from, in nats, shape (pairs).
+        logits: the summed mean logit there, shape (pairs).
         reference: `logps` by the reference, shape (pairs); None where the objective has no reference.
         whole_logps, whole_tokens: as `logps` and `tokens`, with the labels of the prompt; None where it has none.
     """
@@ -44,6 +48,8 @@ class Side:
     logps: Tensor
     tokens: Tensor
     correct: Tensor
+    entropy: Tensor
+    logits: Tensor
     reference: Tensor | None = None
     whole_logps: Tensor | None = None
     whole_tokens: Tensor | None = None
@@ -80,9 +86,10 @@ class PairObjective(Objective):
 
     def __init__(self, options: Section) -> None:
         super().__init__(options)
-        self.metrics = ("loss", *self.measured, "token_accuracy")  # type: ignore[misc]
+        self.metrics = ("loss", *self.measured, *SPREAD, "token_accuracy")  # type: ignore[misc]
         by_part = [f"{what}_{part}" for what in ("total", "items") for part in self.parts]
-        self.sums = (*by_part, *self.measured, "pairs", "correct", "chosen_tokens")  # type: ignore[misc]
+        counts = ("pairs", "correct", "chosen_tokens", "rejected_tokens")
+        self.sums = (*by_part, *self.measured, *SPREAD, *counts)  # type: ignore[misc]
 
     @abstractmethod
     def pair_losses(self, chosen: Side, rejected: Side) -> Tensor:
@@ -107,8 +114,8 @@ class PairObjective(Objective):
 
     def sides(self, model: Any, row: PackedRow) -> tuple[Side, Side]:
         """The chosen and the rejected answers of a packed row."""
-        out = model(**row)
-        columns = (out.log_probs, out.count, out.correct)
+        out = model(**row, spread=True)
+        columns = (out.log_probs, out.count, out.correct, out.entropy, out.logits)
         chosen, rejected = (Side(*(one[i::2] for one in columns)) for i in (0, 1))
         references = (row.get(name) for name in (CHOSEN_REFERENCE, REJECTED_REFERENCE))
         liked, other = (replace(side, reference=one) for side, one in zip((chosen, rejected), references, strict=True))
@@ -152,16 +159,27 @@ class PairObjective(Objective):
             "rewards/margins": (liked - other).sum(),
             "logps/chosen": self.shown_logps(chosen).sum(),
             "logps/rejected": self.shown_logps(rejected).sum(),
+            "entropy": chosen.entropy.sum() + rejected.entropy.sum(),
+            "logits/chosen": chosen.logits.sum(),
+            "logits/rejected": rejected.logits.sum(),
             "pairs": torch.tensor(float(len(chosen.logps))),
             "correct": chosen.correct.sum(),
             "chosen_tokens": chosen.tokens.sum(),
+            "rejected_tokens": rejected.tokens.sum(),
         }
 
     def _means(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        pairs, tokens = _at_least_one(sums["pairs"]), _at_least_one(sums["chosen_tokens"])
-        means = {name: sums[name] / pairs for name in self.measured}
-        return {**means, "token_accuracy": sums["correct"] / tokens}
+        means = {name: sums[name] / at_least_one(sums["pairs"]) for name in self.measured}
+        tokens = at_least_one(sums["chosen_tokens"])
+        return {**means, **spread_means(sums), "token_accuracy": sums["correct"] / tokens}
 
 
-def _at_least_one(count: Any) -> float:
+def spread_means(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """The means of `SPREAD` over the answers' labels; those of answers that are not there are left out."""
+    chosen, rejected = float(sums["chosen_tokens"]), float(sums["rejected_tokens"])
+    over = {"entropy": chosen + rejected, "logits/chosen": chosen, "logits/rejected": rejected}
+    return {name: sums[name] / over[name] for name in SPREAD if over[name]}
+
+
+def at_least_one(count: Any) -> float:
     return max(1.0, float(count))

@@ -121,6 +121,15 @@ def test_cross_entropy(rows: int, width: int, learns: bool, dtype: torch.dtype) 
     compare(cross_entropy._cross_entropy_, arguments, (0, 3, 4) if learns else (3, 4), dtype)
 
 
+@each_dtype
+@each_size
+def test_spread(rows: int, width: int, dtype: torch.dtype) -> None:
+    logits = 4 * wide(rows, width, 0)
+    labels = torch.full((rows,), width // 2)
+    log_probs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0].float()
+    compare(cross_entropy._spread, (logits, labels, log_probs, torch.zeros(rows), torch.zeros(rows)), (3, 4), dtype)
+
+
 def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     log_probs, first = torch.empty(2, len(labels)).unbind()
     operator.native_form("cross_entropy_")(logits, labels, None, log_probs, first)

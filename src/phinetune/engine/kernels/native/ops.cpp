@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(phinetune, m) {
   m.def("rotate_(Tensor(a!) states, Tensor cos, Tensor sin, float sign) -> ()");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? weights, Tensor(b!) log_probs, Tensor(c!) first) "
         "-> ()");
+  m.def("spread(Tensor logits, Tensor labels, Tensor log_probs, Tensor(a!) entropy, Tensor(b!) mean) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
@@ -23,4 +24,5 @@ STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
   m.impl("swiglu_backward", TORCH_BOX(&phinetune::swiglu_backward));
   m.impl("rotate_", TORCH_BOX(&phinetune::rotate_));
   m.impl("cross_entropy_", TORCH_BOX(&phinetune::cross_entropy_));
+  m.impl("spread", TORCH_BOX(&phinetune::spread));
 }

@@ -157,6 +157,11 @@ def prepare_run(settled: SettledRun, recorded: Mapping[str, Any] | None = None) 
     Raises:
         PhinetuneError: anything that would stop the run before its first step, as far as the weights don't matter.
     """
+    return with_chosen(prepare_rows(settled), recorded)
+
+
+def prepare_rows(settled: SettledRun) -> PreparedRun:
+    """`prepare_run` up to the rows: what was left open has no numbers yet, and `with_chosen` gives them."""
     config, settings, objective = settled.config, settled.settings, settled.objective
     device = pick_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, device)
@@ -175,11 +180,18 @@ def prepare_run(settled: SettledRun, recorded: Mapping[str, Any] | None = None) 
         settings = replace(settings, notes=[*settings.notes, *not_for_the_fast_engine(settings)])
     rows = settled.row_encoder(tokenizer)
     chats = with_replay(build_chats(rows), config.model, rows, config.data.replay)
-    run = PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
+    return PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
+
+
+def with_chosen(run: PreparedRun, recorded: Mapping[str, Any] | None = None) -> PreparedRun:
+    """A run whose rows are prepared, with numbers for what was left open.
+
+    Args:
+        recorded: see `prepare_run`.
+    """
     run = _chosen(run, recorded or {})
-    args = run.args
-    if args.dataloader_drop_last and not config.data.streaming:
-        check_full_batch(run.lengths, args)
+    if run.args.dataloader_drop_last and not run.config.data.streaming:
+        check_full_batch(run.lengths, run.args)
     return run
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from phinetune.checkpoints.load import Loaded
 from phinetune.engine.peft_variants import moves_the_base
-from phinetune.training.auto_settings import AUTO_PEFT
+from phinetune.training.auto_settings import AUTO_PEFT, AUTO_TRAINING
 from phinetune.training.prepare import PreparedRun, with_chosen
 from phinetune.training.run import load_for
 
@@ -22,27 +22,37 @@ from phinetune.training.run import load_for
 TOUCHES_THE_BASE = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
 
 
-def candidate(rows: PreparedRun, values: Mapping[str, Any], output_dir: Path) -> PreparedRun:
-    """The run with these values given, and with numbers for all that is still left open.
+def candidate(
+    rows: PreparedRun, values: Mapping[str, Any], output_dir: Path, recorded: Mapping[str, Any] | None = None
+) -> PreparedRun:
+    """The run with these values, and with numbers for all that is still left open.
 
     Args:
         rows: of `prepare_rows`: a run whose rows are prepared and in which nothing was chosen. It stays as it is.
-        values: by key of `peft_config` (`r`, `lora_alpha`) or `training_config` (any other).
+        values: by key of `peft_config` (`r`, `lora_alpha`) or `training_config` (any other). Of a key that may be left
+            open, the run counts it as chosen, so that `--resume` takes it even where the configuration says `auto`.
         output_dir: where the candidate is written.
+        recorded: of a candidate that goes on, what it chose when it began, by `section.key`.
     """
-    peft = {key: value for key, value in values.items() if key in AUTO_PEFT}
-    training = {key: value for key, value in values.items() if key not in AUTO_PEFT}
+    opened = values.keys() & {*AUTO_PEFT, *AUTO_TRAINING}
+    known = {f"{'peft_config' if key in AUTO_PEFT else 'training_config'}.{key}": values[key] for key in opened}
+    given = {key: value for key, value in values.items() if key not in opened}
     settings = replace(
         rows.settings,
-        peft={**rows.settings.peft, **peft},
-        training={**rows.settings.training, **training},
-        auto=rows.settings.auto - values.keys(),
+        training={**rows.settings.training, **given},
+        auto=(rows.settings.auto | opened) - given.keys(),
+        race=False,
     )
-    given = {
-        "peft_config": {**rows.config.peft_config, **peft},
-        "training_config": {**rows.config.training_config, **training, "output_dir": str(output_dir)},
+    sections = {
+        "peft_config": {key: value for key, value in rows.config.peft_config.items() if key not in opened},
+        "training_config": {
+            **{key: value for key, value in rows.config.training_config.items() if key not in opened},
+            **given,
+            "output_dir": str(output_dir),
+        },
     }
-    return with_chosen(replace(rows, settings=settings, config=rows.config.model_copy(update=given)))
+    run = replace(rows, settings=settings, config=rows.config.model_copy(update=sections))
+    return with_chosen(run, {**(recorded or {}), **known})
 
 
 @dataclass

@@ -54,6 +54,10 @@ from phinetune.training.trained_parts import check_trained_parts
 from phinetune.training.warm_start import settle_adapter, with_adapters_base
 
 CHOSEN = "chosen"  # the key of start.json
+NO_HELD_OUT = (
+    "a race is decided on held-out rows, and there are none; set data.eval (a share such as 0.1, or a file), or "
+    "training_config.learning_rate: auto"
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ def settle(config: RunConfig) -> SettledRun:
     settings = settle_start(settings, config.model.quantization)
     check_sources(config.data)
     check_replay(config, objective)
+    if settings.race and config.data.eval is None:
+        raise ConfigError(f"training_config.learning_rate: race: {NO_HELD_OUT}")
     if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
         raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
     if refused := objective.refused(settings.training):

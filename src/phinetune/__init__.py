@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from phinetune.api.report import report, watch
     from phinetune.api.talk import chat, generate, load
     from phinetune.api.train import demo, train
+    from phinetune.api.tune import tune
     from phinetune.config.run import describe_config
     from phinetune.exporting.convert.convert import convert
     from phinetune.exporting.hub.push import push
@@ -51,6 +52,7 @@ _PLACES = {
     "push": "phinetune.exporting.hub.push",
     "report": "phinetune.api.report",
     "train": "phinetune.api.train",
+    "tune": "phinetune.api.tune",
     "watch": "phinetune.api.report",
 }
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "push",
     "report",
     "train",
+    "tune",
     "watch",
 ]
 

@@ -30,6 +30,7 @@ LOG = "run.log"
 START = "start.json"
 RESULTS = "results.json"
 EVALUATION = "evaluation.json"
+TUNED = "tune.json"  # the candidates of which this run is the winner
 CARD = "README.md"
 REPORT = "report.html"
 MARK = "# A run of phinetune, its configuration with every value in force.\n"
@@ -46,6 +47,7 @@ OWN_FILES = (
     START,
     RESULTS,
     EVALUATION,
+    TUNED,
     CARD,
     REPORT,
     "adapter_config.json",
@@ -288,7 +290,8 @@ class RunFolder:
         resolved.model.revision = revision
         resolved.training_config["output_dir"] = str(self.path)
         resolved.training_config.pop("resume_from_checkpoint", None)  # a wish for one call, and not of the run
-        write_text(self.path / CONFIG, MARK + dump_config(resolved))
+        why = "".join(f"# {line}\n" for line in self.read_tuned().get("why") or [])
+        write_text(self.path / CONFIG, MARK + why + dump_config(resolved))
 
     def recorded_data(self) -> dict[str, Any]:
         """What became of the run's rows, as `Chats.facts` returned it; empty if training never began."""
@@ -308,6 +311,14 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
         return tree if isinstance(tree, dict) else {}
+
+    def read_tuned(self) -> dict[str, Any]:
+        """What tune.json holds; empty if the run is no winner of a tune or a race."""
+        return self._read(TUNED)
+
+    def write_tuned(self, tree: Mapping[str, Any]) -> None:
+        """Write tune.json: the candidates, their losses, and a line for each setting that they decided."""
+        self._write(TUNED, tree)
 
     def write_start(self, facts: Mapping[str, Any]) -> None:
         """Write start.json: what is known when training begins (base, data, steps, machine, versions, process, and

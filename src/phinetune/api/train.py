@@ -13,6 +13,7 @@ from typing import Any
 
 from phinetune import processes
 from phinetune.api.before import look_at_rows, look_at_settings
+from phinetune.api.race import Raced, race, race_folder
 from phinetune.api.report import write_page
 from phinetune.api.sections import DataValue, SectionValue, holds_data, make_sections
 from phinetune.checkpoints.device import pick_device
@@ -47,6 +48,7 @@ from phinetune.training.curve_words import Words, curve_words, read_course
 from phinetune.training.hub_wish import HubWish
 from phinetune.training.library_errors import disk_told
 from phinetune.training.prepare import PreparedRun, SettledRun, as_it_began, prepare_run, settle
+from phinetune.training.race_field import Wish
 from phinetune.training.run import RunPlace, TrainedRun, open_place, train_run
 from phinetune.training.warm_start import STARTED_FROM, start_side
 
@@ -159,11 +161,16 @@ def train_config(
     settled = settle(config)
     metrics = look_at_settings(settled)
     console = _join_others(settled, console)
+    raced = _raced(settled, console, stop, resume=resume, overwrite=overwrite)
+    if isinstance(raced, Run):
+        return raced
+    if raced:
+        resume, overwrite = raced.has_begun, not raced.has_begun
     with locked(config.output_dir) if processes.is_main() else nullcontext():
         with processes.main_first():  # the others look at a folder that is tidy
             place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
         try:
-            return _train_at(place, settled, metrics, console, stop)
+            return _train_at(place, settled, metrics, console, stop, raced)
         except BaseException:
             if processes.is_main():
                 with suppress(OSError):
@@ -171,13 +178,51 @@ def train_config(
             raise
 
 
-def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: Console, stop: StopRequest) -> Run:
+def _raced(
+    settled: SettledRun, console: Console, stop: StopRequest, *, resume: bool, overwrite: bool
+) -> Raced | Run | None:
+    """The winner of the race that the settings ask for; a stopped run if it was stopped; None if there is none to run.
+
+    A run that goes on after its race has what the race decided.
+    """
+    if not settled.settings.race:
+        return None
+    folder = RunFolder(settled.config.output_dir)
+    if resume and not race_folder(folder.path).is_dir():
+        return None
+    return stopped_or(race(settled, Wish(), console, stop, resume=resume, overwrite=overwrite))
+
+
+def stopped_or(raced: Raced) -> Raced | Run:
+    """A race that was stopped as a run that was stopped."""
+    if not raced.stopped:
+        return raced
+    return Run(raced.folder, {"training": {"steps": raced.steps}}, True)
+
+
+def finish_raced(raced: Raced, settled: SettledRun, console: Console, stop: StopRequest) -> Run:
+    """The rest of the winner's run, from the step where the race ended."""
+    metrics = look_at_settings(settled)
+    with locked(settled.config.output_dir):
+        place = open_place(settled.config, resume=raced.has_begun, overwrite=not raced.has_begun)
+        return _train_at(place, settled, metrics, console, stop, raced)
+
+
+def _train_at(
+    place: RunPlace,
+    settled: SettledRun,
+    metrics: Metrics,
+    console: Console,
+    stop: StopRequest,
+    raced: Raced | None = None,
+) -> Run:
     """All of a run that happens while its folder is locked."""
-    prepared = prepare_run(*_begun(place, settled))
+    prepared = raced.prepared() if raced else prepare_run(*_begun(place, settled))
     look_at_rows(prepared, metrics)
     check_limits(prepared)
-    show_data(prepared.chats, prepared.tokenizer, console)
-    show_settings(prepared.choices, console)
+    if not raced:  # it has shown them
+        show_data(prepared.chats, prepared.tokenizer, console)
+        show_settings(prepared.choices, console)
     progress, reference = ProgressLine(console), ReferenceProgress(console)
     try:
         trained = train_run(
@@ -188,6 +233,7 @@ def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: C
             on_start=lambda model: show_targets(model, console),
             on_reference=reference,
             stop=stop,
+            loaded=raced.base.take(prepared) if raced else None,
         )
     finally:
         progress.close()

@@ -49,7 +49,7 @@ def train(
         changed=changed,
         max_time=max_time,
     )
-    _say_next(made, f"{program()} train {config}")
+    say_next(made, f"{program()} train {config}")
 
 
 @app.command()
@@ -64,16 +64,16 @@ def demo(
         from phinetune.api.train import demo as run_demo
 
     made = run_demo(output_dir, overrides, resume=resume, overwrite=overwrite, console=stdout())
-    _say_next(made, f"{program()} demo --output-dir {output_dir}")
+    say_next(made, f"{program()} demo --output-dir {output_dir}")
 
 
-def _say_next(made: Run, command: str) -> None:
+def say_next(made: Run, command: str, again: str = " --resume") -> None:
     """What was written and what to do next. A run that was stopped ends the program with status `STOPPED`."""
     path, page = made.path, made.path / "report.html"
     if made.stopped:
         steps = made.results["training"]["steps"]
         stopped = f"Stopped after step {steps}; a checkpoint is in {path}, a report in {page}. Go on with:"
-        say(stdout(), [stopped, f"  {command} --resume"])
+        say(stdout(), [stopped, f"  {command}{again}"])
         sys.exit(STOPPED)
     lines = [
         f"\nWrote {path}: the adapter, its tokenizer, checkpoints, results.json and a model card (README.md)",

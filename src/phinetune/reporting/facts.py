@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import yaml
 from phinetune.config.yaml_text import read_yaml
 from phinetune.errors import ConfigError, RunError
 from phinetune.liveness import is_alive
-from phinetune.run_folder import CONFIG, EVALUATION, METRICS, RESULTS, SAMPLES, START, RunFolder, told_changes
+from phinetune.run_folder import CONFIG, EVALUATION, METRICS, RESULTS, SAMPLES, START, TUNED, RunFolder, told_changes
 
 SHOWN_LINES = 5  # most broken lines of a file that a note lists
 
@@ -36,6 +36,7 @@ class RunFacts:
         later: evaluation.json, from an evaluation made after the run.
         entries, samples: the readable lines of metrics.jsonl and samples.jsonl, in the order of their steps.
         notes: what a reader must know: what could not be read, and with what changes the run was resumed.
+        tuned: tune.json, of a run that won a race.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class RunFacts:
     entries: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
+    tuned: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> Mapping[str, Any]:
@@ -127,7 +129,8 @@ def read_run(path: str | Path) -> RunFacts:
     state = "finished" if folder.is_finished else "running" if _runs_elsewhere(start) else "stopped"
     name = folder.path.resolve().name
     return RunFacts(
-        folder.path, name, state, _read_config(folder, notes), start, results, later, entries, samples, notes
+        *(folder.path, name, state, _read_config(folder, notes), start, results, later, entries, samples, notes),
+        tuned=_read_json(folder.path / TUNED, notes),
     )
 
 

@@ -19,11 +19,11 @@ from markupsafe import Markup
 from phinetune.files import write_text
 from phinetune.metric_table import LESS_TOLD
 from phinetune.reporting import run_comparison as comparing
-from phinetune.reporting import views
+from phinetune.reporting import tuned, views
 from phinetune.reporting.curves import charts
 from phinetune.reporting.facts import RunFacts, read_run, read_runs
 from phinetune.reporting.headline import headline
-from phinetune.run_folder import REPORT
+from phinetune.run_folder import REPORT, RunFolder
 from phinetune.version import VERSION
 
 PAGE = Path(str(files("phinetune.reporting"))) / "page"
@@ -59,7 +59,18 @@ def write_comparison(paths: Sequence[str | Path], out: Path) -> Path:
 
 def run_page(run: RunFacts, live: bool = False) -> str:
     """The HTML page of one run. A live page asks its server for a new version every two seconds."""
-    return _render("run.html", live, run=run, headline=headline(run), charts=charts([run]), views=views)
+    return _render("run.html", live, run=run, headline=headline(run), charts=charts([run]), views=views, tuned=tuned)
+
+
+def write_tuned(folder: Path) -> Path:
+    """Write the page of a race into its folder, from the tune.json there."""
+    tree = RunFolder(folder).read_tuned()
+    target = folder / REPORT
+    page = _render(
+        "tune.html", False, name=folder.name, headline=tuned.headline(tree), tree=tree, tuned=tuned, charts=[]
+    )
+    write_text(target, page, private=True)
+    return target
 
 
 def comparison_page(runs: Sequence[RunFacts]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 AUTO = "auto"
+RACE = "race"  # the learning rate: `auto`, and two around it are tried, too
 # The keys that may be `auto`, and are so where they are not given. `eval_strategy` and what keeps the best checkpoint
 # follow from `eval_steps` and `save_steps`.
 AUTO_PEFT = ("r", "lora_alpha")

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -265,6 +265,40 @@ class StopRequest(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Pause(StopRequest):
+    """Stops a candidate of a race after a given step, and otherwise as the race itself is stopped.
+
+    Attributes:
+        paused: whether the candidate came to that step.
+    """
+
+    def __init__(self, race: StopRequest, at: int, before: Callable[[int], None] | None = None) -> None:
+        """Make one for a stretch of a candidate.
+
+        Args:
+            race: what stops the race.
+            at: the step.
+            before: is called with the step, before the checkpoint is written there.
+        """
+        super().__init__()
+        self.race, self.at, self.before, self.paused = race, at, before, False
+        self._deadline = race._deadline
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        super().on_step_end(args, state, control)
+        self.race.requested |= self.requested  # a signal, or the end of the time
+        if state.global_step == self.at:
+            if self.before:
+                self.before(state.global_step)
+            self.paused = self.requested = True
+            control.should_training_stop = control.should_save = True
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal or the end of the time asked the race to stop."""
+        return self.race.requested or self._signalled
 
 
 def _ends_an_epoch(state: TrainerState) -> bool:

@@ -12,7 +12,7 @@ from transformers import Phi3Config
 from phinetune.config.run import RunConfig
 from phinetune.engine.device_memory import free_bytes
 from phinetune.training import auto_settings as rules
-from phinetune.training.auto_settings import AUTO, AUTO_PEFT, Choice
+from phinetune.training.auto_settings import AUTO, AUTO_PEFT, RACE, Choice
 from phinetune.training.rehearsal import adapted_shape
 from phinetune.training.settings import Settings
 from phinetune.training.steps import Steps
@@ -127,7 +127,7 @@ def with_choices(config: RunConfig, choices: list[Choice]) -> RunConfig:
 
 
 def _is_auto(key: str, value: Any) -> bool:
-    return value == AUTO and key != "pad_to_multiple_of"
+    return (value == AUTO and key != "pad_to_multiple_of") or (value == RACE and key == "learning_rate")
 
 
 @dataclass

@@ -22,6 +22,10 @@ SHOWN_TENSORS = 3
 REMEDIES = "Try a lower learning_rate, or bf16 in place of fp16"
 
 
+class NotFiniteError(RunError):
+    """A loss, a gradient or an adapter is not finite, so the run stopped."""
+
+
 class FiniteSteps(TrainerCallback):
     """Looks at each step's losses and gradients before they are applied.
 
@@ -70,10 +74,10 @@ class FiniteSteps(TrainerCallback):
         self.skipped.append(step)
         found = f"the gradients' norm became {self._norm}" if self._loss is None else f"the loss became {self._loss}"
         if not self.skips:
-            raise RunError(self._told(f"{found} at step {step}, so nothing was applied and the run stopped"))
+            raise NotFiniteError(self._told(f"{found} at step {step}, so nothing was applied and the run stopped"))
         check_finite(model, f"before step {step}", self._told)
         if len(self.skipped) > self.limit:
-            raise RunError(
+            raise NotFiniteError(
                 self._told(
                     f"{found} at step {step}; {len(self.skipped)} steps had to be skipped, and "
                     f"engine.nonfinite_limit is {self.limit}, so the run stopped"
@@ -122,4 +126,4 @@ def check_finite(model: torch.nn.Module, when: str, told: Callable[[str], str] =
     if bad:
         more = f" and {len(bad) - SHOWN_TENSORS} more" if len(bad) > SHOWN_TENSORS else ""
         names = ", ".join(bad[:SHOWN_TENSORS])
-        raise RunError(told(f"the adapter is not finite {when} ({names}{more}), so it was not saved"))
+        raise NotFiniteError(told(f"the adapter is not finite {when} ({names}{more}), so it was not saved"))

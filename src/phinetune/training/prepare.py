@@ -54,6 +54,10 @@ from phinetune.training.trained_parts import check_trained_parts
 from phinetune.training.warm_start import settle_adapter, with_adapters_base
 
 CHOSEN = "chosen"  # the key of start.json
+NO_HELD_OUT = (
+    "a race is decided on held-out rows, and there are none; set data.eval (a share such as 0.1, or a file), or "
+    "training_config.learning_rate: auto"
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ def settle(config: RunConfig) -> SettledRun:
     settings = settle_start(settings, config.model.quantization)
     check_sources(config.data)
     check_replay(config, objective)
+    if settings.race and config.data.eval is None:
+        raise ConfigError(f"training_config.learning_rate: race: {NO_HELD_OUT}")
     if config.data.streaming and int(settings.training.get("max_steps") or -1) < 1:
         raise ConfigError("data.streaming: a stream has no known end, so set training_config.max_steps")
     if refused := objective.refused(settings.training):
@@ -157,6 +163,11 @@ def prepare_run(settled: SettledRun, recorded: Mapping[str, Any] | None = None) 
     Raises:
         PhinetuneError: anything that would stop the run before its first step, as far as the weights don't matter.
     """
+    return with_chosen(prepare_rows(settled), recorded)
+
+
+def prepare_rows(settled: SettledRun) -> PreparedRun:
+    """`prepare_run` up to the rows: what was left open has no numbers yet, and `with_chosen` gives them."""
     config, settings, objective = settled.config, settled.settings, settled.objective
     device = pick_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, device)
@@ -175,11 +186,18 @@ def prepare_run(settled: SettledRun, recorded: Mapping[str, Any] | None = None) 
         settings = replace(settings, notes=[*settings.notes, *not_for_the_fast_engine(settings)])
     rows = settled.row_encoder(tokenizer)
     chats = with_replay(build_chats(rows), config.model, rows, config.data.replay)
-    run = PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
+    return PreparedRun(config, settings, objective, device, dtype, shape, engine, args, tokenizer, rows, chats)
+
+
+def with_chosen(run: PreparedRun, recorded: Mapping[str, Any] | None = None) -> PreparedRun:
+    """A run whose rows are prepared, with numbers for what was left open.
+
+    Args:
+        recorded: see `prepare_run`.
+    """
     run = _chosen(run, recorded or {})
-    args = run.args
-    if args.dataloader_drop_last and not config.data.streaming:
-        check_full_batch(run.lengths, args)
+    if run.args.dataloader_drop_last and not run.config.data.streaming:
+        check_full_batch(run.lengths, run.args)
     return run
 
 

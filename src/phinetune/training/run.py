@@ -108,6 +108,8 @@ def train_run(
     on_start: Callable[[PeftModel], None] = lambda model: None,
     on_reference: OnDone = lambda done, total: None,
     stop: StopRequest | None = None,
+    loaded: Loaded | None = None,
+    on_trainer: Callable[[RunTrainer], None] = lambda trainer: None,
 ) -> TrainedRun:
     """Train a prepared run into its folder. Of several processes the main one writes.
 
@@ -117,14 +119,16 @@ def train_run(
         on_start: is given the model with its adapter before the first step.
         on_reference: is told how many rows the reference has read, and how many there are.
         stop: ends the run before its end; None: signals do.
+        loaded: the base if it is in memory already, without an adapter; see `training.candidate.SharedBase`.
+        on_trainer: is given the trainer before the first step.
 
     Raises:
         PhinetuneError: anything a user can mend.
     """
     with processes.main_first():  # also: every process has looked at the folder before the main one writes there
-        record = record_of(prepared, find_base(prepared.config.model).fingerprint)
+        record = record_of(prepared, (loaded.base if loaded else find_base(prepared.config.model)).fingerprint)
         resumption = _held_against(prepared, place, record)
-        loaded = load_base(prepared.config.model, fast=prepared.engine.fast is not None, tokenizer=prepared.tokenizer)
+        loaded = loaded or load_for(prepared)
     own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
     reference = Reference(prepared, record, on_reference)
     trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
@@ -135,6 +139,7 @@ def train_run(
             place.folder.start(prepared.config, loaded.base.revision)
     with log_file(place.folder.path / LOG) if processes.is_main() else nullcontext():
         _log_run(prepared, trainer, loaded)
+        on_trainer(trainer)
         on_start(trainer.peft_model)
         began = time.perf_counter()
         _train(trainer, own.stop, place)
@@ -144,6 +149,11 @@ def train_run(
         summary["reference_seconds"] = round(sum(reference.seconds), 2)
     trainer.peft_model.eval()
     return TrainedRun(prepared, place.folder, loaded, trainer.peft_model, summary, stopped)
+
+
+def load_for(prepared: PreparedRun) -> Loaded:
+    """The base of a prepared run, without an adapter."""
+    return load_base(prepared.config.model, fast=prepared.engine.fast is not None, tokenizer=prepared.tokenizer)
 
 
 def _held_against(prepared: PreparedRun, place: RunPlace, record: Record) -> Resumption | None:

@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 from phinetune.checkpoints.named_modules import resolve_names
 from phinetune.errors import ConfigError, reason_of, told_as
-from phinetune.training.auto_settings import AUTO, AUTO_PEFT, AUTO_TRAINING, LENGTH_CAP
+from phinetune.training.auto_settings import AUTO, AUTO_PEFT, AUTO_TRAINING, LENGTH_CAP, RACE
 from phinetune.training.checked_keys import checked
 from phinetune.training.hub_wish import HubWish, take_wish
 from phinetune.training.idle_keys import IDLE_PEFT, IDLE_TRAINING, NEEDS_PEFT, NEEDS_TRAINING, leave_out_idle, overruled
@@ -68,6 +68,7 @@ class Settings:
         notes: a line for the log about each key or value that was translated or left out.
         push: where the finished run is pushed; None if it stays here.
         auto: the keys that are chosen by rules once the rows are known; until then they have fixed defaults.
+        race: whether a race decides the learning rate; then it is among `auto`.
     """
 
     training: dict[str, Any]
@@ -75,6 +76,7 @@ class Settings:
     notes: list[str]
     push: HubWish | None = None
     auto: frozenset[str] = frozenset()
+    race: bool = False
 
     @property
     def max_length(self) -> int | None:
@@ -106,6 +108,8 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     notes: list[str] = []
     training = translate(training_config, problems, notes)
     peft = translate_peft(peft_config, training, problems, notes)
+    race = is_race(training)
+    training = {**training, "learning_rate": AUTO} if race else training
     auto = _left_open(training, peft)
     training = {key: value for key, value in training.items() if key not in AUTO_TRAINING or not _is_auto(value)}
     peft = {key: value for key, value in peft.items() if key not in AUTO_PEFT or not _is_auto(value)}
@@ -114,7 +118,12 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     peft = _read_peft(peft, problems, notes)
     if problems:
         raise ConfigError(problems)
-    return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes, push, auto)
+    return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes, push, auto, race)
+
+
+def is_race(training: Mapping[str, Any]) -> bool:
+    """Whether `training_config` lets a race decide the learning rate."""
+    return str(training.get("learning_rate")).lower() == RACE
 
 
 def _is_auto(value: Any) -> bool:

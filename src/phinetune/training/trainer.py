@@ -145,12 +145,7 @@ class RunTrainer(CheckpointTrainer):
     ) -> EvalLoopOutput:
         """The objective's metrics over all held-out rows, batch by batch; then what `look` finds."""
         model = self.peft_model.eval()
-        total = dict.fromkeys(self.objective.sums, 0.0)
-        for batch in dataloader:
-            with self.compute_loss_context_manager():
-                for name, value in self.objective.score(model, self._prepare_inputs(batch)).items():
-                    total[name] += value
-        metrics = self.objective.summarize(self._reduced(total))
+        metrics = self._scored(model, dataloader)
         if self.look:
             found, samples = self.look(model)
             metrics |= found
@@ -163,6 +158,23 @@ class RunTrainer(CheckpointTrainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=self.num_examples(dataloader),
         )
+
+    def score(self, rows: Any) -> dict[str, float]:
+        """The objective's metrics over some of the held-out rows. Model and random numbers are left as they were."""
+        model = self.peft_model
+        training = model.training
+        with torch.random.fork_rng():  # a loader draws a number when it begins
+            found = self._scored(model.eval(), self.get_eval_dataloader(rows))
+        model.train(training)
+        return found
+
+    def _scored(self, model: PeftModel, batches: Any) -> dict[str, float]:
+        total = dict.fromkeys(self.objective.sums, 0.0)
+        for batch in batches:
+            with self.compute_loss_context_manager():
+                for name, value in self.objective.score(model, self._prepare_inputs(batch)).items():
+                    total[name] += value
+        return self.objective.summarize(self._reduced(total))
 
     def _reduced(self, sums: dict[str, float]) -> dict[str, float]:
         """The sums over all processes."""

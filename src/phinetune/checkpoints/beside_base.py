@@ -1,4 +1,4 @@
-"""Reads an adapter without its base: A and B alone, to answer beside other adapters on a base that is loaded already."""
+"""Reads an adapter without its base: A and B alone, to answer beside others on a base that is loaded already."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils.save_and_load import load_peft_weights
 from transformers import Phi3ForCausalLM
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
@@ -20,7 +21,7 @@ from phinetune.errors import ModelError, told_as
 def read_beside(loaded: Loaded, section: ModelSection, folder: Path) -> Adapter:
     """The updates of the adapter in `folder`, in the dtype and on the device of the base.
 
-    PEFT itself reads them, onto a model without memory of its own, so ranks, scalings and patterns are PEFT's.
+    PEFT itself lays them out, on a model without memory, so ranks, scalings and patterns are PEFT's.
 
     Args:
         loaded: the base.
@@ -40,5 +41,5 @@ def read_beside(loaded: Loaded, section: ModelSection, folder: Path) -> Adapter:
         with torch.device("meta"):
             shape = Phi3ForCausalLM(loaded.model.config)
         model = PeftModel(shape, config, low_cpu_mem_usage=True)
-        model.load_adapter(str(folder), "default", is_trainable=False, low_cpu_mem_usage=True, torch_device="cpu")
-    return on_device(read_updates(model.eval()), loaded.model.dtype, loaded.device)
+        weights = load_peft_weights(str(folder), device="cpu")
+    return on_device(read_updates(model.eval(), weights), loaded.model.dtype, loaded.device)

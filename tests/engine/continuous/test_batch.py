@@ -1,4 +1,4 @@
-"""Conversations that join and leave at odd times, each with its own adapter: the tokens of `generate` for each alone."""
+"""Conversations that join and leave at odd times, each with its own adapter: the tokens of `generate` for each."""
 
 from __future__ import annotations
 

@@ -84,8 +84,11 @@ def kept_spans(spans: Sequence[Span], kept: Sequence[int]) -> list[Span]:
     return made
 
 
-def read_updates(model: Any) -> Adapter:
-    """The updates of a PEFT model's adapter. They are the model's own tensors.
+def read_updates(model: Any, weights: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The updates of a PEFT model's adapter.
+
+    Args:
+        weights: A and B by their names in an adapter's file, for a model without memory. None: the model's own.
 
     Raises:
         ModelError: the adapter does more than add A and B to a decoder's linear layers.
@@ -104,8 +107,13 @@ def read_updates(model: Any) -> Adapter:
             module = layer.get_submodule(place)
             name = only_adapter(module, type(module.base_layer)) if isinstance(module, LoraLayer) else None
             if name is not None:
-                a, b = module.lora_A[name].weight, module.lora_B[name].weight
-                found[number, place] = LowRank(a.detach(), b.detach(), module.scaling[name])
+                a, b = (
+                    weights[f"{names[module]}.{side}.weight"]
+                    if weights
+                    else getattr(module, side)[name].weight.detach()
+                    for side in ("lora_A", "lora_B")
+                )
+                found[number, place] = LowRank(a, b, module.scaling[name])
                 others.discard(names[module])
     if others:
         first = sorted(others)[0]

@@ -108,7 +108,7 @@ class Shelf:
         return self.slots if used < self.slots else used + max(1, used // 4)
 
     def add(self, row: Any, states: Tensor, tokens: int) -> None:
-        """Give a conversation a place and copy its tokens' states there, shape (layers, 2, kv_heads, ≥ tokens, size)."""
+        """Give a conversation a place and copy its tokens' states there, shape (layers, 2, kv_heads, …, size)."""
         self._resize(self.slots_with_another())
         slot = len(self.rows)
         for own, given in zip(self.states, states, strict=True):

@@ -13,7 +13,16 @@ import psutil
 
 def this_process() -> dict[str, Any]:
     """What identifies this process: its host, its id, and the time it began in seconds, because ids are used again."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
+    return process_record(os.getpid())
+
+
+def process_record(pid: int) -> dict[str, Any]:
+    """What identifies a process of this host, as `this_process` returns it.
+
+    Raises:
+        psutil.Error: there is none.
+    """
+    return {"host": socket.gethostname(), "pid": pid, "began": psutil.Process(pid).create_time()}
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:

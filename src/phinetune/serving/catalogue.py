@@ -86,17 +86,18 @@ class ModelCatalogue:
         name = model_id.removeprefix(FINE_TUNED).split(":", 1)[0]
         return ServedModel(id=row["id"], created=row["created_at"], base=base, adapter=adapter, base_id=name)
 
-    def add(self, model_id: str, base: ModelSection, folder: Path, job: str) -> None:
+    def add(self, model_id: str, base: Mapping[str, Any], folder: Path, job: str) -> None:
         """Offer a tuned model. One that is there already stays as it is.
 
         Args:
+            base: the section `model` that it was trained with, without an adapter.
             folder: of its adapter, in the server's folder.
             job: the id of the job that made it.
         """
         place = folder.relative_to(self._folder)
         self._store.write(
             "INSERT OR IGNORE INTO models (id, created_at, base, folder, job) VALUES (?, ?, ?, ?, ?)",
-            [model_id, int(time.time()), base.model_dump_json(), str(place), job],
+            [model_id, int(time.time()), json.dumps(base), str(place), job],
         )
 
     def delete(self, model_id: str) -> bool:

@@ -84,16 +84,27 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def invalid_values(problems: Sequence[Any]) -> ApiError:
-    """The error for values of a wrong kind.
+    """The error for parameters that are missing, unknown or of a wrong kind.
 
     Args:
-        problems: pydantic's.
+        problems: pydantic's, at least one.
     """
-    named = [(_place(one["loc"]), str(one["msg"]).removeprefix("Value error, ")) for one in problems]
-    message = "; ".join(f"'{place}': {text}" if place else text for place, text in named)
-    types = {one["type"] for one in problems}
-    code = "missing_required_parameter" if types == {"missing"} else "invalid_value"
-    return ApiError(400, message, code=code, param=named[0][0] or None if named else None)
+    if problems[0]["type"] == "json_invalid":
+        return ApiError(400, f"We could not parse the JSON body of your request: {problems[0]['msg']}.")
+    told = dict.fromkeys(_told(one) for one in problems)
+    kind = problems[0]["type"]
+    code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(kind, "invalid_value")
+    return ApiError(400, " ".join(told), code=code, param=_place(problems[0]["loc"]) or None)
+
+
+def _told(problem: Any) -> str:
+    place = _place(problem["loc"])
+    if problem["type"] == "missing":
+        return f"Missing required parameter: '{place}'."
+    if problem["type"] == "extra_forbidden":
+        return f"Unknown parameter: '{place}'."
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    return f"Invalid '{place}': {text}." if place else f"{text}."
 
 
 def _place(loc: Sequence[Any]) -> str:

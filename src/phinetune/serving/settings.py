@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from phinetune.config.model import ModelSection
+from phinetune.config.places import absolute_place
+from phinetune.errors import ConfigError
 from phinetune.home import cache_folder
 
 PORT = 8686
@@ -41,6 +43,7 @@ class ServerSettings:
         folder: where its state lies.
         models: the base models on offer, by the names that clients use.
         hosts: names besides those of the loopback by which clients may call this server.
+        at_once: jobs that are trained at the same time; None: one for each two cores.
         log_contents: whether the log may hold what chats say.
     """
 
@@ -49,5 +52,46 @@ class ServerSettings:
     port: int = PORT
     models: Mapping[str, ModelSection] = field(default_factory=lambda: {"starter": ModelSection(path="starter")})
     hosts: tuple[str, ...] = ()
+    at_once: int | None = None
     log_contents: bool = False
     limits: Limits = field(default_factory=Limits)
+
+
+def make_settings(
+    models: Sequence[str],
+    host: str,
+    port: int,
+    folder: Path | None,
+    hosts: Sequence[str],
+    at_once: int | None,
+    log_contents: bool,
+) -> ServerSettings:
+    """The settings from what the command line took.
+
+    Args:
+        models: `NAME=PATH` each.
+
+    Raises:
+        ConfigError: a model is written in another way, or named twice.
+    """
+    given = ServerSettings(host=host, port=port, hosts=tuple(hosts), at_once=at_once, log_contents=log_contents)
+    if models:
+        given = replace(given, models=_named_models(models))
+    return replace(given, folder=folder.expanduser().resolve()) if folder else given
+
+
+def _named_models(models: Sequence[str]) -> dict[str, ModelSection]:
+    found: dict[str, ModelSection] = {}
+    problems = []
+    for text in models:
+        name, _, path = text.partition("=")
+        name, path = name.strip(), path.strip() or name.strip()
+        if name in found:
+            problems.append(f"--model {text}: the name {name} stands twice")
+        elif "/" in name or not path:
+            problems.append(f"--model {text}: write it as NAME=PATH, where PATH is a folder, a hub id or `starter`")
+        else:
+            found[name] = ModelSection(path=absolute_place(path))
+    if problems:
+        raise ConfigError(problems)
+    return found

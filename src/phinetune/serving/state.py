@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from phinetune.serving.catalogue import ModelCatalogue
 from phinetune.serving.settings import ServerSettings
 from phinetune.serving.store import DATABASE, Store
+from phinetune.serving.workshop import Workshop
 
 
 @dataclass
@@ -20,6 +21,8 @@ class ServerState:
         store: what it must not lose.
         models: what it offers.
         key: what a client has to know.
+        workshop: where files are looked at and jobs planned.
+        wake_jobs: lets whoever keeps the jobs look at them now.
         closing: functions that are called when the server stops, last one first; they take at most some seconds.
         counters: numbers for `/metrics`, by name.
     """
@@ -28,7 +31,9 @@ class ServerState:
     store: Store
     models: ModelCatalogue
     key: str
-    closing: list[Any] = field(default_factory=list)
+    workshop: Workshop = field(default_factory=Workshop)
+    wake_jobs: Callable[[], None] = lambda: None
+    closing: list[Callable[[], None]] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -47,7 +52,7 @@ def open_state(settings: ServerSettings, key: str) -> ServerState:
         PhinetuneError: the folder's state can't be used, or a model's name can't.
     """
     settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in ("files", "runs"):
+    for name in ("files", "jobs", "runs"):
         (settings.folder / name).mkdir(exist_ok=True, mode=0o700)
     store = Store(settings.folder / DATABASE)
     return ServerState(settings, store, ModelCatalogue(settings.folder, store, settings.models), key)

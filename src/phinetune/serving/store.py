@@ -24,12 +24,14 @@ CREATE TABLE files (
 );
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL, status TEXT NOT NULL,
-    wish TEXT, request TEXT NOT NULL, model TEXT NOT NULL, suffix TEXT NOT NULL, seed INTEGER NOT NULL,
-    training_file TEXT NOT NULL, validation_file TEXT, fine_tuned_model TEXT, finished_at INTEGER,
-    estimated_finish INTEGER, trained_tokens INTEGER, result_files TEXT NOT NULL DEFAULT '[]', error TEXT,
-    process TEXT, started INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0, told_step INTEGER NOT NULL
-    DEFAULT 0, memory INTEGER, epochs REAL, batch INTEGER, rate REAL, beta REAL
+    request TEXT NOT NULL, model TEXT NOT NULL, base TEXT NOT NULL, adapter TEXT, base_id TEXT NOT NULL,
+    suffix TEXT NOT NULL, seed INTEGER NOT NULL, training_file TEXT NOT NULL, validation_file TEXT,
+    chosen TEXT NOT NULL DEFAULT '{}', memory INTEGER, seconds REAL, process TEXT, deaths INTEGER NOT NULL DEFAULT 0,
+    told_step INTEGER NOT NULL DEFAULT 0, told_valid INTEGER NOT NULL DEFAULT 0, waits_for TEXT, fine_tuned_model TEXT,
+    finished_at INTEGER, estimated_finish INTEGER, trained_tokens INTEGER, result_files TEXT NOT NULL DEFAULT '[]',
+    error TEXT
 );
+CREATE INDEX jobs_by_status ON jobs (status);
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job TEXT NOT NULL, created_at INTEGER NOT NULL,
     level TEXT NOT NULL, message TEXT NOT NULL, type TEXT NOT NULL, data TEXT

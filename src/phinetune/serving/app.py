@@ -1,0 +1,30 @@
+"""The web application: all routers of the API behind one guard."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from phinetune.serving import files, health, jobs, models, session_routes
+from phinetune.serving.errors import add_handlers
+from phinetune.serving.safety import Guard
+from phinetune.serving.state import ServerState
+from phinetune.version import VERSION
+
+ROUTERS = (files.router, jobs.router, models.router, session_routes.router, health.router)
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """The application over a state. Nothing is started by it."""
+    app = FastAPI(
+        title="phinetune serve",
+        version=VERSION,
+        description="OpenAI's API of files, fine-tuning jobs, models and answers, on your own machine.",
+        docs_url=None,  # these pages would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for make in ROUTERS:
+        app.include_router(make(state))
+    add_handlers(app)
+    app.add_middleware(Guard, state=state, open_paths=("/session",))
+    return app

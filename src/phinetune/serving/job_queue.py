@@ -1,0 +1,47 @@
+"""Says whether a job can start now, and if not, what it waits for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+
+import psutil
+
+from phinetune.serving.job_process import memory_of
+from phinetune.serving.settings import ServerSettings
+from phinetune.serving.store import Row
+
+PROGRAM = 1_000_000_000  # bytes that the libraries take, which a plan does not count
+
+
+def jobs_at_once(settings: ServerSettings) -> int:
+    """How many jobs train at the same time: as many as asked for, else one for each two cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return settings.at_once or max(1, cores // 2)
+
+
+def why_wait(job: Row, others: Sequence[Row], settings: ServerSettings) -> str | None:
+    """What a queued job waits for; None if it can start.
+
+    Args:
+        others: the jobs that have a process now.
+    """
+    if len(others) >= jobs_at_once(settings):
+        return f"{_named(others)} trains, and this server trains {_number(jobs_at_once(settings))} at a time"
+    if job["memory"] == 0 and others:
+        return f"{_named(others)} trains on the device"
+    need = job["memory"] + PROGRAM if job["memory"] else 0
+    promised = sum(max(0, one["memory"] + PROGRAM - memory_of(json.loads(one["process"]))) for one in others)
+    free = psutil.virtual_memory().available - promised
+    if need <= free:
+        return None
+    return f"it needs {need / 1e9:.1f} GB of memory, and {max(0, free) / 1e9:.1f} GB are free"
+
+
+def _named(jobs: Sequence[Row]) -> str:
+    return ", ".join(job["id"] for job in jobs)
+
+
+def _number(count: int) -> str:
+    return "one job" if count == 1 else f"{count} jobs"

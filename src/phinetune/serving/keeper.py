@@ -1,0 +1,237 @@
+"""Keeps the jobs of a server going: it has their files looked at, starts those that fit, and watches their processes.
+
+What a job is to be stands in its row (`status`), and what is there beside it (`process`). Each round brings the second
+to the first, so a server that was killed goes on where it was: nothing that counts is in memory alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import threading
+import time
+from typing import Any
+
+import yaml
+
+from phinetune.errors import PhinetuneError
+from phinetune.files import write_text
+from phinetune.liveness import is_alive, process_record
+from phinetune.serving import job_process
+from phinetune.serving.job_config import chosen_numbers, final_config, first_config
+from phinetune.serving.job_end import succeed
+from phinetune.serving.job_places import JobPlaces
+from phinetune.serving.job_progress import Progress
+from phinetune.serving.job_queue import why_wait
+from phinetune.serving.job_request import JobRequest
+from phinetune.serving.job_table import CANCELLED, OPEN, QUEUED, RUNNING, VALIDATING, JobTable
+from phinetune.serving.state import ServerState
+from phinetune.serving.store import Row
+from phinetune.serving.workshop import WorkFailed, Workshop
+
+logger = logging.getLogger(__name__)
+
+ROUND_S = 0.5
+PLAN_S = 3600.0  # a plan may take, with a large file
+MOST_DEATHS = 5  # of a job's process without a new checkpoint in between
+MOST_CRASHES = 2  # of these by an error of its own, which the next try is likely to meet again
+ASK_AGAIN_S = 15.0
+
+
+class JobKeeper:
+    """Two threads: one plans jobs, one starts and watches them."""
+
+    def __init__(self, state: ServerState, workshop: Workshop) -> None:
+        self.state, self.workshop = state, workshop
+        self.jobs = JobTable(state.store)
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._progress: dict[str, Progress] = {}
+        self._asked: dict[str, float] = {}
+        self._stop, self._news = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=self._rounds, args=(work,), name=name, daemon=True)
+            for name, work in (("jobs", self.round), ("plans", self.plan_next))
+        ]
+
+    def start(self) -> None:
+        """Find the processes that another server left running, and begin."""
+        self.adopt()
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads. Jobs train on; the next server finds them."""
+        self._stop.set()
+        self._news.set()
+        self.workshop.close()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(5)
+
+    def wake(self) -> None:
+        """Look at the jobs now."""
+        self._news.set()
+
+    def places(self, job: Row) -> JobPlaces:
+        return JobPlaces(self.state.folder, job["id"])
+
+    def adopt(self) -> None:
+        """Record processes that were started in the moment in which a server was killed."""
+        lone = {self.places(job).config: job for job in self.jobs.in_states(*OPEN, CANCELLED) if not job["process"]}
+        for config, process in job_process.running_jobs(lone).items():
+            self.state.store.update("jobs", lone[config]["id"], process=json.dumps(process))
+
+    def _rounds(self, work: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                work()
+            except Exception:
+                if not self._stop.is_set():
+                    logger.exception("a round over the jobs failed; the next one comes in %g s", ROUND_S)
+            self._news.wait(ROUND_S)
+            self._news.clear()
+
+    def plan_next(self) -> None:
+        """Plan the jobs whose files are to be looked at."""
+        for job in self.jobs.in_states(VALIDATING):
+            if self._stop.is_set():
+                return
+            try:
+                self._plan(job)
+            except PhinetuneError as error:
+                self.jobs.fail(job["id"], "invalid_training_file", _without_places(error, self), "training_file")
+            except WorkFailed as error:
+                if not self._stop.is_set():
+                    self.jobs.fail(job["id"], "planning_failed", f"planning the job failed: {error}")
+
+    def _plan(self, job: Row) -> None:
+        first, request = first_config(job, self.state.folder), JobRequest.model_validate_json(job["request"])
+        made = self.workshop.do("plan", {"config": first}, PLAN_S)
+        final = final_config(first, made, request.wanted.learning_rate_multiplier)
+        write_text(self.places(job).config, yaml.safe_dump(final, sort_keys=False, allow_unicode=True), private=True)
+        values = {
+            "chosen": json.dumps(chosen_numbers(final, request)),
+            "memory": made["memory"] if made["on_cpu"] else 0,
+            "seconds": made["seconds"],
+        }
+        with self.state.store.together():
+            if self.jobs.move(job["id"], QUEUED, only_from=[VALIDATING], **values):
+                self.jobs.say(job["id"], "Files validated, moving job to queued state")
+                for note in made["notes"]:
+                    self.jobs.say(job["id"], note, "warn")
+            else:  # it was paused or cancelled meanwhile
+                self.state.store.update("jobs", job["id"], **values)
+        self.wake()
+
+    def round(self) -> None:
+        """Bring every job one step nearer to what it is to be."""
+        for job in self.jobs.with_process():
+            self._watch(job)
+        for job in self.jobs.in_states(RUNNING):
+            if not job["process"]:  # the server was killed before it could start it, or before it saw its end
+                self._ended(job)
+        for job in self.jobs.in_states(QUEUED):
+            if job["process"] or self._stop.is_set():
+                continue
+            reason = why_wait(job, self.jobs.with_process(), self.state.settings)
+            if reason:
+                self.jobs.wait(job, reason)
+                break  # first come, first served
+            self._start(job)
+
+    def _watch(self, job: Row) -> None:
+        process = json.loads(job["process"])
+        child = self._children.get(job["id"])
+        if (child is not None and child.poll() is not None) or not is_alive(process):
+            self._ended(job)
+        elif job["status"] == RUNNING:
+            self._look(job)
+        elif job["status"] == CANCELLED:
+            job_process.kill(process)
+        elif time.monotonic() - self._asked.get(job["id"], -ASK_AGAIN_S) >= ASK_AGAIN_S:  # paused, or resumed already
+            self._asked[job["id"]] = time.monotonic()
+            job_process.ask_to_stop(process)
+
+    def _look(self, job: Row) -> None:
+        progress = self._progress.setdefault(job["id"], Progress(self.state, self.places(job), self.jobs))
+        progress.look(job)
+
+    def _start(self, job: Row) -> None:
+        """Start a queued job's process. The row says so first: a process without a row would be lost."""
+        places, again = self.places(job), self.places(job).run.is_run
+        where = _newest(places)
+        message = f"Fine-tuning job goes on {where}" if again else "Fine-tuning job started"
+        finish = time.time() + job["seconds"] if job["seconds"] else None
+        with self.state.store.together():
+            if not self.jobs.move(job["id"], RUNNING, only_from=[QUEUED], waits_for=None, estimated_finish=finish):
+                return
+            self.jobs.say(job["id"], message)
+        child = job_process.start(places, _wandb_environment(job))
+        self._children[job["id"]] = child
+        self._asked.pop(job["id"], None)
+        self.state.store.update("jobs", job["id"], process=json.dumps(process_record(child.pid)))
+
+    def _ended(self, job: Row) -> None:
+        """What becomes of a job whose process is gone."""
+        child = self._children.pop(job["id"], None)
+        status = child.wait() if child else None
+        places = self.places(job)
+        self._look(job)
+        self._progress.pop(job["id"], None)
+        job = self.jobs.get(job["id"]) or job
+        if places.run.is_finished and job["status"] != CANCELLED:
+            succeed(self.state, self.jobs, job, places)
+        elif job["status"] == RUNNING:
+            self._go_on(job, status, places)
+        else:
+            self.state.store.update("jobs", job["id"], process=None)
+
+    def _go_on(self, job: Row, status: int | None, places: JobPlaces) -> None:
+        """Put a job whose process ended early back into the queue, or give it up."""
+        if status == job_process.USERS_MISTAKE:
+            told = job_process.last_errors(places.log) or ["the run stopped; the server's log names the reason"]
+            logger.warning("%s: %s", job["id"], "; ".join(told))
+            self.jobs.fail(job["id"], "training_failed", _hidden("; ".join(told), self))
+            return
+        if status == job_process.STOPPED:
+            deaths, why = job["deaths"], "was asked to stop from outside"
+        else:
+            deaths, why = job["deaths"] + 1, "ended unexpectedly" + (f" (status {status})" if status else "")
+        most = MOST_CRASHES if status and status > 0 else MOST_DEATHS
+        if deaths > most:
+            message = f"the process that trains the job {why}, {deaths} times without a new checkpoint"
+            self.jobs.fail(job["id"], "training_crashed", message)
+            return
+        with self.state.store.together():
+            if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING], process=None, deaths=deaths):
+                self.jobs.say(job["id"], f"The process that trains the job {why}; it goes on {_newest(places)}", "warn")
+
+
+def _newest(places: JobPlaces) -> str:
+    checkpoints = places.run.checkpoints()
+    return f"from {checkpoints[-1].name}" if checkpoints else "from its beginning"
+
+
+def _wandb_environment(job: Row) -> dict[str, str]:
+    request = JobRequest.model_validate_json(job["request"])
+    if not request.integrations:
+        return {}
+    wanted = request.integrations[0].wandb
+    given = {
+        "WANDB_PROJECT": wanted.project,
+        "WANDB_NAME": wanted.name or job["id"],
+        "WANDB_ENTITY": wanted.entity,
+        "WANDB_TAGS": ",".join(wanted.tags or []),
+    }
+    return {key: value for key, value in given.items() if value}
+
+
+def _without_places(error: PhinetuneError, keeper: JobKeeper) -> str:
+    return _hidden("\n".join(error.problems[:20]), keeper)
+
+
+def _hidden(text: str, keeper: JobKeeper) -> str:
+    """A text without the places of this server's files: they are nothing to a client."""
+    return text.replace(f"{keeper.state.folder}{os.sep}", "")

@@ -1,0 +1,142 @@
+"""Starts the processes of `phinetune.serving.work`, gives them work, and ends them when there is none."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import IO, Any
+
+from phinetune.errors import PhinetuneError
+
+AT_ONCE = 2  # a plan can take a minute; a file that is uploaded meanwhile is looked at by the second process
+IDLE_S = 300.0  # then a process ends, so that its memory is free
+
+
+class WorkFailed(Exception):
+    """The work ended without an answer: its process died, or took too long."""
+
+
+class Workshop:
+    """Processes that look at files and plan jobs. All threads may use it."""
+
+    def __init__(self) -> None:
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        self._places = threading.Semaphore(AT_ONCE)
+        self._all: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def do(self, task: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The answer to a request; see `phinetune.serving.work`. It waits for a free process.
+
+        Raises:
+            PhinetuneError: what a user can mend.
+            WorkFailed: the process died, or took longer than `timeout_s`.
+        """
+        with self._places:
+            worker = self._take()
+            try:
+                answer = worker.ask({"task": task, **request}, timeout_s)
+            except BaseException:
+                self._end(worker)
+                raise
+            self._give_back(worker)
+        if "problems" in answer:
+            raise PhinetuneError(answer["problems"])
+        return dict(answer["done"])
+
+    def close(self) -> None:
+        """End all processes."""
+        with self._lock:
+            self._closed, workers, self._all = True, self._all, []
+        for worker in workers:
+            worker.end()
+
+    def _take(self) -> _Worker:
+        while True:
+            try:
+                worker = self._free.get_nowait()
+            except queue.Empty:
+                break
+            if worker.wake():
+                return worker
+            self._end(worker)
+        with self._lock:
+            if self._closed:
+                raise WorkFailed("the server is stopping")
+            worker = _Worker()
+            self._all.append(worker)
+        return worker
+
+    def _give_back(self, worker: _Worker) -> None:
+        worker.rest()
+        self._free.put(worker)
+
+    def _end(self, worker: _Worker) -> None:
+        worker.end()
+        with self._lock:
+            if worker in self._all:
+                self._all.remove(worker)
+
+
+class _Worker:
+    """One process. It is ended from a timer where it has nothing to do."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "phinetune.serving.work"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C is for the server, which then ends it
+            text=True,
+            encoding="utf-8",
+        )
+        self._timer: threading.Timer | None = None
+
+    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        limit = threading.Timer(timeout_s, self._process.kill)
+        limit.daemon = True
+        limit.start()
+        try:
+            _pipe(self._process.stdin).write(json.dumps(request) + "\n")
+            _pipe(self._process.stdin).flush()
+            line = _pipe(self._process.stdout).readline()
+        except OSError:
+            line = ""
+        finally:
+            limit.cancel()
+        if not line:
+            status = self._process.wait()
+            raise WorkFailed(f"the process that did it ended with status {status}")
+        return dict(json.loads(line))
+
+    def rest(self) -> None:
+        self._timer = threading.Timer(IDLE_S, self.end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def wake(self) -> bool:
+        """Whether the process is still there to work."""
+        if self._timer:
+            self._timer.cancel()
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                _pipe(pipe).close()
+            except OSError:
+                continue
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe

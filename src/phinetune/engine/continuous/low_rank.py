@@ -1,0 +1,132 @@
+"""Adapters as the answering engine holds them: A and B of each layer, beside a base that all share.
+
+The tokens of a step lie side by side by their adapter. The base's product is computed once for all of them; then each
+adapter adds s · (x Aᵀ) Bᵀ (LoRA, Hu et al. 2021, section 4.1) to its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phinetune.engine.kernels.matmul import linear
+from phinetune.engine.lora_layers import only_adapter
+from phinetune.errors import ModelError
+from phinetune.lora.functional import lora_linear
+
+PLACES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")  # in a decoder layer
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's update.
+
+    Attributes:
+        a, b: shapes (r, in) and (out, r), in the base's dtype.
+        scaling: alpha / r, or alpha / √r.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+# The updates of one adapter, by the layer's number and the place in it. What it leaves as it is has no entry.
+Adapter = Mapping[tuple[int, str], LowRank]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of a step that one adapter answers; None is the base alone."""
+
+    adapter: Adapter | None
+    start: int
+    stop: int
+
+
+def product(x: Tensor, module: Any, where: tuple[int, str], spans: Sequence[Span]) -> Tensor:
+    """A linear layer's output with the adapters of its tokens.
+
+    Args:
+        x: shape (tokens, in).
+        where: the layer's number and the place in it.
+        spans: they cover the tokens in order.
+    """
+    if type(module) is not nn.Linear:  # quantised: its class knows its product
+        return _add(module(x), x, where, spans)
+    only = spans[0].adapter.get(where) if len(spans) == 1 and spans[0].adapter else None
+    if only:
+        return lora_linear(x, module.weight, module.bias, only.a, only.b, only.scaling)
+    return _add(linear(x, module.weight, module.bias), x, where, spans)
+
+
+def _add(out: Tensor, x: Tensor, where: tuple[int, str], spans: Sequence[Span]) -> Tensor:
+    for span in spans:
+        update = span.adapter.get(where) if span.adapter else None
+        if update:
+            rows = slice(span.start, span.stop)
+            out[rows].addmm_(x[rows] @ update.a.t(), update.b.t(), alpha=update.scaling)
+    return out
+
+
+def kept_spans(spans: Sequence[Span], kept: Sequence[int]) -> list[Span]:
+    """The spans after only some tokens are kept, in their order."""
+    made, start = [], 0
+    for span in spans:
+        count = sum(span.start <= token < span.stop for token in kept)
+        if count:
+            made.append(Span(span.adapter, start, start + count))
+        start += count
+    return made
+
+
+def read_updates(model: Any, weights: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The updates of a PEFT model's adapter.
+
+    Args:
+        weights: A and B by their names in an adapter's file, for a model without memory. None: the model's own.
+
+    Raises:
+        ModelError: the adapter does more than add A and B to a decoder's linear layers.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[tuple[int, str], LowRank] = {}
+    others = {
+        name for name, module in model.named_modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    names = {module: name for name, module in model.named_modules()}
+    for number, layer in enumerate(model.get_base_model().model.layers):
+        for place in PLACES:
+            module = layer.get_submodule(place)
+            name = only_adapter(module, type(module.base_layer)) if isinstance(module, LoraLayer) else None
+            if name is not None:
+                a, b = (
+                    weights[f"{names[module]}.{side}.weight"]
+                    if weights
+                    else getattr(module, side)[name].weight.detach()
+                    for side in ("lora_A", "lora_B")
+                )
+                found[number, place] = LowRank(a, b, module.scaling[name])
+                others.discard(names[module])
+    if others:
+        first = sorted(others)[0]
+        raise ModelError(
+            f"the adapter is more than LoRA on the decoder's linear layers ({first} and {len(others) - 1} more), which "
+            "can't be answered beside others on one base; merge it (`phinetune merge`) and serve what comes out"
+        )
+    return found
+
+
+def on_device(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Adapter:
+    """The updates in the base's dtype, on its device."""
+    return {
+        where: LowRank(update.a.to(device, dtype).contiguous(), update.b.to(device, dtype).contiguous(), update.scaling)
+        for where, update in adapter.items()
+    }

@@ -1,0 +1,113 @@
+"""Keeps an answer to JSON, a JSON schema, or a tool call, by llguidance: tokens that would break it are never taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phinetune.engine.continuous.requests import Constraint
+from phinetune.serving.errors import ApiError
+
+# Free white space would let a small model write nothing else for ever.
+SPACING: Any = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+
+
+class Grammars:
+    """The grammars of one model's tokens."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        """Make them. Takes about a second for a large vocabulary.
+
+        Args:
+            vocabulary: how many logits the model has.
+        """
+        from llguidance.hf import from_tokenizer
+
+        self._tokens = from_tokenizer(tokenizer, n_vocab=vocabulary)
+
+    def json(self, schema: Mapping[str, Any], param: str) -> Callable[[], Constraint]:
+        """What keeps an answer to a schema.
+
+        Args:
+            param: the parameter that the schema came in, for an error.
+
+        Raises:
+            ApiError: the schema is none, or uses what can't be kept to.
+        """
+        from llguidance import LLMatcher
+
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACING)
+        except ValueError as error:
+            raise _refused(str(error), param) from None
+        return self._maker(grammar, param)
+
+    def call(
+        self, marks: tuple[str, str], special: bool, tools: Sequence[Mapping[str, Any]], listed: bool
+    ) -> Callable[[], Constraint]:
+        """What keeps an answer to a call of one of the tools.
+
+        Args:
+            marks: what stands before and after a call.
+            special: whether they are tokens of their own.
+            listed: whether calls stand in a list.
+        """
+        from llguidance import LLMatcher
+
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool["name"]},
+                    "arguments": tool.get("parameters") or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ]
+        schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        if listed:
+            schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
+        begin, end = (mark if special else json.dumps(mark) if mark else "" for mark in marks)
+        schema = {**schema, "x-guidance": SPACING}
+        grammar = LLMatcher.grammar_from_lark(f"start: {begin} json {end}\njson: %json {json.dumps(schema)}\n")
+        return self._maker(grammar, "tools")
+
+    def _maker(self, grammar: str, param: str) -> Callable[[], Constraint]:
+        from llguidance import LLMatcher
+
+        problem = LLMatcher.validate_grammar(grammar, self._tokens)
+        if problem:
+            raise _refused(problem, param)
+        return lambda: _Kept(LLMatcher(self._tokens, grammar))
+
+
+def _refused(reason: str, param: str) -> ApiError:
+    text = " ".join(reason.split())[:300]
+    return ApiError(400, f"Invalid schema for '{param}': {text}", code="invalid_json_schema", param=param)
+
+
+class _Kept:
+    """One answer's place in its grammar; a `Constraint`."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def mask_(self, logits: Tensor) -> None:
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        may = torch.zeros(len(logits), dtype=torch.bool)
+        count = min(len(bits), len(logits))
+        may[:count] = torch.from_numpy(bits[:count].copy()).bool()
+        logits.masked_fill_(~may, -torch.inf)
+
+    def take(self, token: int) -> bool:
+        self._matcher.consume_token(token)
+        if self._matcher.is_error():
+            raise RuntimeError(f"the grammar can't be kept: {self._matcher.get_error()}")
+        return bool(self._matcher.is_stopped())

@@ -1,0 +1,72 @@
+"""The answering engine from other threads: many at once, too many, cancelled, failed, closed."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from engine.continuous.test_batch import Setting
+from engine.test_greedy_decode import some_prompts
+from phinetune.engine.continuous.answer_engine import AnswerEngine, Busy, TooLong
+from phinetune.engine.continuous.requests import Request
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Setting("phi-3-mini")
+
+
+def test_from_many_threads_each_gets_its_own_answer(setting: Setting) -> None:
+    engine = AnswerEngine(setting.core, most_rows=4, cache_bytes=1 << 28)
+    engine.add_adapter("one", setting.adapters["one"])
+    prompts = some_prompts((3, 40, 7, 29, 18, 1, 31))
+    got: dict[int, list[int]] = {}
+
+    def ask(i: int) -> None:
+        stream = engine.submit(Request(prompts[i], 8, adapter="one" if i % 2 else None))
+        got[i] = [token.id for token in stream]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for i, prompt in enumerate(prompts):
+        assert got[i] == setting.alone(prompt, "one" if i % 2 else None, 8, set())
+    assert engine.load.answered_tokens == 8 * len(prompts)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(Request([1], 1))
+
+
+def test_too_many_too_long_unknown_and_cancelled(setting: Setting) -> None:
+    engine = AnswerEngine(setting.core, most_rows=1, most_waiting=2, cache_bytes=1 << 28)
+    prompt = some_prompts((9,))[0]
+    with pytest.raises(TooLong, match="has 5000 tokens"):
+        engine.submit(Request([5] * 5000, 1))
+    with pytest.raises(KeyError, match="nobody"):
+        engine.submit(Request(prompt, 1, adapter="nobody"))
+    first = engine.submit(Request(prompt, 4000))
+    next(iter(first))
+    rest = [engine.submit(Request(prompt, 4000)) for _ in range(2)]
+    with pytest.raises(Busy):
+        engine.submit(Request(prompt, 1))
+    for stream in (*rest, first):
+        stream.cancel()
+    for stream in (*rest, first):
+        list(stream)
+        assert stream.end
+        assert stream.end.reason == "cancelled"
+    assert len(list(engine.submit(Request(prompt, 3)))) == 3  # it goes on
+    engine.close()
+
+
+def test_a_step_that_fails_ends_its_answers_and_no_others(setting: Setting) -> None:
+    engine = AnswerEngine(setting.core, cache_bytes=1 << 28)
+    broken = engine.submit(Request([10_000], 3))  # no such token: the embedding refuses it
+    assert list(broken) == []
+    assert broken.end
+    assert broken.end.reason == "failed"
+    assert isinstance(broken.end.error, IndexError)
+    prompt = some_prompts((9,))[0]
+    assert [t.id for t in engine.submit(Request(prompt, 5))] == setting.alone(prompt, None, 5, set())
+    engine.close()

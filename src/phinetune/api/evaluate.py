@@ -29,6 +29,7 @@ from phinetune.run_folder import EVALUATION, RunFolder
 from phinetune.run_lock import locked, refuse_if_locked
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, stderr
+from phinetune.screen.hard_rows import show_hard_rows
 from phinetune.screen.harness_tasks import show_tasks
 from phinetune.screen.kept import show_kept
 from phinetune.screen.progress import ComparisonProgress
@@ -94,6 +95,7 @@ def evaluate(
         comparison = compare(opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher, base)
         comparison = with_kept(comparison, opened.model, tokenizer, held_out, options, base, began)
     show_comparison(comparison, console)
+    show_hard_rows(comparison.hard, console)
     show_kept(comparison.kept, console)
     _write_json(out, comparison.to_tree(), console)
     if record:

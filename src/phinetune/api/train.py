@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,6 +38,7 @@ from phinetune.screen.console import Console, say, silent, stderr
 from phinetune.screen.curves import show_curves
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
+from phinetune.screen.hard_rows import show_hard_rows
 from phinetune.screen.kept import show_kept
 from phinetune.screen.progress import ComparisonProgress, ProgressLine, ReferenceProgress
 from phinetune.screen.settings import show_settings
@@ -150,8 +151,15 @@ def train_config(
     overwrite: bool = False,
     changed: bool = False,
     max_time: float | str | None = None,
+    progress: Console | None = None,
+    on_trained: Callable[[TrainedRun], None] = lambda trained: None,
 ) -> Run:
-    """`train` for a validated configuration. Of several processes the main one prints to `console` and writes."""
+    """`train` for a validated configuration. Of several processes the main one prints to `console` and writes.
+
+    Args:
+        progress: where the steps are shown; `console` if left out.
+        on_trained: is given a run that was trained to its end, with its model, before its results are written.
+    """
     stop = StopRequest(_seconds(max_time))
     set_up_logging(_log_level(config))
     quiet_libraries()
@@ -162,7 +170,7 @@ def train_config(
         with processes.main_first():  # the others look at a folder that is tidy
             place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
         try:
-            return _train_at(place, settled, metrics, console, stop)
+            return _train_at(place, settled, metrics, console, stop, progress or console, on_trained)
         except BaseException:
             if processes.is_main():
                 with suppress(OSError):
@@ -170,14 +178,22 @@ def train_config(
             raise
 
 
-def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: Console, stop: StopRequest) -> Run:
+def _train_at(
+    place: RunPlace,
+    settled: SettledRun,
+    metrics: Metrics,
+    console: Console,
+    stop: StopRequest,
+    steps_on: Console,
+    on_trained: Callable[[TrainedRun], None],
+) -> Run:
     """All of a run that happens while its folder is locked."""
     prepared = prepare_run(*_begun(place, settled))
     look_at_rows(prepared, metrics)
     check_limits(prepared)
     show_data(prepared.chats, prepared.tokenizer, console)
     show_settings(prepared.choices, console)
-    progress, reference = ProgressLine(console), ReferenceProgress(console)
+    progress, reference = ProgressLine(steps_on), ReferenceProgress(console)
     try:
         trained = train_run(
             prepared,
@@ -191,6 +207,8 @@ def _train_at(place: RunPlace, settled: SettledRun, metrics: Metrics, console: C
     finally:
         progress.close()
         reference.close()
+    if not trained.stopped:
+        on_trained(trained)
     with disk_told(place.folder.path):
         run = _finish(trained, metrics, console)
     if settled.settings.push and processes.is_main() and not run.stopped:
@@ -302,6 +320,7 @@ def _compared(trained: TrainedRun, metrics: Metrics, console: Console) -> dict[s
         comparison = compare(trained.model, tokenizer, encoder, measured, section, metrics, watcher, base)
         comparison = with_kept(comparison, trained.model, tokenizer, measured, section, base, began)
     show_comparison(comparison, console, "Test chats" if prepared.chats.test else "Held-out chats")
+    show_hard_rows(comparison.hard, console)
     show_kept(comparison.kept, console)
     return comparison.to_tree(examples=EXAMPLES)
 

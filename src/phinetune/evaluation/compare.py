@@ -19,6 +19,7 @@ from phinetune.evaluation.answering import Answers, Question, answer_all, questi
 from phinetune.evaluation.bootstrap import Array, Difference
 from phinetune.evaluation.classes import Classes, class_tree
 from phinetune.evaluation.countable import check_classes
+from phinetune.evaluation.hard_rows import hard_rows
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.measured import Measured, Numbers, by_tag, differences_of, finite, unseen
 from phinetune.evaluation.metrics import Metrics
@@ -69,6 +70,7 @@ class Comparison:
         overlap: how many of them were trained on, as in results.json; None if that was not looked at.
         unseen: the verdict on the rows that are no copies of training rows, as in results.json; None without copies.
         kept: what the tuned model kept on neutral chats, as in results.json; None if that was not measured.
+        hard: which kinds of rows are learnt worst, as `hard_rows` gives it; None if that was not looked at.
         win_rate: how often the tuned model's answer is the better one, see `preferences.win_rate`; None if not asked.
     """
 
@@ -84,6 +86,7 @@ class Comparison:
     overlap: dict[str, Any] | None = None
     unseen: dict[str, Any] | None = None
     kept: dict[str, Any] | None = None
+    hard: dict[str, Any] | None = None
     win_rate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
@@ -106,6 +109,7 @@ class Comparison:
             "flags": self.flags,
             **({"unseen": self.unseen} if self.unseen else {}),
             **({"kept": self.kept} if self.kept else {}),
+            **({"hard": self.hard} if self.hard else {}),
             **({"win_rate": self.win_rate} if self.win_rate else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
@@ -237,6 +241,7 @@ def _compared(
         held_out.report.to_dict(),
         overlap,
         apart,
+        hard=hard_rows(sides["base"].scores, sides["tuned"].scores, held_out) if len(sides) == 2 else None,
         win_rate=_won(sides, section),
     )
 

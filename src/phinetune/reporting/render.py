@@ -59,14 +59,13 @@ def write_comparison(paths: Sequence[str | Path], out: Path) -> Path:
 
 def run_page(run: RunFacts, live: bool = False) -> str:
     """The HTML page of one run. A live page asks its server for a new version every two seconds."""
-    return _render("run.html", live, run=run, headline=headline(run), charts=charts([run]), views=views)
+    return render_page("run.html", live=live, run=run, headline=headline(run), charts=charts([run]), views=views)
 
 
 def comparison_page(runs: Sequence[RunFacts]) -> str:
     """The HTML page that compares runs."""
-    return _render(
+    return render_page(
         "comparison.html",
-        False,
         runs=runs,
         headline=comparing.headline(runs),
         charts=charts(runs),
@@ -75,7 +74,8 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     )
 
 
-def _render(template: str, live: bool, **values: Any) -> str:
+def render_page(template: str, *, live: bool = False, **values: Any) -> str:
+    """A page from one of the templates, with styles, scripts and policy."""
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -22,6 +22,7 @@ from phinetune.demo_data.demo_config import demo_config
 from phinetune.durations import read_seconds
 from phinetune.errors import ConfigError, ModelError
 from phinetune.evaluation.compare import compare
+from phinetune.evaluation.judge import judge_notices
 from phinetune.evaluation.kept import with_kept
 from phinetune.evaluation.metrics import Metrics
 from phinetune.evaluation.while_training import while_training
@@ -193,6 +194,7 @@ def _train_at(
     check_limits(prepared)
     show_data(prepared.chats, prepared.tokenizer, console)
     show_settings(prepared.choices, console)
+    _show_judges(prepared, console)
     progress, reference = ProgressLine(steps_on), ReferenceProgress(console)
     try:
         trained = train_run(
@@ -214,6 +216,18 @@ def _train_at(
     if settled.settings.push and processes.is_main() and not run.stopped:
         _push(run.path, settled.settings.push, console)
     return run
+
+
+def _show_judges(prepared: PreparedRun, console: Console) -> None:
+    """What will go to judges after training, and where."""
+    section, measured = prepared.config.evaluation, prepared.chats.measured
+    if section.judges and not (measured and section.enabled):
+        names = ", ".join(judge.name for judge in section.judges)
+        why = "evaluation.enabled is false" if measured else "there are no held-out chats"
+        say(console, f"Not used: {names}, since {why}")
+        return
+    for line in judge_notices(section):
+        say(console, line)
 
 
 def _begun(place: RunPlace, settled: SettledRun) -> tuple[SettledRun, Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from phinetune.evaluation.classes import Classes, class_tree
 from phinetune.evaluation.countable import check_classes
 from phinetune.evaluation.hard_rows import hard_rows
 from phinetune.evaluation.json_answers import field_shares
+from phinetune.evaluation.judge import judge_answers
 from phinetune.evaluation.measured import Measured, Numbers, by_tag, differences_of, finite, unseen
 from phinetune.evaluation.metrics import Metrics
 from phinetune.evaluation.preferences import are_pairs, score_pairs, win_rate
@@ -71,6 +72,7 @@ class Comparison:
         unseen: the verdict on the rows that are no copies of training rows, as in results.json; None without copies.
         kept: what the tuned model kept on neutral chats, as in results.json; None if that was not measured.
         hard: which kinds of rows are learnt worst, as `hard_rows` gives it; None if that was not looked at.
+        judged: what each judge says, by its name, see `judge.judge_answers`; empty without judges.
         win_rate: how often the tuned model's answer is the better one, see `preferences.win_rate`; None if not asked.
     """
 
@@ -87,6 +89,7 @@ class Comparison:
     unseen: dict[str, Any] | None = None
     kept: dict[str, Any] | None = None
     hard: dict[str, Any] | None = None
+    judged: dict[str, Any] = field(default_factory=dict)
     win_rate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Numbers]:
@@ -110,6 +113,7 @@ class Comparison:
             **({"unseen": self.unseen} if self.unseen else {}),
             **({"kept": self.kept} if self.kept else {}),
             **({"hard": self.hard} if self.hard else {}),
+            **({"judged": self.judged} if self.judged else {}),
             **({"win_rate": self.win_rate} if self.win_rate else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
         }
@@ -125,13 +129,17 @@ class Watcher(Protocol):
         """The side `base` or `tuned` begins."""
 
     def advance(self, count: int) -> None:
-        """`count` more chats have been scored, or prompts answered."""
+        """`count` more chats have been scored, or prompts answered or judged."""
+
+    def judging(self, name: str, prompts: int) -> None:
+        """A judge begins, and is asked about this number of prompts."""
 
 
 class _Unwatched:
     def begin(self, chats: int, prompts: int, sides: Sequence[str]) -> None: ...
     def side(self, name: str) -> None: ...
     def advance(self, count: int) -> None: ...
+    def judging(self, name: str, prompts: int) -> None: ...
 
 
 def compare(
@@ -179,7 +187,18 @@ def compare(
             if questions:
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
         sides[name] = Measured(scores, answered, preferred)
-    return _compared(sides, questions, held_out, section)
+    comparison = _compared(sides, questions, held_out, section)
+    return replace(comparison, judged=_judged(sides, questions, section, watcher))
+
+
+def _judged(
+    sides: Mapping[str, Measured], questions: Sequence[Question], section: EvaluationSection, watcher: Watcher
+) -> dict[str, Any]:
+    """What judges say of the answers of both models; empty if there is one model alone."""
+    if len(sides) < 2:
+        return {}
+    base, tuned = ([answer.text for answer in side.answered.answers] for side in sides.values())
+    return judge_answers(section, questions, base, tuned, watcher.judging, watcher.advance)
 
 
 def sides_of(model: Any, base: Side | None = None) -> dict[str, Side]:

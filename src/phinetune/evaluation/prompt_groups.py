@@ -71,8 +71,7 @@ def _weighed(texts: Sequence[list[str]]) -> tuple[Vectors, list[str]]:
 
 def _of_length_one(vectors: Vectors) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    made: Vectors = vectors / np.where(lengths == 0, 1, lengths).astype(np.float32)
-    return made
+    return np.asarray(vectors / np.where(lengths == 0, 1, lengths), dtype=np.float32)
 
 
 def _best_of(vectors: Vectors, count: int) -> tuple[NDArray[np.int64], Vectors]:

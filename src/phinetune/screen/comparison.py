@@ -42,6 +42,10 @@ def show_comparison(comparison: Comparison, console: Console, chats: str = "Held
         console.print(f"Words an answer: {', '.join(words)}", highlight=False)
     if comparison.win_rate:
         console.print(f"Win rate: {comparison.win_rate['text']}", markup=False, highlight=False, soft_wrap=True)
+    for judged in comparison.judged.values():
+        console.print(f"Judge: {judged['text']}", markup=False, highlight=False, soft_wrap=True)
+        for line in judged["look"]:
+            console.print(f"Look: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     for flag in comparison.flags:
         console.print(f"Look: {flag}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 

@@ -107,6 +107,9 @@ def told_recipe(prepared: PreparedRun) -> list[str]:
     ]
     if shrinks:
         lines.append(f"Counted in steps, so smaller for smaller shares: {', '.join(shrinks)}.")
+    judges = [judge.name for judge in prepared.config.evaluation.judges]
+    if judges:
+        lines.append(f"Not asked, since a curve compares losses alone: {', '.join(judges)}.")
     unused = [key for key in training if key.startswith(PUSHING)]
     if unused:
         lines.append(f"Not used, since the runs of a curve are not pushed: {', '.join(unused)}.")

@@ -16,6 +16,7 @@ from phinetune.version import VERSION
 
 if TYPE_CHECKING:
     from phinetune.api.columns import columns
+    from phinetune.api.curve import curve
     from phinetune.api.data import check, preview
     from phinetune.api.evaluate import evaluate, evaluate_tasks
     from phinetune.api.export import export
@@ -39,6 +40,7 @@ _PLACES = {
     "check": "phinetune.api.data",
     "columns": "phinetune.api.columns",
     "convert": "phinetune.exporting.convert.convert",
+    "curve": "phinetune.api.curve",
     "demo": "phinetune.api.train",
     "describe_config": "phinetune.config.run",
     "evaluate": "phinetune.api.evaluate",
@@ -60,6 +62,7 @@ __all__ = [
     "check",
     "columns",
     "convert",
+    "curve",
     "demo",
     "describe_config",
     "evaluate",

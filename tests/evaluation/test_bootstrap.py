@@ -85,7 +85,7 @@ def test_of_one_row_nothing_is_said() -> None:
 def test_many_rows_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "AT_ONCE", 2_000)
     monkeypatch.setattr(bootstrap, "DRAWS", 1_000_000)
-    parts = list(bootstrap._resamples(500))
+    parts = list(bootstrap.resamples(500))
     assert {part.shape[1] for part in parts} == {500}
     assert sum(len(part) for part in parts) == 2_000
     assert all((part.sum(1) == 500).all() for part in parts)

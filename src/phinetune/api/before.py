@@ -8,6 +8,7 @@ from phinetune import processes
 from phinetune.engine.generate import check_prompts
 from phinetune.evaluation.answering import fixed_question, questions_of
 from phinetune.evaluation.countable import check_classes, check_countable, names_metrics, sorts, without_numbers
+from phinetune.evaluation.judge import check_judges
 from phinetune.evaluation.metrics import Metrics, open_metrics
 from phinetune.exporting.hub.push import check_can_push
 from phinetune.training.best_checkpoint import best_metric
@@ -20,10 +21,11 @@ def look_at_settings(settled: SettledRun) -> Metrics:
     """The metrics of answers, where they and the push at the end can be had.
 
     Raises:
-        PhinetuneError: a metric can't be had, or the run could not be pushed.
+        PhinetuneError: a metric can't be had, a judge's key is missing, or the run could not be pushed.
     """
     if settled.settings.push:
         check_can_push(settled.settings.push.token)
+    check_judges(settled.config.evaluation)
     return open_metrics(settled.config.evaluation)
 
 

@@ -16,11 +16,14 @@ from phinetune.api.train import EXAMPLES
 from phinetune.checkpoints.opened import open_model, opened_config, run_of
 from phinetune.checkpoints.tokenizer import open_config
 from phinetune.config.evaluation import EvaluationSection
+from phinetune.config.judge import JudgeMetric
+from phinetune.config.own_metrics import CustomMetric
 from phinetune.config.run import make_config
 from phinetune.data.read.held_data import hold_function
 from phinetune.errors import DataError, ModelError, RunError
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
+from phinetune.evaluation.judge import check_judges, judge_notices
 from phinetune.evaluation.kept import with_kept
 from phinetune.evaluation.metrics import open_metrics
 from phinetune.files import write_text
@@ -29,6 +32,7 @@ from phinetune.run_folder import EVALUATION, RunFolder
 from phinetune.run_lock import locked, refuse_if_locked
 from phinetune.screen.comparison import show_comparison
 from phinetune.screen.console import Console, say, stderr
+from phinetune.screen.hard_rows import show_hard_rows
 from phinetune.screen.harness_tasks import show_tasks
 from phinetune.screen.kept import show_kept
 from phinetune.screen.progress import ComparisonProgress
@@ -74,6 +78,7 @@ def evaluate(
     config = opened_config(path, **model_options)
     open_config(config.model)  # a path without a model is told before all else
     options = _options(config.evaluation, evaluation or {}, console)
+    check_judges(options)
     metrics = open_metrics(options)  # functions that can't be had are told before anything slow begins
     if tag:
         config.data.tag = tag
@@ -89,6 +94,11 @@ def evaluate(
     if tag and not any(held_out.tags):
         raise DataError(f"--tag {tag}: no row of {held_out.report.source} has a column of that name")
     opened = open_model(path, config)
+    if opened.has_adapter:
+        for line in judge_notices(options):
+            say(console, line)
+    elif options.judges:
+        say(console, "Not used: the judge, since there is no tuned model to compare with its base")
     with ComparisonProgress(console) as watcher:
         tokenizer = opened.loaded.tokenizer
         run = run_of(Path(path).expanduser())
@@ -97,6 +107,7 @@ def evaluate(
         comparison = compare(opened.model, tokenizer, opened.encoder, held_out, options, metrics, watcher, base, start)
         comparison = with_kept(comparison, opened.model, tokenizer, held_out, options, base, began)
     show_comparison(comparison, console)
+    show_hard_rows(comparison.hard, console)
     show_kept(comparison.kept, console)
     _write_json(out, comparison.to_tree(), console)
     if record:
@@ -127,17 +138,20 @@ def _record(path: str | Path, comparison: Comparison, console: Console) -> None:
 
 
 def _options(recorded: EvaluationSection, given: Mapping[str, Any], console: Console) -> EvaluationSection:
-    """The run's own section with what is given now on top. Functions that only the run names are not called: a run
-    may be anyone's.
+    """The run's own section with what is given now on top. Functions and judges that only the run names are not
+    called: a run may be anyone's.
     """
-    calling = [one for one in recorded.own if one.called is not None]
+    calling: list[CustomMetric | JudgeMetric] = [
+        *(one for one in recorded.own if one.called is not None),
+        *recorded.judges,
+    ]
     kept = [one for one in recorded.metrics if one not in calling]
     if calling and "metrics" not in given:
         names = ", ".join(one.name for one in calling)
         say(
             console,
-            f"Left out: {names}. A function that a run's config.yaml names is called only if you name it yourself, "
-            "with --metrics",
+            f"Left out: {names}. A function or a judge that a run's config.yaml names is called only if you name it "
+            "yourself, with --metrics",
         )
     tree = {**recorded.model_dump(), "metrics": kept, **given}
     return make_config({"evaluation": tree}, where="evaluate").evaluation

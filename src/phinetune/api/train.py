@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from phinetune.demo_data.demo_config import demo_config
 from phinetune.durations import read_seconds
 from phinetune.errors import ConfigError, ModelError
 from phinetune.evaluation.compare import compare
+from phinetune.evaluation.judge import judge_notices
 from phinetune.evaluation.kept import with_kept
 from phinetune.evaluation.metrics import Metrics
 from phinetune.evaluation.while_training import while_training
@@ -39,6 +40,7 @@ from phinetune.screen.console import Console, say, silent, stderr
 from phinetune.screen.curves import show_curves
 from phinetune.screen.data import show_data
 from phinetune.screen.demo_gain import show_gain
+from phinetune.screen.hard_rows import show_hard_rows
 from phinetune.screen.kept import show_kept
 from phinetune.screen.progress import ComparisonProgress, ProgressLine, ReferenceProgress
 from phinetune.screen.settings import show_settings
@@ -153,8 +155,15 @@ def train_config(
     overwrite: bool = False,
     changed: bool = False,
     max_time: float | str | None = None,
+    progress: Console | None = None,
+    on_trained: Callable[[TrainedRun], None] = lambda trained: None,
 ) -> Run:
-    """`train` for a validated configuration. Of several processes the main one prints to `console` and writes."""
+    """`train` for a validated configuration. Of several processes the main one prints to `console` and writes.
+
+    Args:
+        progress: where the steps are shown; `console` if left out.
+        on_trained: is given a run that was trained to its end, with its model, before its results are written.
+    """
     stop = StopRequest(_seconds(max_time))
     set_up_logging(_log_level(config))
     quiet_libraries()
@@ -170,7 +179,7 @@ def train_config(
         with processes.main_first():  # the others look at a folder that is tidy
             place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
         try:
-            return _train_at(place, settled, metrics, console, stop, raced)
+            return _train_at(place, settled, metrics, console, stop, raced, progress or console, on_trained)
         except BaseException:
             if processes.is_main():
                 with suppress(OSError):
@@ -215,6 +224,8 @@ def _train_at(
     console: Console,
     stop: StopRequest,
     raced: Raced | None = None,
+    steps_on: Console | None = None,
+    on_trained: Callable[[TrainedRun], None] = lambda trained: None,
 ) -> Run:
     """All of a run that happens while its folder is locked."""
     prepared = raced.prepared() if raced else prepare_run(*_begun(place, settled))
@@ -223,7 +234,8 @@ def _train_at(
     if not raced:  # it has shown them
         show_data(prepared.chats, prepared.tokenizer, console)
         show_settings(prepared.choices, console)
-    progress, reference = ProgressLine(console), ReferenceProgress(console)
+        _show_judges(prepared, console)
+    progress, reference = ProgressLine(steps_on or console), ReferenceProgress(console)
     try:
         trained = train_run(
             prepared,
@@ -238,11 +250,25 @@ def _train_at(
     finally:
         progress.close()
         reference.close()
+    if not trained.stopped:
+        on_trained(trained)
     with disk_told(place.folder.path):
         run = _finish(trained, metrics, console)
     if settled.settings.push and processes.is_main() and not run.stopped:
         _push(run.path, settled.settings.push, console)
     return run
+
+
+def _show_judges(prepared: PreparedRun, console: Console) -> None:
+    """What will go to judges after training, and where."""
+    section, measured = prepared.config.evaluation, prepared.chats.measured
+    if section.judges and not (measured and section.enabled):
+        names = ", ".join(judge.name for judge in section.judges)
+        why = "evaluation.enabled is false" if measured else "there are no held-out chats"
+        say(console, f"Not used: {names}, since {why}")
+        return
+    for line in judge_notices(section):
+        say(console, line)
 
 
 def _begun(place: RunPlace, settled: SettledRun) -> tuple[SettledRun, Mapping[str, Any]]:
@@ -350,6 +376,7 @@ def _compared(trained: TrainedRun, metrics: Metrics, console: Console) -> dict[s
         comparison = compare(trained.model, tokenizer, encoder, measured, section, metrics, watcher, base, start)
         comparison = with_kept(comparison, trained.model, tokenizer, measured, section, base, began)
     show_comparison(comparison, console, "Test chats" if prepared.chats.test else "Held-out chats")
+    show_hard_rows(comparison.hard, console)
     show_kept(comparison.kept, console)
     return comparison.to_tree(examples=EXAMPLES)
 

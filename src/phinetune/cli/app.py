@@ -8,7 +8,22 @@ from collections.abc import Sequence
 
 import typer
 
-from phinetune.cli import config, convert, data, evaluate, export, merge, plan, push, report, serve, talk, train, tune
+from phinetune.cli import (
+    config,
+    convert,
+    curve,
+    data,
+    evaluate,
+    export,
+    merge,
+    plan,
+    push,
+    report,
+    serve,
+    talk,
+    train,
+    tune,
+)
 from phinetune.errors import PhinetuneError, RunError, is_out_of_memory, reason_of
 from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
@@ -24,7 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 # In the order of the help.
-for verb in (report, train, tune, plan, evaluate, talk, merge, export, push, convert, serve, config):
+for verb in (report, train, tune, plan, curve, evaluate, talk, merge, export, push, convert, serve, config):
     app.add_typer(verb.app)
 
 

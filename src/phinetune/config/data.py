@@ -133,6 +133,13 @@ class DataSection(Section):
         "fail", description="rows that can't be used: stop and list them, or drop and count them"
     )
     limit: int | None = Field(None, ge=1, description="use the first N rows only")
+    train_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="train on so large a share of the rows of `train`, drawn by `seed`; a smaller share is a part of a "
+        "larger one, what `group` joins stays together, and held-out rows are the same for every share",
+    )
     streaming: bool = Field(
         False,
         description="read and encode rows while training, for sets that the disk has no room for; needs "

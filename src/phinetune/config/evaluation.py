@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from phinetune.config.judge import JudgeMetric, is_judge
 from phinetune.config.own_metrics import KINDS, CustomMetric, metric_of
 from phinetune.config.section import Section, checked_entry
 from phinetune.errors import unknown_key
@@ -18,10 +19,11 @@ class EvaluationSection(Section):
 
     enabled: bool = Field(True, description="compare base and tuned model on the held-out chats after training")
     generate: bool = Field(True, description="let both models answer the held-out prompts, for `metrics`")
-    metrics: list[str | CustomMetric] = Field(
+    metrics: list[str | CustomMetric | JudgeMetric] = Field(
         list(METRICS),
         description=f"metrics of answers: {', '.join(METRICS)} (json_… if references hold JSON), "
-        f"or your own, {{name: …, KIND: …}}, where KIND is {', '.join(KINDS[:-1])} or {KINDS[-1]} (docs/metrics.md)",
+        f"or your own, {{name: …, KIND: …}}, where KIND is {', '.join(KINDS[:-1])} or {KINDS[-1]}; or a judge, "
+        "{name: judge, url: …, model: …} (docs/metrics.md)",
     )
     win_rate_by: str | None = Field(
         None,
@@ -74,6 +76,8 @@ class EvaluationSection(Section):
             raise ValueError(
                 f"win_rate_by: `{self.win_rate_by}` is none of `metrics` ({', '.join(names)}); name it there too"
             )
+        if any(one.name == self.win_rate_by for one in self.judges):
+            raise ValueError(f"win_rate_by: `{self.win_rate_by}` is a judge, which has a win rate of its own")
         if any(one.name == self.win_rate_by and one.gives_several for one in self.own):
             raise ValueError(
                 f"win_rate_by: `{self.win_rate_by}` is counted over all answers and has no number for each"
@@ -85,6 +89,11 @@ class EvaluationSection(Section):
         """The metrics of the user's own."""
         return [metric for metric in self.metrics if isinstance(metric, CustomMetric)]
 
+    @property
+    def judges(self) -> list[JudgeMetric]:
+        """The judges that are asked which answer is the better one."""
+        return [metric for metric in self.metrics if isinstance(metric, JudgeMetric)]
+
     def less_is_better(self, keys: Collection[str]) -> list[str]:
         """The keys of own numbers in which less is better."""
         return [key for key in keys if any(one.gives(key) and one.is_less_better(key) for one in self.own)]
@@ -94,11 +103,13 @@ class EvaluationSection(Section):
         return [key for key in keys if any(one.gives(key) and one.is_percent for one in self.own)]
 
 
-def _metric(entry: Any) -> str | CustomMetric:
-    if isinstance(entry, CustomMetric):
+def _metric(entry: Any) -> str | CustomMetric | JudgeMetric:
+    if isinstance(entry, (CustomMetric, JudgeMetric)):
         return entry
     if callable(entry):
         entry = metric_of(entry)
+    if isinstance(entry, Mapping) and is_judge(entry):
+        return checked_entry(JudgeMetric, entry, f"metric `{entry.get('name', 'judge')}`")
     if isinstance(entry, Mapping):
         return checked_entry(CustomMetric, entry, f"metric `{entry.get('name', '?')}`")
     if entry not in METRICS:

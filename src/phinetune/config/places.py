@@ -29,6 +29,8 @@ def with_absolute_places(config: RunConfig) -> RunConfig:
     made.data.test = _absolute(made.data.test)
     for metric in made.evaluation.own:
         name_places(metric, absolute_place)
+    for judge in made.evaluation.judges:
+        judge.key_file = _absolute(judge.key_file)
     return made
 
 

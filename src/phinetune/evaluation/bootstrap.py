@@ -97,13 +97,13 @@ def differences(pairs: dict[str, tuple[Measure, Pairs]], rows: int) -> dict[str,
     if rows < 2 or not pairs:
         return {}
     drawn: dict[str, list[Array]] = {key: [] for key in pairs}
-    for counts in _resamples(rows):
+    for counts in resamples(rows):
         for key, (_, pair) in pairs.items():
             drawn[key].append(pair.change(counts))
     return {key: _difference(measure, pair, np.concatenate(drawn[key])) for key, (measure, pair) in pairs.items()}
 
 
-def _resamples(rows: int) -> Iterator[Array]:
+def resamples(rows: int) -> Iterator[Array]:
     """How often each resample draws each row, shape (resamples, rows), in portions that fit into memory."""
     generator = np.random.default_rng(SEED)
     left = max(MIN_RESAMPLES, min(RESAMPLES, DRAWS // rows))

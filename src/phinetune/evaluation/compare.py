@@ -19,7 +19,9 @@ from phinetune.evaluation.answering import Answers, Question, answer_all, questi
 from phinetune.evaluation.bootstrap import Array, Difference
 from phinetune.evaluation.classes import Classes, class_tree
 from phinetune.evaluation.countable import check_classes
+from phinetune.evaluation.hard_rows import hard_rows
 from phinetune.evaluation.json_answers import field_shares
+from phinetune.evaluation.judge import judge_answers
 from phinetune.evaluation.measured import Measured, Numbers, by_tag, differences_of, finite, unseen
 from phinetune.evaluation.metrics import Metrics
 from phinetune.evaluation.preferences import are_pairs, score_pairs, win_rate
@@ -69,6 +71,8 @@ class Comparison:
         overlap: how many of them were trained on, as in results.json; None if that was not looked at.
         unseen: the verdict on the rows that are no copies of training rows, as in results.json; None without copies.
         kept: what the tuned model kept on neutral chats, as in results.json; None if that was not measured.
+        hard: which kinds of rows are learnt worst, as `hard_rows` gives it; None if that was not looked at.
+        judged: what each judge says, by its name, see `judge.judge_answers`; empty without judges.
         win_rate: how often the tuned model's answer is the better one, see `preferences.win_rate`; None if not asked.
         since_start: the same for `start` and `tuned`, of which only results, differences and win rate are told; None
             for a run that began with a new adapter.
@@ -86,6 +90,8 @@ class Comparison:
     overlap: dict[str, Any] | None = None
     unseen: dict[str, Any] | None = None
     kept: dict[str, Any] | None = None
+    hard: dict[str, Any] | None = None
+    judged: dict[str, Any] = field(default_factory=dict)
     win_rate: dict[str, Any] | None = None
     since_start: Comparison | None = None
 
@@ -109,6 +115,8 @@ class Comparison:
             "flags": self.flags,
             **({"unseen": self.unseen} if self.unseen else {}),
             **({"kept": self.kept} if self.kept else {}),
+            **({"hard": self.hard} if self.hard else {}),
+            **({"judged": self.judged} if self.judged else {}),
             **({"win_rate": self.win_rate} if self.win_rate else {}),
             **({"since_start": self.since_start.numbers()} if self.since_start else {}),
             "examples": [asdict(example) for example in self.examples[:examples]],
@@ -130,13 +138,17 @@ class Watcher(Protocol):
         """The side `base`, `start` or `tuned` begins."""
 
     def advance(self, count: int) -> None:
-        """`count` more chats have been scored, or prompts answered."""
+        """`count` more chats have been scored, or prompts answered or judged."""
+
+    def judging(self, name: str, prompts: int) -> None:
+        """A judge begins, and is asked about this number of prompts."""
 
 
 class _Unwatched:
     def begin(self, chats: int, prompts: int, sides: Sequence[str]) -> None: ...
     def side(self, name: str) -> None: ...
     def advance(self, count: int) -> None: ...
+    def judging(self, name: str, prompts: int) -> None: ...
 
 
 def compare(
@@ -188,8 +200,21 @@ def compare(
             if questions:
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
         sides[name] = Measured(scores, answered, preferred)
-    compared = _compared({name: one for name, one in sides.items() if name != "start"}, questions, held_out, section)
+    both = {name: one for name, one in sides.items() if name != "start"}
+    compared = replace(
+        _compared(both, questions, held_out, section), judged=_judged(both, questions, section, watcher)
+    )
     return replace(compared, since_start=_since_start(sides, section)) if "start" in sides else compared
+
+
+def _judged(
+    sides: Mapping[str, Measured], questions: Sequence[Question], section: EvaluationSection, watcher: Watcher
+) -> dict[str, Any]:
+    """What judges say of the answers of both models; empty if there is one model alone."""
+    if len(sides) < 2:
+        return {}
+    base, tuned = ([answer.text for answer in side.answered.answers] for side in sides.values())
+    return judge_answers(section, questions, base, tuned, watcher.judging, watcher.advance)
 
 
 def sides_of(model: Any, base: Side | None = None) -> dict[str, Side]:
@@ -251,6 +276,7 @@ def _compared(
         held_out.report.to_dict(),
         overlap,
         apart,
+        hard=hard_rows(sides["base"].scores, sides["tuned"].scores, held_out) if len(sides) == 2 else None,
         win_rate=_won(sides, section),
     )
 

@@ -10,6 +10,7 @@ import sacrebleu
 
 from phinetune.chats.template import Message
 from phinetune.config.evaluation import EvaluationSection
+from phinetune.config.judge import JudgeMetric
 from phinetune.config.own_metrics import CustomMetric
 from phinetune.errors import PhinetuneError
 from phinetune.evaluation import functions, json_answers
@@ -74,6 +75,8 @@ def open_metrics(section: EvaluationSection) -> dict[str, RowMetric | SetMetric]
     chosen: dict[str, RowMetric | SetMetric] = {}
     failed: list[PhinetuneError] = []
     for metric in section.metrics:
+        if isinstance(metric, JudgeMetric):  # it compares two answers and has no number for one
+            continue
         if isinstance(metric, str):
             chosen[metric] = functools.partial(_pairwise, PAIRWISE[metric])
             continue

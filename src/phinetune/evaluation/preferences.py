@@ -91,20 +91,26 @@ def win_rate(
     if not len(change):
         return None
     points = 50.0 * (1 + np.sign(change))
-    drawn = np.random.default_rng(SEED).choice(points, (RESAMPLES, len(points))).mean(axis=1)
-    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    low, high = rate_interval(points)
     found = {
         "by": by,
         "against": against,
         "rate": float(points.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "level": LEVEL,
         "won": int((change > 0).sum()),
         "lost": int((change < 0).sum()),
         "even": int((change == 0).sum()),
     }
     return {**found, "text": _sentence(found)}
+
+
+def rate_interval(points: Array) -> tuple[float, float]:
+    """The interval of a mean over prompts, by resampling them. `points`: of each prompt, in percent."""
+    drawn = np.random.default_rng(SEED).choice(points, (RESAMPLES, len(points))).mean(axis=1)
+    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def _sentence(found: Mapping[str, Any]) -> str:

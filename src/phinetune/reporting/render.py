@@ -59,25 +59,24 @@ def write_comparison(paths: Sequence[str | Path], out: Path) -> Path:
 
 def run_page(run: RunFacts, live: bool = False) -> str:
     """The HTML page of one run. A live page asks its server for a new version every two seconds."""
-    return _render("run.html", live, run=run, headline=headline(run), charts=charts([run]), views=views, tuned=tuned)
+    return render_page(
+        "run.html", live=live, run=run, headline=headline(run), charts=charts([run]), views=views, tuned=tuned
+    )
 
 
 def write_tuned(folder: Path) -> Path:
     """Write the page of a race into its folder, from the tune.json there."""
     tree = RunFolder(folder).read_tuned()
     target = folder / REPORT
-    page = _render(
-        "tune.html", False, name=folder.name, headline=tuned.headline(tree), tree=tree, tuned=tuned, charts=[]
-    )
+    page = render_page("tune.html", name=folder.name, headline=tuned.headline(tree), tree=tree, tuned=tuned, charts=[])
     write_text(target, page, private=True)
     return target
 
 
 def comparison_page(runs: Sequence[RunFacts]) -> str:
     """The HTML page that compares runs."""
-    return _render(
+    return render_page(
         "comparison.html",
-        False,
         runs=runs,
         headline=comparing.headline(runs),
         charts=charts(runs),
@@ -86,7 +85,8 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     )
 
 
-def _render(template: str, live: bool, **values: Any) -> str:
+def render_page(template: str, *, live: bool = False, **values: Any) -> str:
+    """A page from one of the templates, with styles, scripts and policy."""
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -98,6 +98,24 @@ def _of(side: Mapping[str, Any] | None, measure: Measure) -> str:
     return measure.amount(value) if isinstance(value, (int, float)) else "—"
 
 
+def hard_kinds(evaluated: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """The kinds of rows that were learnt worst. `evaluated` is results.json or evaluation.json."""
+    kinds = (evaluated.get("hard") or {}).get("kinds") or []
+    return [
+        (
+            f"{one['by']}: {one['name']}",
+            [
+                f"{one['rows']:,}",
+                *(LOSS.amount(one[side]) for side in ("base", "loss")),
+                LOSS.amount(one["above"], sign=True),
+                f"{LOSS.amount(one['low'], sign=True)} to {LOSS.amount(one['high'], sign=True)}",
+                *([LOSS.amount(-one["last_doubling"], sign=True)] if "last_doubling" in one else []),
+            ],
+        )
+        for one in kinds
+    ]
+
+
 def field_rows(run: RunFacts) -> list[tuple[str, list[str]]]:
     """For each JSON field, the percentage of right values for each model. Empty if the answers are not JSON."""
     by_model = run.evaluated.get("json_fields") or {}

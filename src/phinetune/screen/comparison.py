@@ -44,6 +44,10 @@ def show_comparison(comparison: Comparison, console: Console, chats: str = "Held
         console.print(f"Win rate: {comparison.win_rate['text']}", markup=False, highlight=False, soft_wrap=True)
     if comparison.since_start:
         _show_since_start(comparison.since_start, console)
+    for judged in comparison.judged.values():
+        console.print(f"Judge: {judged['text']}", markup=False, highlight=False, soft_wrap=True)
+        for line in judged["look"]:
+            console.print(f"Look: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     for flag in comparison.flags:
         console.print(f"Look: {flag}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 

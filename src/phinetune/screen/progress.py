@@ -194,6 +194,10 @@ class ComparisonProgress:
     def advance(self, count: int) -> None:
         self._progress.advance(self._progress.task_ids[-1], count)
 
+    def judging(self, name: str, prompts: int) -> None:
+        say(self.console, f"Asking {name} about {prompts} prompts, each in both orders …")
+        self._progress.add_task(f"asking {name}", total=prompts)
+
 
 @contextmanager
 def counting_rows(console: Console) -> Iterator[Callable[[], None]]:

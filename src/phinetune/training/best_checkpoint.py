@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phinetune.config.evaluation import EvaluationSection
+from phinetune.config.judge import JudgeMetric
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError, RunError
 from phinetune.metric_table import keys_of, measures_of
@@ -132,7 +133,7 @@ def check_counted(chosen: str | None, metrics: Mapping[str, float]) -> None:
 
 def answer_metrics(section: EvaluationSection) -> list[str]:
     """The names of the metrics that are counted from answers."""
-    named = [[one] if isinstance(one, str) else one.keys for one in section.metrics]
+    named = [[one] if isinstance(one, str) else one.keys for one in section.metrics if not isinstance(one, JudgeMetric)]
     own = [key for keys in named for key in keys]
     return [*own, *keys_of("answer")] if section.generate else []
 

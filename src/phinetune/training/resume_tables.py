@@ -27,6 +27,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
             "instruction",
             "tag",
             "group",
+            "train_share",
         ),
     ),
     # Recomputes the same numbers; and what becomes of a step that would have ended the run.

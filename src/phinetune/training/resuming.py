@@ -158,6 +158,11 @@ def check_resume(folder: RunFolder, checkpoint: Path, prepared: PreparedRun, now
     return Resumption(step, int(state.epoch or 0), now, counted, history, begun or [stretch_of(before)])
 
 
+def what_differs(before: Record, now: Record) -> list[str]:
+    """In sentences what differs between two records and decides the result."""
+    return [one.sentence() for one in _differences(before, now) if not is_harmless(one.key, before, now)]
+
+
 def _differences(before: Record, now: Record) -> list[Difference]:
     """Where two records differ. A key that only one of them has is not compared, but for versions."""
     keys = [key for key in {**before, **now} if (key in before and key in now) or key.startswith("versions.")]

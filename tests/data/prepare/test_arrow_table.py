@@ -119,8 +119,10 @@ def test_processes_give_the_same_rows_in_the_same_order(monkeypatch: pytest.Monk
         },
         {"train": ["a.jsonl", "b.jsonl"], "limit": 31, "eval": "c.jsonl"},
         {"train": "a.jsonl", "limit": 17, "invalid_rows": "drop", "loss_on": "last"},
+        {"train": [{"path": "a.jsonl", "weight": 1.5}, "b.jsonl"], "eval": 0.2, "train_share": 0.3},
+        {"train": ["a.jsonl", "b.jsonl"], "train_share": 0.5, "group": "kind"},
     ],
-    ids=["weights", "limit over files", "limit in a file"],
+    ids=["weights", "limit over files", "limit in a file", "a share", "a share by groups"],
 )
 def test_weights_limits_and_held_out_files_are_the_same_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, section: dict[str, Any]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
-from phinetune.data.prepare.splits import held_out_places, split_places
+from phinetune.data.prepare.splits import held_out_places, shared_places, split_places
 from phinetune.errors import DataError
 
 
@@ -60,3 +61,23 @@ def test_a_weight_repeats_a_row_on_its_side_only() -> None:
     assert {place: train.count(place) for place in train} | {4: 1} == {place: train.count(place) for place in train}
     assert set(train) == {0, 2, 3, 4}
     assert sorted(train.count(place) for place in (0, 2, 3)) in ([2, 2, 3], [2, 3, 3])
+
+
+def test_a_smaller_share_is_a_part_of_a_larger_one_and_groups_stay_together() -> None:
+    places, groups = list(range(40)), [place // 4 if place % 3 else None for place in range(40)]
+    shares = [shared_places(places, share, 7, groups) for share in (0.125, 0.25, 0.5, 1)]
+    for smaller, larger in itertools.pairwise(shares):
+        assert set(smaller) < set(larger)
+    for share, wanted in zip(shares, (5, 10, 20, 40), strict=True):
+        assert wanted <= len(share) <= wanted + 3
+        assert share == sorted(share)
+        for group in set(groups) - {None}:
+            members = {place for place in places if groups[place] == group}
+            assert not members & set(share) or members <= set(share)
+    assert shared_places(places, 0.5, 8) != shared_places(places, 0.5, 7)
+
+
+def test_a_row_that_is_taken_several_times_is_taken_or_left_as_a_whole() -> None:
+    taken = shared_places([0, 0, 1, 2, 2, 3], 0.5, 0)
+    assert len(set(taken)) == 2
+    assert all(taken.count(place) == [0, 0, 1, 2, 2, 3].count(place) for place in taken)

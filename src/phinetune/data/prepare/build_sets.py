@@ -19,13 +19,13 @@ from phinetune.data.prepare.arrow_rows import Columns, StoredChats, StoredRows, 
 from phinetune.data.prepare.arrow_table import read_table, write_table
 from phinetune.data.prepare.cache import cache_key, cached_folder
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
-from phinetune.data.prepare.copies import SetKeys, count_shared, groups_of, keys_of, with_near
+from phinetune.data.prepare.copies import Marks, SetKeys, count_shared, groups_of, keys_of, with_near
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
 from phinetune.data.prepare.first_rows import look_at_first
 from phinetune.data.prepare.named_sources import name_sources, weighted
 from phinetune.data.prepare.report import DataReport
 from phinetune.data.prepare.sources import check_sources, held_out_section, name_held_out, name_test, test_section
-from phinetune.data.prepare.splits import held_out_places, split_places
+from phinetune.data.prepare.splits import held_out_places, shared_places, split_places
 from phinetune.data.prepare.stream import first_rows, stream, tell_unused
 from phinetune.data.read.any_source import read_first, scan_rows
 from phinetune.data.read.row import Row
@@ -60,7 +60,7 @@ def build_chats(encode: RowEncoder) -> Chats:
     if section.streaming:
         train = _streamed_set(name, encode)
     else:
-        train, held_out = read_sets(name, section.train, encode, share=share)
+        train, held_out = read_sets(name, section.train, encode, share=share, train_share=section.train_share)
     if not train.ends_a_turn(encode.encoder):
         raise DataError(
             f"{train.report.source}: no label is an end-of-turn token, so the model would never learn to stop; "
@@ -146,7 +146,8 @@ def read_few(encode: RowEncoder) -> ChatSet | None:
     if _read_small([path for path, _ in weighted(section.train)], encode) is None:
         return None
     share = section.eval if isinstance(section.eval, float) else None
-    return read_sets(name_sources(section.train), section.train, encode, share=share)[0]
+    name, part = name_sources(section.train), section.train_share
+    return read_sets(name, section.train, encode, share=share, train_share=part)[0]
 
 
 def read_sets(
@@ -155,6 +156,7 @@ def read_sets(
     encode: RowEncoder,
     *,
     share: float | None = None,
+    train_share: float = 1.0,
 ) -> tuple[ChatSet, ChatSet | None]:
     """The set of one or several sources, and the set of the rows that are held out of them.
 
@@ -163,6 +165,7 @@ def read_sets(
     Args:
         name: of the set, for its report.
         share: the fraction of the rows to hold out. None: no rows are held out, and the second set is None.
+        train_share: how large a share of the others is trained on.
 
     Raises:
         DataError: see `build_chats`.
@@ -175,12 +178,21 @@ def read_sets(
     for path, before in zip(paths, [0, *itertools.accumulate(counts)], strict=False):
         if before == encode.section.limit:
             tell_unused(path, before)
+    keys = source_rows.keys() if share is not None or train_share < 1 else None
+    named = (keys.group if keys else None) or ()
     if share is None:
-        return source_rows.make_set(name, split_places(counts, weights, set(), seed)[0]), None
-    (keys,) = with_near(source_rows.keys())
+        places = split_places(counts, weights, set(), seed)[0]
+        return source_rows.make_set(name, _share_of(places, train_share, seed, named)), None
+    assert keys
+    (keys,) = with_near(keys)
     held_out = held_out_places(sum(counts), share, seed, groups_of(keys))
     train, held = split_places(counts, weights, held_out, seed)
+    train = _share_of(train, train_share, seed, named)
     return source_rows.make_set(name, train, keys), source_rows.make_set(f"{name} (held out)", held, keys)
+
+
+def _share_of(places: list[int], share: float, seed: int, groups: Marks) -> list[int]:
+    return places if share == 1 else shared_places(places, share, seed, groups)
 
 
 class _MakeSet(Protocol):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from phinetune.errors import DataError
 
@@ -53,6 +53,30 @@ def held_out_places(count: int, share: float, seed: int, groups: Sequence[int] |
     if groups is None or len(set(groups)) == count:
         return set(drawn)
     return _whole_groups(drawn, size, groups, seed)
+
+
+def shared_places(places: Sequence[int], share: float, seed: int, groups: Sequence[Hashable | None] = ()) -> list[int]:
+    """The places of a share of the rows to train on, in order. A smaller share is a part of a larger one.
+
+    The rows are put into an order that `seed` draws, those of a group behind one another, and whole groups are taken
+    from the first one until the share is reached.
+
+    Args:
+        places: of the rows to train on. One that stands there several times is taken or left as a whole.
+        groups: for each row of the sources what it has in common with others; None: nothing. Empty: no row has.
+    """
+    once = list(dict.fromkeys(places))
+    random.Random(f"{seed} share").shuffle(once)
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for place in once:
+        named = groups[place] if groups else None
+        members[("row", place) if named is None else ("group", named)].append(place)
+    taken: set[int] = set()
+    for group in members.values():
+        if len(taken) >= max(1, round(share * len(once))):
+            break
+        taken.update(group)
+    return [place for place in places if place in taken]
 
 
 def _whole_groups(drawn: Sequence[int], size: int, groups: Sequence[int], seed: int) -> set[int]:

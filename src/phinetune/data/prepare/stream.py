@@ -27,13 +27,15 @@ def check_stream(section: DataSection) -> None:
     """Make sure that the section asks for nothing that needs all rows at once.
 
     Raises:
-        ConfigError: the section asks for a fraction of held-out rows, or for weights.
+        ConfigError: the section asks for a fraction of held-out rows, for weights, or for a share of the rows.
     """
     problems = []
     if isinstance(section.eval, float):
         problems.append(f"data.eval: {section.eval} of a stream can't be held out; give a file of held-out chats")
     if isinstance(section.train, list) and any(isinstance(entry, WeightedFile) for entry in section.train):
         problems.append("data.train: a stream takes each row once; leave the weights out")
+    if section.train_share < 1:
+        problems.append("data.train_share: a share is drawn among all rows, and a stream's are not known")
     if problems:
         raise ConfigError([f"{problem} (data.streaming is on)" for problem in problems])
 

@@ -110,7 +110,8 @@ def _results_table(results: Mapping[str, Any]) -> str:
     for measure in measured(evaluation, results.get("own")):
         values = [measure.amount(side[measure.key]) for side in evaluation.values()]
         lines.append(f"| {plain(measure.titled)} | " + " | ".join(values) + " |")
-    return "\n".join([*lines, "", f"{LESS_TOLD}."])
+    judged = [f"\n{plain(one['text'])} (model {code(one['model'])})." for one in (results.get("judged") or {}).values()]
+    return "\n".join([*lines, "", f"{LESS_TOLD}.", *judged])
 
 
 def settings_section(config: RunConfig, lora: Mapping[str, Any]) -> str:

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Phi3Config
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.adapters import BASE_FILE
 from phinetune.checkpoints.target_modules import FUSED
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError, at_most
 from phinetune.exporting.convert.adapter_files import read_loralib, read_peft, write_loralib, write_peft
 from phinetune.exporting.convert.layers import Adapter, ConvertedLayer, Splits, last_part
@@ -141,7 +141,7 @@ def _convert_splits(src: Path, dst: Path, to: str, base: str | None, fused: Mapp
     return Conversion(dst, _count(layers), difference, steps)
 
 
-def _splits_of_base(shape: Phi3Config, adapters: Mapping[str, Adapter]) -> dict[str, Splits]:
+def _splits_of_base(shape: ModelConfig, adapters: Mapping[str, Adapter]) -> dict[str, Splits]:
     """The splits of the base's fused layers, as far as there are adapters on the fused or on the split layers."""
     lasts = {last_part(name) for name in adapters}
     needed = {FUSED.get(last, last) for last in lasts}

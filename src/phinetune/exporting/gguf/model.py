@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
-from transformers import Phi3Config
 
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError
 from phinetune.exporting.checkpoint_source import Checkpoint
 from phinetune.exporting.gguf.tokenizer import Vocabulary, read_vocabulary
@@ -115,7 +115,7 @@ def general_name(name: str, vocabulary: Vocabulary) -> str:
     return NAMED_PHI3.sub("Phi 3", name)
 
 
-def _rotary_dimensions(config: Phi3Config) -> int:
+def _rotary_dimensions(config: ModelConfig) -> int:
     part = rope(config).get("partial_rotary_factor", 1.0)
     return int(part * config.hidden_size) // int(config.num_attention_heads)
 
@@ -123,7 +123,7 @@ def _rotary_dimensions(config: Phi3Config) -> int:
 # -- keys ------------------------------------------------------------------------------------------------------
 
 
-def _add_keys(writer: gguf.GGUFWriter, config: Phi3Config, kind: str, name: str) -> None:
+def _add_keys(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     total, shared, expert, count = writer.get_total_parameter_count()
@@ -165,7 +165,7 @@ class Tensor:
     type: GGMLQuantizationType
 
 
-def tensor_names(config: Phi3Config) -> gguf.TensorNameMap:
+def tensor_names(config: ModelConfig) -> gguf.TensorNameMap:
     """The map from transformers' tensor names to llama.cpp's."""
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
 

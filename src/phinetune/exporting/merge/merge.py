@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Phi3Config
 
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.weight_files import INDEX, WEIGHTS
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError
 from phinetune.exporting.hub.merged_card import write_merged_card
 from phinetune.exporting.merge.merged import (
@@ -186,7 +186,7 @@ def _write_config(merged: MergedCheckpoint, folder: Path) -> None:
         file.chmod(file_mode)  # safetensors writes files that only the owner can read
 
 
-def _rope(config: Phi3Config) -> dict[str, Any]:
+def _rope(config: ModelConfig) -> dict[str, Any]:
     """The keys of the rotary embedding, both for transformers 5 and for older releases, llama.cpp and vLLM."""
     rope = dict(config.rope_parameters or {})
     both = {

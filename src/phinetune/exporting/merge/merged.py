@@ -20,6 +20,7 @@ from phinetune.checkpoints.opened import recorded_config
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.whole import EMBED, HEAD
 from phinetune.config.model import ModelSection
+from phinetune.engine.families import transformers_class
 from phinetune.errors import ModelError, reason_of
 from phinetune.exporting.base_files import BaseFiles, open_base, quantized, trained_dtype
 from phinetune.exporting.merge.weight_deltas import WeightDelta, read_weight_deltas
@@ -74,7 +75,7 @@ class MergedCheckpoint:
         self.config = copy.deepcopy(files.config)
         self.config.tie_word_embeddings = tied
         self.config.dtype = self.dtype_of(EMBED)
-        self.config.architectures = ["Phi3ForCausalLM"]
+        self.config.architectures = [transformers_class(files.config).__name__]
 
     def _is_tied(self, declared: bool) -> bool:
         """Whether embedding and head of the base are one tensor.

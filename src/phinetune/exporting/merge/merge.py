@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.weight_files import INDEX, WEIGHTS
-from phinetune.engine.families import ModelConfig
+from phinetune.engine.families import ModelConfig, is_fused
 from phinetune.errors import ModelError
 from phinetune.exporting.hub.merged_card import write_merged_card
 from phinetune.exporting.merge.merged import (
@@ -196,6 +196,8 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
     }
     if rope.get("rope_type", "default") == "default":
         return {**both, "rope_scaling": None}
+    if not is_fused(config):
+        return {**both, "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"}}
     if "long_factor" not in rope:  # a kind of rotary embedding that only transformers 5 has for Phi-3
         return both
     factors = {key: rope[key] for key in ("short_factor", "long_factor")}

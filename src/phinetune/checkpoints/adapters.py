@@ -96,7 +96,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         ModelError: the folder holds no adapter, a damaged one, or one that is not LoRA.
     """
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{folder}: no adapter there (expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})")
+        raise ModelError(
+            f"{folder}: no adapter there (expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}{_pickled(folder)})"
+        )
     problems = wrong_values(read_json(folder / ADAPTER_CONFIG))
     if problems:
         raise ModelError([f"{folder / ADAPTER_CONFIG}: {problem}" for problem in at_most(problems, 8)])
@@ -107,6 +109,13 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: a {config.peft_type} adapter; only LoRA is supported")
     config.inference_mode = True
     return config
+
+
+def _pickled(folder: Path) -> str:
+    """The rest of the sentence where an older PEFT left pickled weights."""
+    if not (folder / "adapter_model.bin").is_file():
+        return ""
+    return "; there is adapter_model.bin, which is pickled: load it with PEFT and save it with save_pretrained"
 
 
 def _describe(base: Base) -> str:

@@ -112,7 +112,7 @@ def check_not_quantized(folder: Path, config: ModelConfig) -> None:
     method = found.get("quant_method", "of an unknown kind") if isinstance(found, dict) else found
     raise ModelError(
         f"{folder / 'config.json'}: the weights are quantised already (quantization_config: {method}); give the 16-bit "
-        "checkpoint, and model.quantization: nf4 or int8 to hold it in fewer bits"
+        "checkpoint (the name without `-bnb-4bit`), and model.quantization: nf4 or int8 to hold it in fewer bits"
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phinetune.checkpoints.adapters import check_base, read_adapter_config
+from phinetune.checkpoints.foreign_adapters import peft_folder
 from phinetune.checkpoints.opened import recorded_config
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.whole import EMBED, HEAD
@@ -184,7 +185,7 @@ def open_merged(
     """
     quiet_libraries()
     wanted = _wanted_dtype(dtype)
-    source = Path(run).expanduser()
+    source = peft_folder(run)
     _check_adapter_folder(source)
     section = recorded_config(source).model
     kind = _base_weights(base, section, source)

@@ -20,6 +20,7 @@ from phinetune.engine.peft_variants import why_not_begun_again
 from phinetune.errors import ModelError, at_most, told_as
 
 BASE_FILE = "base.json"
+HISTORY = ("started_from", "combined_from")  # keys of base.json that tell how the adapter came to be
 
 
 def read_base(folder: Path) -> Base | None:
@@ -31,7 +32,7 @@ def read_base(folder: Path) -> Base | None:
     file = folder / BASE_FILE
     if not file.exists():
         return None
-    tree = {key: value for key, value in read_json(file).items() if key != "started_from"}
+    tree = {key: value for key, value in read_json(file).items() if key not in HISTORY}
     with told_as(ModelError, f"{file}: broken"):
         base = Base(**tree)
     texts = isinstance(base.path, str) and isinstance(base.fingerprint, str)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from phinetune.cli import config, convert, data, evaluate, export, merge, plan, push, report, talk, train
+from phinetune.cli import combine, config, convert, data, evaluate, export, merge, plan, push, report, talk, train
 from phinetune.errors import PhinetuneError, RunError, is_out_of_memory, reason_of
 from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 # In the order of the help.
-for verb in (report, train, plan, evaluate, talk, merge, export, push, convert, config):
+for verb in (report, train, plan, evaluate, talk, merge, combine, export, push, convert, config):
     app.add_typer(verb.app)
 
 

@@ -94,8 +94,17 @@ def test_past_the_sliding_window_sdpa_equals_eager() -> None:
 
 
 def test_another_kind_of_model_is_refused(folder: Path) -> None:
-    edit_config(folder, model_type="llama")
-    assert "model_type is `llama`, and only `phi3` is supported" in refusal(folder)
+    for other, words in {
+        "gemma": "taken are phi3 (",
+        "mixtral": "a mixture of experts; ms-swift, LLaMA-Factory and axolotl train these",
+        "phimoe": "a mixture of experts",
+        "phi3_v": "reads images (or sound); ms-swift and LLaMA-Factory train these",
+        "phi": "Phi-1.5 or Phi-2",
+    }.items():
+        edit_config(folder, model_type=other)
+        text = refusal(folder)
+        assert f"model_type is `{other}`; taken are phi3" in text
+        assert words in text
 
 
 def test_pickled_weights_are_refused(folder: Path) -> None:

@@ -123,7 +123,7 @@ def quantised(*ends: str) -> Callable[[Tensors], Tensors]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (split_form, "a Phi-3 in Llama's or Mistral's form"),
+        (split_form, "the weights are in Llama's or Mistral's form, and config.json says phi3"),
         (renamed(lambda name: f"module.{name}"), "`module.`: the model was saved inside DistributedDataParallel"),
         (renamed(lambda name: f"_orig_mod.{name}"), "`_orig_mod.`: the model was saved inside torch.compile"),
         (renamed(lambda name: f"base_model.model.{name}"), "`base_model.model.`: the model was saved inside PEFT"),

@@ -12,13 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Phi3Config
-from transformers.models.phi3 import modeling_phi3 as transformers_phi3
+from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 from helpers import SHARED
-from phinetune.engine import phi3
 from phinetune.engine.activation_memory import Level
+from phinetune.engine.choice import model_class
 from phinetune.engine.examples import IGNORED, Encoded
+from phinetune.engine.families import ModelConfig, transformers_class
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.engine.packing import pack
 from phinetune.engine.phi3 import rope_limit
@@ -87,6 +87,48 @@ def windowed(**changes: Any) -> Phi3Config:
     return small_config(sliding_window=24, num_key_value_heads=2, **changes)
 
 
+def llama3(**changes: Any) -> LlamaConfig:
+    """Frequencies scaled as in Llama 3.1, keys shared by two queries, heads that do not divide the width."""
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    sizes = {"num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 256, "rope_parameters": rope}
+    return LlamaConfig(**{**SMALL, **sizes, "tie_word_embeddings": True, **changes})
+
+
+def biased_llama(**changes: Any) -> LlamaConfig:
+    """Biases everywhere, as the configuration allows."""
+    return LlamaConfig(**{**SMALL, "attention_bias": True, "mlp_bias": True, **changes})
+
+
+def longrope_llama(**changes: Any) -> LlamaConfig:
+    """Phi-3.5 mini in Llama's form."""
+    rope = dict(phi35_mini().rope_parameters or {})
+    return LlamaConfig(**{**SMALL, "max_position_embeddings": 32 * LIMIT, "rope_parameters": rope, **changes})
+
+
+def mistral(**changes: Any) -> MistralConfig:
+    """Phi-3 mini in Mistral's form: no key further back than 24 tokens."""
+    return MistralConfig(**{**SMALL, "num_key_value_heads": 4, "sliding_window": 24, **changes})
+
+
+def qwen2(**changes: Any) -> Qwen2Config:
+    """Biases on q, k and v alone, and one matrix for embedding and head."""
+    return Qwen2Config(**{**SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True, **changes})
+
+
+def windowed_qwen2(**changes: Any) -> Qwen2Config:
+    return qwen2(**{"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 0, **changes})
+
+
+# Models whose q, k, v and gate, up are layers of their own.
+SPLIT = {
+    "llama 3": llama3,
+    "llama with biases": biased_llama,
+    "phi-3.5 as llama": longrope_llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen2 with a window": windowed_qwen2,
+}
 SHAPES = {"phi-3-mini": phi3_mini, "phi-3.5-mini": phi35_mini, "phi-4-mini": phi4_mini, "window": windowed}
 
 
@@ -98,17 +140,19 @@ class Pair:
     fast: PeftModel
 
 
-def make_pair(config: Phi3Config, dtype: torch.dtype = torch.float32, seed: int = 0, **lora: Any) -> Pair:
+def make_pair(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, **lora: Any) -> Pair:
     """Both models, by default with one adapter on every linear layer."""
     torch.manual_seed(seed)
     bases = [
         kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
-        for kind in (transformers_phi3.Phi3ForCausalLM, phi3.Phi3ForCausalLM)
+        for kind in (transformers_class(config), model_class(config, fast=True))
     ]
     with torch.no_grad():
         for name, parameter in bases[0].named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)  # at the start they are all one
+            elif name.endswith("bias"):
+                parameter.uniform_(-1, 1)  # at the start they are zero
     bases[1].load_state_dict(bases[0].state_dict())
     settings = {**LORA, **lora}
     plain = get_peft_model(bases[0], LoraConfig(**settings))

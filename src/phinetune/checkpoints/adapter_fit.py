@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import PreTrainedModel
 
 from phinetune.checkpoints.patterns import why_no_end
-from phinetune.checkpoints.target_modules import FUSED
+from phinetune.checkpoints.target_modules import FUSED, PARTS
 from phinetune.checkpoints.weight_files import HeldTensor, read_header, unreadable_dtypes
 from phinetune.checkpoints.whole import meta_model
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError, at_most, told_as
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -28,7 +29,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-def check_fit(shape: Phi3Config, adapter: LoraConfig, folder: Path) -> None:
+def check_fit(shape: ModelConfig, adapter: LoraConfig, folder: Path) -> None:
     """Make sure that the adapter in `folder` fits a base. No numbers are read.
 
     Args:
@@ -42,7 +43,7 @@ def check_fit(shape: Phi3Config, adapter: LoraConfig, folder: Path) -> None:
     check_tensors(with_shapes_of(model, adapter, folder), read_header(folder / ADAPTER_WEIGHTS), folder)
 
 
-def with_shapes_of(model: Phi3ForCausalLM, adapter: LoraConfig, folder: Path) -> PeftModel:
+def with_shapes_of(model: PreTrainedModel, adapter: LoraConfig, folder: Path) -> PeftModel:
     """PEFT's model on the `meta` device: it has all the layers of the adapter and no numbers.
 
     Args:
@@ -124,7 +125,12 @@ def _forms(saved: Iterable[str], expected: Iterable[str]) -> list[str]:
 
 
 def _split_hint(names: object) -> str:
-    """What to do where layers are named that Phi-3 has fused; empty if none is."""
-    if not isinstance(names, Iterable) or isinstance(names, str) or not any(name in FUSED for name in names):
+    """What to do where layers of the base's other form are named; empty if none is."""
+    if not isinstance(names, Iterable) or isinstance(names, str):
         return ""
-    return " (it names split layers, which Phi-3 has fused: `phinetune convert … --to peft-fused` joins them)"
+    named = set(names)
+    if named & FUSED.keys():
+        return " (it names split layers, which Phi-3 has fused: `phinetune convert … --to peft-fused` joins them)"
+    if named & PARTS.keys():
+        return " (it names fused layers, which this base has split: `phinetune convert … --to peft-split` divides them)"
+    return ""

@@ -20,6 +20,7 @@ from phinetune.engine.peft_variants import why_not_begun_again
 from phinetune.errors import ModelError, at_most, told_as
 
 BASE_FILE = "base.json"
+HISTORY = ("started_from", "combined_from")  # keys of base.json that tell how the adapter came to be
 
 
 def read_base(folder: Path) -> Base | None:
@@ -31,7 +32,7 @@ def read_base(folder: Path) -> Base | None:
     file = folder / BASE_FILE
     if not file.exists():
         return None
-    tree = {key: value for key, value in read_json(file).items() if key != "started_from"}
+    tree = {key: value for key, value in read_json(file).items() if key not in HISTORY}
     with told_as(ModelError, f"{file}: broken"):
         base = Base(**tree)
     texts = isinstance(base.path, str) and isinstance(base.fingerprint, str)
@@ -96,7 +97,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         ModelError: the folder holds no adapter, a damaged one, or one that is not LoRA.
     """
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{folder}: no adapter there (expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})")
+        raise ModelError(
+            f"{folder}: no adapter there (expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}{_pickled(folder)})"
+        )
     problems = wrong_values(read_json(folder / ADAPTER_CONFIG))
     if problems:
         raise ModelError([f"{folder / ADAPTER_CONFIG}: {problem}" for problem in at_most(problems, 8)])
@@ -107,6 +110,13 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: a {config.peft_type} adapter; only LoRA is supported")
     config.inference_mode = True
     return config
+
+
+def _pickled(folder: Path) -> str:
+    """The rest of the sentence where an older PEFT left pickled weights."""
+    if not (folder / "adapter_model.bin").is_file():
+        return ""
+    return "; there is adapter_model.bin, which is pickled: load it with PEFT and save it with save_pretrained"
 
 
 def _describe(base: Base) -> str:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, Phi3Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from phinetune.chats.template import stop_ids
 from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.adapter_values import MOST_LAYERS
 from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.checkpoints.model_types import config_class
 from phinetune.checkpoints.quantize import is_quantized, keep_packing, quantization_config
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.tokenizer_files import check_template, check_tokenizer_files, check_vocabulary
@@ -27,11 +28,11 @@ from phinetune.checkpoints.weight_files import fingerprint, lazy_tensors
 from phinetune.checkpoints.whole import check_whole
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import model_class
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError, first_line, reason_of, told_as
 
 logger = logging.getLogger(__name__)
 
-FAMILY = "Phi-3 mini, small-vocabulary medium, Phi-3.5 mini, Phi-4, Phi-4 mini: every checkpoint of model_type `phi3`"
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 SIZES = (
@@ -73,7 +74,7 @@ class Base:
 class Loaded:
     """A model that is ready to run, its tokenizer, which base it is, and its device."""
 
-    model: Phi3ForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     base: Base
     device: torch.device
@@ -95,7 +96,7 @@ def load_base(section: ModelSection, *, fast: bool = True, tokenizer: PreTrained
     dtype = pick_dtype(section.dtype, device)
     if section.path.startswith(random_shapes.PREFIX):
         model, base = _load_random(section, dtype, fast, device)
-        tokenizer = tokenizer or load_tokenizer(section, base, model.config)
+        tokenizer = tokenizer or load_tokenizer(section, base, random_shapes.parse_shape(section.path))
     else:
         model, base, tokenizer = _load_checkpoint(section, dtype, fast, device, tokenizer)
     model.generation_config = with_stop_ids(model.generation_config, tokenizer)
@@ -109,7 +110,7 @@ def load_base(section: ModelSection, *, fast: bool = True, tokenizer: PreTrained
 
 def _load_random(
     section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
-) -> tuple[Phi3ForCausalLM, Base]:
+) -> tuple[PreTrainedModel, Base]:
     config = random_shapes.parse_shape(section.path)
     base = _random_base(section, config)
     kind = model_class(config, fast=fast)
@@ -128,7 +129,7 @@ def _load_checkpoint(
     fast: bool,
     device: torch.device,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[Phi3ForCausalLM, Base, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, Base, PreTrainedTokenizerBase]:
     """Model, base and tokenizer of a checkpoint. All that is small is read and checked before the weights."""
     folder, revision = find_folder(section.path, section.revision)
     config = read_config(folder)
@@ -142,7 +143,7 @@ def _load_checkpoint(
     return model, base, tokenizer
 
 
-def read_shape(section: ModelSection) -> Phi3Config:
+def read_shape(section: ModelSection) -> ModelConfig:
     """The configuration of the model that `section` names. A hub id is fetched first; no weight is loaded.
 
     Raises:
@@ -165,12 +166,12 @@ def find_base(section: ModelSection) -> Base:
     return base_in(folder, section.path, revision)
 
 
-def _random_base(section: ModelSection, config: Phi3Config) -> Base:
+def _random_base(section: ModelSection, config: ModelConfig) -> Base:
     shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
     return Base(section.path, None, hashlib.sha256(f"{shape}{section.seed}".encode()).hexdigest(), section.seed)
 
 
-def check_checkpoint(folder: Path, config: Phi3Config) -> None:
+def check_checkpoint(folder: Path, config: ModelConfig) -> None:
     """Make sure that a folder holds a whole checkpoint, before a weight is loaded.
 
     Raises:
@@ -194,8 +195,8 @@ def base_in(folder: Path, path: str, revision: str | None) -> Base:
 
 
 def _read_model(
-    folder: Path, config: Phi3Config, section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
-) -> Phi3ForCausalLM:
+    folder: Path, config: ModelConfig, section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+) -> PreTrainedModel:
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
     kind = model_class(config, fast=fast)
     with ExitStack() as files:
@@ -205,7 +206,7 @@ def _read_model(
             if device.type != "cpu":
                 source["device_map"] = {"": device}
         with told_as(ModelError, f"{section.path}: could not be loaded"):
-            model: Phi3ForCausalLM = kind.from_pretrained(
+            model: PreTrainedModel = kind.from_pretrained(
                 config=config,
                 dtype=dtype,
                 attn_implementation=section.attn_implementation,
@@ -218,7 +219,7 @@ def _read_model(
     return model
 
 
-def read_generation(folder: Path, config: Phi3Config) -> GenerationConfig:
+def read_generation(folder: Path, config: ModelConfig) -> GenerationConfig:
     """The generation config of a checkpoint, as transformers makes it when it loads the model from the folder.
 
     Raises:
@@ -274,8 +275,8 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name  # the hub's cache names a snapshot's folder after its commit
 
 
-def read_config(folder: Path) -> Phi3Config:
-    """The folder's config.json as transformers' own `Phi3Config`.
+def read_config(folder: Path) -> ModelConfig:
+    """The folder's config.json as the class that transformers has for its family.
 
     `auto_map` is ignored: the code that it names is never run. A `rope_scaling` of the older type `su` is read as
     longrope.
@@ -285,11 +286,7 @@ def read_config(folder: Path) -> Phi3Config:
     """
     file = folder / "config.json"
     tree = read_json(file)
-    model_type = tree.get("model_type")
-    if model_type != "phi3":
-        other = "; for a Phi-3 in Llama's or Mistral's form, as unsloth has it, take Microsoft's own checkpoint"
-        hint = other if model_type in ("llama", "mistral") else ""
-        raise ModelError(f"{file}: model_type is `{model_type}`, and only `phi3` is supported ({FAMILY}){hint}")
+    kind = config_class(tree, file)
     tree.pop("auto_map", None)
     for key in ("rope_scaling", "rope_parameters"):
         _rename_rope(tree.get(key))
@@ -297,7 +294,7 @@ def read_config(folder: Path) -> Phi3Config:
     if isinstance(layers, int) and layers > MOST_LAYERS:  # even a list of their names would take memory
         raise ModelError(f"{file}: num_hidden_layers: {layers:,}: must be {MOST_LAYERS} or less")
     with told_as(ModelError, str(file)):
-        config = Phi3Config.from_dict(tree)
+        config: ModelConfig = kind.from_dict(tree)
     wrong = [key for key in SIZES if type(size := getattr(config, key, 1)) is int and size < 1]
     if wrong:
         raise ModelError(f"{file}: {', '.join(f'{key}: {getattr(config, key)}' for key in wrong)}: must be 1 or more")
@@ -313,15 +310,16 @@ def _rename_rope(scaling: Any) -> None:
             scaling[key] = "longrope"
 
 
-def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(section: ModelSection, base: Base, config: ModelConfig | None) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, or the one that `section.tokenizer` names.
 
-    transformers always gets a Phi-3 config together with the folder, and so reads tokenizer.json as it is. Without the
-    config, it would rebuild a folder that names `LlamaTokenizer` as Llama's tokenizer and ignore parts of that file.
+    transformers always gets a Phi-3 config together with the folder, whatever the model's family, and so reads
+    tokenizer.json as it is. With another, it would rebuild a folder that names `LlamaTokenizer` as Llama's tokenizer
+    and ignore parts of that file.
 
     Args:
         base: which base the tokenizer belongs to.
-        config: the model's configuration; None is a default one.
+        config: the model's configuration; None if it is not known.
 
     Raises:
         ModelError: there is no tokenizer that can be loaded, it has no chat template that works, or it has more ids
@@ -334,7 +332,7 @@ def load_tokenizer(section: ModelSection, base: Base, config: Phi3Config | None)
     check_tokenizer_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, config=config or Phi3Config(), local_files_only=True, trust_remote_code=False
+            folder, config=Phi3Config(), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare Exception
         if (folder / TOKENIZER).exists():

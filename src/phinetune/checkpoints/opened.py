@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from phinetune.chats.encoder import ChatEncoder, make_encoder
 from phinetune.chats.tagged_text import tags_of
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.adapters import attach_adapter, read_adapter_config, read_base, usable_adapter
+from phinetune.checkpoints.foreign_adapters import peft_folder, sixteen_bit_base
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.checkpoints.small_files import what_to_do
 from phinetune.checkpoints.untouched import base_again, untouched_base
@@ -21,6 +23,8 @@ from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ModelError
 from phinetune.logs import quiet_libraries
 from phinetune.run_folder import CONFIG, RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def open_model(path: str | Path, config: RunConfig | None = None, **model_option
     """
     quiet_libraries()
     config = config or opened_config(path, **model_options)
-    folder = Path(path).expanduser()
+    folder = peft_folder(path)
     # An adapter that can't be used is told before the base is loaded.
     adapter = usable_adapter(folder, config.model) if is_adapter(folder) else None
     loaded = load_base(config.model, fast=config.engine.kind == "fast")
@@ -77,7 +81,7 @@ def opened_config(path: str | Path, **model_options: Any) -> RunConfig:
         ModelError: the adapter names no base.
         ConfigError: the section `model` does not take a key or a value.
     """
-    folder = Path(path).expanduser()
+    folder = peft_folder(path)
     config = recorded_config(folder) if is_adapter(folder) else make_config({"model": {"path": str(path)}})
     section = make_config({"model": {**config.model.model_dump(), **model_options}}).model
     return config.model_copy(update={"model": section}, deep=True)
@@ -109,7 +113,10 @@ def recorded_config(folder: Path) -> RunConfig:
     name = read_adapter_config(folder).base_model_name_or_path
     if not name:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: names no base model (base_model_name_or_path)")
-    return make_config({"model": {"path": name}})
+    path, held = sixteen_bit_base(name)
+    if held:
+        logger.info("the base %s is %s in nf4, so that one is read and quantised", name, path)
+    return make_config({"model": {"path": path, **held}})
 
 
 def run_of(folder: Path) -> RunFolder | None:

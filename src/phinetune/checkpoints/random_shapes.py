@@ -2,6 +2,7 @@
 
 `random:phi-3-mini` has the shape of Phi-3 mini. `random:{layers: 4}` is the same with 4 layers, and
 `random:phi-4{layers: 2}` is the preset `phi-4` with 2 layers. Every key of `transformers.Phi3Config` can be given.
+`random:{model_type: llama}` is a Llama; there the keys are those of `LlamaConfig`, and its defaults.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from phinetune.config.yaml_text import read_yaml
+from phinetune.engine.families import CONFIGS, ModelConfig, transformers_class
 from phinetune.errors import ConfigError, ModelError, unknown_key
 
 PREFIX = "random:"
@@ -58,6 +60,7 @@ SPECIAL = {
     "<|user|>": 32010,
 }
 FIRST_BYTE = 3  # <unk>, <s> and </s> come before the 256 bytes, as in Phi-3's vocabulary
+DEFAULT_VOCABULARY = 32064
 SMALLEST_VOCABULARY = FIRST_BYTE + 256 + len(SPECIAL)
 
 # Renders the same text as Phi-3.5's template (the tests compare them).
@@ -70,7 +73,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def parse_shape(path: str) -> Phi3Config:
+def parse_shape(path: str) -> ModelConfig:
     """The model configuration that `random:SHAPE` describes.
 
     Raises:
@@ -88,25 +91,26 @@ def parse_shape(path: str) -> Phi3Config:
     if both := [f"`{short}` and `{long}`" for short, long in SHORT_NAMES.items() if {short, long} <= given.keys()]:
         raise ModelError(f"model.path: {path}: {', '.join(both)} are the same; keep one of them")
     given = {SHORT_NAMES.get(key, key): value for key, value in given.items()}
-    known = Phi3Config().to_dict()
+    family = given.pop("model_type", "phi3")
+    if family not in CONFIGS or (name and family != "phi3"):
+        raise ModelError(f"model.path: {path}: model_type must be {', '.join(CONFIGS)}, and phi3 for a named shape")
+    known = CONFIGS[family]().to_dict()
     problems = [unknown_key(f"model.path: {path}", key, [*known, *SHORT_NAMES]) for key in given if key not in known]
     if problems:
         raise ModelError(problems)
-    sizes = {**PRESETS[name or "phi-3-mini"], **given}
+    sizes = {**(PRESETS[name or "phi-3-mini"] if family == "phi3" else {}), **given}
     if "num_attention_heads" in given and "num_key_value_heads" not in given:
         sizes["num_key_value_heads"] = given["num_attention_heads"]
-    return _checked_config(path, sizes)
+    return _checked_config(path, CONFIGS[family], {"vocab_size": DEFAULT_VOCABULARY, **sizes})
 
 
-def _checked_config(path: str, sizes: dict[str, Any]) -> Phi3Config:
-    vocabulary = sizes.get("vocab_size", 32064)
+def _checked_config(path: str, kind: type[ModelConfig], sizes: dict[str, Any]) -> ModelConfig:
+    vocabulary = sizes["vocab_size"]
     if vocabulary < SMALLEST_VOCABULARY:
         raise ModelError(f"model.path: {path}: vocab_size must be {SMALLEST_VOCABULARY} or more, not {vocabulary}")
     special = special_ids(vocabulary)
     try:
-        config = Phi3Config(
-            **{"eos_token_id": special["<|endoftext|>"], "pad_token_id": special["<|endoftext|>"], **sizes}
-        )
+        config = kind(**{"eos_token_id": special["<|endoftext|>"], "pad_token_id": special["<|endoftext|>"], **sizes})
     except Exception as error:  # transformers' strict dataclasses raise error types of their own
         raise ModelError(f"model.path: {path}: {error}") from error
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
@@ -126,21 +130,22 @@ def special_ids(vocabulary: int) -> dict[str, int]:
 
 
 def random_model(
-    config: Phi3Config,
+    config: ModelConfig,
     seed: int,
     dtype: torch.dtype,
     attention: str,
-    kind: type[Phi3ForCausalLM] = Phi3ForCausalLM,
-) -> Phi3ForCausalLM:
+    kind: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
     """A model of this shape with weights drawn from `seed`. The global random generator keeps its state.
 
     Args:
         attention: transformers' `attn_implementation`.
-        kind: the class of the model.
+        kind: the class of the model; None is transformers' own.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Phi3ForCausalLM = kind._from_config(config, dtype=dtype, attn_implementation=attention)
+        made = kind or transformers_class(config)
+        model: PreTrainedModel = made._from_config(config, dtype=dtype, attn_implementation=attention)
     special = special_ids(config.vocab_size)
     model.generation_config = GenerationConfig(
         bos_token_id=1,
@@ -151,7 +156,7 @@ def random_model(
     return model
 
 
-def byte_tokenizer(vocabulary: int = 32064) -> PreTrainedTokenizerFast:
+def byte_tokenizer(vocabulary: int = DEFAULT_VOCABULARY) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are bytes, with Phi-3's special tokens and chat template.
 
     Args:

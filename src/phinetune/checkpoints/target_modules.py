@@ -16,7 +16,7 @@ from phinetune.errors import ConfigError
 ALL_LINEAR = "all-linear"
 
 
-# The cookbook's examples name the split projections of other models. Phi-3 has them fused into one layer.
+# The cookbook's examples name the split projections of other models. Phi-3's own form has them fused into one layer.
 FUSED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -24,6 +24,10 @@ FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+
+
+# The split layers of each fused layer, in the order of its rows.
+PARTS = {fused: tuple(part for part, name in FUSED.items() if name == fused) for fused in dict.fromkeys(FUSED.values())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,8 @@ def resolve_targets(model: nn.Module, wanted: Any) -> Any:
         wanted: a list of names, a regular expression, `all-linear`, or None.
 
     Returns:
-        a list in which Phi-3's fused names replace split ones, the regular expression, or `all-linear` (also for None).
+        a list in which the model's own names replace those of the other form (`qkv_proj`, or `q_proj` and so on), the
+        regular expression, or `all-linear` (also for None).
 
     Raises:
         ConfigError: a name or the pattern matches no linear layer, or the pattern matches the output head.
@@ -73,7 +78,7 @@ def resolve_targets(model: nn.Module, wanted: Any) -> Any:
     last_names = {name.rsplit(".", 1)[-1] for name in layers}
     if isinstance(wanted, str):
         return _resolve_pattern(wanted, layers, last_names, _head_name(model))
-    names = list(dict.fromkeys(_fused_name(name, last_names) for name in wanted))
+    names = list(dict.fromkeys(own for name in wanted for own in _own_names(name, last_names)))
     problems = [
         f"peft_config.target_modules: `{name}` matches no linear layer; there are {', '.join(sorted(last_names))}"
         for name in names
@@ -107,11 +112,13 @@ def _resolve_pattern(pattern: str, layers: Mapping[str, nn.Linear], last_names: 
     return pattern
 
 
-def _fused_name(name: str, last_names: set[str]) -> str:
+def _own_names(name: str, last_names: set[str]) -> list[str]:
+    """The model's own names for a layer that may be named as in the other form."""
     path, _, last = name.rpartition(".")
-    if last in last_names or FUSED.get(last) not in last_names:
-        return name
-    return f"{path}.{FUSED[last]}".lstrip(".")
+    others = [FUSED[last]] if last in FUSED else list(PARTS.get(last, ()))
+    if last in last_names or not last_names.issuperset(others):
+        return [name]
+    return [f"{path}.{other}".lstrip(".") for other in others] or [name]
 
 
 def matched_targets(model: PeftModel) -> list[AdaptedLayers]:

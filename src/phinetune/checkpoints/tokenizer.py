@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import Phi3Config, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.load import HUB_FILES, Base, find_folder, load_tokenizer, read_config
 from phinetune.config.model import ModelSection
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError, first_line
 
 # The files that a tokenizer's save_pretrained may write into a folder.
@@ -39,7 +40,7 @@ def open_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return load_tokenizer(local, Base(source, None, ""), config)
 
 
-def open_config(section: ModelSection) -> Phi3Config:
+def open_config(section: ModelSection) -> ModelConfig:
     """The configuration of the model that `load_base` loads. If `section` names a hub id, only its small files are
     fetched.
 

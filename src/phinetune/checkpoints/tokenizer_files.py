@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import Phi3Config, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from phinetune.chats.template_rendering import apply_template
 from phinetune.checkpoints.small_files import read_json, what_to_do
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError, told_as
 
 SMALL_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -58,7 +59,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
             raise ModelError(f"{source}: its chat template leaves out what the {lost[0]} says; {remedy}")
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Phi3Config, source: str) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, source: str) -> None:
     """Make sure that the model has an embedding for every id of its tokenizer.
 
     Args:

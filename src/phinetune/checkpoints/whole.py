@@ -11,23 +11,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import PreTrainedModel
 
 from phinetune.checkpoints.weight_files import HeldTensor, held_tensors, unreadable_dtypes
+from phinetune.engine.families import ModelConfig, plain_model
 from phinetune.errors import ModelError, at_most, told_as
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.\w+$")  # tables that older versions saved; they are computed anew
 SHOWN = 8  # tensors of each kind that an error names
-REMEDY = "fetch the checkpoint again, or write it again with save_pretrained of the whole Phi3ForCausalLM"
+REMEDY = "fetch the checkpoint again, or write it again with save_pretrained of the whole …ForCausalLM"
 
 # Other forms of the same model: what their tensors are called, and what to do.
 OTHER_FORMS = (
     (
-        r"\.(q|k|v|gate|up)_proj\.(weight|bias)$",
-        "q_proj, k_proj, v_proj, gate_proj and up_proj stand by themselves: this is a Phi-3 in Llama's or Mistral's "
-        "form, as unsloth's checkpoints have it; take one in Phi-3's own form (qkv_proj, gate_up_proj), for example "
-        "microsoft/Phi-3-mini-4k-instruct",
+        r"^model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|gate|up)_proj\.weight$",
+        "q_proj, k_proj, v_proj, gate_proj and up_proj stand by themselves: the weights are in Llama's or Mistral's "
+        "form, and config.json says phi3; take the config.json that belongs to them (model_type llama or mistral)",
+    ),
+    (
+        r"^model\.layers\.\d+\.(self_attn|mlp)\.(qkv|gate_up)_proj\.weight$",
+        "q, k, v are one layer (qkv_proj), and gate, up are one (gate_up_proj): the weights are in Phi-3's own form; "
+        "take the config.json that belongs to them (model_type phi3)",
     ),
     (
         r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b",
@@ -63,7 +68,7 @@ WRAPPERS = {
 }
 
 
-def check_whole(folder: Path, config: Phi3Config) -> None:
+def check_whole(folder: Path, config: ModelConfig) -> None:
     """Make sure that a checkpoint's files hold the tensors that its configuration describes.
 
     Of the files only the headers are read. The output head may be missing if it is tied to the embedding.
@@ -95,7 +100,7 @@ def check_whole(folder: Path, config: Phi3Config) -> None:
     )
 
 
-def check_not_quantized(folder: Path, config: Phi3Config) -> None:
+def check_not_quantized(folder: Path, config: ModelConfig) -> None:
     """Make sure that the weights of a checkpoint are not quantised already.
 
     Raises:
@@ -107,11 +112,11 @@ def check_not_quantized(folder: Path, config: Phi3Config) -> None:
     method = found.get("quant_method", "of an unknown kind") if isinstance(found, dict) else found
     raise ModelError(
         f"{folder / 'config.json'}: the weights are quantised already (quantization_config: {method}); give the 16-bit "
-        "checkpoint, and model.quantization: nf4 or int8 to hold it in fewer bits"
+        "checkpoint (the name without `-bnb-4bit`), and model.quantization: nf4 or int8 to hold it in fewer bits"
     )
 
 
-def expected_shapes(folder: Path, config: Phi3Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a configuration's model, by transformers' names.
 
     Raises:
@@ -121,7 +126,7 @@ def expected_shapes(folder: Path, config: Phi3Config) -> dict[str, tuple[int, ..
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def meta_model(where: str, config: Phi3Config) -> Phi3ForCausalLM:
+def meta_model(where: str, config: ModelConfig) -> PreTrainedModel:
     """The model of a configuration on torch's `meta` device: its layers and shapes, and no numbers.
 
     Args:
@@ -131,7 +136,8 @@ def meta_model(where: str, config: Phi3Config) -> Phi3ForCausalLM:
         ModelError: no model can be made of it.
     """
     with told_as(ModelError, f"{where}: no model can be made of it"), torch.device("meta"):
-        return Phi3ForCausalLM(config)
+        model: PreTrainedModel = plain_model(config)
+    return model
 
 
 def _twin(name: str) -> str | None:
@@ -149,12 +155,12 @@ def _forms(held: Mapping[str, HeldTensor], wanted: Mapping[str, object]) -> list
         found.append(f"the names begin with `{prefix}`: the model was saved inside {by}; save the model itself")
     elif any(f"model.{name}" in wanted for name in strange):
         found.append(
-            "the names lack `model.`: this is the decoder without its output head (Phi3Model); save Phi3ForCausalLM"
+            "the names lack `model.`: this is the decoder without its output head (…Model); save the …ForCausalLM"
         )
     return found
 
 
-def _sizes(held: Mapping[str, HeldTensor], wanted: Mapping[str, tuple[int, ...]], config: Phi3Config) -> list[str]:
+def _sizes(held: Mapping[str, HeldTensor], wanted: Mapping[str, tuple[int, ...]], config: ModelConfig) -> list[str]:
     """What the tensors say about sizes that config.json states otherwise."""
     said = []
     rows = {held[name].shape[:1] for name in (EMBED, HEAD) if name in held and held[name].shape != wanted[name]}

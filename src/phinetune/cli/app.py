@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from phinetune.cli import (
+    combine,
     config,
     convert,
     curve,
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 # In the order of the help.
-for verb in (report, train, tune, plan, curve, evaluate, talk, merge, export, push, convert, serve, config):
+for verb in (report, train, tune, plan, curve, evaluate, talk, merge, combine, export, push, convert, serve, config):
     app.add_typer(verb.app)
 
 

@@ -15,7 +15,9 @@ app = typer.Typer()
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="a PEFT adapter folder, or a loralib checkpoint (.pt)")],
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="an adapter folder of PEFT or mlx-lm, or a loralib checkpoint (.pt)")
+    ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="what to write: a folder (PEFT) or a .pt file (loralib)")],
     to: Annotated[
         str,

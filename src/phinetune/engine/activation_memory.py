@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phinetune.engine.families import is_fused
+
 logger = logging.getLogger(__name__)
 
 RESERVE = 0.15  # the share of the free memory that is left for temporary tensors of the optimizer and the loss
@@ -48,6 +50,7 @@ class LayerSizes:
         attended: features of attention's output, heads · size.
         inner: features inside the MLP, `intermediate_size`.
         dropout: whether LoRA dropout is on.
+        inputs: how many layers read the hidden states: qkv and gate_up, or q, k, v and gate, up.
     """
 
     hidden: int
@@ -55,14 +58,16 @@ class LayerSizes:
     attended: int
     inner: int
     dropout: bool
+    inputs: int = 2
 
     @classmethod
     def of(cls, config: Any, dropout: bool) -> LayerSizes:
-        """Sizes for a `Phi3Config`."""
+        """Sizes for a model's configuration."""
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         attended = config.num_attention_heads * size
         qkv = attended + 2 * config.num_key_value_heads * size
-        return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout)
+        inputs = 2 if is_fused(config) else 5
+        return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout, inputs)
 
     def tensors(self, level: Level) -> tuple[int, ...]:
         """Elements per token of each tensor that is kept at a level.
@@ -73,7 +78,7 @@ class LayerSizes:
             return (self.hidden,)
         lasting = (self.hidden, self.qkv, self.attended, self.hidden, 2 * self.inner)
         if self.dropout:
-            return lasting + 2 * (self.hidden, self.attended, self.hidden, self.inner)
+            return lasting + 2 * (*(self.hidden,) * self.inputs, self.attended, self.inner)
         return lasting if level is Level.CHEAP else (*lasting, self.hidden, self.hidden, self.inner)
 
     def kept(self, level: Level) -> int:

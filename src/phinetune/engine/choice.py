@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import PreTrainedModel
 
 from phinetune.config.run import RunConfig
-from phinetune.engine import phi3
+from phinetune.engine import phi3, split_models
+from phinetune.engine.families import ModelConfig, is_fused, transformers_class
 from phinetune.engine.fast_engine import FastEngine
 from phinetune.engine.peft_variants import not_fast
 
@@ -62,7 +63,7 @@ def choose_engine(
     peft: Mapping[str, Any],
     max_length: int | None,
     dtype: torch.dtype,
-    shape: Phi3Config,
+    shape: ModelConfig,
 ) -> EngineChoice:
     """The engine that a configuration asks for, or the plain one with the reason.
 
@@ -100,7 +101,7 @@ def _why_plain(
     return next((f"peft_config.{key}" for key in not_fast(peft)), None)
 
 
-def model_class(config: Phi3Config, *, fast: bool) -> type[Phi3ForCausalLM]:
+def model_class(config: ModelConfig, *, fast: bool) -> type[PreTrainedModel]:
     """The class to load a model as: the one with a packed form if `fast` asks for it and the model has one.
 
     A model that has none is loaded as transformers' own, and a line in the log says why.
@@ -108,10 +109,12 @@ def model_class(config: Phi3Config, *, fast: bool) -> type[Phi3ForCausalLM]:
     reason = phi3.missing_form(config) if fast else None
     if reason:
         logger.warning("engine: %s has no fast form, so transformers' own model is used", reason)
-    return phi3.Phi3ForCausalLM if fast and not reason else Phi3ForCausalLM
+    if not fast or reason:
+        return transformers_class(config)
+    return phi3.Phi3ForCausalLM if is_fused(config) else split_models.packed_class(config.model_type)
 
 
 def has_packed_form(model: object) -> bool:
     """Whether a model, or the base of a PEFT model, takes packed rows."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    return isinstance(core, phi3.Phi3ForCausalLM)
+    return isinstance(core, phi3.PackedCausalLM)

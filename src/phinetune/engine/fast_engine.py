@@ -57,7 +57,7 @@ class FastEngine:
             owned, columns: see `PackedCollator`.
         """
         # The model's own residual dropout draws masks for each row, as LoRA dropout does.
-        share = self.share and not config.resid_pdrop
+        share = self.share and not getattr(config, "resid_pdrop", 0)
         return PackedCollator(share=share, rope_limit=rope_limit(config), owned=owned, columns=columns)
 
     def set_up(self, model: PeftModel, device: torch.device) -> None:

@@ -24,7 +24,7 @@ from phinetune.engine.attention_plan import Heads
 from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.examples import common_prefix
 from phinetune.engine.kernels.rotary import rotate_
-from phinetune.engine.phi3 import Phi3ForCausalLM, rope_limit
+from phinetune.engine.phi3 import PackedCausalLM, rope_limit
 from phinetune.engine.segments import SHORTEST_SHARED
 
 PROMPT_TOKENS = 8192  # prompt tokens computed at a time; this limits what the layers hold besides the cache
@@ -50,7 +50,7 @@ class PromptState:
 
 @torch.no_grad()
 def decode(
-    core: Phi3ForCausalLM,
+    core: PackedCausalLM,
     prompts: Sequence[list[int]],
     *,
     stops: set[int],
@@ -87,14 +87,14 @@ def decode(
     return [state.answer for state in states]
 
 
-def _fitting(core: Phi3ForCausalLM, columns: int) -> int:
+def _fitting(core: PackedCausalLM, columns: int) -> int:
     """How many conversations fit, if each has this many columns in the cache."""
     heads = _heads(core)
     size = 2 * core.config.num_hidden_layers * heads.kv_heads * heads.size * columns * core.dtype.itemsize
-    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free_bytes(core.device)) // size))
+    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free_bytes(core.device)) // int(size)))
 
 
-def _heads(core: Phi3ForCausalLM) -> Heads:
+def _heads(core: PackedCausalLM) -> Heads:
     first: Any = core.model.layers[0]
     heads: Heads = first.self_attn.heads
     return heads
@@ -114,7 +114,7 @@ class _Batch:
     """
 
     def __init__(
-        self, core: Phi3ForCausalLM, states: list[PromptState], stops: set[int], limit: int, short_limit: int | None
+        self, core: PackedCausalLM, states: list[PromptState], stops: set[int], limit: int, short_limit: int | None
     ) -> None:
         self.core, self.live, self.stops, self.limit, self.short_limit = core, states, stops, limit, short_limit
         self.heads = _heads(core)
@@ -254,7 +254,7 @@ class _Batch:
 
     def _choose(self, states: Tensor) -> Tensor:
         """The likeliest next token for each hidden state."""
-        head: Any = self.core.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head: Any = self.core.get_output_embeddings()
         chosen: Tensor = head(states).argmax(-1)
         return chosen
 

@@ -21,6 +21,7 @@ from phinetune.engine.kernels.matmul import row_slices
 from phinetune.engine.kernels.norm import _RMSNorm
 from phinetune.engine.kernels.swiglu import _SwiGLU
 from phinetune.engine.kernels.unrecorded import Kept, call
+from phinetune.engine.side_by_side import SideBySide
 from phinetune.lora.functional import Projection
 
 
@@ -46,16 +47,22 @@ class LayerParts:
     """
 
     norms: tuple[Norm, Norm]
-    qkv: Projection
-    o: Projection
-    gate_up: Projection
-    down: Projection
+    qkv: Projection | SideBySide
+    o: Projection | SideBySide
+    gate_up: Projection | SideBySide
+    down: Projection | SideBySide
     heads: Heads
     compile: bool
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
+    def attention_matrices(self) -> tuple[Tensor | None, ...]:
+        """A and B of all that qkv and o have."""
+        return *self.qkv.matrices, *self.o.matrices
+
+    @property
+    def mlp_matrices(self) -> tuple[Tensor | None, ...]:
+        """A and B of all that gate_up and down have."""
+        return *self.gate_up.matrices, *self.down.matrices
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def layer(hidden: Tensor, parts: LayerParts, places: Places, level: Level) -> Te
     Returns:
         shape (tokens, width), or (labels, width) with `places.rows`.
     """
-    adapters = [matrix for one in parts.projections for matrix in (one.a, one.b)]
+    adapters = (*parts.attention_matrices, *parts.mlp_matrices)
     out: Tensor = _Layer.apply(hidden, parts, places, level, *adapters)  # type: ignore[no-untyped-call]
     return out
 
@@ -100,7 +107,7 @@ class _AttentionHalf:
     places: Places
     needs_hidden: bool
     normed: Tensor | None = None
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)
 
     @property
     def needs_qkv(self) -> bool:
@@ -125,22 +132,22 @@ class _AttentionHalf:
             self.normed = None
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradient of hidden, and those of A and B of both projections."""
+        """The gradient of hidden, and those of `LayerParts.attention_matrices`."""
         norm, first, attention, last = self.kept
-        places = self.places
-        d_attended, _, _, *of_o = last.backward(grad)[:5]
-        if not self.needs_qkv:
-            return None, [None, None, *of_o]
+        parts, places = self.parts, self.places
+        d_attended, of_o = parts.o.backward(last, grad)
+        if not self.needs_qkv or d_attended is None:
+            return None, [*[None] * len(parts.qkv.matrices), *of_o]
         tokens = len(places.cos)
         if places.rows is not None:
             d_attended = d_attended.new_zeros(tokens, d_attended.shape[1]).index_add_(0, places.rows, d_attended)
         d_qkv = attention.backward(d_attended)[0]
         del d_attended
-        if self.normed is None and self.parts.qkv.keeps_input:
+        if self.normed is None and parts.qkv.keeps_input:
             hidden = norm.saved_tensors[0]
-            first.restore(self.parts.norms[0](hidden, False)[0])
+            first.restore(parts.norms[0](hidden, False)[0])
         self.normed = None
-        d_normed, _, _, *of_qkv = first.backward(d_qkv)[:5]
+        d_normed, of_qkv = parts.qkv.backward(first, d_qkv)
         if not self.needs_hidden:
             return None, [*of_qkv, *of_o]
         d_hidden = norm.backward(d_normed)[0]
@@ -159,7 +166,7 @@ class _MLPHalf:
     parts: LayerParts
     needs_hidden: bool
     cheap: tuple[Tensor, Tensor] | None = None
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)
 
     @property
     def needs_gate_up(self) -> bool:
@@ -193,19 +200,20 @@ class _MLPHalf:
             self.cheap = None
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradient of hidden, and those of A and B of both projections."""
+        """The gradient of hidden, and those of `LayerParts.mlp_matrices`."""
         norm, first, swiglu, last = self.kept
-        if self.cheap is None and self.parts.down.keeps_input:
-            last.restore(call(_SwiGLU, swiglu.saved_tensors[0], self.parts.compile, needs=())[0])
-        if self.cheap is None and self.parts.gate_up.keeps_input:
-            first.restore(self.parts.norms[1](norm.saved_tensors[0], False)[0])
+        parts = self.parts
+        if self.cheap is None and parts.down.keeps_input:
+            last.restore(call(_SwiGLU, swiglu.saved_tensors[0], parts.compile, needs=())[0])
+        if self.cheap is None and parts.gate_up.keeps_input:
+            first.restore(parts.norms[1](norm.saved_tensors[0], False)[0])
         self.cheap = None
-        d_active, _, _, *of_down = last.backward(grad)[:5]
+        d_active, of_down = parts.down.backward(last, grad)
         if not self.needs_gate_up:
-            return None, [None, None, *of_down]
+            return None, [*[None] * len(parts.gate_up.matrices), *of_down]
         d_gate_up = swiglu.backward(d_active)[0]
         del d_active
-        d_normed, _, _, *of_gate_up = first.backward(d_gate_up)[:5]
+        d_normed, of_gate_up = parts.gate_up.backward(first, d_gate_up)
         if not self.needs_hidden:
             return None, [*of_gate_up, *of_down]
         return norm.backward(d_normed)[0].add_(grad), [*of_gate_up, *of_down]
@@ -242,7 +250,10 @@ class _Layer(torch.autograd.Function):
             raise RuntimeError("a layer's activations are gone after its backward; compute it again for another")
         (attention, mlp), ctx.halves = ctx.halves, None
         between, of_mlp = mlp.backward(grad)
-        d_hidden, of_attention = (None, [None] * 4) if between is None else attention.backward(between)
+        if between is None:
+            d_hidden, of_attention = None, [None] * len(attention.parts.attention_matrices)
+        else:
+            d_hidden, of_attention = attention.backward(between)
         return d_hidden, None, None, None, *of_attention, *of_mlp
 
 
@@ -267,7 +278,7 @@ def _backward_by_parts(
     attention = _AttentionHalf(parts, places, needs_hidden)
     between = attention.forward(hidden)
     d_between = torch.empty_like(between) if needs_between else None
-    of_mlp: list[Tensor | None] = [None] * 4
+    of_mlp: list[Tensor | None] = [None] * len(parts.mlp_matrices)
     for rows in _parts_of(between):
         mlp = _MLPHalf(parts, needs_between)
         mlp.prepare(between[rows])
@@ -276,7 +287,7 @@ def _backward_by_parts(
         if d_between is not None and found is not None:
             d_between[rows] = found
     if d_between is None:
-        return None, [*[None] * 4, *of_mlp]
+        return None, [*[None] * len(parts.attention_matrices), *of_mlp]
     del between
     d_hidden, of_attention = attention.backward(d_between)
     return d_hidden, [*of_attention, *of_mlp]

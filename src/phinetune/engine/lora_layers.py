@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from phinetune.engine.kernels.matmul import BlockReader, linear
+from phinetune.engine.side_by_side import SideBySide
 from phinetune.lora.functional import Projection, lora_linear
 
 
@@ -61,6 +63,18 @@ def projection(layer: nn.Module, dtype: torch.dtype) -> Projection | None:
     if type(layer) is not nn.Linear or layer.weight.dtype != dtype or trained(layer):
         return None
     return Projection(layer.weight, layer.bias, layer.out_features)
+
+
+def projections(layers: Sequence[nn.Module], dtype: torch.dtype) -> Projection | SideBySide | None:
+    """What linear layers over the same rows of `dtype` compute, to be called outside of a graph; None if one can't be.
+
+    Args:
+        layers: one, or several whose outputs lie side by side.
+    """
+    found = tuple(one for one in (projection(layer, dtype) for layer in layers) if one is not None)
+    if len(found) < len(layers):
+        return None
+    return found[0] if len(found) == 1 else SideBySide(found)
 
 
 def adapted(layer: LoraLayer, base: type[nn.Module], weight: Tensor | BlockReader) -> Projection | None:

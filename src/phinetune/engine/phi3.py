@@ -3,6 +3,8 @@
 Called as usual, every class does what its parent does. Called with a packed row, the decoder computes hidden states of
 shape (tokens, width), without a batch dimension, with the functions of `phinetune.engine.kernels`. Attention stays
 within segments, backwards need little memory, and the head is applied only at positions that predict a label.
+
+The packed forwards stand in classes of their own (`Packed…`), since other models have them too: `split_models`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from phinetune.engine.kernels.recompute import recomputed
 from phinetune.engine.kernels.swiglu import swiglu
 from phinetune.engine.layer_function import LayerParts, Norm, Places
 from phinetune.engine.layer_function import layer as whole_layer
-from phinetune.engine.lora_layers import projection
+from phinetune.engine.lora_layers import projections
 from phinetune.engine.outputs import ConversationOutput, PackedOutput
 from phinetune.engine.segments import Segment, read_segments
 
@@ -87,6 +89,8 @@ def missing_form(config: Any) -> str | None:
         return "attention_dropout"
     if config.rope_parameters["rope_type"] not in (*STATIC_ROPE, "longrope"):
         return f"rope type `{config.rope_parameters['rope_type']}`"
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return "layer_types that differ"
     return None
 
 
@@ -105,23 +109,55 @@ class Phi3RMSNorm(transformers_phi3.Phi3RMSNorm):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, compile=self.compile_ops)
 
 
-class Phi3MLP(transformers_phi3.Phi3MLP):
-    """gate_up_proj, SwiGLU, down_proj. For packed rows, `rebuild` drops SwiGLU's output and computes it again."""
+class PackedMLP(nn.Module):
+    """Gate and up, SwiGLU, down_proj. For packed rows, `rebuild` drops SwiGLU's output and computes it again.
+
+    Attributes:
+        inputs: the layers whose outputs side by side are gate and up.
+    """
 
     compile_ops = False
+    inputs: Sequence[nn.Module]
+    down_proj: Any
 
     def forward(self, hidden_states: Tensor, packed: bool = False, rebuild: bool = False) -> Tensor:
         if not packed:
-            return super().forward(hidden_states)
-        gate_up = self.gate_up_proj(hidden_states)
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
+        gate_up = _side_by_side(self.inputs, hidden_states)
         activate = functools.partial(swiglu, compile=self.compile_ops)
         active = activate(gate_up)
         with _recomputed_if(rebuild, active, activate, gate_up):
             return self.down_proj(active)  # type: ignore[no-any-return]
 
 
-class Phi3Attention(transformers_phi3.Phi3Attention):
-    """qkv_proj, attention, o_proj. For packed rows, o_proj is applied only at the positions `rows`, if given."""
+class Phi3MLP(PackedMLP, transformers_phi3.Phi3MLP):
+    """gate_up_proj, SwiGLU, down_proj."""
+
+    @property
+    def inputs(self) -> Sequence[nn.Module]:  # type: ignore[override]
+        return (self.gate_up_proj,)
+
+
+def _side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The outputs of layers over the same rows, side by side."""
+    return layers[0](x) if len(layers) == 1 else torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+class PackedAttention(nn.Module):
+    """q, k and v, attention, o_proj. For packed rows, o_proj is applied only at the positions `rows`, if given.
+
+    Attributes:
+        inputs: the layers whose outputs side by side are q, k and v.
+        window: how many keys a query sees; None: all before it.
+    """
+
+    inputs: Sequence[nn.Module]
+    window: int | None
+    config: Any
+    o_proj: Any
+    layer_idx: int | None
+    head_dim: int
+    scaling: float
 
     def forward(
         self,
@@ -133,7 +169,7 @@ class Phi3Attention(transformers_phi3.Phi3Attention):
     ) -> Any:
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
-        qkv = self.qkv_proj(hidden_states)
+        qkv = _side_by_side(self.inputs, hidden_states)
         out = packed.attend(self.layer_idx or 0, qkv, self.heads)
         return self.o_proj(out if rows is None else out.index_select(0, rows))
 
@@ -141,28 +177,35 @@ class Phi3Attention(transformers_phi3.Phi3Attention):
     def heads(self) -> Heads:
         """How qkv is divided into heads."""
         config = self.config
-        window = getattr(config, "sliding_window", None)
         kv_heads = config.num_key_value_heads or config.num_attention_heads
-        return Heads(config.num_attention_heads, kv_heads, self.head_dim, self.scaling, window)
+        return Heads(config.num_attention_heads, kv_heads, self.head_dim, self.scaling, self.window)
 
 
-class Phi3DecoderLayer(transformers_phi3.Phi3DecoderLayer):
+class Phi3Attention(PackedAttention, transformers_phi3.Phi3Attention):
+    """qkv_proj, attention, o_proj."""
+
+    @property
+    def inputs(self) -> Sequence[nn.Module]:  # type: ignore[override]
+        return (self.qkv_proj,)
+
+    @property
+    def window(self) -> int | None:  # type: ignore[override]
+        return getattr(self.config, "sliding_window", None)
+
+
+class PackedLayer(nn.Module):
     """One decoder layer.
 
     For packed rows it maps hidden states (tokens, width) to (tokens, width), or to (labels, width) if `rows` is given,
     as it is for the last layer.
     """
 
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        nn.Module.__init__(self)
-        self.hidden_size = config.hidden_size
-        self.self_attn = Phi3Attention(config=config, layer_idx=layer_idx)
-        self.mlp = Phi3MLP(config)  # type: ignore[no-untyped-call]
-        self.input_layernorm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.config = config
-        self.resid_attn_dropout = nn.Dropout(config.resid_pdrop)
-        self.resid_mlp_dropout = nn.Dropout(config.resid_pdrop)
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    resid_attn_dropout: Any
+    resid_mlp_dropout: Any
 
     def forward(
         self,
@@ -186,18 +229,16 @@ class Phi3DecoderLayer(transformers_phi3.Phi3DecoderLayer):
 
     def _parts(self, dtype: torch.dtype) -> LayerParts | None:
         """The parts that one function computes; None where the modules have to be called."""
-        attention: Any = self.self_attn
-        mlp: Any = self.mlp
+        attention, mlp = self.self_attn, self.mlp
         norms: tuple[Any, Any] = (self.input_layernorm, self.post_attention_layernorm)
-        modules = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        modules = (attention.inputs, (attention.o_proj,), mlp.inputs, (mlp.down_proj,))
+        called = (attention, mlp, *norms, *(module for some in modules for module in some))
         dropouts = (self.resid_attn_dropout, self.resid_mlp_dropout)
-        if any(one.training and one.p for one in dropouts) or any(
-            _is_hooked(one) for one in (attention, mlp, *norms, *modules)
-        ):
+        if any(getattr(one, "p", 0) and one.training for one in dropouts) or any(_is_hooked(one) for one in called):
             return None
         if any(type(norm) is not Phi3RMSNorm or norm.weight.requires_grad for norm in norms):
             return None
-        qkv, o, gate_up, down = (projection(module, dtype) for module in modules)
+        qkv, o, gate_up, down = (projections(some, dtype) for some in modules)
         if qkv is None or o is None or gate_up is None or down is None:
             return None
         before, after = (Norm(norm.weight, norm.variance_epsilon, norm.compile_ops) for norm in norms)
@@ -214,6 +255,21 @@ class Phi3DecoderLayer(transformers_phi3.Phi3DecoderLayer):
         with _recomputed_if(rebuild, normed, self.post_attention_layernorm, hidden):
             fed = self.mlp(normed, packed=True, rebuild=rebuild)
         return hidden + self.resid_mlp_dropout(fed)  # type: ignore[no-any-return]
+
+
+class Phi3DecoderLayer(PackedLayer, transformers_phi3.Phi3DecoderLayer):
+    """One decoder layer of Phi-3."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        nn.Module.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = Phi3Attention(config=config, layer_idx=layer_idx)
+        self.mlp = Phi3MLP(config)  # type: ignore[no-untyped-call]
+        self.input_layernorm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.config = config
+        self.resid_attn_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_mlp_dropout = nn.Dropout(config.resid_pdrop)
 
 
 def _places(packed: RowAttention, rows: Tensor | None) -> Places | None:
@@ -241,29 +297,24 @@ def _recomputed_if(rebuild: bool, tensor: Tensor, make: Callable[[Tensor], Tenso
     return recomputed(tensor, functools.partial(make, source.detach()))
 
 
-class Phi3Model(transformers_phi3.Phi3Model):
+class PackedDecoder(nn.Module):
     """The decoder.
 
     Attributes:
         activation_levels: given a row's number of tokens, returns what each layer keeps for the backward. None: all.
     """
 
-    def __init__(self, config: Any) -> None:
-        transformers_phi3.Phi3PreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([Phi3DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = transformers_phi3.Phi3RotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.activation_levels: Callable[[int], Sequence[Level]] | None = None
-        self.post_init()  # type: ignore[no-untyped-call]
+    activation_levels: Callable[[int], Sequence[Level]] | None = None
+    config: Any
+    embed_tokens: Any
+    layers: nn.ModuleList
+    norm: Any
+    rotary_emb: Any
 
     def compile_operators(self) -> None:
         """From now on, run norms and SwiGLU compiled."""
         for module in self.modules():
-            if isinstance(module, (Phi3RMSNorm, Phi3MLP)):
+            if isinstance(module, (Phi3RMSNorm, PackedMLP)):
                 module.compile_ops = True
 
     def packed(
@@ -340,24 +391,37 @@ class Phi3Model(transformers_phi3.Phi3Model):
         return rotary.tables(frequencies, positions, emb.attention_scaling)
 
 
+class Phi3Model(PackedDecoder, transformers_phi3.Phi3Model):
+    """The decoder of Phi-3."""
+
+    def __init__(self, config: Any) -> None:
+        transformers_phi3.Phi3PreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([Phi3DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = transformers_phi3.Phi3RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()  # type: ignore[no-untyped-call]
+
+
 def _trees(segments: Sequence[Segment]) -> list[tuple[int, int]]:
     """The range of tokens of each tree: a root with all its branches."""
     starts = [segment.start for segment in segments if not segment.above]
     return list(zip(starts, [*starts[1:], segments[-1].stop], strict=True))
 
 
-class Phi3ForCausalLM(transformers_phi3.Phi3ForCausalLM):
-    """transformers' Phi-3. Called with `segments`, it takes a packed row and returns a loss or log-probabilities."""
+class PackedCausalLM(nn.Module):
+    """A decoder and its head. Called with `segments`, it takes a packed row and returns a loss or log-probabilities."""
 
-    def __init__(self, config: Any) -> None:
-        transformers_phi3.Phi3PreTrainedModel.__init__(self, config)
-        self.model = Phi3Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[no-untyped-call]
+    model: Any
+    config: Any
+    device: Any
+    dtype: Any
+    get_output_embeddings: Callable[[], Any]
 
-    @functools.wraps(transformers_phi3.Phi3ForCausalLM.forward)  # `generate` reads the parent's signature
-    def forward(self, *args: Any, segments: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, *args: Any, segments: Tensor | None = None, **kwargs: Any) -> Any:
         """Without `segments`, what the parent does. With `segments`, the loss of a packed row (see `packed_loss`), or
         with `owners` too the log-probabilities of its conversations (see `packed_log_probs`).
         """
@@ -427,6 +491,20 @@ class Phi3ForCausalLM(transformers_phi3.Phi3ForCausalLM):
 
     @property
     def _head_weight(self) -> Tensor:
-        head: Any = self.get_output_embeddings()  # type: ignore[no-untyped-call]
-        weight: Tensor = head.weight
+        weight: Tensor = self.get_output_embeddings().weight
         return weight
+
+
+class Phi3ForCausalLM(PackedCausalLM, transformers_phi3.Phi3ForCausalLM):
+    """transformers' Phi-3, which takes packed rows too."""
+
+    def __init__(self, config: Any) -> None:
+        transformers_phi3.Phi3PreTrainedModel.__init__(self, config)
+        self.model = Phi3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @functools.wraps(transformers_phi3.Phi3ForCausalLM.forward)  # `generate` reads the parent's signature
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().forward(*args, **kwargs)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.device import pick_device, pick_dtype
@@ -23,6 +24,7 @@ from phinetune.checkpoints.load import (
 )
 from phinetune.checkpoints.target_modules import linear_layers
 from phinetune.config.model import ModelSection
+from phinetune.engine.families import ModelConfig, plain_model
 from phinetune.errors import ModelError
 from phinetune.exporting.merge.weights import FolderWeights, MemoryWeights, QuantizedWeights, Weights
 
@@ -40,7 +42,7 @@ class BaseFiles:
     base: Base
     folder: Path | None
     weights: Weights
-    config: Phi3Config
+    config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig
 
@@ -71,8 +73,8 @@ def _open_random(section: ModelSection) -> BaseFiles:
     unquantized = section.model_copy(update={"device": "cpu", "dtype": dtype, "quantization": "none"})
     loaded = load_base(unquantized, fast=False)
     generation = loaded.model.generation_config or GenerationConfig()
-    weights = MemoryWeights(loaded.model.state_dict())
-    return BaseFiles(loaded.base, None, weights, loaded.model.config, loaded.tokenizer, generation)
+    weights, config = MemoryWeights(loaded.model.state_dict()), cast(ModelConfig, loaded.model.config)
+    return BaseFiles(loaded.base, None, weights, config, loaded.tokenizer, generation)
 
 
 def trained_dtype(section: ModelSection) -> torch.dtype:
@@ -87,6 +89,6 @@ def trained_dtype(section: ModelSection) -> torch.dtype:
 def quantized(files: BaseFiles, kind: str, dtype: torch.dtype) -> BaseFiles:
     """The same base with the weights that QLoRA trains on; see `QuantizedWeights`."""
     with torch.device("meta"):
-        model = Phi3ForCausalLM(files.config)
+        model = plain_model(files.config)
     layers = {f"{name}.weight" for name in linear_layers(model)}
     return replace(files, weights=QuantizedWeights(files.weights, layers, kind, dtype))

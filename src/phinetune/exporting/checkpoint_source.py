@@ -7,13 +7,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Phi3Config, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.load import Base
 from phinetune.checkpoints.whole import EMBED, HEAD, meta_model
 from phinetune.config.run import make_config
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError
 from phinetune.exporting.base_files import BaseFiles, open_base
 from phinetune.exporting.merge.merged import open_merged
@@ -28,7 +29,7 @@ class Checkpoint(Protocol):
         base: which weights the checkpoint is made of.
     """
 
-    config: Phi3Config
+    config: ModelConfig
     base: Base
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig

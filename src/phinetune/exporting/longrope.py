@@ -5,31 +5,31 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import Phi3Config
+from phinetune.engine.families import ModelConfig
 
 
-def rope(config: Phi3Config) -> dict[str, Any]:
+def rope(config: ModelConfig) -> dict[str, Any]:
     """The configuration's `rope_parameters`."""
     return dict(config.rope_parameters or {})
 
 
-def is_longrope(config: Phi3Config) -> bool:
+def is_longrope(config: ModelConfig) -> bool:
     """Whether the rotary embedding is LongRoPE, which has short and long factors."""
     return bool(rope(config).get("rope_type") == "longrope")
 
 
-def original_context(config: Phi3Config) -> int:
+def original_context(config: ModelConfig) -> int:
     """Tokens that the model had positions for before LongRoPE. Up to this length LongRoPE uses its short factors."""
     return int(rope(config).get("original_max_position_embeddings") or config.original_max_position_embeddings)
 
 
-def trained_context(config: Phi3Config) -> int:
+def trained_context(config: ModelConfig) -> int:
     """With LongRoPE, the tokens up to which it uses its short factors. Without it, all positions of the model."""
     longest = int(config.max_position_embeddings)
     return min(longest, original_context(config)) if is_longrope(config) else longest
 
 
-def attention_factor(config: Phi3Config) -> float:
+def attention_factor(config: ModelConfig) -> float:
     """The factor by which LongRoPE multiplies cosines and sines.
 
     It is the configuration's own, or else it follows from the formula of LongRoPE's authors.

@@ -99,7 +99,7 @@ def _gguf(request: Request) -> ExportResult:
         f"a GGUF of {gguf.tensors} tensors, {request.kind}",
         request.out.stat().st_size,
         [_llama_cli(request.out, gguf.context)],
-        gguf.vocabulary.notes,
+        gguf.notes,
     )
 
 

@@ -319,13 +319,24 @@ class Projection:
         """Whether the backward needs the layer's input."""
         return self.a is not None
 
-    def __call__(self, x: Tensor, needs_x: bool) -> tuple[Tensor, Kept]:
-        """The output for x of shape (rows, in), and what the backward needs.
+    @property
+    def matrices(self) -> tuple[Tensor | None, ...]:
+        """A and B."""
+        return self.a, self.b
 
-        Its first five gradients are those of x, weight, bias, A and B; those of weight and bias are None.
-        """
+    def __call__(self, x: Tensor, needs_x: bool) -> tuple[Tensor, Kept]:
+        """The output for x of shape (rows, in), and what the backward needs."""
         function, arguments, needs = self._call(x, needs_x)
         return call(function, *arguments, needs=needs)
+
+    def backward(self, kept: Kept, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradient of x, and those of `matrices`.
+
+        Args:
+            kept: what a call returned. It is let go.
+        """
+        found = kept.backward(grad)
+        return found[0], list(found[3:5])
 
     def kept(self, x: Tensor, needs_x: bool) -> Kept:
         """What the backward needs, without the output."""

@@ -13,13 +13,13 @@ import torch
 import yaml
 from peft import get_peft_model
 from torch import nn
-from transformers import Phi3Config
 
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.target_modules import matched_targets, trainable_parameters
 from phinetune.config.model import ModelSection
 from phinetune.engine.activation_memory import Level
+from phinetune.engine.families import ModelConfig
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.prepare import PreparedRun
@@ -112,18 +112,19 @@ def measure(prepared: PreparedRun, rows: Sequence[dict[str, Any]], levels: Seque
 BY_LAYER = ("layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern")
 
 
-def _for_every_layer(settings: Settings, shape: Phi3Config) -> Settings:
+def _for_every_layer(settings: Settings, shape: ModelConfig) -> Settings:
     """The settings for a model that has an adapter in every layer, wherever the run's model has one in some."""
     names = [layer.name for layer in matched_targets(adapted_shape(settings, shape, torch.float32))]
     kept = {key: value for key, value in settings.peft.items() if key not in BY_LAYER}
     return replace(settings, peft=kept | {"target_modules": names, "init_lora_weights": True})
 
 
-def two_layers(section: ModelSection, config: Phi3Config) -> ModelSection:
+def two_layers(section: ModelSection, config: ModelConfig) -> ModelSection:
     """The section `model` for a model of this shape with two layers and random weights."""
-    sizes = {key: value for key, value in config.to_diff_dict().items() if key in Phi3Config().to_dict()}
-    drop = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "auto_map")
-    shape = {key: value for key, value in sizes.items() if key not in drop} | {"num_hidden_layers": 2}
+    known = type(config)().to_dict()
+    drop = ("architectures", "transformers_version", "dtype", "_name_or_path", "auto_map", "layer_types")
+    sizes = {key: value for key, value in config.to_diff_dict().items() if key in known and key not in drop}
+    shape = {**sizes, "model_type": config.model_type, "num_hidden_layers": 2}
     text = yaml.safe_dump(shape, default_flow_style=True, width=1 << 30).strip()
     return section.model_copy(update={"path": random_shapes.PREFIX + text, "revision": None, "tokenizer": None})
 

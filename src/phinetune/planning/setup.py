@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import Phi3Config
 from trl import SFTConfig
 
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.config.run import RunConfig
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.device_memory import free_bytes
+from phinetune.engine.families import ModelConfig
 from phinetune.planning.memory import MicroBatch, Parts, optimizer_name, predict
 from phinetune.planning.sizes import Sizes, count_sizes
 from phinetune.training.objectives.objective import Objective
@@ -47,7 +47,7 @@ class Setup:
     objective: Objective
     args: SFTConfig
     dtype: torch.dtype
-    shape: Phi3Config
+    shape: ModelConfig
     lengths: np.ndarray[Any, Any]
     share: float
     free: int

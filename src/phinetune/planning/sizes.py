@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Phi3Config, Phi3ForCausalLM
 
 from phinetune.checkpoints.target_modules import linear_layers, trainable_parameters
+from phinetune.engine.families import ModelConfig, plain_model
 from phinetune.training.rehearsal import adapted_shape
 from phinetune.training.settings import Settings
 
@@ -29,7 +29,7 @@ class Sizes:
         width: bytes per element of the products' dtype.
     """
 
-    config: Phi3Config
+    config: ModelConfig
     weights: int
     expanded: int
     trainable: int
@@ -37,14 +37,14 @@ class Sizes:
     width: int
 
 
-def count_sizes(config: Phi3Config, quantization: str, settings: Settings, dtype: torch.dtype) -> Sizes:
+def count_sizes(config: ModelConfig, quantization: str, settings: Settings, dtype: torch.dtype) -> Sizes:
     """The sizes of a model with the adapter of `settings` on it.
 
     Raises:
         ConfigError: the adapter matches no layer of the model.
     """
     with torch.device("meta"):
-        model = Phi3ForCausalLM._from_config(config, dtype=dtype)
+        model = plain_model(config, dtype=dtype)
     linear = linear_layers(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     expanded = 0

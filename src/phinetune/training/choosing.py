@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import Phi3Config
 
 from phinetune.config.run import RunConfig
 from phinetune.engine.device_memory import free_bytes
+from phinetune.engine.families import ModelConfig
 from phinetune.training import auto_settings as rules
 from phinetune.training.auto_settings import AUTO, AUTO_PEFT, RACE, Choice
 from phinetune.training.rehearsal import adapted_shape
@@ -68,7 +68,7 @@ def expect_evaluations(settings: Settings, config: RunConfig) -> Settings:
     return replace(settings, training=training)
 
 
-def room_for_tokens(shape: Phi3Config, dtype: torch.dtype, device: torch.device, fast: bool) -> int:
+def room_for_tokens(shape: ModelConfig, dtype: torch.dtype, device: torch.device, fast: bool) -> int:
     """How many tokens a micro-batch may have: what half of the free memory holds beside the weights.
 
     The fast engine recomputes what does not fit, so a token takes what each layer is entered with, and one layer at
@@ -82,7 +82,7 @@ def room_for_tokens(shape: Phi3Config, dtype: torch.dtype, device: torch.device,
     return max(1, int((free_bytes(device) - weights) // 2 // a_token))
 
 
-def parameters_a_rank(settings: Settings, shape: Phi3Config) -> int:
+def parameters_a_rank(settings: Settings, shape: ModelConfig) -> int:
     """LoRA's parameters for each rank, with the layers that `peft_config` names."""
     model = adapted_shape(settings, shape, torch.float32)
     total = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from transformers import Phi3Config
 
+from phinetune.engine.families import ModelConfig
 from phinetune.training.settings import Settings
 
 
-def limit_length(settings: Settings, shape: Phi3Config) -> Settings:
+def limit_length(settings: Settings, shape: ModelConfig) -> Settings:
     """The settings with a `max_length` that the model has positions for.
 
     Beyond them a model was never trained, and it can't answer there either.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Phi3Config, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from phinetune import processes
@@ -31,6 +31,7 @@ from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.prepare.sources import check_sources
 from phinetune.engine.choice import EngineChoice, choose_engine
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ConfigError
 from phinetune.training.auto_settings import Choice, length_cap
 from phinetune.training.beginning import settle_start
@@ -92,7 +93,7 @@ class PreparedRun(SettledRun):
 
     device: torch.device
     dtype: torch.dtype
-    shape: Phi3Config
+    shape: ModelConfig
     engine: EngineChoice
     args: SFTConfig
     tokenizer: PreTrainedTokenizerBase
@@ -202,7 +203,7 @@ def with_chosen(run: PreparedRun, recorded: Mapping[str, Any] | None = None) -> 
 
 
 def _limited(
-    settings: Settings, shape: Phi3Config, dtype: torch.dtype, device: torch.device, config: RunConfig
+    settings: Settings, shape: ModelConfig, dtype: torch.dtype, device: torch.device, config: RunConfig
 ) -> Settings:
     """The settings with a `max_length` that the model has positions for; one that is left open fits the memory, too."""
     if "max_length" not in settings.auto:
@@ -230,7 +231,7 @@ def _args(run: PreparedRun, settings: Settings) -> SFTConfig:
     return make_training_args(settings, run.config.output_dir, run.device, run.dtype, fast=run.engine.fast is not None)
 
 
-def _room(shape: Phi3Config, dtype: torch.dtype, device: torch.device, fast: bool) -> int:
+def _room(shape: ModelConfig, dtype: torch.dtype, device: torch.device, fast: bool) -> int:
     """`room_for_tokens` of the main process: all have to choose alike, and the memory that is free differs."""
     return int(processes.from_main({"tokens": room_for_tokens(shape, dtype, device, fast)})["tokens"])
 
@@ -253,7 +254,7 @@ def _ground(run: PreparedRun) -> Ground:
     )
 
 
-def _check_base(model: ModelSection, tokenizer: PreTrainedTokenizerBase, shape: Phi3Config) -> None:
+def _check_base(model: ModelSection, tokenizer: PreTrainedTokenizerBase, shape: ModelConfig) -> None:
     check_vocabulary(tokenizer, shape, model.tokenizer or model.path)
     check_quantization(model.quantization)
     folder = Path(model.path).expanduser()

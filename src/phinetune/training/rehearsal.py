@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import Phi3Config, Phi3ForCausalLM, Trainer, get_scheduler
+from transformers import Trainer, get_scheduler
 from trl import SFTConfig
 
 from phinetune.checkpoints.named_modules import check_patterns
+from phinetune.engine.families import ModelConfig, plain_model
 from phinetune.errors import ConfigError, told_as
 from phinetune.training.beginning import check_beginning
 from phinetune.training.optimizer_keys import unread_by_optimizer
@@ -19,7 +20,7 @@ from phinetune.training.settings import Settings, make_lora_config
 STEPS = 1000  # of a schedule that is tried where a run's own number of steps is not known yet
 
 
-def rehearse(settings: Settings, args: SFTConfig, shape: Phi3Config) -> list[str]:
+def rehearse(settings: Settings, args: SFTConfig, shape: ModelConfig) -> list[str]:
     """Make the adapter, the optimizer and the schedule of a run, on torch's meta device where weights take no memory.
 
     Args:
@@ -36,7 +37,7 @@ def rehearse(settings: Settings, args: SFTConfig, shape: Phi3Config) -> list[str
     return unread_by_optimizer(settings.training, args, model)
 
 
-def rehearse_adapter(settings: Settings, shape: Phi3Config) -> PeftModel:
+def rehearse_adapter(settings: Settings, shape: ModelConfig) -> PeftModel:
     """The adapter's part of `rehearse`; returns the model with the adapter."""
     model = adapted_shape(settings, shape, torch.float32)
     check_patterns(model)
@@ -52,14 +53,14 @@ def rehearse_training(args: SFTConfig, model: PeftModel) -> None:
         _make_schedule(args)
 
 
-def adapted_shape(settings: Settings, shape: Phi3Config, dtype: torch.dtype) -> PeftModel:
+def adapted_shape(settings: Settings, shape: ModelConfig, dtype: torch.dtype) -> PeftModel:
     """The model with its adapter on the meta device.
 
     Raises:
         ConfigError: PEFT can't put such an adapter on such a model.
     """
     with torch.device("meta"):
-        model = Phi3ForCausalLM._from_config(shape, dtype=dtype)
+        model = plain_model(shape, dtype=dtype)
         lora = make_lora_config(settings, model)
         lora.init_lora_weights = False  # there are no weights to begin with
         with told_as(ConfigError, "peft_config"):

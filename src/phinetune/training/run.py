@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from phinetune import processes
 from phinetune.checkpoints.device import has_native_bf16
+from phinetune.checkpoints.foreign_adapters import peft_folder
 from phinetune.checkpoints.load import Loaded, find_base, load_base
 from phinetune.checkpoints.target_modules import trainable_parameters
 from phinetune.config.run import RunConfig
@@ -256,7 +257,7 @@ def _fast_or_plain(
 def _begin(model: PeftModel, prepared: PreparedRun) -> None:
     """Give the adapter the weights that it goes on from, if there are any."""
     if prepared.config.model.adapter:
-        load_start(model, Path(prepared.config.model.adapter).expanduser())
+        load_start(model, peft_folder(prepared.config.model.adapter))
 
 
 def _start_facts(trainer: RunTrainer, prepared: PreparedRun, loaded: Loaded) -> dict[str, Any]:

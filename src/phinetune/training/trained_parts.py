@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import Phi3Config
 
 from phinetune.checkpoints.quantize import why_no_dora
 from phinetune.config.model import ModelSection
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ConfigError, at_most
 from phinetune.training.rehearsal import adapted_shape
 from phinetune.training.settings import Settings
 
 
 def check_trained_parts(
-    settings: Settings, section: ModelSection, shape: Phi3Config, device: torch.device, dtype: torch.dtype
+    settings: Settings, section: ModelSection, shape: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Make sure that all that the adapter trains can be trained, before a weight is loaded.
 
@@ -39,7 +39,7 @@ def check_trained_parts(
         raise ConfigError(problems)
 
 
-def _quantised(settings: Settings, shape: Phi3Config, quantization: str) -> list[str]:
+def _quantised(settings: Settings, shape: ModelConfig, quantization: str) -> list[str]:
     """All linear layers but the head are held in few bits, as whole numbers, and these have no gradient."""
     found = []
     for name, module in adapted_shape(settings, shape, torch.float32).get_base_model().named_modules():
@@ -52,7 +52,7 @@ def _quantised(settings: Settings, shape: Phi3Config, quantization: str) -> list
     return [*at_most(found, 4), f"{rule}; leave these out, give them LoRA, or set model.quantization: none"]
 
 
-def _in_float16(settings: Settings, shape: Phi3Config) -> list[str]:
+def _in_float16(settings: Settings, shape: ModelConfig) -> list[str]:
     """AdamW's numbers are too small for float16: a division by zero spoils the weights at the first steps."""
     model = adapted_shape(settings, shape, torch.float16)
     names = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]

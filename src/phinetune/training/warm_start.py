@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phinetune.checkpoints.adapters import read_base, usable_adapter
+from phinetune.checkpoints.foreign_adapters import peft_folder
 from phinetune.config.model import ModelSection
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError, ModelError
@@ -67,7 +68,7 @@ def settle_adapter(config: RunConfig, settings: Settings) -> tuple[RunConfig, Se
     """
     if config.model.adapter is None:
         return config, settings
-    folder = Path(config.model.adapter).expanduser()
+    folder = peft_folder(config.model.adapter)
     if folder.resolve() == config.output_dir.expanduser().resolve():
         raise ConfigError(
             f"model.adapter: the run would be written over {folder}, which it goes on from; set "
@@ -113,7 +114,10 @@ def _against(given: Mapping[str, Any], shape: Mapping[str, Any], folder: Path) -
         if value in (None, AUTO) or _listed(value) == own or plain_name(value) == plain_name(own):
             continue
         if key in ("r", "lora_alpha"):
-            problems.append(f"peft_config.{key} is {value}, and the adapter in {folder} has {own}; leave the key out")
+            problems.append(
+                f"peft_config.{key} is {value}, and the adapter in {folder} has {own}; leave the key out, or "
+                f"merge it first for a new one on top: phinetune merge {folder} --out MERGED, then model.path: MERGED"
+            )
         else:
             notes.append(f"peft_config: `{key}` has no effect: training goes on from an adapter, which has its own")
     return problems, notes
@@ -172,7 +176,7 @@ def start_digest(section: ModelSection) -> str | None:
     """SHA-256 of the weights and the configuration that a run goes on from; None for a new adapter."""
     if section.adapter is None:
         return None
-    folder = Path(section.adapter).expanduser()
+    folder = peft_folder(section.adapter)
     both = file_digest(folder / ADAPTER_WEIGHTS) + file_digest(folder / ADAPTER_CONFIG)
     return hashlib.sha256(both.encode()).hexdigest()
 
@@ -181,5 +185,5 @@ def started_from(section: ModelSection) -> dict[str, str] | None:
     """The adapter that a run goes on from, as base.json and start.json hold it; None for a new adapter."""
     if section.adapter is None:
         return None
-    folder = Path(section.adapter).expanduser().resolve()
+    folder = peft_folder(section.adapter).resolve()
     return {"adapter": str(folder), "sha256": file_digest(folder / ADAPTER_WEIGHTS)}

@@ -261,7 +261,7 @@ NO_SPLITTING = "llama.cpp has no splitting of text like this tokenizer's"
         ({"pre_tokenizer": pre_tokenizers.Whitespace()}, NO_SPLITTING),
         ({"pre_tokenizer": split(r"\p{L}+")}, NO_SPLITTING),
         ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, NO_SPLITTING),
-        ({"normalizer": normalizers.NFC()}, "its normalizer (NFC)"),
+        ({"normalizer": normalizers.NFKC()}, "its normalizer (NFKC)"),
     ],
     ids=["white space", "another expression", "prefix space", "normalizer"],
 )

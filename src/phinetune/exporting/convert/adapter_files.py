@@ -24,6 +24,7 @@ from torch import Tensor
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phinetune.checkpoints.adapters import read_adapter_config
+from phinetune.checkpoints.foreign_adapters import peft_folder
 from phinetune.checkpoints.patterns import why_no_end
 from phinetune.checkpoints.weight_files import read_tensors
 from phinetune.engine.peft_variants import not_converted, why_not_the_whole_update
@@ -47,6 +48,7 @@ def read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Adapter]]:
         ModelError: the adapter is missing or damaged, or holds more than LoRA's A and B of linear layers and
             embeddings. The error lists all that it holds beyond these.
     """
+    folder = peft_folder(folder)
     config = read_adapter_config(folder)
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     problems = [f"{folder / ADAPTER_CONFIG}: {what}" for what in _more_than_a_and_b(config)]

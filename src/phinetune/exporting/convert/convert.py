@@ -2,6 +2,7 @@
 
     phinetune convert runs/demo lora.pt --to loralib
     phinetune convert lora.pt adapter --to peft --lora-alpha 16
+    phinetune convert mlx/adapters adapter --to peft --base microsoft/Phi-3.5-mini-instruct
     phinetune convert runs/demo for-vllm --to peft-split
     phinetune convert for-vllm back --to peft-fused
 
@@ -23,11 +24,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Phi3Config
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.adapters import BASE_FILE
+from phinetune.checkpoints.foreign_adapters import is_mlx
 from phinetune.checkpoints.target_modules import FUSED
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError, at_most
 from phinetune.exporting.convert.adapter_files import read_loralib, read_peft, write_loralib, write_peft
 from phinetune.exporting.convert.layers import Adapter, ConvertedLayer, Splits, last_part
@@ -82,7 +84,7 @@ def convert(
     """Convert `src` to `dst`. The result is checked before it appears at `dst`.
 
     Args:
-        src: a PEFT adapter folder, or a file that `torch.save(lora.lora_state_dict(model), …)` wrote.
+        src: a PEFT adapter folder, one of mlx-lm, or a file that `torch.save(lora.lora_state_dict(model), …)` wrote.
         dst: a file for loralib, a folder for PEFT. It must not exist yet, or be an empty folder.
         to: `peft` or `loralib`; from one PEFT form to another, `peft-split` or `peft-fused`.
         lora_alpha: from loralib, the layers' alpha; to loralib, the alpha for the layers (default: the adapter's).
@@ -100,12 +102,15 @@ def convert(
     problems = _refused_places(src, dst, to)
     if lora_alpha is not None and not 0 < lora_alpha < math.inf:
         problems.append(f"--lora-alpha must be above 0, not {lora_alpha}")
-    if to == "peft" and lora_alpha is None:
+    from_mlx = src.is_dir() and is_mlx(src)
+    if to == "peft" and lora_alpha is None and not from_mlx:
         problems.append("loralib's file does not hold lora_alpha: give the layers' alpha with --lora-alpha")
     problems += _refused_options(to, lora_alpha, base, embedding, linear)
     fused = _parse_merged(merged, problems)
     if problems:
         raise ModelError(problems)
+    if to == "peft" and from_mlx:
+        return _convert_mlx(src, dst, base)
     if to in ("peft-split", "peft-fused"):
         return _convert_splits(src, dst, to, base, fused)
     if to == "loralib":
@@ -113,6 +118,12 @@ def convert(
     assert lora_alpha is not None
     layers = to_peft(read_loralib(src), lora_alpha, fused, embedding, linear)
     return _finish_peft(layers, dst, base)
+
+
+def _convert_mlx(src: Path, dst: Path, base: str | None) -> Conversion:
+    config, adapters = read_peft(src)
+    layers = {name: ConvertedLayer(one, ((0, one),), last_part(name)) for name, one in adapters.items()}
+    return _finish_peft(layers, dst, base or config.base_model_name_or_path)
 
 
 def _finish_peft(layers: Mapping[str, ConvertedLayer], dst: Path, base: str | None) -> Conversion:
@@ -141,7 +152,7 @@ def _convert_splits(src: Path, dst: Path, to: str, base: str | None, fused: Mapp
     return Conversion(dst, _count(layers), difference, steps)
 
 
-def _splits_of_base(shape: Phi3Config, adapters: Mapping[str, Adapter]) -> dict[str, Splits]:
+def _splits_of_base(shape: ModelConfig, adapters: Mapping[str, Adapter]) -> dict[str, Splits]:
     """The splits of the base's fused layers, as far as there are adapters on the fused or on the split layers."""
     lasts = {last_part(name) for name in adapters}
     needed = {FUSED.get(last, last) for last in lasts}
@@ -212,8 +223,8 @@ def _refused_places(src: Path, dst: Path, to: str) -> list[str]:
     problems = []
     if not src.exists():
         problems.append(f"{src}: no such file or folder")
-    elif to == "peft" and src.is_dir():
-        problems.append(f"{src}: a folder; --to peft takes a loralib checkpoint (a .pt file)")
+    elif to == "peft" and src.is_dir() and not is_mlx(src):
+        problems.append(f"{src}: a folder; --to peft takes a loralib checkpoint (a .pt file), or a folder of mlx-lm")
     elif to != "peft" and not src.is_dir():
         problems.append(f"{src}: a file; --to {to} takes a PEFT adapter folder (with {ADAPTER_CONFIG})")
     empty = to != "loralib" and dst.is_dir() and not dst.is_symlink() and not any(dst.iterdir())

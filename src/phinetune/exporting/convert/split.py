@@ -19,17 +19,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import Phi3Config
 
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.adapters import read_base
 from phinetune.checkpoints.load import find_folder, read_config
-from phinetune.checkpoints.target_modules import FUSED
+from phinetune.checkpoints.target_modules import FUSED, PARTS
+from phinetune.engine.families import ModelConfig
 from phinetune.errors import ModelError, PhinetuneError, at_most
 from phinetune.exporting.convert.layers import Adapter, ConvertedLayer, Splits, last_part, splits_of, unmatched
-
-# The split layers of each fused layer, in the order of its rows.
-PARTS = {fused: tuple(part for part, name in FUSED.items() if name == fused) for fused in dict.fromkeys(FUSED.values())}
 
 
 def to_split(adapters: Mapping[str, Adapter], fused: Mapping[str, Splits]) -> dict[str, ConvertedLayer]:
@@ -213,7 +210,7 @@ def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def known_splits(config: Phi3Config) -> dict[str, Splits]:
+def known_splits(config: ModelConfig) -> dict[str, Splits]:
     """The splits of a Phi-3's fused layers."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     q, kv = config.num_attention_heads * head, (config.num_key_value_heads or config.num_attention_heads) * head
@@ -221,7 +218,7 @@ def known_splits(config: Phi3Config) -> dict[str, Splits]:
     return {name: Splits(sizes, (True,) * len(sizes)) for name, sizes in rows.items()}
 
 
-def base_config(folder: Path, adapter: LoraConfig) -> Phi3Config | None:
+def base_config(folder: Path, adapter: LoraConfig) -> ModelConfig | None:
     """The configuration of the base that is recorded with an adapter; None if it is not available."""
     record = read_base(folder)
     path = record.path if record else adapter.base_model_name_or_path

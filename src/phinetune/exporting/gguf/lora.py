@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from phinetune.checkpoints.whole import EMBED, HEAD
 from phinetune.errors import ModelError, at_most
-from phinetune.exporting.gguf.model import ARCHITECTURE, as_array, tensor_names
+from phinetune.exporting.gguf import split_form
+from phinetune.exporting.gguf.model import as_array, tensor_names
 from phinetune.exporting.gguf.quantiser import quantised
 from phinetune.exporting.gguf.types import TypeChoice
 from phinetune.exporting.merge.merged import MergedCheckpoint
@@ -39,11 +40,12 @@ def write_gguf_lora(run: MergedCheckpoint, file: Path, kind: str, name: str) -> 
     _check_lora_file_holds(deltas, run)
     alpha = float(run.adapter.lora_alpha)
     names = tensor_names(run.config)
-    writer = gguf.GGUFWriter(file, ARCHITECTURE)
+    writer = gguf.GGUFWriter(file, split_form.architecture(run.config))
     try:
         for weight, delta in deltas.items():
             gguf_weight = names.get_name(weight, try_suffixes=(".weight",))
             for end, numbers in _pair(delta, alpha):
+                numbers = split_form.in_file_order(weight, numbers, run.config) if end == "lora_b" else numbers
                 tensor = f"{gguf_weight}.{end}"
                 type_ = TypeChoice(kind).of(tensor, numbers.shape)
                 writer.add_tensor(tensor, quantised(numbers, type_, tensor), raw_dtype=type_)

@@ -1,7 +1,7 @@
-"""Writing a Phi-3 as one GGUF file, tensor by tensor. llama.cpp and all programs built on it read this file.
+"""Writing a model as one GGUF file, tensor by tensor. llama.cpp and all programs built on it read this file.
 
-Names, keys, dtypes and shapes are those of llama.cpp's own converter (`Phi3MiniModel`), so the tensors are the same to
-the bit. Three things differ from that converter:
+Names, keys, dtypes and shapes are those of llama.cpp's own converter (`Phi3MiniModel`; `LlamaModel` and `Qwen2Model` in
+`split_form`), so the tensors are the same to the bit. Three things differ from that converter:
 
 - The tokenizer comes from tokenizer.json (`phinetune.exporting.gguf.tokenizer`).
 - Every id that ends a turn is written.
@@ -23,14 +23,15 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from transformers import Phi3Config
 
+from phinetune.engine.families import ModelConfig, is_fused
 from phinetune.errors import ModelError
 from phinetune.exporting.checkpoint_source import Checkpoint
+from phinetune.exporting.gguf import split_form
 from phinetune.exporting.gguf.quantiser import check_quantiser, quantised
 from phinetune.exporting.gguf.tokenizer import Vocabulary, read_vocabulary
 from phinetune.exporting.gguf.types import FILE_TYPES, OUTPUT, TypeChoice
 from phinetune.exporting.longrope import attention_factor, is_longrope, original_context, rope, trained_context
 
-ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
 NAMED_PHI3 = re.compile(r"phi-?3", re.IGNORECASE)  # llama.cpp looks for phi-3 and phi3 in `general.name`
 
 # The numpy dtype of a tensor that gguf has converted to a type. Tensors of all other types become bytes.
@@ -47,12 +48,14 @@ class GgufFile:
     Attributes:
         tensors: number of tensors.
         vocabulary: the tokenizer.
-        context: tokens up to which the rotary embedding uses the factors that the model was trained with.
+        context: tokens up to which llama.cpp computes what the model was trained with.
+        notes: where llama.cpp differs from the model.
     """
 
     tensors: int
     vocabulary: Vocabulary
     context: int
+    notes: list[str]
 
 
 def write_gguf(source: Checkpoint, file: Path, kind: str, name: str) -> GgufFile:
@@ -67,7 +70,7 @@ def write_gguf(source: Checkpoint, file: Path, kind: str, name: str) -> GgufFile
     """
     check_shape(source)
     vocabulary = read_vocabulary(source.tokenizer, source.generation_config, source.config.vocab_size)
-    writer = gguf.GGUFWriter(file, ARCHITECTURE)
+    writer = gguf.GGUFWriter(file, split_form.architecture(source.config))
     try:
         plan = _plan(source, kind)
         check_quantiser({tensor.type for tensor in plan})
@@ -82,11 +85,15 @@ def write_gguf(source: Checkpoint, file: Path, kind: str, name: str) -> GgufFile
             writer.write_tensor_data(_data(source, tensor))
     finally:
         writer.close()
-    return GgufFile(len(plan), vocabulary, trained_context(source.config))
+    context, window = trained_context(source.config), split_form.window(source.config)
+    notes = list(vocabulary.notes)
+    if window:
+        notes.append(f"llama.cpp's Llama has no sliding window: it computes what the model does up to {window} tokens")
+    return GgufFile(len(plan), vocabulary, min(context, window or context), notes)
 
 
 def check_shape(source: Checkpoint) -> None:
-    """Make sure that llama.cpp's Phi-3 computes what this model computes.
+    """Make sure that llama.cpp computes what this model computes.
 
     Raises:
         ModelError: it does not; the error lists all differences.
@@ -95,7 +102,9 @@ def check_shape(source: Checkpoint) -> None:
     if config.hidden_act != "silu":
         problems.append(f"hidden_act is {config.hidden_act}, and llama.cpp's Phi-3 has only silu")
     head = getattr(config, "head_dim", None)
-    if head and head != config.hidden_size // config.num_attention_heads:
+    if not is_fused(config):
+        problems += split_form.not_held(config)
+    elif head and head != config.hidden_size // config.num_attention_heads:
         problems.append(f"head_dim is {head}, and llama.cpp's Phi-3 divides hidden_size by num_attention_heads")
     if problems:
         raise ModelError([f"{source.base.path}: {problem}" for problem in problems])
@@ -111,7 +120,7 @@ def general_name(name: str, vocabulary: Vocabulary) -> str:
     return NAMED_PHI3.sub("Phi 3", name)
 
 
-def _rotary_dimensions(config: Phi3Config) -> int:
+def _rotary_dimensions(config: ModelConfig) -> int:
     part = rope(config).get("partial_rotary_factor", 1.0)
     return int(part * config.hidden_size) // int(config.num_attention_heads)
 
@@ -119,26 +128,33 @@ def _rotary_dimensions(config: Phi3Config) -> int:
 # -- keys ------------------------------------------------------------------------------------------------------
 
 
-def _add_keys(writer: gguf.GGUFWriter, config: Phi3Config, kind: str, name: str) -> None:
+def _add_keys(writer: gguf.GGUFWriter, config: ModelConfig, kind: str, name: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     total, shared, expert, count = writer.get_total_parameter_count()
     writer.add_size_label(gguf.size_label(total, shared, expert, count))
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_rope_scaling_orig_ctx_len(original_context(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(_rotary_dimensions(config))
     writer.add_rope_freq_base(rope(config)["rope_theta"])
+    writer.add_file_type(FILE_TYPES[kind][0])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if isinstance(config, Phi3Config):
+        _add_phi3_keys(writer, config)
+    else:
+        split_form.add_keys(writer, config)
+
+
+def _add_phi3_keys(writer: gguf.GGUFWriter, config: Phi3Config) -> None:
+    writer.add_rope_scaling_orig_ctx_len(original_context(config))
+    writer.add_rope_dimension_count(_rotary_dimensions(config))
     if is_longrope(config):
         writer.add_rope_scaling_attn_factors(attention_factor(config))
-    writer.add_file_type(FILE_TYPES[kind][0])
     writer.add_sliding_window(config.sliding_window or 0)  # llama.cpp recognises Phi-4 by the 0
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------
@@ -161,9 +177,9 @@ class Tensor:
     type: GGMLQuantizationType
 
 
-def tensor_names(config: Phi3Config) -> gguf.TensorNameMap:
+def tensor_names(config: ModelConfig) -> gguf.TensorNameMap:
     """The map from transformers' tensor names to llama.cpp's."""
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
+    return gguf.get_tensor_name_map(split_form.ARCHITECTURES[config.model_type], config.num_hidden_layers)
 
 
 def _plan(source: Checkpoint, kind: str) -> list[Tensor]:
@@ -178,11 +194,15 @@ def _plan(source: Checkpoint, kind: str) -> list[Tensor]:
             factors = np.array(rope(source.config)[key], dtype=np.float32)
             factors_name = f"{gguf.TENSOR_NAMES[tensor]}.weight"
             plan.append(Tensor(factors_name, factors, factors.shape, GGMLQuantizationType.F32))
-    named = {name: names.get_name(name, try_suffixes=(".weight",)) for name in source.names()}
+    scaling = None if is_fused(source.config) else split_form.frequency_factors(source.config)
+    if scaling is not None:
+        factors_name = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
+        plan.append(Tensor(factors_name, scaling, scaling.shape, GGMLQuantizationType.F32))
+    named = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in source.names()}
     choice = TypeChoice(kind, source.config.num_hidden_layers, OUTPUT not in named.values())
     for name, gguf_name in named.items():
         if gguf_name is None:
-            raise ModelError(f"{source.base.path}: llama.cpp's Phi-3 has no tensor for {name}")
+            raise ModelError(f"{source.base.path}: llama.cpp has no tensor for {name}")
         shape = source.shape_of(name)
         plan.append(Tensor(gguf_name, name, shape, choice.of(gguf_name, shape)))
     return plan
@@ -200,7 +220,9 @@ def _announce(writer: gguf.GGUFWriter, tensor: Tensor) -> None:
 
 
 def _data(source: Checkpoint, tensor: Tensor) -> NDArray[Any]:
-    numbers = tensor.source if isinstance(tensor.source, np.ndarray) else as_array(source.tensor(tensor.source))
+    if isinstance(tensor.source, np.ndarray):
+        return quantised(tensor.source, tensor.type, tensor.name)
+    numbers = split_form.in_file_order(tensor.source, as_array(source.tensor(tensor.source)), source.config)
     return quantised(numbers, tensor.type, tensor.name)
 
 

@@ -38,11 +38,18 @@ O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BY_REGEX = {CL100K: "dbrx", O200K: "gpt-4o"}  # of Phi-4 and of Phi-4 mini
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+BY_REGEX = {CL100K: "dbrx", O200K: "gpt-4o", QWEN2: "qwen2"}  # of Phi-4, of Phi-4 mini and of Qwen2
+WHOLE_WORDS = {"dbrx": "llama-bpe"}  # the same where a piece that is a token is never split (Llama 3's `ignore_merges`)
 # llama.cpp's own regular expression for gpt-4o leaves combining marks out of words.
 KNOWN_DIFFERENCES = {
     "gpt-4o": "llama.cpp and this tokenizer split scripts with combining marks (Hindi, Khmer, Thai, …) differently"
 }
+
+UNCOMPOSED = "this tokenizer composes letters and their accents first (NFC), and llama.cpp does not"
 
 # If `general.name` holds phi-3, llama.cpp strips white space to the right of all special tokens but these.
 NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
@@ -133,7 +140,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, generation: GenerationCo
         space_first=space_first,
         chat_template=_template(tokenizer),
         strips=strips,
-        notes=[*notes, *_unknown_stops(special, generation, tokens), *_known_difference(pre)],
+        notes=[*notes, *_unknown_stops(special, generation, tokens), *_known_differences(tree, pre)],
     )
 
 
@@ -251,7 +258,7 @@ def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
 
 def _splitting(tree: Mapping[str, Any], problems: list[str]) -> str:
     """llama.cpp's name for the way this tokenizer splits text before merging. If there is none, a problem is added."""
-    if tree["normalizer"]:
+    if tree["normalizer"] and tree["normalizer"] != {"type": "NFC"}:
         problems.append(f"its normalizer ({tree['normalizer']['type']}) has no counterpart in llama.cpp")
     steps = _steps(tree["pre_tokenizer"], "pretokenizers")
     *splits, last = steps or [{}]
@@ -266,13 +273,14 @@ def _splitting(tree: Mapping[str, Any], problems: list[str]) -> str:
     elif byte_level and len(splits) == 1 and _is_isolating(splits[0]):
         name = BY_REGEX.get(splits[0]["pattern"]["Regex"])
         if name:
-            return name
+            return WHOLE_WORDS.get(name, name) if tree["model"].get("ignore_merges") else name
     problems.append(f"llama.cpp has no splitting of text like this tokenizer's: {json.dumps(steps)}")
     return ""
 
 
-def _known_difference(pre: str) -> list[str]:
-    return [KNOWN_DIFFERENCES[pre]] if pre in KNOWN_DIFFERENCES else []
+def _known_differences(tree: Mapping[str, Any], pre: str) -> list[str]:
+    known = [KNOWN_DIFFERENCES[pre]] if pre in KNOWN_DIFFERENCES else []
+    return [*known, UNCOMPOSED] if tree["normalizer"] == {"type": "NFC"} else known
 
 
 def _is_isolating(step: Mapping[str, Any]) -> bool:

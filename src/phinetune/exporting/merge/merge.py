@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Phi3Config
 
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.weight_files import INDEX, WEIGHTS
+from phinetune.engine.families import ModelConfig, is_fused
 from phinetune.errors import ModelError
 from phinetune.exporting.hub.merged_card import write_merged_card
 from phinetune.exporting.merge.merged import (
@@ -186,7 +186,7 @@ def _write_config(merged: MergedCheckpoint, folder: Path) -> None:
         file.chmod(file_mode)  # safetensors writes files that only the owner can read
 
 
-def _rope(config: Phi3Config) -> dict[str, Any]:
+def _rope(config: ModelConfig) -> dict[str, Any]:
     """The keys of the rotary embedding, both for transformers 5 and for older releases, llama.cpp and vLLM."""
     rope = dict(config.rope_parameters or {})
     both = {
@@ -196,6 +196,8 @@ def _rope(config: Phi3Config) -> dict[str, Any]:
     }
     if rope.get("rope_type", "default") == "default":
         return {**both, "rope_scaling": None}
+    if not is_fused(config):
+        return {**both, "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"}}
     if "long_factor" not in rope:  # a kind of rotary embedding that only transformers 5 has for Phi-3
         return both
     factors = {key: rope[key] for key in ("short_factor", "long_factor")}

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phinetune.checkpoints.adapters import check_base, read_adapter_config
+from phinetune.checkpoints.foreign_adapters import peft_folder
 from phinetune.checkpoints.opened import recorded_config
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.whole import EMBED, HEAD
 from phinetune.config.model import ModelSection
+from phinetune.engine.families import transformers_class
 from phinetune.errors import ModelError, reason_of
 from phinetune.exporting.base_files import BaseFiles, open_base, quantized, trained_dtype
 from phinetune.exporting.merge.weight_deltas import WeightDelta, read_weight_deltas
@@ -74,7 +76,7 @@ class MergedCheckpoint:
         self.config = copy.deepcopy(files.config)
         self.config.tie_word_embeddings = tied
         self.config.dtype = self.dtype_of(EMBED)
-        self.config.architectures = ["Phi3ForCausalLM"]
+        self.config.architectures = [transformers_class(files.config).__name__]
 
     def _is_tied(self, declared: bool) -> bool:
         """Whether embedding and head of the base are one tensor.
@@ -183,7 +185,7 @@ def open_merged(
     """
     quiet_libraries()
     wanted = _wanted_dtype(dtype)
-    source = Path(run).expanduser()
+    source = peft_folder(run)
     _check_adapter_folder(source)
     section = recorded_config(source).model
     kind = _base_weights(base, section, source)

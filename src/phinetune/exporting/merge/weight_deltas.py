@@ -15,10 +15,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Embedding, LoraLayer
 from torch import Tensor
-from transformers import Phi3Config, Phi3ForCausalLM
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, check_tensors, with_shapes_of
 from phinetune.checkpoints.weight_files import HeldTensor, read_header, read_tensors
+from phinetune.engine.families import ModelConfig, plain_model
 from phinetune.engine.peft_variants import not_merged, why_not_the_whole_update
 from phinetune.errors import ModelError, at_most
 
@@ -74,7 +74,7 @@ class WeightDelta:
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_weight_deltas(config: Phi3Config, adapter: LoraConfig, folder: Path) -> tuple[Shapes, dict[str, WeightDelta]]:
+def read_weight_deltas(config: ModelConfig, adapter: LoraConfig, folder: Path) -> tuple[Shapes, dict[str, WeightDelta]]:
     """The shapes of all the model's tensors, and the deltas of the weights that the adapter changes; both by name.
 
     Args:
@@ -87,7 +87,7 @@ def read_weight_deltas(config: Phi3Config, adapter: LoraConfig, folder: Path) ->
     """
     _check_variants(adapter, folder)
     with torch.device("meta"):
-        model = Phi3ForCausalLM(config)
+        model = plain_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tuned = with_shapes_of(model, adapter, folder)
     header = read_header(folder / ADAPTER_WEIGHTS)

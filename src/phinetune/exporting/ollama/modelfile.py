@@ -52,9 +52,7 @@ def write_ollama(source: Checkpoint, folder: Path, kind: str, name: str) -> Olla
         gguf = write_gguf(source, stage / WEIGHTS, kind, name)
         text = modelfile(turns, source.tokenizer, source.generation_config, gguf)
         write_text(stage / MODELFILE, text)
-    return OllamaFolder(
-        gguf.tensors, [*gguf.vocabulary.notes, *not_written(source.tokenizer, source.generation_config)]
-    )
+    return OllamaFolder(gguf.tensors, [*gguf.notes, *not_written(source.tokenizer, source.generation_config)])
 
 
 def is_own(folder: Path) -> bool:

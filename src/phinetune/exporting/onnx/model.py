@@ -17,10 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import Phi3Config, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from phinetune.checkpoints.tokenizer import TOKENIZER_FILES
 from phinetune.config.run import make_config
+from phinetune.engine.families import ModelConfig, transformers_class
 from phinetune.errors import ModelError
 from phinetune.exporting.base_files import open_base
 from phinetune.exporting.checkpoint_source import is_adapter
@@ -109,10 +110,10 @@ def _keep_spaces_together(file: Path, tokenizer: PreTrainedTokenizerBase) -> Non
         write_text(file, json.dumps({**tree, "tokenizer_class": "GemmaTokenizer"}, indent=2) + "\n")
 
 
-def _config_for_builder(config: Phi3Config, kind: str) -> Phi3Config:
+def _config_for_builder(config: ModelConfig, kind: str) -> ModelConfig:
     """A Phi-3's configuration in the keys that the builder reads. Otherwise it would overlook some settings."""
     adjusted = copy.deepcopy(config)
-    adjusted.architectures = ["Phi3ForCausalLM"]
+    adjusted.architectures = [transformers_class(config).__name__]
     if kind == "f32":
         adjusted.dtype = torch.float32  # the builder reads the weights in this dtype, whatever the files hold
     if config.sliding_window and config.sliding_window < config.max_position_embeddings:

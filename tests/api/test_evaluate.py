@@ -197,3 +197,12 @@ def test_an_answer_is_the_models_own(tiny_run: Path) -> None:
     made = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert answer.text == tokenizer.decode(made, skip_special_tokens=True)
     assert generate(tiny_run, "How many?", max_new_tokens=4, base=True).text != answer.text
+
+
+def test_what_an_evaluation_does_not_read_is_named(
+    rows: list[dict[str, Any]], tiny_run: Path, tmp_path: Path, console: Console
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", [{**row, "persona": "A pirate."} for row in rows[:3]])
+    made = evaluate(tiny_run, str(data), {"generate": False}, console=console, record=False)
+    assert made.data["unused"] == {"persona": 3}
+    assert "columns not used: persona (3)" in console.file.getvalue()  # type: ignore[attr-defined]

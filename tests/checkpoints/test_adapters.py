@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,14 @@ def test_a_damaged_adapter_is_told_before_the_base_is_loaded(
     (folder / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ModelError, match="Git LFS pointer"):
         open_model(folder)
+
+
+def test_an_adapter_of_no_numbers_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    file = tmp_path / "run" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=f"{name}: 1 of"):
+        open_model(tmp_path / "run")

@@ -11,7 +11,7 @@ import torch
 from helpers import TINY, tiny_config, train_only
 from phinetune.api.plan import plan_config
 from phinetune.checkpoints.load import Loaded
-from phinetune.checkpoints.named_modules import resolve_names
+from phinetune.checkpoints.named_modules import resolve_names, told_split
 from phinetune.checkpoints.tokenizer import open_config
 from phinetune.config.model import ModelSection
 from phinetune.errors import ConfigError
@@ -148,3 +148,24 @@ def test_a_run_that_names_one_layer_has_a_plan(chats: Path, tmp_path: Path) -> N
     made = plan_config(config)
     assert made.trainable == 2 * (32 + 32)
     assert made.seconds
+
+
+@pytest.mark.parametrize(
+    ("peft", "said"),
+    [
+        ({"exclude_modules": ["q_proj"]}, "peft_config.exclude_modules: `q_proj`: taken as `qkv_proj`"),
+        ({"modules_to_save": ["layers.1.self_attn.v_proj"]}, "peft_config.modules_to_save: `v_proj`: taken as"),
+        ({"rank_pattern": {"(q_proj|v_proj)": 8}}, "peft_config.rank_pattern: `q_proj`, `v_proj`: taken as"),
+        ({"target_modules": ["gate_proj", "o_proj"]}, "`gate_proj`: taken as `gate_up_proj`"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_part_that_stands_for_a_whole_layer_is_told(peft: dict[str, Any], said: str) -> None:
+    (line,) = read_settings(peft, {}).notes
+    assert said in line
+    assert line.endswith(("that holds q_proj, k_proj, v_proj", "that holds gate_proj, up_proj"))
+
+
+def test_all_parts_of_a_layer_or_its_own_name_are_not_told() -> None:
+    assert told_split({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj"]}) == []
+    assert told_split({"target_modules": "all-linear", "exclude_modules": None}) == []

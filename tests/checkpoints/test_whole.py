@@ -192,3 +192,28 @@ def test_a_configuration_that_makes_no_model_is_refused(folder: Path, wrong: dic
     edit_config(folder, **wrong)
     with pytest.raises(ModelError, match=r"config\.json: "):
         check_whole(folder, read_config(folder))
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (float("inf"), "bfloat16")])
+def test_every_door_refuses_weights_that_are_no_numbers(folder: Path, value: float, dtype: str) -> None:
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors[DOWN][3, 5] = value
+        return tensors
+
+    rewrite(folder, spoil)
+    for door in (load_base, lambda section: open_model(section.path, dtype=section.dtype)):
+        with pytest.raises(ModelError) as caught:
+            door(ModelSection(path=str(folder), dtype=dtype))  # type: ignore[operator]
+        assert f"{DOWN}: 1 of 2,048 values are not finite" in str(caught.value)
+
+
+def test_weights_that_a_narrower_dtype_can_not_hold_are_told(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {**tensors, DOWN: tensors[DOWN] + 1e5})
+    load_base(ModelSection(path=str(folder), dtype="float32"))
+    with pytest.raises(ModelError, match="float16 is too narrow for them"):
+        load_base(ModelSection(path=str(folder), dtype="float16"))
+
+
+def test_a_sum_that_overflows_is_no_fault(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {**tensors, DOWN: torch.full_like(tensors[DOWN], 3e38)})
+    load_base(ModelSection(path=str(folder), dtype="float32"))

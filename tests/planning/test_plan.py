@@ -50,6 +50,21 @@ def test_a_folder_that_is_taken_is_noted(chats: Path, tiny_run: Path) -> None:
     assert made.fits
 
 
+def test_what_train_refuses_of_the_folder_is_the_last_line(
+    chats: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, wish, words in (
+        (tiny_run, None, "holds a finished run"),
+        (tmp_path / "new", True, "holds no run to go on with"),
+        (tmp_path / "new", "checkpoint-4", "holds no run to go on with"),
+    ):
+        file = written(tiny_config(chats, folder, resume_from_checkpoint=wish), tmp_path)
+        assert run(monkeypatch, "plan", file, "--no-probe") == 0
+        last = capsys.readouterr().out.rstrip().splitlines()[-1]
+        assert last.startswith("`train` refuses it as the folder is now: ")
+        assert words in last
+
+
 def large(tmp_path: Path, **changes: Any) -> RunConfig:
     """Chats so long that a micro-batch takes more than the weights."""
     rows = [chat(f"w{i:02} " * 300, f"{i:02} " * 100) for i in range(40)]

@@ -93,6 +93,8 @@ def evaluate(
         raise ModelError(f"{path}: no held-out chats are recorded there; name a file with --data FILE")
     if tag and not any(held_out.tags):
         raise DataError(f"--tag {tag}: no row of {held_out.report.source} has a column of that name")
+    for line in held_out.report.lines():
+        say(console, line)
     opened = open_model(path, config)
     if opened.has_adapter:
         for line in judge_notices(options):

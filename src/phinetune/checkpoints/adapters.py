@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_fit
 from phinetune.checkpoints.adapter_values import wrong_values
@@ -13,6 +14,7 @@ from phinetune.checkpoints.load import Base, Loaded, find_base, read_shape
 from phinetune.checkpoints.quantize import why_no_dora
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.weight_files import read_header
+from phinetune.checkpoints.whole import check_numbers
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import has_packed_form
 from phinetune.engine.lora_layers import use_fused_layers
@@ -61,8 +63,8 @@ def usable_adapter(folder: Path, section: ModelSection) -> LoraConfig:
     No weights of the base are loaded.
 
     Raises:
-        ModelError: the folder holds no adapter, the adapter belongs to another base, or its tensors don't fit this
-            base; the error names all of them.
+        ModelError: the folder holds no adapter, the adapter belongs to another base, its tensors don't fit this
+            base, or they hold values that are not finite; the error names all of them.
     """
     config = read_adapter_config(folder)
     check_base(find_base(section), folder)
@@ -73,6 +75,7 @@ def usable_adapter(folder: Path, section: ModelSection) -> LoraConfig:
     if config.use_dora and no_dora:
         raise ModelError(f"{folder}: use_dora: {no_dora}")
     check_fit(read_shape(section), config, folder)
+    check_numbers(load_file(folder / ADAPTER_WEIGHTS).items(), str(folder / ADAPTER_WEIGHTS))
     return config
 
 

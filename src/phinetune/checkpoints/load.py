@@ -25,7 +25,7 @@ from phinetune.checkpoints.quantize import is_quantized, keep_packing, quantizat
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.tokenizer_files import check_template, check_tokenizer_files, check_vocabulary
 from phinetune.checkpoints.weight_files import fingerprint, lazy_tensors
-from phinetune.checkpoints.whole import check_whole
+from phinetune.checkpoints.whole import check_numbers, check_whole
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import model_class
 from phinetune.engine.families import ModelConfig
@@ -89,8 +89,9 @@ def load_base(section: ModelSection, *, fast: bool = True, tokenizer: PreTrained
         tokenizer: its tokenizer, if `open_tokenizer` has loaded it already.
 
     Raises:
-        ModelError: the model can't be found or is of another family; its files are damaged, its weights are pickled or
-            not whole (`check_whole`); or its tokenizer has no chat template that works, or more ids than the model.
+        ModelError: the model can't be found or is of another family; its files are damaged, its weights are pickled,
+            not whole (`check_whole`) or not finite; or its tokenizer has no chat template that works, or more ids than
+            the model.
     """
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
@@ -137,6 +138,7 @@ def _load_checkpoint(
     base = base_in(folder, section.path, revision)
     tokenizer = tokenizer or load_tokenizer(section, base, config)
     model = _read_model(folder, config, section, dtype, fast, device)
+    check_numbers(model.named_parameters(), str(folder))
     # PEFT writes this name into adapter_config.json. A hub id must stay there, not this machine's cache folder.
     name = section.path if revision else str(folder)
     model.config._name_or_path = model.name_or_path = name

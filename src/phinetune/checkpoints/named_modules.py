@@ -48,6 +48,23 @@ def resolve_names(model: PreTrainedModel, peft: Mapping[str, Any]) -> dict[str, 
     return resolved
 
 
+def told_split(peft: Mapping[str, Any]) -> list[str]:
+    """A line for each key that names some of the projections which Phi-3 has in one layer, so that all are meant."""
+    lines = []
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        entries = [] if isinstance(peft.get(key), str) else [e for e in peft.get(key) or () if isinstance(e, str)]
+        named = {found[1] for entry in entries for found in SPLIT.finditer(entry)}
+        for layer in dict.fromkeys(FUSED.values()):
+            parts = [part for part in FUSED if FUSED[part] == layer]
+            given = [part for part in parts if part in named]
+            if given and len(given) < len(parts):
+                names = ", ".join(f"`{part}`" for part in given)
+                lines.append(
+                    f"peft_config.{key}: {names}: taken as `{layer}`, one layer here that holds {', '.join(parts)}"
+                )
+    return lines
+
+
 class _Names:
     """The names of a model's modules, and the problems that were found with others."""
 

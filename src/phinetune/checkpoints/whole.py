@@ -7,10 +7,11 @@ before a weight is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from phinetune.checkpoints.weight_files import HeldTensor, held_tensors, unreadable_dtypes
@@ -21,6 +22,9 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.\w+$")  # tables that older versions saved; they are computed anew
 SHOWN = 8  # tensors of each kind that an error names
 REMEDY = "fetch the checkpoint again, or write it again with save_pretrained of the whole …ForCausalLM"
+NUMBERS_REMEDY = (
+    "the files are damaged, the training that wrote them diverged, or model.dtype: float16 is too narrow for them"
+)
 
 # Other forms of the same model: what their tensors are called, and what to do.
 OTHER_FORMS = (
@@ -98,6 +102,29 @@ def check_whole(folder: Path, config: ModelConfig) -> None:
     raise ModelError(
         [f"{folder}: the weights don't fit its config.json:", *hints, *named, *([] if hints else [REMEDY])]
     )
+
+
+def check_numbers(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Make sure that weights are numbers. With a NaN among them a model trains on nothing and answers nothing.
+
+    Args:
+        tensors: names and tensors; those of whole numbers (quantised weights) are passed over.
+        where: what the error calls the file or folder.
+
+    Raises:
+        ModelError: a tensor holds values that are NaN or infinite; the error names it.
+    """
+    problems = []
+    for name, tensor in tensors:
+        # A sum is the cheapest look. It may overflow where all values are finite, so each value is asked then.
+        if not tensor.is_floating_point() or bool(tensor.detach().sum(dtype=torch.float32).isfinite()):
+            continue
+        bad = int((~tensor.detach().isfinite()).sum())
+        if bad:
+            problems.append(f"{name}: {bad:,} of {tensor.numel():,} values are not finite")
+    if problems:
+        lead = f"{where}: these weights hold values that are no numbers:"
+        raise ModelError([lead, *at_most(problems, SHOWN), NUMBERS_REMEDY])
 
 
 def check_not_quantized(folder: Path, config: ModelConfig) -> None:

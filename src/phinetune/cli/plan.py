@@ -35,7 +35,9 @@ def plan(
         print(json.dumps(made.to_dict(), indent=2))
     else:
         show_plan(made, stdout())
-        if made.fits:
+        if made.refused:
+            say(stdout(), f"`train` refuses it as the folder is now: {made.refused}")
+        elif made.fits:
             say(stdout(), f"Next: {program()} train {config}")
     if not made.fits:
         sys.exit(1)

@@ -11,15 +11,14 @@ from phinetune.cpu_share import Company, Usage
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.choice import EngineChoice
-from phinetune.errors import RunError
 from phinetune.planning.disk import checkpoint_bytes, free_disk
 from phinetune.planning.fitting_settings import Changes, nearest_fitting
 from phinetune.planning.memory import OPTIMIZERS, Parts, optimizer_name
 from phinetune.planning.probe import Speed, measure, sample_batch
 from phinetune.planning.setup import Need, Setup
-from phinetune.run_folder import RunFolder
 from phinetune.training.auto_settings import Choice
 from phinetune.training.prepare import PreparedRun, prepare_run, settle
+from phinetune.training.run import refused_place
 from phinetune.training.steps import Steps
 
 SAMPLED = 512  # rows, from which the micro-batch to measure is chosen
@@ -46,6 +45,7 @@ class Plan:
         notes: what these numbers leave out.
         settings: what was chosen of the settings, with the reasons, and what of the given ones may surprise.
         busy: what other programs took while the time was measured, in a sentence; None if they took nothing.
+        refused: what `train` refuses of the run's folder as it is now, in a sentence; None if nothing.
     """
 
     data: dict[str, Any]
@@ -64,6 +64,7 @@ class Plan:
     notes: list[str]
     busy: str | None
     settings: list[Choice] = field(default_factory=list)
+    refused: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "memory": self.memory.to_dict()}
@@ -89,6 +90,7 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
     speed = _probe(prepared, setup, need.levels) if probe and prepared.engine.fast else None
     company = Company.between(before, Usage.now()) if speed else None
     disk, room = checkpoint_bytes(setup.args, need.sizes, need.steps), free_disk(prepared.config.output_dir)
+    refused = refused_place(prepared.config)
     enough_memory = need.memory.total <= setup.free
     reference = speed.reference(len(need.levels), _reference_tokens(prepared)) if speed else None
     return Plan(
@@ -105,9 +107,10 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
         free_disk=room,
         fits=enough_memory and disk <= room,
         nearest=[] if enough_memory else nearest_fitting(setup),
-        notes=[*_notes(setup, prepared.engine), *_place_taken(prepared.config)],
+        notes=[*_notes(setup, prepared.engine), *([refused] if refused else [])],
         busy=busy_sentence(company),
         settings=prepared.choices,
+        refused=refused,
     )
 
 
@@ -139,15 +142,6 @@ def busy_sentence(company: Company | None) -> str | None:
     if company is None or not company.disturbs:
         return None
     return f"{company.describe()}: the time was measured beside them, and a quiet machine takes less"
-
-
-def _place_taken(config: RunConfig) -> list[str]:
-    """What `train` will say of its folder, unless it is told to resume or to replace the run there."""
-    try:
-        RunFolder(config.output_dir).check_free(overwrite=False)
-    except RunError as error:
-        return error.problems
-    return []
 
 
 def _notes(setup: Setup, engine: EngineChoice) -> list[str]:

@@ -67,21 +67,42 @@ def open_place(config: RunConfig, *, resume: bool = False, overwrite: bool = Fal
     Raises:
         RunError: a new run may not be written there, or there is none to go on with; or the wishes exclude each other.
     """
-    folder, wish = RunFolder(config.output_dir), config.training_config.get("resume_from_checkpoint")
-    named = None if str(wish).lower() in ("", "none", "true", "false") else Path(str(wish))
-    resume = resume or named is not None or str(wish).lower() == "true"
+    folder, (resume, named) = RunFolder(config.output_dir), _wish(config, resume=resume)
     if changed and not resume:
         raise RunError("--changed (changed=True) is for a run that goes on; give --resume (resume=True) with it")
     if resume and overwrite:
         raise RunError("--resume goes on with the run in output_dir and --overwrite replaces it; give one of them")
     if processes.is_main():
         folder.tidy()
+    return _place(folder, resume, named, overwrite=overwrite, changed=changed)
+
+
+def _wish(config: RunConfig, *, resume: bool) -> tuple[bool, Path | None]:
+    """Whether a run goes on, and from which checkpoint if the configuration names one."""
+    wish = config.training_config.get("resume_from_checkpoint")
+    named = None if str(wish).lower() in ("", "none", "true", "false") else Path(str(wish))
+    return resume or named is not None or str(wish).lower() == "true", named
+
+
+def _place(folder: RunFolder, resume: bool, named: Path | None, *, overwrite: bool, changed: bool) -> RunPlace:
     if resume:
         if not changed:
             folder.check_not_stopped_early()
         return RunPlace(folder, folder.checkpoint_to_resume(named), changed)
     folder.check_free(overwrite)
     return RunPlace(folder)
+
+
+def refused_place(config: RunConfig) -> str | None:
+    """What `open_place` would refuse of the run's folder as it is now, in a sentence; None if nothing.
+
+    Nothing is changed there.
+    """
+    try:
+        _place(RunFolder(config.output_dir), *_wish(config, resume=False), overwrite=False, changed=False)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from phinetune.checkpoints.named_modules import resolve_names
+from phinetune.checkpoints.named_modules import resolve_names, told_split
 from phinetune.errors import ConfigError, reason_of, told_as
 from phinetune.training.auto_settings import AUTO, AUTO_PEFT, AUTO_TRAINING, LENGTH_CAP, RACE
 from phinetune.training.checked_keys import checked
@@ -116,6 +116,7 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     training = _read_training(training, problems, notes)
     push = take_wish(training, problems, notes)
     peft = _read_peft(peft, problems, notes)
+    notes += told_split(peft) if not problems else []
     if problems:
         raise ConfigError(problems)
     return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes, push, auto, race)

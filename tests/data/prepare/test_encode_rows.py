@@ -46,6 +46,14 @@ def test_a_prompt_that_is_rendered_already_is_said(prompt: str, wanted: int) -> 
     assert sum("WARNING: prompts that hold this template's tokens" in line for line in report.lines()) == wanted
 
 
+def test_padding_without_a_mask_is_said() -> None:
+    padded = [*range(10, 20), *[0] * 20]
+    for mask, wanted in ((None, 1), ([1] * 10 + [0] * 20, 0)):
+        report = DataReport("a.jsonl")
+        report.count(outcome({"input_ids": padded, "attention_mask": mask}))
+        assert sum("WARNING: ids that begin or end with the same id" in line for line in report.lines()) == wanted
+
+
 def test_text_is_taken_as_it_stands_and_ended() -> None:
     text = "<|user|>\nHi<|end|>\n<|assistant|>\nHo"
     made = outcome({"text": text})

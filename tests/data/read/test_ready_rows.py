@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phinetune.data.read.ready_rows import read_ids
+from phinetune.data.read.ready_rows import PADDING_IDS, read_ids, seems_padded
 from phinetune.engine.examples import Encoded
 from phinetune.errors import RowError
 
@@ -65,3 +65,23 @@ def test_masks_that_cannot_be_right_are_refused(more: dict[str, Any], words: str
         read_ids({"input_ids": IDS, **more}, 300)
     assert words in str(caught.value)
     assert caught.value.kind == "labels"
+
+
+PAD = [9] * PADDING_IDS
+
+
+@pytest.mark.parametrize(
+    ("row", "seems"),
+    [
+        ({"input_ids": [*IDS, *PAD]}, True),
+        ({"input_ids": [*PAD, *IDS]}, True),
+        ({"input_ids": [*IDS, *PAD], "labels": [NO, NO, 7, 8, *PAD]}, True),
+        ({"input_ids": [*IDS, *PAD], "labels": [*IDS, *[NO] * PADDING_IDS]}, False),
+        ({"input_ids": [*IDS, *PAD], "attention_mask": [1, 1, 1, 1, *[0] * PADDING_IDS]}, False),
+        ({"input_ids": [*IDS, *PAD[1:]]}, False),
+        ({"input_ids": PAD}, False),
+    ],
+    ids=["after", "before", "with labels", "without loss", "masked", "few", "nothing else"],
+)
+def test_padding_that_is_trained_on_is_noticed(row: dict[str, Any], seems: bool) -> None:
+    assert seems_padded(read_ids(row, 300)) is seems

@@ -19,7 +19,7 @@ from phinetune.config.row_forms import FORM_NAMES, READY
 from phinetune.data.prepare.pieces import cut_beginning, cut_into_pieces
 from phinetune.data.read.audit import RENDERED, Audit, audit_row, is_rendered
 from phinetune.data.read.messages import detect_form, size_of, strings, to_messages
-from phinetune.data.read.ready_rows import read_ids, read_text
+from phinetune.data.read.ready_rows import PADDED, read_ids, read_text, seems_padded
 from phinetune.data.read.row import Row
 from phinetune.data.read.row_mapping import NO_SYSTEM, LeftOut, MappedRow, RowMapping
 from phinetune.engine.examples import Encoded
@@ -206,6 +206,8 @@ class _RowReader:
         for key, value in made.hidden.items():
             outcome.audit.add(key, value)
         outcome.audit.notes |= made.notes | ({NO_SYSTEM} if made.system and form in READY else set())
+        if outcome.encoded and seems_padded(outcome.encoded):
+            outcome.audit.notes.add(PADDED)
         if any(is_rendered(message, control_tokens(encoder.tokenizer)) for message in outcome.messages):
             outcome.audit.notes.add(RENDERED)
         if section.system == "drop" and outcome.messages and outcome.messages[0]["role"] == "system":

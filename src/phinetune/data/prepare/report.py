@@ -11,6 +11,7 @@ from typing import Any
 from phinetune.data.prepare.encode_rows import RowOutcome
 from phinetune.data.read.audit import FLOATS, NULLS, RENDERED
 from phinetune.data.read.plain_values import AS_JSON, WRITTEN
+from phinetune.data.read.ready_rows import PADDED
 from phinetune.data.read.row_mapping import GAP, NO_SYSTEM, OWN_SYSTEM
 
 REASONS_SHOWN = 4
@@ -23,6 +24,8 @@ NOTES = {
     "stay as they are)",
     RENDERED: "WARNING: prompts that hold this template's tokens already, so that training writes a second template "
     "around them; give such rows as `text`, or remove the tokens",
+    PADDED: "WARNING: ids that begin or end with the same id again and again, and train on it; if that is padding, "
+    "give `attention_mask`, or label it -100",
     WRITTEN: "numbers, dates or truth values written as text (3, 2024-05-01, true)",
     AS_JSON: "lists or objects written as JSON; name what is inside as column.key, if that is meant",
     GAP: "empty columns in a template, which leave a gap there",

@@ -11,6 +11,9 @@ from phinetune.data.read.safe_json import load_json
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.errors import RowError
 
+PADDED = "padded"
+PADDING_IDS = 8  # so many equal ids at an end of a row are taken for padding
+
 
 def read_text(fields: Mapping[str, Any]) -> str:
     """The text of a row `{"text": …}`.
@@ -52,6 +55,15 @@ def read_ids(fields: Mapping[str, Any], vocabulary: int) -> Encoded:
     _check_labels(ids, given, start, stop)
     labels = _masked_labels(fields, ids, given, start, stop)
     return Encoded(ids[start:stop], labels[start:stop])
+
+
+def seems_padded(encoded: Encoded) -> bool:
+    """Whether a row of ids trains on what looks like padding: the same id again and again at one of its ends."""
+    ids, labels = encoded.input_ids, encoded.labels
+    for part in (slice(0, PADDING_IDS), slice(-PADDING_IDS, None)):
+        if len(ids) > PADDING_IDS and len(set(ids[part])) == 1 and IGNORED not in labels[part]:
+            return True
+    return False
 
 
 def _whole_numbers(fields: Mapping[str, Any], key: str) -> list[int] | None:

@@ -19,6 +19,7 @@ NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
 SHORTER: dict[str, dict[str, Any]] = {
     "inference_and_finetuning.ipynb": {"STEPS": 8, "PROMPTS": 4},
     "lora_instructions.ipynb": {"STEPS": 8, "PROMPTS": 4, "REPO": "alice/shop-assistant"},
+    "preference.ipynb": {"STEPS": 20, "PAIR_STEPS": 10, "PROMPTS": 8},
     "qlora.ipynb": {"STEPS": 8},
 }
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from trl import SFTConfig
 
 from helpers import RUN_FILES, tiny_config, train_only, write_jsonl
 from phinetune import processes
+from phinetune.checkpoints.opened import open_model
 from phinetune.config.objective import ObjectiveSection
+from phinetune.engine.packing import PackedCollator
+from phinetune.training.prepare import prepare_run, settle
 from phinetune.training.settings import one_gpu
 
 HERE = Path(__file__).resolve().parent
@@ -139,6 +144,53 @@ def test_pairs_are_learnt_as_by_one_process(tmp_path: Path, monkeypatch: pytest.
     ours, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
     for name, tensor in wanted.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_kto_estimates_from_the_answers_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has a group of rows with neighbours of their own; how far the model has moved is one number for all,
+    the mean of theirs. The second step again, by hand, from the first one's checkpoint; and the evaluation after it.
+    """
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    judged = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 > 0} for i, row in enumerate(PAIRS)]
+    file, folder = write_jsonl(tmp_path / "judged.jsonl", judged), tmp_path / "run"
+    training = {"max_steps": 2, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 5e-2}
+    training |= {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 2, "lr_scheduler_type": "constant"}
+    training |= {"eval_strategy": "steps", "eval_steps": 2, "train_sampling_strategy": "sequential"}
+    launch(file, folder, training=training, objective={"kind": "kto"})
+    config = tiny_config(file, tmp_path / "again", **training)
+    config.model.device, config.model.dtype, config.objective = "cpu", "float32", ObjectiveSection(kind="kto")
+    prepared = prepare_run(settle(config))
+    kto: Any = prepared.objective
+
+    def groups(chats: Any, size: int, places: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Of each group of rows: log ratios of own answers and of neighbours', and the labels, after a step."""
+        rows = kto.arranged(chats.dataset(), size, None)
+        found, collate = [], PackedCollator(share=True, rope_limit=None, owned=True)
+        for place in places:
+            packed = collate([rows[i] for i in range(place, place + size)])
+            with torch.no_grad():
+                now = opened.model(**packed).log_probs
+                with opened.model.disable_adapter():
+                    moved = now - opened.model(**packed).log_probs
+            found.append((moved[::2], moved[1::2], torch.tensor([rows[place + i]["label"] > 0.5 for i in range(size)])))
+        return found
+
+    def loss(ratios: Tensor, good: Tensor, kl: Tensor) -> Tensor:
+        return (1 - torch.sigmoid(0.1 * torch.where(good, ratios - kl, kl - ratios))).sum()
+
+    opened = open_model(folder / "checkpoint-1", dtype="float32", device="cpu")
+    second = groups(prepared.chats.train, 3, (6, 9))
+    kl = torch.stack([others.mean() for _, others, _ in second]).mean().clamp(min=0)
+    assert kl > 0
+    assert metrics(folder, "kl") == pytest.approx([0.0, float(kl)], rel=1e-4, abs=1e-6)
+    wanted = sum(loss(own, good, kl) for own, _, good in second) / 6
+    assert metrics(folder, "loss") == pytest.approx([0.5, float(wanted)], rel=1e-5)
+    opened = open_model(folder, dtype="float32", device="cpu")
+    held = groups(prepared.chats.held_out, 2, (0, 2))
+    kls = [others.mean().clamp(min=0) for _, others, _ in held]
+    assert metrics(folder, "eval_kl") == pytest.approx([float(sum(kls)) / 2], rel=1e-4)
+    wanted = sum(loss(own, good, kl) for (own, _, good), kl in zip(held, kls, strict=True)) / 4
+    assert metrics(folder, "eval_loss") == pytest.approx([float(wanted)], rel=1e-5)
 
 
 def test_alone_a_process_is_the_main_one() -> None:

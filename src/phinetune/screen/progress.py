@@ -185,7 +185,8 @@ class ComparisonProgress:
 
     def begin(self, chats: int, prompts: int, sides: Sequence[str]) -> None:
         self._total = chats + prompts
-        asked = f" and letting {' and '.join(sides)} answer {prompts} prompts" if prompts else ""
+        named = " and ".join(part for part in (", ".join(sides[:-1]), sides[-1]) if part)
+        asked = f" and letting {named} answer {prompts} prompts" if prompts else ""
         say(self.console, f"Scoring {chats} held-out chats{asked} …")
 
     def side(self, name: str) -> None:

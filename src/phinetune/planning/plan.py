@@ -20,6 +20,7 @@ from phinetune.planning.setup import Need, Setup
 from phinetune.run_folder import RunFolder
 from phinetune.training.auto_settings import Choice
 from phinetune.training.prepare import PreparedRun, prepare_run, settle
+from phinetune.training.race_field import Entry, Wish
 from phinetune.training.steps import Steps
 
 SAMPLED = 512  # rows, from which the micro-batch to measure is chosen
@@ -100,7 +101,7 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
         free_disk=room,
         fits=enough_memory and disk <= room,
         nearest=[] if enough_memory else nearest_fitting(setup),
-        notes=[*_notes(setup, prepared.engine), *_place_taken(prepared.config)],
+        notes=[*_notes(setup, prepared.engine), *_race(prepared), *_place_taken(prepared.config)],
         busy=busy_sentence(company),
         settings=prepared.choices,
     )
@@ -127,6 +128,11 @@ def busy_sentence(company: Company | None) -> str | None:
     if company is None or not company.disturbs:
         return None
     return f"{company.describe()}: the time was measured beside them, and a quiet machine takes less"
+
+
+def _race(prepared: PreparedRun) -> list[str]:
+    """What a race of learning rates adds to these numbers."""
+    return Entry.of(prepared, Wish()).describe() if prepared.settings.race else []
 
 
 def _place_taken(config: RunConfig) -> list[str]:

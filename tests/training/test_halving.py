@@ -27,7 +27,7 @@ def test_a_ladder_halves_until_one_is_left_and_looks_twice_at_no_step() -> None:
 
 
 def play(order: tuple[int, ...], losses: list[float], rungs: list[Rung]) -> tuple[list[int], int | None, int]:
-    """Let candidates run in an order of preference, one stretch at a time: who was dropped, the winner, all stretches."""
+    """Let candidates run in an order of preference, a stretch at a time: who was dropped, the winner, all stretches."""
     scores: dict[int, dict[int, float]] = {}
     stretches = 0
     while True:

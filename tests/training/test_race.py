@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from helpers import tiny_config, train_only
+from phinetune.api import race as api_race
+from phinetune.api import train as api_train
 from phinetune.api.train import train_config
 from phinetune.api.tune import tune_config
-from phinetune.config.run import RunConfig
+from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ConfigError, RunError
+from phinetune.liveness import this_process
+from phinetune.planning.plan import make_plan
+from phinetune.training import race as module
 from phinetune.training.race_field import Wish
+from phinetune.training.study import OWNER, Study
+
+
+class Killed(BaseException):
+    """As if the process were gone: nothing catches it."""
+
+
+def raise_killed(*args: Any, **kwargs: Any) -> None:
+    raise Killed
 
 
 def config_of(chats: Path, folder: Path, **training: Any) -> RunConfig:
-    """Twelve steps with dropout, so that random numbers count."""
+    """Twelve steps with dropout, so that random numbers count; nothing is compared at the end."""
     config = tiny_config(chats, folder, **{"max_steps": 12, "learning_rate": "race", **training})
     config.peft_config["lora_dropout"] = 0.1
+    config.evaluation.enabled = False
     return config
 
 
@@ -37,23 +54,223 @@ def assert_equal(a: Path, b: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_winner_of_a_race_is_the_run_with_its_rate_given(chats: Path, tmp_path: Path, console: Console) -> None:
-    run = train_config(config_of(chats, tmp_path / "run"), console)
+def tree_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "tune.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def whole(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run whose rate a race decided, and what was shown. Read it, don't write into it."""
+    file = io.StringIO()
+    folder = tmp_path_factory.mktemp("race") / "run"
+    run = train_config(config_of(chats, folder), Console(file=file, width=160))
     assert not run.stopped
-    assert run.path == tmp_path / "run"
-    tree = json.loads((run.path / "tune.json").read_text())
+    return run.path, file.getvalue()
+
+
+def test_the_winner_of_a_race_is_the_run_with_its_rate_given(
+    chats: Path, tmp_path: Path, whole: tuple[Path, str]
+) -> None:
+    path, shown = whole
+    tree = tree_of(path)
     winner = tree["candidates"][tree["stages"][0]["winner"]]
-    assert len(tree["candidates"]) == 3
     losses = {one["number"]: one["losses"]["2"] for one in tree["candidates"]}
+    assert len(losses) == 3
     assert winner["number"] == min(losses, key=losses.__getitem__)
     rate = winner["values"]["learning_rate"]
     train_only(config_of(chats, tmp_path / "alone", learning_rate=rate))
-    assert_equal(run.path, tmp_path / "alone")
-    text = (run.path / "config.yaml").read_text()
+    assert_equal(path, tmp_path / "alone")
+    text = (path / "config.yaml").read_text()
     assert text.splitlines()[1].startswith(f"# learning_rate: {rate:g} won a race of 3")
     assert f"learning_rate: {rate}" in text
-    assert sorted(one.name for one in (tmp_path / "run-tune").iterdir()) == ["report.html", "study.db", "tune.json"]
-    assert "How settings were chosen" in (run.path / "report.html").read_text()
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(one.name for one in path.with_name("run-tune").iterdir()) == ["report.html", "study.db", "tune.json"]
+    assert "How settings were chosen" in (path / "report.html").read_text()
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13)), "no step twice"
-    assert "It takes about" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "It takes about" in shown
+
+
+def test_a_race_that_was_killed_goes_on_and_comes_to_the_same(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, str]
+) -> None:
+    config, true, begun = config_of(chats, tmp_path / "run"), module.train_run, []
+
+    def killed_once(run: Any, place: Any, **options: Any) -> Any:
+        begun.append(run.config.output_dir.name)
+        if len(begun) == 3:
+            raise Killed
+        return true(run, place, **options)
+
+    monkeypatch.setattr(module, "train_run", killed_once)
+    with pytest.raises(Killed):
+        train_config(config, console)
+    with pytest.raises(RunError, match="go on with --resume, or begin anew with --overwrite"):
+        train_config(config, console)
+    # Killed once more: the winner has moved, and its run has not gone on yet.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api_train, "_train_at", raise_killed)
+        with pytest.raises(Killed):
+            train_config(config, console, resume=True)
+    assert begun == ["candidate-0", "candidate-1", "candidate-2", "candidate-2"]
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    run = train_config(config, console, resume=True)
+    assert len(begun) == 4
+    assert_equal(run.path, whole[0])
+    with pytest.raises(RunError, match="holds a finished run"):
+        train_config(config, console)
+
+
+def test_a_move_that_was_killed_is_finished(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, str]
+) -> None:
+    config, true, moved = config_of(chats, tmp_path / "run"), module.move, []
+
+    def killed_at_third(source: Any, target: Any) -> None:
+        moved.append(source)
+        if len(moved) == 3:
+            raise Killed
+        true(source, target)
+
+    monkeypatch.setattr(module, "move", killed_at_third)
+    with pytest.raises(Killed):
+        train_config(config, console)
+    assert_equal(train_config(config, console, resume=True).path, whole[0])
+
+
+def test_a_stopped_race_says_how_it_goes_on(chats: Path, tmp_path: Path, console: Console, whole: Any) -> None:
+    config = config_of(chats, tmp_path / "run")
+    stopped = train_config(config, console, max_time=0.001)
+    assert stopped.stopped
+    assert stopped.path == tmp_path / "run-tune"
+    assert not (tmp_path / "run").exists()
+    assert_equal(train_config(config, console, resume=True).path, whole[0])
+
+
+def test_ranks_then_epochs_follow_the_rates(chats: Path, tmp_path: Path, console: Console) -> None:
+    config = tiny_config(chats, tmp_path / "run", max_steps=-1, num_train_epochs=2, eval_strategy="epoch")
+    config.evaluation.enabled = False
+    wish, study = Wish(rates=(1e-2, 3e-2), ranks=(2, 4), epochs=(1, 3)), tmp_path / "shared.log"
+    run = tune_config(config, wish, console, study=str(study))
+    tree = tree_of(run.path)
+    assert [stage["key"] for stage in tree["stages"]] == ["learning_rate", "r", "num_train_epochs"]
+    assert [one["values"].get("num_train_epochs") for one in tree["candidates"]] == [None, None, None, 1, 3]
+    assert tree["candidates"][2]["values"]["r"] == 2
+    assert study.is_file()
+    assert not (tmp_path / "run-tune" / "study.db").exists()
+    values = tree["candidates"][tree["stages"][-1]["winner"]]["values"]
+    alone = tiny_config(
+        chats, tmp_path / "alone", max_steps=-1, eval_strategy="epoch", learning_rate=values["learning_rate"]
+    )
+    alone.training_config["num_train_epochs"] = values.get("num_train_epochs", 2)
+    alone.peft_config["r"] = values.get("r", 4)
+    train_only(alone)
+    assert_equal(run.path, tmp_path / "alone")
+    config.training_config["seed"] = 7
+    with pytest.raises(RunError, match="the study there is of another run"):
+        tune_config(config, wish, console, study=str(study), overwrite=True)
+
+
+def study_of(path: Path) -> Study:
+    listed = {0: {"learning_rate": 1e-2}, 1: {"learning_rate": 5e-3}}
+    return Study(str(path), "one", listed=listed, ranges={"learning_rate": (1e-3, 1e-1)}, options={}, field={}, seed=1)
+
+
+def test_more_candidates_than_listed_are_looked_for_in_the_range(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "study.db")
+    for number in range(6):
+        one = study.ask()
+        study.report(one.number, 2, 1.0 + number)
+        study.drop(one.number)
+    rates = [one.values["learning_rate"] for one in study_of(tmp_path / "study.db").candidates()]
+    assert rates[:2] == [1e-2, 5e-3]
+    assert len(set(rates)) == 6
+    assert all(1e-3 <= rate <= 1e-1 for rate in rates)
+
+
+class OthersFirst(Study):
+    """A study in which another process has begun and scored the first candidate."""
+
+    owner: dict[str, Any]
+    loss: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ask()
+        self._attribute(0, OWNER, self.owner)
+        self.report(0, 2, self.loss)
+
+
+def test_processes_share_a_study_and_leave_each_other_their_candidates(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        OthersFirst.owner = {**this_process(), "pid": other.pid, "began": psutil.Process(other.pid).create_time()}
+        OthersFirst.loss = 99.0
+        monkeypatch.setattr(api_race, "Study", OthersFirst)
+        run = tune_config(config_of(chats, tmp_path / "run"), Wish(rates=(1e-2, 2e-2)), console)
+    finally:
+        other.kill()
+        other.wait()
+    tree = tree_of(run.path)
+    assert tree["stages"][0]["winner"] == 1
+    assert tree["candidates"][0]["losses"] == {"2": 99.0}
+
+
+def test_a_winner_on_another_host_is_left_to_it(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OthersFirst.owner, OthersFirst.loss = {**this_process(), "host": "elsewhere"}, 0.5
+    monkeypatch.setattr(api_race, "Study", OthersFirst)
+    made = tune_config(config_of(chats, tmp_path / "run"), Wish(rates=(1e-2, 2e-2)), console)
+    assert made.results["elsewhere"] == "candidate 0, was trained on elsewhere"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_that_ends_in_numbers_that_are_not_finite_is_out(chats: Path, tmp_path: Path, console: Console) -> None:
+    run = tune_config(config_of(chats, tmp_path / "run"), Wish(rates=(1e-2, 1e30)), console)
+    tree = tree_of(run.path)
+    assert tree["candidates"][1]["losses"] == {"2": None}
+    assert tree["stages"][0]["winner"] == 0
+
+
+def test_preferences_race_by_their_own_loss(tmp_path: Path, console: Console) -> None:
+    rows = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = config_of(data, tmp_path / "run").model_dump()
+    tree["objective"] = {"kind": "dpo"}
+    run = train_config(make_config(tree), console)
+    losses = [one["losses"]["2"] for one in tree_of(run.path)["candidates"]]
+    assert len(set(losses)) == 3
+    assert all(0 < loss < 5 for loss in losses)
+
+
+def test_a_plan_says_what_a_race_adds(chats: Path, tmp_path: Path) -> None:
+    notes = make_plan(config_of(chats, tmp_path / "run"), probe=False).notes
+    assert any("It takes about" in note and "more time than the one run of 12 steps" in note for note in notes)
+
+
+def test_a_race_without_held_out_rows_is_refused_with_what_to_do(chats: Path, tmp_path: Path, console: Console) -> None:
+    config = config_of(chats, tmp_path / "run")
+    config.data.eval = None
+    for hold in (lambda: train_config(config, console), lambda: tune_config(config, Wish(), console)):
+        with pytest.raises(ConfigError, match=r"set data\.eval \(a share such as 0\.1, or a file\)"):
+            hold()
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        (Wish(trials=0), "--trials 0: give 1 or more"),
+        (Wish(trials=1, rates=(1e-3, 2e-3)), "--rates names 2"),
+        (Wish(rates=(-1.0,)), "--rates: -1.0: must be above 0"),
+        (Wish(ranks=(4, 4)), "--ranks: a value stands there twice"),
+        (Wish(epochs=(2,)), "max_steps says how many steps"),
+    ],
+)
+def test_a_wish_that_can_not_be_is_refused(
+    chats: Path, tmp_path: Path, console: Console, wish: Wish, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tune_config(config_of(chats, tmp_path / "run"), wish, console)

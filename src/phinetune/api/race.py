@@ -176,7 +176,7 @@ def _take(raced: Raced, held: Race, winner: Candidate, overwrite: bool) -> None:
     """Make the winner the run in output_dir."""
     place, output = held.place(winner.number), raced.output
     if not place.is_dir() and not output.is_run and winner.scores:
-        raced.elsewhere = f"candidate {winner.number} was trained on {winner.owner.get('host', 'another host')}"
+        raced.elsewhere = f"candidate {winner.number}, was trained on {winner.owner.get('host', 'another host')}"
         return
     raced.winner = winner
     if place.is_dir():

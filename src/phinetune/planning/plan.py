@@ -18,6 +18,7 @@ from phinetune.planning.probe import Speed, measure, sample_batch
 from phinetune.planning.setup import Need, Setup
 from phinetune.training.auto_settings import Choice
 from phinetune.training.prepare import PreparedRun, prepare_run, settle
+from phinetune.training.race_field import Entry, Wish
 from phinetune.training.run import refused_place
 from phinetune.training.steps import Steps
 
@@ -107,7 +108,7 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
         free_disk=room,
         fits=enough_memory and disk <= room,
         nearest=[] if enough_memory else nearest_fitting(setup),
-        notes=[*_notes(setup, prepared.engine), *([refused] if refused else [])],
+        notes=[*_notes(setup, prepared.engine), *_race(prepared), *([refused] if refused else [])],
         busy=busy_sentence(company),
         settings=prepared.choices,
         refused=refused,
@@ -142,6 +143,11 @@ def busy_sentence(company: Company | None) -> str | None:
     if company is None or not company.disturbs:
         return None
     return f"{company.describe()}: the time was measured beside them, and a quiet machine takes less"
+
+
+def _race(prepared: PreparedRun) -> list[str]:
+    """What a race of learning rates adds to these numbers."""
+    return Entry.of(prepared, Wish()).describe() if prepared.settings.race else []
 
 
 def _notes(setup: Setup, engine: EngineChoice) -> list[str]:

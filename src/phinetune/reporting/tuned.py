@@ -139,6 +139,6 @@ def _loss(loss: float | None) -> str:
 
 
 OPTIMISM = (
-    "Rows that chose between candidates make the chosen one look slightly better than it is. Chats of their own for the "
-    "verdict (data.test) don't."
+    "Rows that chose between candidates make the chosen one look slightly better than it is. Chats kept for the "
+    "verdict alone (data.test) don't."
 )

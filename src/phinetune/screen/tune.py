@@ -56,4 +56,4 @@ def _fate(one: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     decided = [stage["winner"] for stage in tree["stages"] if stage["winner"] is not None]
     if decided and one["number"] == decided[-1]:
         return "best" if len(decided) == len(tree["stages"]) else "best so far"
-    return {"dropped": "out", "running": "waits"}.get(one["state"], one["state"])
+    return {"dropped": "out", "running": "waits"}.get(one["state"], str(one["state"]))

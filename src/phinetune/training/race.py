@@ -13,8 +13,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -260,7 +260,8 @@ class Race:
             for one in known
             if one.number == winner or stage.first <= one.number < stage.end or one.number in self.winners
         )
-        return f"{stage.key}: {value:g} won a race of {stage.total} on {self.entry.part.rows} held-out rows; losses: {told}"
+        lead = f"{stage.key}: {value:g} won a race of {stage.total} on {self.entry.part.rows} held-out rows"
+        return f"{lead}; losses: {told}"
 
 
 def _plain(loss: float) -> float | None:
@@ -289,7 +290,7 @@ class Scorer:
 
     def __call__(self, step: int) -> None:
         assert self.trainer is not None
-        rows = self.trainer.eval_dataset
+        rows: Any = self.trainer.eval_dataset
         places = self.entry.part.places
         self.write(self.trainer.score(rows if places is None else Subset(rows, places))["loss"])
 
@@ -307,6 +308,13 @@ def read_scores(place: Path) -> dict[str, float]:
     return found
 
 
+def move(source: Path, target: Path) -> None:
+    """Put a file or a folder of a candidate into its new place, over what is there."""
+    if target.is_dir():
+        remove(target)
+    os.replace(source, target)
+
+
 def move_winner(place: Path, output: RunFolder, tree: Mapping[str, Any], start: Callable[[], None]) -> None:
     """Make a candidate the run in `output`. A move that was interrupted is finished.
 
@@ -318,10 +326,9 @@ def move_winner(place: Path, output: RunFolder, tree: Mapping[str, Any], start: 
         if output.is_run:
             start()
         output.path.mkdir(parents=True, exist_ok=True)
-        os.replace(place / CONFIG, output.path / CONFIG)  # first: it says whose folder it is
+        move(place / CONFIG, output.path / CONFIG)  # first: it says whose folder it is
     for entry in sorted(place.iterdir()):
         if entry.name not in (LOCK, SCORES):
-            remove(output.path / entry.name)
-            os.replace(entry, output.path / entry.name)
+            move(entry, output.path / entry.name)
     output.write_tuned(tree)
     remove(place)

@@ -249,7 +249,8 @@ class Entry:
             return f"Then {stage.key}: {named}; each trains to its end."
         left, parts = stage.total, []
         for rung in stage.rungs:
-            parts.append(f"the {left} train to step {rung.steps} and {rung.keep} of them go on")
+            on = "the best goes on" if rung.keep == 1 else f"{rung.keep} of them go on"
+            parts.append(f"the {left} train to step {rung.steps} and {on}")
             left = rung.keep
         lead = "A race of" if stage.key == RATE else "Then a race of"
         return f"{lead} {stage.key}: {named}; {', '.join(parts) or 'nothing to decide'}."

@@ -123,7 +123,8 @@ class Study:
                 trial.suggest_float(key, *self.ranges[key], log=True)
             else:
                 trial.suggest_categorical(key, self.options[key])
-        return self.candidates()[trial.number]
+        begun: Candidate = self.candidates()[trial.number]
+        return begun
 
     def take_over(self, number: int) -> None:
         """Go on with a candidate whose process has ended."""

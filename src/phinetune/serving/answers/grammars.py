@@ -48,13 +48,12 @@ class Grammars:
         return self._maker(grammar, param)
 
     def call(
-        self, marks: tuple[str, str], special: bool, tools: Sequence[Mapping[str, Any]], listed: bool
+        self, marks: tuple[str, str], tools: Sequence[Mapping[str, Any]], listed: bool
     ) -> Callable[[], Constraint]:
         """What keeps an answer to a call of one of the tools.
 
         Args:
             marks: what stands before and after a call.
-            special: whether they are tokens of their own.
             listed: whether calls stand in a list.
         """
         from llguidance import LLMatcher
@@ -74,10 +73,15 @@ class Grammars:
         schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
         if listed:
             schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
-        begin, end = (mark if special else json.dumps(mark) if mark else "" for mark in marks)
+        begin, end = map(self._in_lark, marks)
         schema = {**schema, "x-guidance": SPACING}
         grammar = LLMatcher.grammar_from_lark(f"start: {begin} json {end}\njson: %json {json.dumps(schema)}\n")
         return self._maker(grammar, "tools")
+
+    def _in_lark(self, mark: str) -> str:
+        """A mark in a grammar: special tokens stand by their own names there, and text in quotes."""
+        ids = self._tokens.tokenize_str(mark) if mark else []
+        return mark if len(ids) == 1 and self._tokens.is_special_token(ids[0]) else json.dumps(mark) if mark else ""
 
     def _maker(self, grammar: str, param: str) -> Callable[[], Constraint]:
         from llguidance import LLMatcher

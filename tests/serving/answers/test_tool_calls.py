@@ -1,4 +1,4 @@
-"""Tools: a call that the model writes comes back as `tool_calls`, whole and streamed, and the turn after it is taken."""
+"""Tools: a call that the model writes comes back as `tool_calls`, whole and streamed, and so goes the turn after it."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from phinetune.serving.errors import ApiError
 logger = logging.getLogger(__name__)
 
 MOST_BASES = 2  # in memory at a time; the one used least recently leaves
+LEAST_ROOM = 64  # tokens of a conversation
 MOST_ADAPTERS = 64  # beside each base
 
 
@@ -173,6 +174,9 @@ class Answerers:
             raise ModelError(f"{section.path}: has no fast form, which answering several at once needs")
         loaded.model.requires_grad_(False)
         engine = AnswerEngine(loaded.model, **self._options)
+        if engine.room < LEAST_ROOM:
+            engine.close()
+            raise ModelError(f"{section.path}: there is no memory left for the keys and values of a conversation")
         logger.info("base %s answers; a conversation may have %d tokens", loaded.base.path, engine.room)
         return Base(loaded, engine, _folding(make_encoder(loaded.tokenizer)), OrderedDict())
 

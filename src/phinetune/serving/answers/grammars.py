@@ -86,10 +86,10 @@ class Grammars:
     def _maker(self, grammar: str, param: str) -> Callable[[], Constraint]:
         from llguidance import LLMatcher
 
-        problem = LLMatcher.validate_grammar(grammar, self._tokens)
-        if problem:
-            raise _refused(problem, param)
-        return lambda: _Kept(LLMatcher(self._tokens, grammar))
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise _refused(matcher.get_error(), param)
+        return lambda: _Kept(matcher.deep_copy())
 
 
 def _refused(reason: str, param: str) -> ApiError:
@@ -104,7 +104,9 @@ class _Kept:
         self._matcher = matcher
 
     def mask_(self, logits: Tensor) -> None:
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        mask = self._matcher.compute_bitmask()
+        self._check()  # after an error the mask allows the end alone, which would cut the answer in silence
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
         may = torch.zeros(len(logits), dtype=torch.bool)
         count = min(len(bits), len(logits))
         may[:count] = torch.from_numpy(bits[:count].copy()).bool()
@@ -112,6 +114,9 @@ class _Kept:
 
     def take(self, token: int) -> bool:
         self._matcher.consume_token(token)
+        self._check()
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
         if self._matcher.is_error():
             raise RuntimeError(f"the grammar can't be kept: {self._matcher.get_error()}")
-        return bool(self._matcher.is_stopped())

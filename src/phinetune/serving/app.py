@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from phinetune.serving import files, health, jobs, models, session_routes
+from phinetune.serving import answers, files, health, jobs, models, session_routes
 from phinetune.serving.errors import add_handlers
 from phinetune.serving.safety import Guard
 from phinetune.serving.state import ServerState
 from phinetune.version import VERSION
 
-ROUTERS = (files.router, jobs.router, models.router, session_routes.router, health.router)
+ROUTERS = (files.router, jobs.router, models.router, answers.router, session_routes.router, health.router)
 
 
 def create_app(state: ServerState) -> FastAPI:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from torch import Tensor
 
 from engine.continuous.test_batch import Setting
 from engine.test_greedy_decode import some_prompts
@@ -69,4 +70,32 @@ def test_a_step_that_fails_ends_its_answers_and_no_others(setting: Setting) -> N
     assert isinstance(broken.end.error, IndexError)
     prompt = some_prompts((9,))[0]
     assert [t.id for t in engine.submit(Request(prompt, 5))] == setting.alone(prompt, None, 5, set())
+    engine.close()
+
+
+class Broken:
+    """A grammar that fails at its third token."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def mask_(self, logits: Tensor) -> None:
+        if self.taken == 2:
+            raise RuntimeError("lost")
+
+    def take(self, token: int) -> bool:
+        self.taken += 1
+        return False
+
+
+def test_a_grammar_that_fails_ends_its_own_answer(setting: Setting) -> None:
+    engine = AnswerEngine(setting.core, cache_bytes=1 << 28)
+    prompt, other = some_prompts((9, 12))
+    streams = [engine.submit(Request(prompt, 6, constraint=Broken)), engine.submit(Request(other, 6))]
+    answers = [[token.id for token in stream] for stream in streams]
+    assert answers[0] == setting.alone(prompt, None, 2, set())
+    assert streams[0].end
+    assert streams[0].end.reason == "failed"
+    assert str(streams[0].end.error) == "lost"
+    assert answers[1] == setting.alone(other, None, 6, set())
     engine.close()

@@ -49,7 +49,7 @@ def write_adapter(folder: Path, section: ModelSection, seed: int = 0, **lora: An
 def make_state(folder: Path, tiny: ModelSection) -> ServerState:
     """A server's state with a base model `tiny` and a tuned one."""
     state = open_state(ServerSettings(folder=folder, models={"tiny": tiny}), key="secret")
-    state.models.add(TUNED, tiny, write_adapter(folder / "runs" / "demo", tiny), "ftjob-abc")
+    state.models.add(TUNED, tiny.model_dump(), write_adapter(folder / "runs" / "demo", tiny), "ftjob-abc")
     return state
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phinetune.engine.continuous.choosing import Chooser, choose_all
+from phinetune.engine.continuous.choosing import Chooser, choose_each
 from phinetune.engine.continuous.low_rank import Adapter, Span
 from phinetune.engine.continuous.prefixes import Kind, PrefixStore, as_ids, shared_length
 from phinetune.engine.continuous.requests import AnswerStream, Ended, Reason, Request, Token
@@ -268,8 +268,12 @@ class Batch:
 
     def _append(self, rows: list[Row], logits: Tensor) -> None:
         """Append its next token to each conversation, and end those that are complete."""
-        for row, token in zip(rows, choose_all([row.chooser for row in rows], logits), strict=True):
-            self._take(row, token)
+        chosen = choose_each([row.chooser for row in rows], logits)
+        for row, token in zip(rows, chosen, strict=True):
+            if isinstance(token, Token):
+                self._take(row, token)
+            else:
+                self._end(row, "failed", token)
 
     def _take(self, row: Row, token: Token) -> None:
         request = row.request
@@ -279,8 +283,7 @@ class Batch:
         self.taken += 1
         row.tokens.append(token.id)
         row.stream.put(token)
-        constraint = row.chooser.constraint
-        if constraint and constraint.take(token.id):
+        if token.last:
             self._end(row, "stop")
         elif row.answered >= request.max_new:
             self._end(row, "length")
@@ -327,10 +330,10 @@ class Batch:
         row.computed = 0
         self.waiting.appendleft(row)
 
-    def _end(self, row: Row, reason: Reason) -> None:
+    def _end(self, row: Row, reason: Reason, error: Exception | None = None) -> None:
         self._keep(row)
         self._leave(row)
-        row.stream.put(Ended(reason, row.reused))
+        row.stream.put(Ended(reason, row.reused, error))
 
     def _keep(self, row: Row) -> None:
         """Keep the states of a conversation that leaves, for those that begin like it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ class Chooser:
         self._bend_(logits)
         taken = int(logits.argmax()) if self._draws is None else self._drawn(logits, float(self._draws.random()))
         self.counts[taken] += 1
-        return Token(taken) if logprobs is None else _told(taken, logprobs, request.top_logprobs or 0)
+        last = bool(self.constraint and taken not in request.stops and self.constraint.take(taken))
+        return Token(taken, last=last) if logprobs is None else _told(taken, logprobs, request.top_logprobs or 0, last)
 
     def _bend_(self, logits: Tensor) -> None:
         request = self.request
@@ -74,16 +75,23 @@ def _smallest(likely: Tensor, top_p: float) -> Tensor:
     return top[int(inside.sum()) - 1]
 
 
-def _told(taken: int, logprobs: Tensor, count: int) -> Token:
+def _told(taken: int, logprobs: Tensor, count: int, last: bool) -> Token:
     top = logprobs.topk(count) if count else None
     pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
-    return Token(taken, float(logprobs[taken]), pairs)
+    return Token(taken, float(logprobs[taken]), pairs, last)
 
 
-def choose_all(choosers: Sequence[Chooser], logits: Tensor) -> list[Token]:
-    """The next token of each conversation, for logits of shape (conversations, vocabulary)."""
+def choose_each(choosers: Sequence[Chooser], logits: Tensor) -> Iterator[Token | Exception]:
+    """The next token of each conversation, for logits of shape (conversations, vocabulary).
+
+    One whose grammar fails gives the error in its place, and the others go on.
+    """
     likeliest: Any = logits.argmax(-1).tolist()
-    return [
-        Token(best) if chooser.request.is_plain else chooser.choose(logits[i].to("cpu", torch.float32, copy=True))
-        for i, (chooser, best) in enumerate(zip(choosers, likeliest, strict=True))
-    ]
+    for i, (chooser, best) in enumerate(zip(choosers, likeliest, strict=True)):
+        if chooser.request.is_plain:
+            yield Token(best)
+            continue
+        try:
+            yield chooser.choose(logits[i].to("cpu", torch.float32, copy=True))
+        except Exception as error:
+            yield error

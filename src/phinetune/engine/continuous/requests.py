@@ -88,11 +88,13 @@ class Token:
     Attributes:
         logprob: its logarithmic probability, before temperature and bias; None if it was not asked for.
         top: the likeliest tokens and theirs, the likeliest first.
+        last: whether the grammar allows nothing after it.
     """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    last: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from phinetune.serving.errors import ApiError
 logger = logging.getLogger(__name__)
 
 MOST_BASES = 2  # in memory at a time; the one used least recently leaves
+LEAST_ROOM = 64  # tokens of a conversation
 MOST_ADAPTERS = 64  # beside each base
 
 
@@ -116,8 +117,8 @@ class Answerers:
             )
         with self._lock:  # one is loaded at a time: two could be more than the memory holds
             try:
-                base = self._base(model.base)
-                return self._with_adapter(model, base)
+                section = self._section(model)
+                return self._with_adapter(model, section, self._base(section))
             except PhinetuneError as error:
                 logger.warning("model %s can't answer: %s", model_id, error)
                 raise ApiError(503, f"The model `{model_id}` can't answer: {error}", "server_error") from error
@@ -130,6 +131,15 @@ class Answerers:
         """End all answers."""
         for base in list(self._bases.values()):
             base.engine.close()
+
+    def _section(self, model: ServedModel) -> ModelSection:
+        """What to load a model's base by: as it is offered by itself, so that both have one base in memory."""
+        offered = self._catalogue.find(model.base_id)
+        alike = offered is not None and all(
+            getattr(offered.base, key) == getattr(model.base, key)
+            for key in ("path", "tokenizer", "quantization", "seed")
+        )
+        return offered.base if offered and alike else model.base
 
     def _base(self, section: ModelSection) -> Base:
         key = section.model_dump_json()
@@ -164,15 +174,18 @@ class Answerers:
             raise ModelError(f"{section.path}: has no fast form, which answering several at once needs")
         loaded.model.requires_grad_(False)
         engine = AnswerEngine(loaded.model, **self._options)
+        if engine.room < LEAST_ROOM:
+            engine.close()
+            raise ModelError(f"{section.path}: there is no memory left for the keys and values of a conversation")
         logger.info("base %s answers; a conversation may have %d tokens", loaded.base.path, engine.room)
         return Base(loaded, engine, _folding(make_encoder(loaded.tokenizer)), OrderedDict())
 
-    def _with_adapter(self, model: ServedModel, base: Base) -> Answerer:
+    def _with_adapter(self, model: ServedModel, section: ModelSection, base: Base) -> Answerer:
         folder = model.adapter
         if folder is None:
             return Answerer(model.id, base, None, base.encoder)
         if folder not in base.adapters:
-            base.engine.add_adapter(str(folder), read_beside(base.loaded, model.base, folder))
+            base.engine.add_adapter(str(folder), read_beside(base.loaded, section, folder))
             base.adapters[folder] = _encoder_of(folder, base)
             if len(base.adapters) > MOST_ADAPTERS:
                 oldest, _ = base.adapters.popitem(last=False)

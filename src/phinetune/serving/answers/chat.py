@@ -127,7 +127,7 @@ def _constraint(
     forced = _forced(asked, tools)
     if forced:
         form = answerer.base.call_form
-        return answerer.base.grammars.call((form.begin, form.end), form.special, forced, form.listed)
+        return answerer.base.grammars.call((form.begin, form.end), forced, form.listed)
     form_asked = asked.response_format
     if form_asked is None or form_asked.type == "text":
         return None

@@ -48,13 +48,12 @@ class Grammars:
         return self._maker(grammar, param)
 
     def call(
-        self, marks: tuple[str, str], special: bool, tools: Sequence[Mapping[str, Any]], listed: bool
+        self, marks: tuple[str, str], tools: Sequence[Mapping[str, Any]], listed: bool
     ) -> Callable[[], Constraint]:
         """What keeps an answer to a call of one of the tools.
 
         Args:
             marks: what stands before and after a call.
-            special: whether they are tokens of their own.
             listed: whether calls stand in a list.
         """
         from llguidance import LLMatcher
@@ -74,18 +73,23 @@ class Grammars:
         schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
         if listed:
             schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
-        begin, end = (mark if special else json.dumps(mark) if mark else "" for mark in marks)
+        begin, end = map(self._in_lark, marks)
         schema = {**schema, "x-guidance": SPACING}
         grammar = LLMatcher.grammar_from_lark(f"start: {begin} json {end}\njson: %json {json.dumps(schema)}\n")
         return self._maker(grammar, "tools")
 
+    def _in_lark(self, mark: str) -> str:
+        """A mark in a grammar: special tokens stand by their own names there, and text in quotes."""
+        ids = self._tokens.tokenize_str(mark) if mark else []
+        return mark if len(ids) == 1 and self._tokens.is_special_token(ids[0]) else json.dumps(mark) if mark else ""
+
     def _maker(self, grammar: str, param: str) -> Callable[[], Constraint]:
         from llguidance import LLMatcher
 
-        problem = LLMatcher.validate_grammar(grammar, self._tokens)
-        if problem:
-            raise _refused(problem, param)
-        return lambda: _Kept(LLMatcher(self._tokens, grammar))
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise _refused(matcher.get_error(), param)
+        return lambda: _Kept(matcher.deep_copy())
 
 
 def _refused(reason: str, param: str) -> ApiError:
@@ -100,7 +104,9 @@ class _Kept:
         self._matcher = matcher
 
     def mask_(self, logits: Tensor) -> None:
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        mask = self._matcher.compute_bitmask()
+        self._check()  # after an error the mask allows the end alone, which would cut the answer in silence
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
         may = torch.zeros(len(logits), dtype=torch.bool)
         count = min(len(bits), len(logits))
         may[:count] = torch.from_numpy(bits[:count].copy()).bool()
@@ -108,6 +114,9 @@ class _Kept:
 
     def take(self, token: int) -> bool:
         self._matcher.consume_token(token)
+        self._check()
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
         if self._matcher.is_error():
             raise RuntimeError(f"the grammar can't be kept: {self._matcher.get_error()}")
-        return bool(self._matcher.is_stopped())

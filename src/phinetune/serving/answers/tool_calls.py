@@ -14,6 +14,7 @@ from phinetune.chats.template_rendering import apply_template
 from phinetune.chats.tools import CALL, CALL_END, ToolStyle
 
 _USER = {"role": "user", "content": "hello"}
+_TEXT = "zqxtext"
 _CALL = {"type": "function", "function": {"name": "zqxname", "arguments": {"key": "zqxvalue"}}}
 ARGUMENTS = ("arguments", "parameters")  # a model's names for them
 
@@ -33,11 +34,6 @@ class CallForm:
     ids: frozenset[int]
     listed: bool
 
-    @property
-    def special(self) -> bool:
-        """Whether the marks are tokens of their own."""
-        return bool(self.ids)
-
 
 def call_form(tokenizer: PreTrainedTokenizerBase, style: ToolStyle) -> CallForm:
     """The form in which a tokenizer's template writes calls."""
@@ -49,19 +45,16 @@ def call_form(tokenizer: PreTrainedTokenizerBase, style: ToolStyle) -> CallForm:
 
 def _rendered_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the template writes before and after a call's object, in a turn that has one call."""
-    turn = {"role": "assistant", "content": ""}
+    turn = {"role": "assistant", "content": _TEXT}
     try:
         texts = apply_template(tokenizer, [[_USER, turn], [_USER, {**turn, "tool_calls": [_CALL]}]])
     except Exception:  # Jinja and a template's author can raise errors of any class
         return "", ""
-    without, with_call = texts
-    start, stop = with_call.find("{"), with_call.rfind("}") + 1
-    if "zqxname" not in with_call or not 0 <= start < stop:
+    (_, said, tail), (_, said_too, call) = (text.rpartition(_TEXT) for text in texts)
+    if not said or not said_too or "zqxname" not in call or not call.endswith(tail):
         return "", ""
-    shared = next((i for i, (a, b) in enumerate(zip(without, with_call, strict=False)) if a != b), len(without))
-    tail = without[shared:]
-    after = with_call[stop : len(with_call) - len(tail)] if tail and with_call.endswith(tail) else ""
-    return with_call[shared:start].strip(), after.strip()
+    start, stop = call.find("{"), call.rfind("}") + 1
+    return call[:start].strip(), call[stop : len(call) - len(tail)].strip()
 
 
 def read_tool_calls(text: str, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -23,7 +23,9 @@ def scores(losses: list[float], seed: int = 0) -> list[Score]:
 def set_of(prompts: list[str], tags: list[str] | None = None) -> ChatSet:
     chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}] for text in prompts]
     rows = [Encoded([1] * (5 + i % 3), [-100, *[1] * (4 + i % 3)]) for i in range(len(prompts))]
-    return ChatSet(chats, rows, DataReport("made"), list(range(len(prompts))), tags or [])  # type: ignore[arg-type]
+    where = [f"held.jsonl:{i + 1}" for i in range(len(prompts))]
+    places = list(range(len(prompts)))
+    return ChatSet(chats, rows, DataReport("made"), places, tags or [], where)  # type: ignore[arg-type]
 
 
 def test_a_kind_that_stands_out_is_named_with_its_worst_rows() -> None:
@@ -38,6 +40,7 @@ def test_a_kind_that_stands_out_is_named_with_its_worst_rows() -> None:
     assert worst["base"] > worst["loss"]
     assert 0.3 < worst["last_doubling"] < 0.7
     assert all("refund" in row["prompt"] for row in worst["examples"])
+    assert all(row["prompt"] == prompts[int(row["place"].split(":")[1]) - 1] for row in worst["examples"])
     assert found["text"].startswith("Learnt worst: tag: refund (10 rows): loss 1.9")
     json.dumps(found)
 

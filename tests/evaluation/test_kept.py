@@ -17,7 +17,7 @@ from phinetune.data.neutral.neutral_rows import shipped_prompts, shipped_rows
 from phinetune.engine.scoring import score_rows
 from phinetune.errors import DataError
 from phinetune.evaluation.bootstrap import Pairs, differences
-from phinetune.evaluation.kept import kept_sentence, neutral_rows, scored_places
+from phinetune.evaluation.kept import answered_rows, kept_sentence, neutral_rows, scored_places
 from phinetune.metric_table import measures_of
 from phinetune.screen.console import Console
 
@@ -43,6 +43,13 @@ def test_the_scored_tokens_are_bounded_and_never_too_few() -> None:
     assert scored_places([10] * 60, 300) == list(range(30))
     assert scored_places([10] * 60, 0) == list(range(24))
     assert scored_places([10] * 3, 0) == [0, 1, 2]
+
+
+def test_the_answered_rows_are_bounded_too_and_all_can_be_judged() -> None:
+    rows = shipped_rows()
+    assert len(answered_rows(rows, 0)) == 6
+    assert len(answered_rows(rows, 10 * 4 * 32)) == 10
+    assert all(row.expect for row in answered_rows(rows, 1e9))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def test_the_same_points_give_the_same_forecast() -> None:
     ],
 )
 def test_the_words(low: float, high: float, verdict: str, said: str) -> None:
-    assert verdict_of(low, high, 1.0) == verdict
+    assert verdict_of(low, (low + high) / 2, high, 1.0) == verdict
+    assert verdict_of(-0.01, 0.012, 0.029, 1.0) == "unclear"
     assert said in words(verdict, 400, low, high)
     assert told_span(low, high) in words(verdict, 400, low, high)
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from helpers import chat, tiny_config, train_only, write_jsonl
+from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.data.prepare.report import DataReport
 from phinetune.engine.examples import Encoded
 from phinetune.engine.packing import pack
 from phinetune.training.curve_words import curve_words, read_course
-from phinetune.training.spikes import is_spike, trained_places
+from phinetune.training.spikes import is_spike, place_of, trained_places
 
 
 def test_a_spike_stands_twice_and_a_nat_above_what_is_usual() -> None:
@@ -31,9 +33,23 @@ def test_rows_are_shown_from_their_own_tokens_whether_padded_packed_or_shared() 
     assert sorted(shared) == [([1, 2, 3], 1), ([5, 6], 1), ([7, 8], 1)]
     (packed,) = trained_places(pack([rows[0]], share=True))
     assert (packed[0].tolist(), packed[1]) == (rows[0].input_ids, 21)
-    padded = {"input_ids": torch.tensor([[5, 6, 0]]), "labels": torch.tensor([[-100, 6, -100]])}
+    padded = {
+        "input_ids": torch.tensor([[5, 6, 0]]),
+        "labels": torch.tensor([[-100, 6, -100]]),
+        "attention_mask": torch.tensor([[1, 1, 0]]),
+    }
     ((tokens, at),) = trained_places(padded)
-    assert (tokens.tolist(), at) == ([5, 6, 0], 1)
+    assert (tokens.tolist(), at) == ([5, 6], 1)
+
+
+def test_a_row_is_found_by_its_own_tokens() -> None:
+    encoded = [Encoded(ids, ids) for ids in ([1, 2, 3], [1, 2, 4], [1, 2, 3], [9, 3])]
+    chats = ChatSet([], encoded, DataReport("made"), where=["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1"])
+    assert place_of(chats, [1, 2, 4]) == "a.jsonl:2"
+    assert place_of(chats, [4]) == "a.jsonl:2"  # its beginning is shared
+    assert place_of(chats, [1, 2, 3]) == "a.jsonl:1 and 1 more"
+    assert place_of(chats, [7]) is None
+    assert place_of(ChatSet([], encoded, DataReport("stored")), [1, 2, 4]) is None
 
 
 def test_a_run_names_the_odd_row_among_equal_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +68,9 @@ def test_a_run_names_the_odd_row_among_equal_ones(tmp_path: Path, monkeypatch: p
     assert spike["step"] == 36
     assert "An odd one" in spike["rows"][0]
     assert "zqxj" in spike["rows"][0]
+    assert spike["places"] == [f"{data}:36"]
     assert (tmp_path / "run" / "spikes.jsonl").stat().st_mode & 0o077 == 0
     course = read_course(tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "spikes.jsonl", rows=40)
-    assert "step 36" in next(words.text for words in curve_words(course) if words.kind == "spike")
+    told = next(words.text for words in curve_words(course) if words.kind == "spike")
+    assert "step 36" in told
+    assert f"Look at its rows: {data}:36: " in told

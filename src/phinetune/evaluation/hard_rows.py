@@ -46,7 +46,7 @@ class HardKind:
         rows: how many held-out rows are of it.
         loss, base: nats a labelled token of the tuned model and of its base.
         above: how far the loss stands above the others', with its interval (`low`, `high`).
-        examples: its worst rows: `prompt` and `loss`.
+        examples: its worst rows: `prompt` and `loss`, and the `place` (file and line) where it is known.
     """
 
     by: str
@@ -82,7 +82,7 @@ def hard_rows(
     if len(tuned) < FEWEST:
         return None
     kinds, prompts = kinds_of(held_out)
-    found = hard_kinds(base, tuned, kinds, prompts)
+    found = hard_kinds(base, tuned, kinds, prompts, held_out.where)
     trees = [asdict(one) for one in found[:SHOWN]]
     for tree in trees:
         if before is None:
@@ -150,11 +150,18 @@ def script_of(text: str) -> str | None:
     return SCRIPTS.get(name, f"{name.capitalize()} letters")
 
 
-def hard_kinds(base: Sequence[Score], tuned: Sequence[Score], kinds: Kinds, prompts: Sequence[str]) -> list[HardKind]:
+def hard_kinds(
+    base: Sequence[Score],
+    tuned: Sequence[Score],
+    kinds: Kinds,
+    prompts: Sequence[str],
+    where: Sequence[str] = (),
+) -> list[HardKind]:
     """The kinds whose loss stands clearly above that of the other rows, the worst first.
 
     Args:
         kinds: for each way to sort rows, the kind of each row.
+        where: the place of each row; empty where they are not known.
     """
     named = [(by, kind) for by, marks in kinds.items() for kind in dict.fromkeys(marks) if kind is not None]
     members = np.array([[mark == kind for mark in kinds[by]] for by, kind in named], dtype=np.float64)
@@ -177,7 +184,7 @@ def hard_kinds(base: Sequence[Score], tuned: Sequence[Score], kinds: Kinds, prom
         if low > 0:
             loss, before = (sum((scores[place] for place in places), Score()).loss for scores in (tuned, base))
             ends = float(measured[i]), float(low), float(high)
-            found.append(HardKind(by, kind, len(places), loss, before, *ends, _worst(places, tuned, prompts)))
+            found.append(HardKind(by, kind, len(places), loss, before, *ends, _worst(places, tuned, prompts, where)))
     return sorted(found, key=lambda one: -one.above)
 
 
@@ -195,9 +202,18 @@ def _above(counts: Array, members: Array, nll: Array, tokens: Array) -> Array:
     return above
 
 
-def _worst(places: Sequence[int], scores: Sequence[Score], prompts: Sequence[str]) -> list[dict[str, Any]]:
+def _worst(
+    places: Sequence[int], scores: Sequence[Score], prompts: Sequence[str], where: Sequence[str]
+) -> list[dict[str, Any]]:
     worst = sorted(places, key=lambda place: -scores[place].loss)[:EXAMPLES]
-    return [{"prompt": _short(prompts[place]), "loss": round(scores[place].loss, 4)} for place in worst]
+    return [
+        {
+            "prompt": _short(prompts[place]),
+            "loss": round(scores[place].loss, 4),
+            **({"place": where[place]} if where else {}),
+        }
+        for place in worst
+    ]
 
 
 def _short(text: str) -> str:

@@ -1,6 +1,6 @@
 """What a tuned model kept of what its base could do: both are scored on neutral chats, and answer some of them.
 
-The cost is bounded by a share of the evaluation, and told.
+The cost is a share of the evaluation's, but for a least number of rows without which nothing could be told. It is told.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.compare import Comparison, Side, sides_of
 from phinetune.metric_table import Measure, measures_of
 
-SHARE = 0.1  # of the evaluation's work, for the scored tokens and again for the answered ones
+SHARE = 0.05  # of the evaluation's work, for the scored tokens and again for the answered ones: a tenth together
 LEAST_ROWS = 24  # are scored in any case
 LEAST_ANSWERS = 6  # are given in any case, where prompts are answered at all
 ANSWER_TOKENS = 32  # most tokens of an answer: enough to see whether it is right
@@ -98,6 +98,7 @@ def measure_kept(
     held_out: ChatSet,
     section: EvaluationSection,
     base: Side | None,
+    answered: int,
     seconds: float,
 ) -> Kept | None:
     """Score both models on the neutral chats, and let them answer some. None without an adapter, or if switched off.
@@ -105,6 +106,7 @@ def measure_kept(
     Args:
         held_out: what the evaluation was made on; the work allowed follows from it.
         base: see `phinetune.evaluation.compare.compare`.
+        answered: tokens that a model answered the held-out prompts with.
         seconds: that the evaluation took.
 
     Raises:
@@ -117,8 +119,9 @@ def measure_kept(
     began = time.perf_counter()
     encoder = make_encoder(tokenizer, "assistant", "keep")
     encoded = encoder.encode([encoder.prepare(list(row.messages)) for row in rows])
-    scored = scored_places([len(one.input_ids) for one in encoded], _budget(held_out, section))
-    asked = _asked([rows[place] for place in scored], held_out, section)
+    work = held_out.report.tokens + ANSWER_FACTOR * answered  # of each side of the evaluation
+    scored = scored_places([len(one.input_ids) for one in encoded], SHARE * work)
+    asked = answered_rows([rows[place] for place in scored], SHARE * work) if section.generate and answered else []
     chats, kept_rows = [encoded[place] for place in scored], [rows[place] for place in scored]
     size = None if section.batch_size == "auto" else section.batch_size
     losses, right = {}, {}
@@ -144,7 +147,9 @@ def with_kept(
     Args:
         began: `time.perf_counter()` of when the comparison began.
     """
-    kept = measure_kept(model, tokenizer, held_out, section, base, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    answered = _answer_tokens(comparison, tokenizer)
+    kept = measure_kept(model, tokenizer, held_out, section, base, answered, seconds)
     return replace(comparison, kept=kept.to_dict()) if kept else comparison
 
 
@@ -182,14 +187,10 @@ def _own_rows(name: str) -> list[NeutralRow]:
     return found
 
 
-def _budget(held_out: ChatSet, section: EvaluationSection) -> float:
-    """Tokens that may be scored on each side."""
-    prompts = _prompts(held_out, section)
-    return SHARE * (held_out.report.tokens + ANSWER_FACTOR * prompts * section.max_new_tokens)
-
-
-def _prompts(held_out: ChatSet, section: EvaluationSection) -> int:
-    return min(len(held_out.chats), section.max_prompts or len(held_out.chats)) if section.generate else 0
+def _answer_tokens(comparison: Comparison, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a model answered with, the mean of both."""
+    texts = [text for example in comparison.examples for text in example.answers.values()]
+    return len([token for ids in tokenizer(texts)["input_ids"] for token in ids]) // 2 if texts else 0
 
 
 def scored_places(lengths: Sequence[int], budget: float) -> list[int]:
@@ -203,10 +204,9 @@ def scored_places(lengths: Sequence[int], budget: float) -> list[int]:
     return places
 
 
-def _asked(rows: Sequence[NeutralRow], held_out: ChatSet, section: EvaluationSection) -> list[NeutralRow]:
+def answered_rows(rows: Sequence[NeutralRow], budget: float) -> list[NeutralRow]:
     """The rows that are answered as well: those whose answers a pattern can judge, as far as the budget allows."""
-    prompts = _prompts(held_out, section)
-    most = max(LEAST_ANSWERS, int(SHARE * prompts * section.max_new_tokens / ANSWER_TOKENS)) if prompts else 0
+    most = max(LEAST_ANSWERS, int(budget / (ANSWER_FACTOR * ANSWER_TOKENS)))
     return [row for row in rows if row.expect][:most]
 
 

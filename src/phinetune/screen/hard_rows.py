@@ -37,4 +37,5 @@ def show_hard_rows(hard: Mapping[str, Any] | None, console: Console) -> None:
     console.print(table)
     for one in kinds:
         shown = one["examples"][0]
-        say(console, f"  {one['by']}: {one['name']}, for example (loss {shown['loss']:.3g}): {shown['prompt']}")
+        place = f", {shown['place']}" if shown.get("place") else ""
+        say(console, f"  {one['by']}: {one['name']}, for example (loss {shown['loss']:.3g}{place}): {shown['prompt']}")

@@ -177,7 +177,11 @@ def _spikes(course: Course) -> list[Words]:
     highest = sorted(course.spikes, key=lambda spike: -float(spike["loss"]))[:SHOWN_SPIKES]
     told = []
     for spike in sorted(highest, key=lambda spike: int(spike["step"])):
-        rows = " | ".join(repr(text) for text in spike.get("rows", []))
+        texts = spike.get("rows", [])
+        places = [*spike.get("places", []), *([None] * len(texts))]  # older runs have none
+        rows = " | ".join(
+            f"{place}: {text!r}" if place else repr(text) for text, place in zip(texts, places, strict=False)
+        )
         loss = f"the loss of step {spike['step']:,} was {spike['loss']:.3g}, where {spike['usual']:.3g} was usual"
         told.append(Words("spike", f"Spike: {loss}. Look at its rows: {rows}"))
     return told

@@ -92,7 +92,7 @@ def forecast(points: Sequence[Point]) -> Forecast:
     gains = losses[:, -1] - then
     low, high = (float(x) for x in np.percentile(gains, [(100 - LEVEL) / 2, (100 + LEVEL) / 2]))
     middle = float(np.median(gains))
-    verdict = verdict_of(low, high, points[-1].loss)
+    verdict = verdict_of(low, middle, high, points[-1].loss)
     text = words(verdict, wanted, low, high)
     law = (float(np.median(a)), float(np.median(b)), float(np.median(c)))
     return Forecast(wanted, middle, low, high, points[-1].loss - middle, verdict, text, law)
@@ -144,14 +144,14 @@ def _ends(point: Point) -> dict[str, float]:
     return {"low": float(low), "high": float(high)}
 
 
-def verdict_of(low: float, high: float, loss: float) -> str:
+def verdict_of(low: float, middle: float, high: float, loss: float) -> str:
     """Whether a gain is likely, none worth more rows is, or neither can be told.
 
-    Nothing: at best 3% of the loss, and it may be none at all.
+    Nothing: it may be none at all, is most likely below 1% of the loss, and at best 3%.
     """
     if low > 0:
         return "gain"
-    return "nothing" if high < 0.03 * loss else "unclear"
+    return "nothing" if middle < 0.01 * loss and high < 0.03 * loss else "unclear"
 
 
 def words(verdict: str, rows: int, low: float, high: float) -> str:

@@ -91,7 +91,8 @@ def mixed(train: ChatSet, more: Sequence[Encoded]) -> ChatSet:
     """A set with more examples at its end, in memory or on disk."""
     tags = [*train.tags, *([""] * len(more))] if train.tags else train.tags
     if not isinstance(train.encoded, StoredRows):
-        return replace(train, encoded=[*train.encoded, *more], tags=tags)
+        where = [*train.where, *(["data.replay"] * len(more))] if train.where else train.where
+        return replace(train, encoded=[*train.encoded, *more], tags=tags, where=where)
     data = train.encoded.data
     columns: dict[str, list[Any]] = {
         "input_ids": [one.input_ids for one in more],

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from phinetune.training.recorded import Record, record_of
 from phinetune.training.reference import OnDone, Reference
 from phinetune.training.resuming import Resumption, check_resume, stretch_of
 from phinetune.training.settings import make_lora_config
-from phinetune.training.spikes import SpikeWatch
+from phinetune.training.spikes import SpikeWatch, place_of
 from phinetune.training.trainer import FastTrainer, Look, RunTrainer
 from phinetune.training.value_rules import plain_name
 from phinetune.training.warm_start import STARTED_FROM, load_start, started_from
@@ -219,7 +220,8 @@ class _Callbacks:
         section = prepared.config.evaluation
         patience, threshold = section.early_stopping_patience, section.early_stopping_threshold
         early = EarlyStop(patience, threshold) if patience else None
-        spikes = SpikeWatch(folder.spikes, lambda ids: str(prepared.tokenizer.decode(ids.tolist())))
+        placed = partial(place_of, prepared.chats.train)
+        spikes = SpikeWatch(folder.spikes, lambda ids: str(prepared.tokenizer.decode(ids.tolist())), placed)
         return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), spikes, stop, early)
 
     def listed(self) -> list[TrainerCallback]:

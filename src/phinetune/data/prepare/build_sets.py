@@ -273,6 +273,7 @@ def _collect(name: str, outcomes: Iterable[RowOutcome], encode: RowEncoder) -> C
     examples: list[Encoded] = []
     places: list[int] = []
     tags: list[str] = []
+    where: list[str] = []
     report = DataReport(name)
     problems: list[str] = []
     tag = encode.section.tag
@@ -282,13 +283,14 @@ def _collect(name: str, outcomes: Iterable[RowOutcome], encode: RowEncoder) -> C
             problems.append(f"{outcome.row.where}: {outcome.error}")
         if outcome.encoded:
             examples.append(outcome.encoded)
+            where.append(outcome.row.where)
             if tag:
                 tags.append(tag_of(outcome.row, tag))
             if outcome.chat:
                 chats.append(outcome.chat)
                 places.append(len(examples) - 1)
     check_usable(report, problems, encode.section)
-    return ChatSet(chats, examples, report, places, tags)
+    return ChatSet(chats, examples, report, places, tags, where)
 
 
 def check_usable(report: DataReport, problems: Sequence[str], section: DataSection) -> None:
@@ -362,7 +364,7 @@ def _streamed_set(name: str, encode: RowEncoder) -> ChatSet:
     outcomes = list(encode(rows))
     chat_set = _collect(f"{name} (streamed; its first {len(rows)} rows)", outcomes, encode)
     chat_set.keys = keys_of([outcome for outcome in outcomes if outcome.piece == 0 and outcome.encoded])
-    chat_set.stream = stream(encode)
+    chat_set.stream, chat_set.where = stream(encode), []
     return chat_set
 
 
@@ -398,6 +400,6 @@ def _stored_set(name: str, columns: Columns, places: Sequence[int], encode: RowE
         report,
         np.flatnonzero(is_chat).tolist(),
         [tag for _, tag in columns.texts("tag", rows.tolist())],
-        bool(columns.numbers("ends")[order].any()),
+        stored_end=bool(columns.numbers("ends")[order].any()),
         keys=columns.keys(np.unique(order[(lengths > 0) & (piece == 0)])),
     )

@@ -28,6 +28,8 @@ class ChatSet:
         report: what became of the set's rows.
         places: for each of `chats`, its index in `encoded`.
         tags: for each of `encoded`, what its row has in the column `data.tag`; empty without such a column.
+        where: for each of `encoded`, its row's place (`chats.jsonl:17`); empty where places are not kept: of rows on
+            disk, and of a stream.
         stored_end: for rows on disk, whether any label is an end-of-turn token.
         stream: all rows, if the set is a stream; then the rest of the set is only the stream's beginning.
         keys: what the kept rows are compared by with those of another set; None if they can't be compared.
@@ -40,6 +42,7 @@ class ChatSet:
     report: DataReport
     places: Sequence[int] = field(default_factory=list)
     tags: Sequence[str] = field(default_factory=list)
+    where: Sequence[str] = field(default_factory=list)
     stored_end: bool = False
     stream: IterableDataset | None = None
     keys: SetKeys | None = None

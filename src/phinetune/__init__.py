@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from phinetune.api.talk import chat, generate, load
     from phinetune.api.train import demo, train
     from phinetune.config.run import describe_config
+    from phinetune.exporting.combine import combine
     from phinetune.exporting.convert.convert import convert
     from phinetune.exporting.hub.push import push
     from phinetune.exporting.targets import export
@@ -37,6 +38,7 @@ _PLACES = {
     "chat": "phinetune.api.talk",
     "check": "phinetune.api.data",
     "columns": "phinetune.api.columns",
+    "combine": "phinetune.exporting.combine",
     "convert": "phinetune.exporting.convert.convert",
     "demo": "phinetune.api.train",
     "describe_config": "phinetune.config.run",
@@ -57,6 +59,7 @@ __all__ = [
     "chat",
     "check",
     "columns",
+    "combine",
     "convert",
     "demo",
     "describe_config",

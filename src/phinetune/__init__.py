@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from phinetune.api.train import demo, train
     from phinetune.api.tune import tune
     from phinetune.config.run import describe_config
+    from phinetune.exporting.combine import combine
     from phinetune.exporting.convert.convert import convert
     from phinetune.exporting.hub.push import push
 
@@ -39,6 +40,7 @@ _PLACES = {
     "chat": "phinetune.api.talk",
     "check": "phinetune.api.data",
     "columns": "phinetune.api.columns",
+    "combine": "phinetune.exporting.combine",
     "convert": "phinetune.exporting.convert.convert",
     "curve": "phinetune.api.curve",
     "demo": "phinetune.api.train",
@@ -61,6 +63,7 @@ __all__ = [
     "chat",
     "check",
     "columns",
+    "combine",
     "convert",
     "curve",
     "demo",

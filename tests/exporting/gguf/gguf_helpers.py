@@ -17,13 +17,24 @@ from transformers import Phi3ForCausalLM, PreTrainedTokenizerBase
 
 from helpers import SHARED
 from phinetune.checkpoints.load import read_config
-from phinetune.checkpoints.random_shapes import special_ids
+from phinetune.checkpoints.random_shapes import byte_tokenizer, parse_shape, special_ids
+from phinetune.engine.families import transformers_class
 
 # Sizes for the hub's configurations, as small as their rotary embeddings allow: they need 96 dimensions per head.
 SHAPES: dict[str, dict[str, int]] = {
     "phi-3-mini-4k-instruct": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4},
     "phi-3.5-mini-instruct": {"hidden_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4},
     "phi-4-mini-instruct": {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+LLAMA3 = "{rope_type: llama3, rope_theta: 5000.0, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0,"
+LLAMA3 += " original_max_position_embeddings: 64}"
+# Shapes whose q, k, v and gate, up are layers of their own.
+SPLIT_SHAPES = {
+    "llama": "model_type: llama, kv_heads: 4",
+    "llama 3": f"model_type: llama, kv_heads: 2, head_dim: 32, tie_word_embeddings: true, rope_parameters: {LLAMA3}",
+    "mistral": "model_type: mistral, kv_heads: 2, sliding_window: null, rms_norm_eps: 1.0e-5",
+    "qwen2": "model_type: qwen2, kv_heads: 2",
 }
 
 
@@ -138,6 +149,24 @@ def random_model(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0
     (folder / "config.json").write_text(text)  # as the hub has it
     tokenizer.save_pretrained(folder)
     return model
+
+
+def split_model(shape: str, folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A small model of random weights, larger than a new model's, saved in `folder`."""
+    sizes = "layers: 2, hidden_size: 64, intermediate_size: 96, heads: 4, vocab: 300, max_position_embeddings: 512"
+    config = parse_shape(f"random:{{{shape}, {sizes}}}")
+    torch.manual_seed(0)
+    model: Any = transformers_class(config)._from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    special = special_ids(300)
+    model.generation_config.eos_token_id = [special[token] for token in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
+    model.generation_config.pad_token_id = special["<|endoftext|>"]
+    tokenizer = byte_tokenizer(300)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 
 def random_adapter(model: Any, folder: Path, base: str, size: float = 0.05, **options: Any) -> Any:

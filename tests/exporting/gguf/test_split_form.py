@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from exporting.gguf.gguf_helpers import chat_ids, greedy, keys_of, llama, random_adapter, tensors_of
-from phinetune.checkpoints.random_shapes import byte_tokenizer, parse_shape, special_ids
-from phinetune.engine.families import transformers_class
+from exporting.gguf.gguf_helpers import (
+    SPLIT_SHAPES,
+    chat_ids,
+    greedy,
+    keys_of,
+    llama,
+    random_adapter,
+    split_model,
+    tensors_of,
+)
 from phinetune.errors import ModelError
 from phinetune.exporting.targets import export
 
 LETTER = 3 + ord("a")  # its id in the byte tokenizer
 QUESTION = [{"role": "user", "content": "How many are 2 and 2?"}]
-LLAMA3 = "{rope_type: llama3, rope_theta: 5000.0, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0,"
-LLAMA3 += " original_max_position_embeddings: 64}"
-SHAPES = {
-    "llama": "model_type: llama, kv_heads: 4",
-    "llama 3": f"model_type: llama, kv_heads: 2, head_dim: 32, tie_word_embeddings: true, rope_parameters: {LLAMA3}",
-    "mistral": "model_type: mistral, kv_heads: 2, sliding_window: null, rms_norm_eps: 1.0e-5",
-    "qwen2": "model_type: qwen2, kv_heads: 2",
-}
 
 
-def split_model(shape: str, folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A small model of random weights, larger than a new model's, saved in `folder`."""
-    sizes = "layers: 2, hidden_size: 64, intermediate_size: 96, heads: 4, vocab: 300, max_position_embeddings: 512"
-    config = parse_shape(f"random:{{{shape}, {sizes}}}")
-    torch.manual_seed(0)
-    model: Any = transformers_class(config)._from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    special = special_ids(300)
-    model.generation_config.eos_token_id = [special[token] for token in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
-    model.generation_config.pad_token_id = special["<|endoftext|>"]
-    tokenizer = byte_tokenizer(300)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model, tokenizer
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", SPLIT_SHAPES.values(), ids=SPLIT_SHAPES)
 def test_llama_cpp_answers_as_transformers_does(shape: str, tmp_path: Path) -> None:
     model, tokenizer = split_model(shape, tmp_path / "m")
     tuned = random_adapter(model, tmp_path / "adapter", str(tmp_path / "m"), size=0.3)
@@ -67,7 +46,7 @@ def test_llama_cpp_answers_as_transformers_does(shape: str, tmp_path: Path) -> N
 
 def test_the_architecture_and_its_tensors_are_the_bases_own(tmp_path: Path) -> None:
     for shape, name in (("llama 3", "llama"), ("mistral", "llama"), ("qwen2", "qwen2")):
-        model, _ = split_model(SHAPES[shape], tmp_path / shape)
+        model, _ = split_model(SPLIT_SHAPES[shape], tmp_path / shape)
         export(str(tmp_path / shape), "gguf", kind="q8_0", out=tmp_path / f"{shape}.gguf")
         keys, tensors = keys_of(tmp_path / f"{shape}.gguf"), tensors_of(tmp_path / f"{shape}.gguf")
         assert keys["general.architecture"] == name

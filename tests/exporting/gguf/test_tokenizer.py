@@ -20,7 +20,7 @@ from phinetune.checkpoints.random_shapes import CHAT_TEMPLATE, byte_tokenizer
 from phinetune.errors import ModelError
 from phinetune.exporting.checkpoint_source import open_checkpoint
 from phinetune.exporting.gguf.model import general_name
-from phinetune.exporting.gguf.tokenizer import CL100K, O200K, read_vocabulary
+from phinetune.exporting.gguf.tokenizer import CL100K, O200K, QWEN2, UNCOMPOSED, read_vocabulary
 from phinetune.exporting.targets import export
 
 
@@ -204,6 +204,7 @@ SPLITTINGS = {
     ),
     "dbrx": split(CL100K),
     "gpt-4o": split(O200K),
+    "qwen2": split(QWEN2),
 }
 
 
@@ -220,6 +221,27 @@ def test_each_splitting_in_llama_cpp_gives_transformers_ids(tmp_path: Path, name
     notes = read_vocabulary(tokenizer, GenerationConfig(), 640).notes
     assert any("combining marks" in note for note in notes) is (name == "gpt-4o")
     check_texts_and_chats(Llama(tmp_path / "a.gguf"), tokenizer, marks=name != "gpt-4o")
+
+
+def test_llama_3s_words_that_are_tokens_are_never_split(tmp_path: Path) -> None:
+    """`ignore_merges`: here the last token can't be reached by merges any more."""
+    tree = json.loads(trained(SPLITTINGS["dbrx"]).backend_tokenizer.to_str())
+    tree["model"] |= {"ignore_merges": True, "merges": tree["model"]["merges"][:-40]}
+    core = Tokenizer.from_str(json.dumps(tree))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+    folder = hub_shape("phi-4-mini-instruct", tmp_path / "m", vocab_size=640)
+    random_model(folder, tokenizer)
+    export(str(folder), "gguf", out=tmp_path / "a.gguf")
+    assert keys_of(tmp_path / "a.gguf")["tokenizer.ggml.pre"] == "llama-bpe"
+    check_texts_and_chats(Llama(tmp_path / "a.gguf"), tokenizer)
+
+
+def test_composed_letters_are_noted() -> None:
+    """Qwen2's tokenizer composes letters first. llama.cpp does not, and few texts have uncomposed ones."""
+    qwen2 = rebuilt(trained(SPLITTINGS["qwen2"]), normalizer=normalizers.NFC())
+    assert UNCOMPOSED in read_vocabulary(qwen2, GenerationConfig(), 640).notes
 
 
 def test_the_splittings_differ_on_these_texts() -> None:

@@ -13,7 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from cli.cli_helpers import run
 from exporting.export_helpers import CHATS, TEXTS, TunedStarter
-from exporting.gguf.gguf_helpers import chat_ids, greedy, hub_shape, random_adapter, random_model
+from exporting.gguf.gguf_helpers import (
+    SPLIT_SHAPES,
+    chat_ids,
+    greedy,
+    hub_shape,
+    random_adapter,
+    random_model,
+    split_model,
+)
 from exporting.onnx.onnx_helpers import Genai
 from helpers import TINY
 from phinetune.checkpoints.random_shapes import byte_tokenizer
@@ -49,6 +57,14 @@ def test_an_adapter_in_onnxruntime_answers_as_in_peft(adapter: Any) -> None:
     genai = Genai(folder)
     assert genai.tokenize(genai.render(QUESTION)) == ids
     assert genai.greedy(ids, 40) == without_end(tuned, ids)
+
+
+def test_a_split_model_in_onnxruntime_answers_as_in_transformers(tmp_path: Path) -> None:
+    """Llama 3.1's scaling, grouped queries, heads wider than a fourth of the width, one embedding."""
+    model, tokenizer = split_model(SPLIT_SHAPES["llama 3"], tmp_path / "m")
+    export(str(tmp_path / "m"), "onnx", kind="f32", out=tmp_path / "out")
+    ids = chat_ids(tokenizer, QUESTION)
+    assert Genai(tmp_path / "out").greedy(ids, 40) == without_end(model, ids)
 
 
 @pytest.mark.starter

@@ -111,12 +111,13 @@ def _keep_spaces_together(file: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def _config_for_builder(config: ModelConfig, kind: str) -> ModelConfig:
-    """A Phi-3's configuration in the keys that the builder reads. Otherwise it would overlook some settings."""
+    """A model's configuration in the keys that the builder reads. Otherwise it would overlook some settings."""
     adjusted = copy.deepcopy(config)
     adjusted.architectures = [transformers_class(config).__name__]
     if kind == "f32":
         adjusted.dtype = torch.float32  # the builder reads the weights in this dtype, whatever the files hold
-    if config.sliding_window and config.sliding_window < config.max_position_embeddings:
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
         adjusted.layer_types = ["sliding_attention"] * config.num_hidden_layers  # else it ignores the window
     if is_longrope(config):
         factor = attention_factor(config)

@@ -201,9 +201,7 @@ def compare(
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
         sides[name] = Measured(scores, answered, preferred)
     both = {name: one for name, one in sides.items() if name != "start"}
-    compared = replace(
-        _compared(both, questions, held_out, section), judged=_judged(both, questions, section, watcher)
-    )
+    compared = replace(_compared(both, questions, held_out, section), judged=_judged(both, questions, section, watcher))
     return replace(compared, since_start=_since_start(sides, section)) if "start" in sides else compared
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
-from transformers import Phi3ForCausalLM
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG
 from phinetune.checkpoints.adapters import check_base, usable_adapter
 from phinetune.checkpoints.load import Loaded
 from phinetune.config.model import ModelSection
 from phinetune.engine.continuous.low_rank import Adapter, on_device, read_updates
+from phinetune.engine.families import plain_model
 from phinetune.engine.peft_variants import moves_the_base
 from phinetune.errors import ModelError, told_as
 
@@ -39,7 +39,7 @@ def read_beside(loaded: Loaded, section: ModelSection, folder: Path) -> Adapter:
         )
     with told_as(ModelError, f"{folder / ADAPTER_CONFIG}: does not fit this base"):
         with torch.device("meta"):
-            shape = Phi3ForCausalLM(loaded.model.config)
+            shape = plain_model(loaded.model.config)
         model = PeftModel(shape, config, low_cpu_mem_usage=True)
         weights = load_peft_weights(str(folder), device="cpu")
     return on_device(read_updates(model.eval(), weights), loaded.model.dtype, loaded.device)

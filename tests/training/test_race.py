@@ -21,6 +21,7 @@ from phinetune.api.train import train_config
 from phinetune.api.tune import tune_config
 from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ConfigError, RunError
+from phinetune.files import remove
 from phinetune.liveness import this_process
 from phinetune.planning.plan import make_plan
 from phinetune.training import race as module
@@ -118,6 +119,9 @@ def test_a_race_that_was_killed_goes_on_and_comes_to_the_same(
     assert_equal(run.path, whole[0])
     with pytest.raises(RunError, match="holds a finished run"):
         train_config(config, console)
+    (tmp_path / "run" / "results.json").unlink()
+    remove(tmp_path / "run-tune")
+    assert_equal(train_config(config, console, resume=True).path, whole[0])  # the run itself knows what was chosen
 
 
 def test_a_move_that_was_killed_is_finished(
@@ -274,3 +278,8 @@ def test_a_wish_that_can_not_be_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         tune_config(config_of(chats, tmp_path / "run"), wish, console)
+
+
+def test_a_storage_that_can_not_be_opened_is_a_sentence(chats: Path, tmp_path: Path, console: Console) -> None:
+    with pytest.raises(ConfigError, match="--study nowhere://x"):
+        tune_config(config_of(chats, tmp_path / "run"), Wish(), console, study="nowhere://x")

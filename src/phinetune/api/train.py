@@ -197,7 +197,7 @@ def _raced(
     if not settled.settings.race:
         return None
     folder = RunFolder(settled.config.output_dir)
-    if resume and not race_folder(folder.path).is_dir():
+    if resume and (folder.is_finished or not race_folder(folder.path).is_dir()):
         return None
     return stopped_or(race(settled, Wish(), console, stop, resume=resume, overwrite=overwrite))
 

@@ -59,7 +59,7 @@ class ServerProcess:
     def kill(self) -> None:
         assert self._process
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
     def stop(self) -> tuple[int, float]:
         """SIGTERM; its exit status, and the seconds that it took."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 
 from helpers import chat
+from phinetune.liveness import is_alive
 from phinetune.run_folder import RunFolder
 from phinetune.serving.store import Store
 from serving.serving_helpers import ServerProcess, ask, until
@@ -26,14 +26,14 @@ def lines(rows: list[Any]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def process_of(folder: Path, job: str) -> int:
-    """The id of the process that a job's row names; 0 if it names none."""
+def process_of(folder: Path, job: str) -> dict[str, Any] | None:
+    """The process that a job's row names."""
     store = Store(folder / "server.sqlite")
     try:
         row = store.row("SELECT process FROM jobs WHERE id = ?", [job])
     finally:
         store.close()
-    return int(json.loads(row["process"])["pid"]) if row and row["process"] else 0
+    return json.loads(row["process"]) if row and row["process"] else None
 
 
 def test_a_job_survives_the_server_and_its_own_process(tmp_path: Path) -> None:
@@ -68,7 +68,8 @@ def test_a_job_survives_the_server_and_its_own_process(tmp_path: Path) -> None:
         until(lambda: jobs.checkpoints.list(job.id).data)
         trained_by = process_of(folder, job.id)
         server.kill()
-        assert psutil.pid_exists(trained_by)
+        assert trained_by
+        assert is_alive(trained_by)
         client = server.start()
         jobs = client.fine_tuning.jobs
         assert client.files.content(file.id).content == lines(ROWS)
@@ -80,14 +81,15 @@ def test_a_job_survives_the_server_and_its_own_process(tmp_path: Path) -> None:
         # Paused, it saves and ends; resumed and killed at once, it goes on by itself.
         assert jobs.pause(job.id).status == "paused"
         until(lambda: not process_of(folder, job.id))
-        assert not psutil.pid_exists(trained_by)
+        assert not is_alive(trained_by)
         assert jobs.retrieve(job.id).status in ("paused", "succeeded")
         if jobs.retrieve(job.id).status == "paused":
             assert jobs.resume(job.id).status == "queued"
-            os.kill(until(lambda: process_of(folder, job.id)), signal.SIGKILL)
+            os.kill(until(lambda: process_of(folder, job.id))["pid"], signal.SIGKILL)
             until(lambda: any("ended unexpectedly" in one.message for one in jobs.list_events(job.id)))
         done = until(lambda: (found := jobs.retrieve(job.id)).status in ("succeeded", "failed") and found)
         check_done(client, done, folder)
+        client.close()
         status, seconds = server.stop()
         assert (status, seconds < 10) == (0, True)
     finally:

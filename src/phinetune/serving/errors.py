@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from phinetune.config.section import joined_message
+
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
+PARTS = ("body", "query", "path", "header", "cookie")  # of a request; pydantic's places begin with them
+# What pydantic calls the kinds of a value that may be of several, and adds to its place.
+KINDS = ("literal[", "constrained-", "function-", "list[", "dict[")
+PLAIN_KINDS = ("str", "int", "float", "bool", "none")
 
 
 class ApiError(Exception):
@@ -91,25 +97,29 @@ def invalid_values(problems: Sequence[Any]) -> ApiError:
     """
     if problems[0]["type"] == "json_invalid":
         return ApiError(400, f"We could not parse the JSON body of your request: {problems[0]['msg']}.")
-    told = dict.fromkeys(_told(one) for one in problems)
-    kind = problems[0]["type"]
-    code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(kind, "invalid_value")
-    return ApiError(400, " ".join(told), code=code, param=_place(problems[0]["loc"]) or None)
+    by_place: dict[str, list[Any]] = {}
+    for one in problems:
+        by_place.setdefault(_place(one["loc"]), []).append(one)
+    place, first = next(iter(by_place.items()))
+    codes = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+    message = " ".join(_told(name, found) for name, found in by_place.items())
+    return ApiError(400, message, code=codes.get(first[0]["type"], "invalid_value"), param=place or None)
 
 
-def _told(problem: Any) -> str:
-    place = _place(problem["loc"])
-    if problem["type"] == "missing":
+def _told(place: str, problems: Sequence[Any]) -> str:
+    """The sentence for what is wrong at one place; pydantic has a problem for each kind that a value may be of."""
+    if problems[0]["type"] == "missing":
         return f"Missing required parameter: '{place}'."
-    if problem["type"] == "extra_forbidden":
+    if problems[0]["type"] == "extra_forbidden":
         return f"Unknown parameter: '{place}'."
-    text = str(problem["msg"]).removeprefix("Value error, ")
+    text = joined_message([one["msg"] for one in problems])
     return f"Invalid '{place}': {text}." if place else f"{text}."
 
 
 def _place(loc: Sequence[Any]) -> str:
-    """A value's place as `method.dpo.beta`, without the part of the request that it stands in."""
-    return ".".join(str(part) for part in loc if part not in ("body", "query", "path", "header"))
+    """A value's place as `method.dpo.beta`, without the part of the request and the kinds that pydantic names in it."""
+    inside = loc[1:] if loc and loc[0] in PARTS else loc
+    return ".".join(str(part) for part in inside if not str(part).startswith(KINDS) and part not in PLAIN_KINDS)
 
 
 def _http_message(request: Request, error: Any) -> str:

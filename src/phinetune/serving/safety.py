@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import time
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +24,7 @@ OPEN_PATHS = ("/healthz",)  # for whoever looks whether the server is there
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 UPLOAD = "/v1/files"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+DRAINED, DRAIN_S = 1 << 30, 10.0  # bytes and seconds that a body which is too large is read on
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -159,8 +162,20 @@ class _Answer:
     async def refuse(self, error: ApiError, scope: Scope, receive: Receive) -> None:
         if not self._began:
             answer: Any = error.answer()
-            answer.headers["Connection"] = "close"  # the rest of a body that nobody reads
+            if error.status == 413:
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(_drain(receive), DRAIN_S)
+            answer.headers["Connection"] = "close"
             await answer(scope, receive, self)
+
+
+async def _drain(receive: Receive) -> None:
+    """Read what is left of a body and forget it: a client that is still sending would not see the answer."""
+    left, more = DRAINED, True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 def _too_large(most: int) -> ApiError:

@@ -103,7 +103,7 @@ def serve(
 
 
 def _server(config: uvicorn.Config) -> uvicorn.Server:
-    """A server that ends on a signal, and lets what is around it end too: uvicorn's own kills itself with the signal."""
+    """A server that ends on a signal, so that what is around it ends too; uvicorn's own kills itself."""
     import uvicorn
 
     class Server(uvicorn.Server):

@@ -1,0 +1,128 @@
+"""A server on the tiny model: as a process of its own, or as a thread over a state that the test holds."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from openai import OpenAI
+
+from helpers import TINY
+from phinetune.config.model import ModelSection
+from phinetune.serving.app import create_app
+from phinetune.serving.settings import ServerSettings
+from phinetune.serving.state import ServerState, open_state
+
+KEY = "sk-a-key-of-the-tests"
+LIMIT_S = 240.0  # after which a test gives up: on a machine that does nothing else, seconds
+
+
+class ServerProcess:
+    """`phinetune serve` on a folder, started, killed and started again.
+
+    Attributes:
+        key: of the folder, as each start printed it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.key, self.url = folder, "", ""
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> OpenAI:
+        """Start it; a client of it, as its own lines say."""
+        words = ["serve", "--model", f"tiny={TINY}", "--port", "0", "--folder", str(self.folder)]
+        with (self.folder.parent / "server.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "phinetune", *words], stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        assert self._process.stdout
+        said = dict(line.strip().split("=", 1) for line in iter(self._process.stdout.readline, "") if self._told(line))
+        self.url, self.key = said["export OPENAI_BASE_URL"], said["export OPENAI_API_KEY"]
+        return OpenAI(base_url=self.url, api_key=self.key, max_retries=0)
+
+    def _told(self, line: str) -> bool:
+        """Whether a line is one of the two for a client. After the last line the pipe is left alone."""
+        assert self._process
+        assert self._process.stdout
+        if "OPENAI_API_KEY" in line:
+            self._process.stdout = open(os.devnull)  # noqa: SIM115
+        return "export OPENAI" in line
+
+    def kill(self) -> None:
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> tuple[int, float]:
+        """SIGTERM; its exit status, and the seconds that it took."""
+        assert self._process
+        began = time.monotonic()
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(LIMIT_S), time.monotonic() - began
+
+
+@contextmanager
+def threaded(folder: Path, **settings: Any) -> Iterator[tuple[ServerState, OpenAI]]:
+    """A context with a server in a thread, whose jobs nobody trains, and a client of it."""
+    state = open_state(ServerSettings(folder=folder, models={"tiny": ModelSection(path=TINY)}, **settings), KEY)
+    config = uvicorn.Config(create_app(state), port=0, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield state, OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        state.workshop.close()
+        state.store.close()
+
+
+def until(seen: Callable[[], Any]) -> Any:
+    """Wait until a function returns something, and return it."""
+    began = time.monotonic()
+    while not (found := seen()):
+        assert time.monotonic() - began < LIMIT_S, "waited too long"
+        time.sleep(0.05)
+    return found
+
+
+def ask(
+    client: OpenAI, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """A request by hand, with the key: status, the JSON of the answer, and its headers."""
+    place = urlsplit(str(client.base_url))
+    assert place.hostname
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=LIMIT_S)
+    sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    given = {"Authorization": f"Bearer {client.api_key}", "Content-Type": "application/json", **(headers or {})}
+    try:
+        connection.request(method, path, sent, {name: value for name, value in given.items() if value})
+        answer = connection.getresponse()
+        text = answer.read().decode()
+    finally:
+        connection.close()
+    tree = json.loads(text) if text.startswith(("{", "[")) else {"text": text}
+    return answer.status, tree, {name.lower(): value for name, value in answer.getheaders()}
+
+
+def keep_file(state: ServerState, id: str, form: str = "chat", purpose: str = "fine-tune") -> str:
+    """Put a file into a state as if it had been uploaded."""
+    row = {"id": id, "created_at": 1, "bytes": 3, "filename": f"{id}.jsonl", "purpose": purpose, "form": form}
+    state.store.insert("files", {**row, "rows": 1})
+    (state.folder / "files" / f"{id}.jsonl").write_text("{}\n")
+    return id

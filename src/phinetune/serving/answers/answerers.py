@@ -140,14 +140,16 @@ class Answerers:
         """The model if nothing has to be loaded for it. Does not wait while another one is loaded."""
         key = section.model_dump_json()
         base = self._bases.get(key)
-        encoder = base and (base.encoder if model.adapter is None else base.adapters.get(model.adapter))
-        if base is None or encoder is None:
+        if base is None:
+            return None
+        encoder = base.encoder if model.adapter is None else base.adapters.get(model.adapter)
+        if encoder is None:
             return None
         with contextlib.suppress(KeyError):  # it leaves right now
             self._bases.move_to_end(key)
             if model.adapter is not None:
                 base.adapters.move_to_end(model.adapter)
-        return Answerer(model.id, base, model.adapter and str(model.adapter), encoder)
+        return Answerer(model.id, base, None if model.adapter is None else str(model.adapter), encoder)
 
     def _section(self, model: ServedModel) -> ModelSection:
         """What to load a model's base by: as it is offered by itself, so that both have one base in memory."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -48,17 +47,14 @@ class ServerProcess:
                 [sys.executable, "-m", "phinetune", *words], stdout=subprocess.PIPE, stderr=log, text=True
             )
         assert self._process.stdout
-        said = dict(line.strip().split("=", 1) for line in iter(self._process.stdout.readline, "") if self._told(line))
-        self.url, self.key = said["export OPENAI_BASE_URL"], said["export OPENAI_API_KEY"]
+        said: dict[str, str] = {}
+        while "OPENAI_API_KEY" not in said:  # the second of the two lines
+            line = self._process.stdout.readline()
+            assert line, (self.folder.parent / "server.log").read_text()
+            name, _, value = line.strip().removeprefix("export ").partition("=")
+            said[name] = value
+        self.url, self.key = said["OPENAI_BASE_URL"], said["OPENAI_API_KEY"]
         return OpenAI(base_url=self.url, api_key=self.key, max_retries=0)
-
-    def _told(self, line: str) -> bool:
-        """Whether a line is one of the two for a client. After the last line the pipe is left alone."""
-        assert self._process
-        assert self._process.stdout
-        if "OPENAI_API_KEY" in line:
-            self._process.stdout = open(os.devnull)  # noqa: SIM115
-        return "export OPENAI" in line
 
     def kill(self) -> None:
         assert self._process

@@ -40,8 +40,6 @@ def prometheus(state: ServerState) -> str:
     types = {name: "counter" if name.endswith("_total") else "gauge" for name in families}
     told: list[str] = []
     for name, kind in types.items():
-        told += [
-            f"# TYPE {name} {kind}",
-            *(line for line in lines if line[len(name)] in "{ " and line.startswith(name)),
-        ]
+        own = [line for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
+        told += [f"# TYPE {name} {kind}", *own]
     return "\n".join(told) + "\n"

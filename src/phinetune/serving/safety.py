@@ -137,8 +137,8 @@ class Guard:
         return counting
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")
-        labels = f'{{method="{_known(scope["method"])}",path="{route}",status="{status}"}}'
+        operation = getattr(scope.get("endpoint"), "__name__", "none")
+        labels = f'{{operation="{operation}",status="{status}"}}'
         self.state.count(f"phinetune_requests_total{labels}")
         self.state.count("phinetune_request_seconds_total", seconds)
         level = logging.DEBUG if scope["method"] in SAFE_METHODS and status < 400 else logging.INFO
@@ -196,7 +196,3 @@ def _session(headers: Headers) -> str | None:
     except CookieError:
         return None
     return found.value if found else None
-
-
-def _known(method: str) -> str:
-    return method if method in (*SAFE_METHODS, "POST", "DELETE", "PUT", "PATCH") else "other"

@@ -88,7 +88,7 @@ def _named_models(models: Sequence[str]) -> dict[str, ModelSection]:
         name, path = name.strip(), path.strip() or name.strip()
         if name in found:
             problems.append(f"--model {text}: the name {name} stands twice")
-        elif "/" in name or not path:
+        elif not name or "/" in name:
             problems.append(f"--model {text}: write it as NAME=PATH, where PATH is a folder, a hub id or `starter`")
         else:
             found[name] = ModelSection(path=absolute_place(path))

@@ -6,7 +6,12 @@ from importlib.util import find_spec
 
 from phinetune.errors import RunError
 
-EXTRA = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
+EXTRA = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "python_multipart": "python-multipart",
+    "llguidance": "llguidance",
+}
 
 
 def check_installed() -> None:

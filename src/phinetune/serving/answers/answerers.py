@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -115,9 +116,12 @@ class Answerers:
                 code="model_not_found",
                 param="model",
             )
+        section = self._section(model)
+        there = self._in_memory(model, section)
+        if there:
+            return there
         with self._lock:  # one is loaded at a time: two could be more than the memory holds
             try:
-                section = self._section(model)
                 return self._with_adapter(model, section, self._base(section))
             except PhinetuneError as error:
                 logger.warning("model %s can't answer: %s", model_id, error)
@@ -131,6 +135,21 @@ class Answerers:
         """End all answers."""
         for base in list(self._bases.values()):
             base.engine.close()
+
+    def _in_memory(self, model: ServedModel, section: ModelSection) -> Answerer | None:
+        """The model if nothing has to be loaded for it. Does not wait while another one is loaded."""
+        key = section.model_dump_json()
+        base = self._bases.get(key)
+        if base is None:
+            return None
+        encoder = base.encoder if model.adapter is None else base.adapters.get(model.adapter)
+        if encoder is None:
+            return None
+        with contextlib.suppress(KeyError):  # it leaves right now
+            self._bases.move_to_end(key)
+            if model.adapter is not None:
+                base.adapters.move_to_end(model.adapter)
+        return Answerer(model.id, base, None if model.adapter is None else str(model.adapter), encoder)
 
     def _section(self, model: ServedModel) -> ModelSection:
         """What to load a model's base by: as it is offered by itself, so that both have one base in memory."""

@@ -32,7 +32,7 @@ def add_to(router: APIRouter, state: ServerState, answerers: Answerers) -> None:
     async def create(asked: ChatAsked, http: HttpRequest) -> Any:
         work = await run_in_threadpool(_prepare, asked, answerers)
         running = Running(work.answerer, work.requests, work.texts())
-        state.count("chat_completions")
+        state.count('phinetune_answers_total{endpoint="chat_completions"}')
         reply = _Reply(asked, work, running)
         if asked.stream:
             return stream(running, reply.events())

@@ -34,7 +34,7 @@ def add_to(router: APIRouter, state: ServerState, answerers: Answerers) -> None:
         work = await run_in_threadpool(_prepare, asked, answerers)
         texts = [AnswerText(Decoder(work.answerer.tokenizer), asked.stops) for _ in work.requests]
         running = Running(work.answerer, work.requests, texts)
-        state.count("completions")
+        state.count('phinetune_answers_total{endpoint="completions"}')
         reply = _Reply(asked, work, running)
         if asked.stream:
             return stream(running, reply.events())

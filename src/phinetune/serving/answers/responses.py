@@ -68,7 +68,7 @@ def add_to(router: APIRouter, state: ServerState, answerers: Answerers) -> None:
     async def create(asked: ResponseAsked, http: HttpRequest) -> Any:
         work = await run_in_threadpool(_prepare, asked, answerers, memory)
         running = Running(work.answerer, [work.request], [AnswerText(Decoder(work.answerer.tokenizer))])
-        state.count("responses")
+        state.count('phinetune_answers_total{endpoint="responses"}')
         reply = _Reply(asked, work, running, memory)
         if asked.stream:
             return stream(running, reply.events())

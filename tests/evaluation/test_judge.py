@@ -166,7 +166,7 @@ FAILURES: dict[str, tuple[Made, int, str]] = {
     "moved": ((302, {"Location": "http://192.0.2.1/"}, b""), 1, "another address (302), which is not followed"),
     "broken": ((500, {}, b"<html>oops</html>"), 2, "the endpoint failed (500): <html>oops</html>"),
     "busy": ((429, {}, b'{"error": "slow down"}'), 2, "too many requests (429): slow down"),
-    "refused": ((400, {}, b'{"error": {"message": "max_tokens is not supported"}}'), 1, "refused (400): max_tokens is"),
+    "refused": ((400, {}, b'{"error": "max_tokens is odd, ' + KEY.encode() + b'"}'), 1, "refused (400): max_tokens is"),
     "html": ((200, {}, b"<html>"), 1, "the reply is no chat completion"),
     "odd": ((200, {}, b'{"choices": [{"message": {"content": null}}]}'), 1, "the reply has no text"),
 }

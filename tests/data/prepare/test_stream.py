@@ -104,3 +104,15 @@ def test_a_run_trains_on_a_stream_and_goes_on_to_the_bit(
         losses.append([json.loads(line)["loss"] for line in file])
     assert losses[0] == losses[1]
     assert caplog.text.count("a stream is compared by its first 5 rows") == 1  # where it goes on
+
+
+def test_what_needs_all_rows_at_once_is_refused(many: Path) -> None:
+    section = DataSection.model_validate(
+        {"train": [{"path": str(many), "weight": 2}], "eval": 0.1, "train_share": 0.5, "streaming": True}
+    )
+    with pytest.raises(ConfigError) as caught:
+        stream.check_stream(section)
+    told = " ".join(caught.value.problems)
+    assert [key in told for key in ("data.eval: 0.1", "data.train: a stream", "data.train_share: a share")] == [
+        True
+    ] * 3

@@ -15,10 +15,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from exporting.merge.merge_helpers import adapted, logits, open_plain, save_base
-from helpers import chat, write_jsonl
+from helpers import chat, tiny_config, train_only, write_jsonl
 from phinetune.api.evaluate import evaluate
 from phinetune.checkpoints.foreign_adapters import peft_folder, sixteen_bit_base
 from phinetune.checkpoints.opened import open_model, recorded_config
+from phinetune.config.model import ModelSection
 from phinetune.errors import ModelError
 from phinetune.exporting.convert.convert import convert
 from phinetune.exporting.merge.merge import merge_run
@@ -128,6 +129,22 @@ def test_a_tools_adapter_is_evaluated_and_converted(tool: Any, base: Path, tmp_p
         torch.testing.assert_close(logits(theirs_again), logits(theirs), rtol=1e-4, atol=1e-5)
     opened = open_model(tmp_path / "again", dtype="float32", device="cpu")
     torch.testing.assert_close(logits(opened.model), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tool", [trl, mlx], ids=lambda tool: tool.__name__)
+def test_training_goes_on_from_a_tools_adapter_on_the_base_that_it_names(tool: Any, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    folder, _ = tool(base, tmp_path / "a")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat(f"{i}?", f"{i}!") for i in range(8)])
+    config = tiny_config(rows, tmp_path / "run", max_steps=1, learning_rate=0.0)
+    config.model = ModelSection(adapter=str(folder), dtype="float32", device="cpu")
+    config.peft_config = {}
+    config.data.eval = None
+    train_only(config)
+    wanted = logits(open_model(folder, dtype="float32", device="cpu").model)
+    found = logits(open_model(tmp_path / "run", dtype="float32", device="cpu").model)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "run" / "base.json").read_text())["path"] == str(base)
 
 
 def test_an_mlx_adapter_is_written_in_pefts_form_once(base: Path, tmp_path: Path) -> None:

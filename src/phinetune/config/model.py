@@ -32,7 +32,7 @@ class ModelSection(Section):
         "needs phinetune[quant]",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
-        "sdpa", description="attention of transformers' Phi-3"
+        "sdpa", description="attention of transformers' own model"
     )
     use_cache: bool = Field(True, description="key-value cache when generating (training never uses it)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto for several processes")

@@ -21,8 +21,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phinetune.checkpoints.adapters import read_base, usable_adapter
-from phinetune.checkpoints.foreign_adapters import peft_folder
+from phinetune.checkpoints.adapters import read_adapter_config, read_base, usable_adapter
+from phinetune.checkpoints.foreign_adapters import peft_folder, sixteen_bit_base
 from phinetune.config.model import ModelSection
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError, ModelError
@@ -52,11 +52,22 @@ def with_adapters_base(config: RunConfig) -> RunConfig:
     section = config.model
     if section.adapter is None or "path" in section.model_fields_set:
         return config
-    base = read_base(Path(section.adapter).expanduser())
+    folder = peft_folder(section.adapter)
+    base = read_base(folder)
     if base is None:
-        return config
-    named = {"path": base.path, "revision": base.revision, **({} if base.seed is None else {"seed": base.seed})}
+        return config.model_copy(update={"model": section.model_copy(update=_base_of_another_tool(folder))})
+    named: dict[str, Any] = {"path": base.path, "revision": base.revision}
+    named |= {} if base.seed is None else {"seed": base.seed}
     return config.model_copy(update={"model": section.model_copy(update=named)})
+
+
+def _base_of_another_tool(folder: Path) -> dict[str, str]:
+    """The keys of `model` for the base that an adapter without a record of phinetune names; empty if it names none."""
+    name = read_adapter_config(folder).base_model_name_or_path
+    if not name:
+        return {}
+    path, held = sixteen_bit_base(name)
+    return {"path": path, **held}
 
 
 def settle_adapter(config: RunConfig, settings: Settings) -> tuple[RunConfig, Settings]:

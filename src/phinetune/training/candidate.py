@@ -39,7 +39,7 @@ def candidate(
     given = {key: value for key, value in values.items() if key not in opened}
     settings = replace(
         rows.settings,
-        training={**rows.settings.training, **given},
+        training={**rows.settings.training, **given, "output_dir": str(output_dir)},
         auto=(rows.settings.auto | opened) - given.keys(),
         race=False,
     )

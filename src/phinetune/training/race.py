@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from phinetune.errors import RunError
 from phinetune.files import remove, write_text
-from phinetune.liveness import is_alive, is_on_this_host, named, this_process
+from phinetune.liveness import is_alive, is_on_this_host, named
 from phinetune.run_folder import CONFIG, RunFolder
 from phinetune.run_lock import LOCK, locked
 from phinetune.training import halving
@@ -143,8 +143,8 @@ class Race:
 
     def _is_ours(self, one: Candidate) -> bool:
         """Whether this process may train a candidate: it began it, or the process that did has ended on this host."""
-        mine = one.owner == this_process()
-        return not one.owner or mine or (is_on_this_host(one.owner) and not is_alive(one.owner))
+        mine = one.owner.get("pid") == os.getpid()
+        return not one.owner or (is_on_this_host(one.owner) and (mine or not is_alive(one.owner)))
 
     def _locks(self, number: int, held: ExitStack) -> bool:
         """Lock a candidate's folder; false if another process has it."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from phinetune.exporting.convert.convert import convert
     from phinetune.exporting.hub.push import push
     from phinetune.exporting.targets import export
+    from phinetune.serving.serve import serve
 
 share_processor()  # before torch is loaded
 # bitsandbytes, which PEFT imports, warns on processors with AVX512-BF16 of a missing kernel that nothing here calls.
@@ -50,6 +51,7 @@ _PLACES = {
     "preview": "phinetune.api.data",
     "push": "phinetune.exporting.hub.push",
     "report": "phinetune.api.report",
+    "serve": "phinetune.serving.serve",
     "train": "phinetune.api.train",
     "watch": "phinetune.api.report",
 }
@@ -70,6 +72,7 @@ __all__ = [
     "preview",
     "push",
     "report",
+    "serve",
     "train",
     "watch",
 ]

@@ -41,7 +41,7 @@ class ServerProcess:
 
     def start(self) -> OpenAI:
         """Start it; a client of it, as its own lines say."""
-        words = ["serve", "--model", f"tiny={TINY}", "--port", "0", "--folder", str(self.folder)]
+        words = ["serve", "--model", f"tiny={TINY}", "--port", "0", "--at-once", "1", "--folder", str(self.folder)]
         with (self.folder.parent / "server.log").open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "phinetune", *words], stdout=subprocess.PIPE, stderr=log, text=True

@@ -70,7 +70,7 @@ def running_state(settings: ServerSettings, key: str | None = None) -> Iterator[
         lock.release()
 
 
-def serve(
+def run_server(
     settings: ServerSettings,
     key: str | None = None,
     on_ready: Callable[[ServerState, str], None] = lambda state, url: None,

@@ -104,7 +104,7 @@ def ask(
     place = urlsplit(str(client.base_url))
     assert place.hostname
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=LIMIT_S)
-    sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    sent = json.dumps(body).encode() if isinstance(body, dict) else body
     given = {"Authorization": f"Bearer {client.api_key}", "Content-Type": "application/json", **(headers or {})}
     try:
         connection.request(method, path, sent, {name: value for name, value in given.items() if value})

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from phinetune.exporting.combine import combine
     from phinetune.exporting.convert.convert import convert
     from phinetune.exporting.hub.push import push
+    from phinetune.serving.serve import serve
 
 share_processor()  # before torch is loaded
 # bitsandbytes, which PEFT imports, warns on processors with AVX512-BF16 of a missing kernel that nothing here calls.
@@ -55,6 +56,7 @@ _PLACES = {
     "preview": "phinetune.api.data",
     "push": "phinetune.exporting.hub.push",
     "report": "phinetune.api.report",
+    "serve": "phinetune.serving.serve",
     "train": "phinetune.api.train",
     "tune": "phinetune.api.tune",
     "watch": "phinetune.api.report",
@@ -78,6 +80,7 @@ __all__ = [
     "preview",
     "push",
     "report",
+    "serve",
     "train",
     "tune",
     "watch",

@@ -41,7 +41,7 @@ class ServerProcess:
 
     def start(self) -> OpenAI:
         """Start it; a client of it, as its own lines say."""
-        words = ["serve", "--model", f"tiny={TINY}", "--port", "0", "--folder", str(self.folder)]
+        words = ["serve", "--model", f"tiny={TINY}", "--port", "0", "--at-once", "1", "--folder", str(self.folder)]
         with (self.folder.parent / "server.log").open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "phinetune", *words], stdout=subprocess.PIPE, stderr=log, text=True
@@ -104,7 +104,7 @@ def ask(
     place = urlsplit(str(client.base_url))
     assert place.hostname
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=LIMIT_S)
-    sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    sent = json.dumps(body).encode() if isinstance(body, dict) else body
     given = {"Authorization": f"Bearer {client.api_key}", "Content-Type": "application/json", **(headers or {})}
     try:
         connection.request(method, path, sent, {name: value for name, value in given.items() if value})

@@ -89,6 +89,15 @@ def test_every_mistake_has_the_apis_form(
     assert tree["error"]["type"] == "invalid_request_error"
 
 
+def test_a_body_without_a_length_is_counted_as_it_comes(served: Served) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    for path, begins, headers in (("/v1/fine_tuning/jobs", b'{"model": "', {}), ("/v1/files", part, form)):
+        chunks = iter([begins, *[b"x" * 60_000] * 4])
+        found, tree, _ = ask(served[1], "POST", path, chunks, headers)
+        assert (found, tree["error"]["code"]) == (413, "too_large"), path
+
+
 def test_an_upload_is_refused_by_purpose_and_by_size(served: Served) -> None:
     files = served[1].files
     with pytest.raises(openai.BadRequestError, match="'batch'"):

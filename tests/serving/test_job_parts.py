@@ -16,7 +16,7 @@ from phinetune.errors import RunError
 from phinetune.liveness import this_process
 from phinetune.serving.job_config import chosen_numbers, final_config, first_config, save_interval
 from phinetune.serving.job_metrics import Tail, as_csv, read_entries
-from phinetune.serving.job_queue import PROGRAM, why_wait
+from phinetune.serving.job_queue import PROGRAM, what_lacks, why_wait
 from phinetune.serving.job_request import JobRequest
 from phinetune.serving.settings import ServerSettings
 from phinetune.serving.store import Store
@@ -109,6 +109,15 @@ def test_a_job_waits_for_the_one_before_it_and_for_memory() -> None:
     promised = {**other, "memory": half}  # it does not hold it yet, but will
     assert "GB of memory" in (why_wait({**job, "memory": 4_000_000_000}, [promised], two) or "")
     assert "on the device" in (why_wait({**job, "memory": 0}, [{**other, "memory": 0}], two) or "")
+
+
+def test_a_job_that_will_never_fit_fails_at_once() -> None:
+    plan = {"memory": 1_000_000, "on_cpu": True, "disk": 1, "free_disk": 2}
+    total = psutil.virtual_memory().total
+    assert what_lacks(plan) is None
+    assert (what_lacks({**plan, "memory": total}) or ("",))[0] == "insufficient_memory"
+    assert what_lacks({**plan, "memory": total, "on_cpu": False}) is None  # the device's, which the plan looked at
+    assert (what_lacks({**plan, "disk": 3}) or ("",))[0] == "insufficient_disk"
 
 
 PAIR = {

@@ -57,8 +57,8 @@ class Day:
         self.files[self.client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id] = content
 
     def create(self) -> None:
-        running = [one for one, wish in self.jobs.items() if wish == "train"]
-        if not self.files or len(running) > 6:
+        waiting = [one for one in self.client.fine_tuning.jobs.list(limit=20).data if one.status not in ENDED]
+        if not self.files or len(waiting) > 4:
             return self.look()
         file = self.draw.choice(list(self.files))
         hyper = {"n_epochs": self.draw.randint(2, 8), "batch_size": 2}

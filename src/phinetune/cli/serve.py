@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from phinetune.screen.console import say, stdout
-
-if TYPE_CHECKING:
-    from phinetune.serving.state import ServerState
 
 app = typer.Typer()
 KEY_VARIABLE = "PHINETUNE_SERVE_KEY"
@@ -45,16 +42,19 @@ def serve(
     log_contents: Annotated[bool, typer.Option("--log-contents", help="let the log hold what chats say")] = False,
 ) -> None:
     """Offer OpenAI's API of files, fine-tuning jobs, models and answers on this machine."""
-    from phinetune.logs import set_up_logging
-    from phinetune.serving.needs import check_installed
-    from phinetune.serving.settings import make_settings
+    from phinetune.serving.serve import serve as run
 
-    check_installed()
-    settings = make_settings(models, host, port, folder, allow_host, at_once, log_contents)
-    from phinetune.serving.server import serve as run
-
-    set_up_logging()
-    run(settings, _key(key_file), _ready)
+    run(
+        models,
+        host=host,
+        port=port,
+        folder=folder,
+        key=_key(key_file),
+        allow_host=allow_host,
+        at_once=at_once,
+        log_contents=log_contents,
+        on_ready=_ready,
+    )
 
 
 def _key(file: Path | None) -> str | None:
@@ -63,14 +63,13 @@ def _key(file: Path | None) -> str | None:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _ready(state: ServerState, url: str) -> None:
+def _ready(url: str, key: str, where: str) -> None:
     """The URL, the key, and the two lines that a client needs."""
-    settings = state.settings
     lines = [
-        f"Serving {', '.join(settings.models)} at {url} ({settings.folder})",
+        f"Serving {where} at {url}",
         "In the shell of a client that speaks OpenAI's API:",
         f"  export OPENAI_BASE_URL={url}/v1",
-        f"  export OPENAI_API_KEY={state.key}",
+        f"  export OPENAI_API_KEY={key}",
         "Ctrl-C stops the server; jobs that train go on, and the next start finds them.",
     ]
     say(stdout(), lines)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import psutil
 
@@ -19,6 +20,22 @@ def jobs_at_once(settings: ServerSettings) -> int:
     """How many jobs train at the same time: as many as asked for, else one for each two cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return settings.at_once or max(1, cores // 2)
+
+
+def what_lacks(plan: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What this machine will never have for a job, as an error's code and message; None if it has all.
+
+    Args:
+        plan: as `phinetune.serving.work.plan_job` returned it.
+    """
+    if plan["disk"] > plan["free_disk"]:
+        needs = f"its checkpoints take {plan['disk'] / 1e9:.1f} GB, and {plan['free_disk'] / 1e9:.1f} GB are free"
+        return "insufficient_disk", needs
+    total = psutil.virtual_memory().total
+    if plan["on_cpu"] and plan["memory"] + PROGRAM > total:
+        need = (plan["memory"] + PROGRAM) / 1e9
+        return "insufficient_memory", f"it needs {need:.1f} GB of memory, and this machine has {total / 1e9:.1f} GB"
+    return None
 
 
 def why_wait(job: Row, others: Sequence[Row], settings: ServerSettings) -> str | None:

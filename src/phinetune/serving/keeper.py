@@ -24,7 +24,7 @@ from phinetune.serving.job_config import chosen_numbers, final_config, first_con
 from phinetune.serving.job_end import succeed
 from phinetune.serving.job_places import JobPlaces
 from phinetune.serving.job_progress import Progress
-from phinetune.serving.job_queue import why_wait
+from phinetune.serving.job_queue import what_lacks, why_wait
 from phinetune.serving.job_request import JobRequest
 from phinetune.serving.job_table import CANCELLED, OPEN, QUEUED, RUNNING, VALIDATING, JobTable
 from phinetune.serving.state import ServerState
@@ -109,6 +109,10 @@ class JobKeeper:
     def _plan(self, job: Row) -> None:
         first, request = first_config(job, self.state.folder), JobRequest.model_validate_json(job["request"])
         made = self.workshop.do("plan", {"config": first}, PLAN_S)
+        lacking = what_lacks(made)
+        if lacking:
+            self.jobs.fail(job["id"], *lacking)
+            return
         final = final_config(first, made, request.wanted.learning_rate_multiplier)
         write_text(self.places(job).config, yaml.safe_dump(final, sort_keys=False, allow_unicode=True), private=True)
         values = {
@@ -163,7 +167,7 @@ class JobKeeper:
         places, again = self.places(job), self.places(job).run.is_run
         where = _newest(places)
         message = f"Fine-tuning job goes on {where}" if again else "Fine-tuning job started"
-        finish = time.time() + job["seconds"] if job["seconds"] else None
+        finish = int(time.time() + job["seconds"]) if job["seconds"] else None
         with self.state.store.together():
             if not self.jobs.move(job["id"], RUNNING, only_from=[QUEUED], waits_for=None, estimated_finish=finish):
                 return

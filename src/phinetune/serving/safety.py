@@ -57,9 +57,11 @@ class Guard:
             self._check(scope)
             self._running += 1
             try:
-                await self.app(scope, self._counted(scope, receive), answer)
+                await self.app(scope, self._counted(scope, receive, answer), answer)
             finally:
                 self._running -= 1
+            if answer.instead:
+                raise answer.instead
         except ApiError as error:
             await answer.refuse(error, scope, receive)
         finally:
@@ -122,8 +124,11 @@ class Guard:
         is_upload = scope["method"] == "POST" and scope["path"].rstrip("/") == UPLOAD
         return limits.file + 64_000 if is_upload else limits.body  # a little for what stands around the file
 
-    def _counted(self, scope: Scope, receive: Receive) -> Receive:
-        """The request's body, refused where it is larger than it may be, whatever its headers said."""
+    def _counted(self, scope: Scope, receive: Receive, answer: _Answer) -> Receive:
+        """The request's body, refused where it is larger than it may be, whatever its headers said.
+
+        What reads a body makes an error of its own of that, so the answer is told too.
+        """
         most, read = self._most(scope), 0
 
         async def counting() -> Message:
@@ -131,7 +136,8 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > most:
-                raise _too_large(most)
+                answer.instead = _too_large(most)
+                raise answer.instead
             return message
 
         return counting
@@ -146,12 +152,19 @@ class Guard:
 
 
 class _Answer:
-    """Passes an answer on, with headers of safety, and knows whether it has begun."""
+    """Passes an answer on, with headers of safety, and knows whether it has begun.
+
+    Attributes:
+        instead: an error that is told in place of an answer that has not begun.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send, self.status, self._began = send, 500, False
+        self.instead: ApiError | None = None
 
     async def __call__(self, message: Message) -> None:
+        if self.instead and not self._began:
+            return
         if message["type"] == "http.response.start":
             self._began, self.status = True, message["status"]
             present = {name.lower() for name, _ in message.get("headers", [])}
@@ -161,6 +174,7 @@ class _Answer:
 
     async def refuse(self, error: ApiError, scope: Scope, receive: Receive) -> None:
         if not self._began:
+            self.instead = None
             answer: Any = error.answer()
             if error.status == 413:
                 with suppress(asyncio.TimeoutError):

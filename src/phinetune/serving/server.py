@@ -70,7 +70,7 @@ def running_state(settings: ServerSettings, key: str | None = None) -> Iterator[
         lock.release()
 
 
-def serve(
+def run_server(
     settings: ServerSettings,
     key: str | None = None,
     on_ready: Callable[[ServerState, str], None] = lambda state, url: None,
@@ -99,10 +99,10 @@ def serve(
             ws="none",
         )
         on_ready(state, address(settings, listener))
-        _server(config).run([listener])
+        _server(config, state).run([listener])
 
 
-def _server(config: uvicorn.Config) -> uvicorn.Server:
+def _server(config: uvicorn.Config, state: ServerState) -> uvicorn.Server:
     """A server that ends on a signal, so that what is around it ends too; uvicorn's own kills itself."""
     import uvicorn
 
@@ -115,6 +115,10 @@ def _server(config: uvicorn.Config) -> uvicorn.Server:
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            state.workshop.close()  # whoever still waits for a look at a file would keep the process
 
     return Server(config)
 

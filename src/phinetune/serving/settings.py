@@ -58,30 +58,35 @@ class ServerSettings:
 
 
 def make_settings(
-    models: Sequence[str],
+    models: Sequence[str] | Mapping[str, str | ModelSection],
     host: str,
     port: int,
-    folder: Path | None,
+    folder: str | Path | None,
     hosts: Sequence[str],
     at_once: int | None,
     log_contents: bool,
 ) -> ServerSettings:
-    """The settings from what the command line took.
+    """The settings from what the verb took.
 
     Args:
-        models: `NAME=PATH` each.
+        models: `NAME=PATH` each, or sections or paths by name.
 
     Raises:
         ConfigError: a model is written in another way, or named twice.
     """
     given = ServerSettings(host=host, port=port, hosts=tuple(hosts), at_once=at_once, log_contents=log_contents)
     if models:
-        given = replace(given, models=_named_models(models))
-    return replace(given, folder=folder.expanduser().resolve()) if folder else given
+        named = models if isinstance(models, Mapping) else _named_models(models)
+        given = replace(given, models={name: _section(model) for name, model in named.items()})
+    return replace(given, folder=Path(folder).expanduser().resolve()) if folder else given
 
 
-def _named_models(models: Sequence[str]) -> dict[str, ModelSection]:
-    found: dict[str, ModelSection] = {}
+def _section(model: str | ModelSection) -> ModelSection:
+    return model if isinstance(model, ModelSection) else ModelSection(path=absolute_place(model))
+
+
+def _named_models(models: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
     problems = []
     for text in models:
         name, _, path = text.partition("=")
@@ -91,7 +96,7 @@ def _named_models(models: Sequence[str]) -> dict[str, ModelSection]:
         elif not name or "/" in name:
             problems.append(f"--model {text}: write it as NAME=PATH, where PATH is a folder, a hub id or `starter`")
         else:
-            found[name] = ModelSection(path=absolute_place(path))
+            found[name] = path
     if problems:
         raise ConfigError(problems)
     return found

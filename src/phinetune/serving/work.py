@@ -135,7 +135,7 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {"check": look_at_file
 
 
 def answer(line: str) -> Answer:
-    """The answer to one request: `{"done": …}`, or `{"problems": […]}` for what a user can mend."""
+    """A request's answer: `{"done": …}`, `{"problems": […]}` for what a user can mend, `unexpected` for the rest."""
     request = json.loads(line)
     try:
         return {"done": TASKS[request["task"]](request)}

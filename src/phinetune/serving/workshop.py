@@ -45,6 +45,8 @@ class Workshop:
                 self._end(worker)
                 raise
             self._give_back(worker)
+        if "unexpected" in answer:
+            raise WorkFailed(f"{answer['unexpected']}: {answer['problems'][0]}")
         if "problems" in answer:
             raise PhinetuneError(answer["problems"])
         return dict(answer["done"])
@@ -105,7 +107,7 @@ class _Worker:
             _pipe(self._process.stdin).write(json.dumps(request) + "\n")
             _pipe(self._process.stdin).flush()
             line = _pipe(self._process.stdout).readline()
-        except OSError:
+        except (OSError, ValueError):  # its pipes are closed, or were closed while it was asked
             line = ""
         finally:
             limit.cancel()
@@ -133,7 +135,7 @@ class _Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             try:
                 _pipe(pipe).close()
-            except OSError:
+            except (OSError, ValueError):
                 continue
 
 

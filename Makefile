@@ -18,7 +18,8 @@ help:
 	@echo 'make bench   set up, then measure layers, training and answering beside loralib, PEFT, TRL and transformers; hours'
 	@echo 'make bench-quick   the main ratios of these in five minutes'
 	@echo 'make soak    set up, then fail every file operation and large allocation of a run in turn, try properties with'
-	@echo '             thousands of inputs, fuzz the readers; hours (FORMS=, FAULTS=, SEED=, MOST=, FUZZ_MINUTES=)'
+	@echo '             thousands of inputs, fuzz the readers, kill `phinetune serve` and its jobs; hours (FORMS=, FAULTS=, SEED=,'
+	@echo '             MOST=, FUZZ_MINUTES=, KILLS=)'
 	@echo '             AT=17 FAULTS=KILL FORMS=plain replays one fault'
 	@echo 'make clean   delete .venv and the caches; runs/ stays'
 	@echo
@@ -65,6 +66,7 @@ bench-quick: $(STAMP)
 FORMS = plain packed nf4
 FAULTS = ENOSPC,EIO,EINTR,SHORT,KILL,LOST,LOST-NAMES,MEMORY
 FUZZ_MINUTES = 10
+KILLS = 200
 FUZZED = data weights adapters config templates
 soak: $(STAMP)
 	@for form in $(FORMS); do .venv/bin/python tests/soak/sweep.py --form $$form --faults $(FAULTS) \
@@ -72,6 +74,8 @@ soak: $(STAMP)
 ifndef AT
 	.venv/bin/python -m pytest tests/soak/test_properties.py --hypothesis-profile=soak
 	@for target in $(FUZZED); do .venv/bin/python tests/soak/fuzz.py $$target --minutes $(FUZZ_MINUTES) || exit 1; done
+	.venv/bin/python tests/soak/serve_kills.py --kills $(KILLS) --seed $(or $(SEED),0)
+	.venv/bin/python tests/soak/serve_schemas.py --minutes $(FUZZ_MINUTES)
 endif
 
 clean:

@@ -64,6 +64,9 @@ class Guard:
                 raise answer.instead
         except ApiError as error:
             await answer.refuse(error, scope, receive)
+        except asyncio.CancelledError:  # the server's time to stop is over; the task ends here
+            stopping = ApiError(503, "The server is stopping; try again.", "server_error", headers={"Retry-After": "5"})
+            await answer.refuse(stopping, scope, receive)
         finally:
             self._record(scope, answer.status, time.perf_counter() - began)
 

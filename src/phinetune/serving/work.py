@@ -135,7 +135,7 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {"check": look_at_file
 
 
 def answer(line: str) -> Answer:
-    """A request's answer: `{"done": …}`, `{"problems": […]}` for what a user can mend, `unexpected` for the rest."""
+    """The answer to a request: `done`, or `problems` that a user can mend; with `unexpected` nobody can."""
     request = json.loads(line)
     try:
         return {"done": TASKS[request["task"]](request)}

@@ -52,7 +52,7 @@ def test_what_a_model_prefers_is_what_it_finds_likelier(tiny: Loaded) -> None:
 
 def test_a_win_counts_one_and_an_even_one_half() -> None:
     def answers(*numbers: float) -> Answers:
-        return Answers([Answer("a b", 2, True) for _ in numbers], {"chrf": np.array(numbers)})
+        return Answers([Answer("a b", 2, True, (1, 2)) for _ in numbers], {"chrf": np.array(numbers)})
 
     found = win_rate("chrf", answers(1, 2, 3, 4, np.nan), answers(2, 3, 3, 0, 9), True)
     assert found

@@ -18,8 +18,9 @@ from phinetune.run_folder import RunFolder
 from phinetune.serving.store import Store
 from serving.serving_helpers import ServerProcess, ask, until
 
-ROWS = [chat(f"Say {i}", f"It is {i}.") for i in range(12)]
-STEPS = 60  # 12 rows in steps of 2, ten times
+ROWS = [chat(f"Say {i}", f"It is {i}.") for i in range(48)]
+EPOCH = 24  # steps: 48 rows, 2 a step
+STEPS = 10 * EPOCH
 
 
 def lines(rows: list[Any]) -> bytes:
@@ -65,6 +66,7 @@ def test_a_job_survives_the_server_and_its_own_process(tmp_path: Path) -> None:
         behind = jobs.create(model="tiny", training_file=file.id)
         # The server is killed when the job's process has begun. The next one finds the process and watches it.
         trained_by = until(lambda: process_of(folder, job.id))
+        os.kill(trained_by["pid"], signal.SIGSTOP)  # else it could be done before the next server has begun
         server.kill()
         assert is_alive(trained_by)
         client = server.start()
@@ -75,6 +77,7 @@ def test_a_job_survives_the_server_and_its_own_process(tmp_path: Path) -> None:
         assert reasons == [f"The job waits: {job.id} trains, and this server trains one job at a time"]
         assert jobs.cancel(behind.id).status == "cancelled"
 
+        os.kill(trained_by["pid"], signal.SIGCONT)
         # Paused, it saves and ends; resumed and killed at once, it goes on by itself.
         until(lambda: jobs.checkpoints.list(job.id).data)
         assert jobs.pause(job.id).status == "paused"
@@ -99,12 +102,12 @@ def check_done(client: openai.OpenAI, done: Any, folder: Path) -> None:
     assert done.hyperparameters.model_dump() == {"batch_size": 2, "learning_rate_multiplier": 0.5, "n_epochs": 10}
     assert done.trained_tokens > 0
     assert done.finished_at >= done.created_at
-    events = list(client.fine_tuning.jobs.list_events(done.id, limit=20))  # several pages
+    events = list(client.fine_tuning.jobs.list_events(done.id, limit=90))  # several pages
     steps = [one.data["step"] for one in events if one.type == "metrics" and "train_loss" in one.data]
     assert steps == list(range(STEPS, 0, -1))
     assert events[0].message == "The job has successfully completed"
     kept = client.fine_tuning.jobs.checkpoints.list(done.id).data
-    assert [one.step_number for one in kept] == [60, 54, 48]
+    assert [one.step_number for one in kept] == [STEPS, STEPS - EPOCH, STEPS - 2 * EPOCH]
     assert kept[0].metrics.full_valid_loss == kept[0].metrics.valid_loss > 0
     table = client.files.content(done.result_files[0]).text.splitlines()
     assert table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"

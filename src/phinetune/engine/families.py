@@ -7,6 +7,7 @@ write Phi-3 itself in this form are of `model_type` llama or mistral.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import transformers
@@ -24,9 +25,31 @@ CONFIGS: dict[str, type[ModelConfig]] = {
 NAMES = {"phi3": "Phi3", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 
 
+@dataclass(frozen=True)
+class InputNames:
+    """The linear layers that read a half's input, in the order in which their outputs lie side by side.
+
+    Attributes:
+        attention: those of `self_attn`: queries, keys, values.
+        mlp: those of `mlp`: gate, up.
+    """
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+
+
+FUSED = InputNames(("qkv_proj",), ("gate_up_proj",))
+SPLIT = InputNames(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 def is_fused(config: Any) -> bool:
     """Whether q, k, v are one layer, and gate, up are one."""
     return bool(config.model_type == "phi3")
+
+
+def input_names(config: Any) -> InputNames:
+    """How a configuration's model names these layers."""
+    return FUSED if is_fused(config) else SPLIT
 
 
 def transformers_class(config: Any) -> type[PreTrainedModel]:

@@ -23,6 +23,7 @@ from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.attention_plan import AttentionRun, Heads, plan
+from phinetune.engine.families import FUSED
 from phinetune.engine.kernels import rotary
 from phinetune.engine.kernels.attention import attention, fuses
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_label_numbers, linear_log_probs
@@ -113,12 +114,17 @@ class PackedMLP(nn.Module):
     """Gate and up, SwiGLU, down_proj. For packed rows, `rebuild` drops SwiGLU's output and computes it again.
 
     Attributes:
-        inputs: the layers whose outputs side by side are gate and up.
+        names: what its layers are called.
     """
 
     compile_ops = False
-    inputs: Sequence[nn.Module]
+    names = FUSED
     down_proj: Any
+
+    @property
+    def inputs(self) -> tuple[nn.Module, ...]:
+        """The layers whose outputs side by side are gate and up."""
+        return tuple(getattr(self, name) for name in self.names.mlp)
 
     def forward(self, hidden_states: Tensor, packed: bool = False, rebuild: bool = False) -> Tensor:
         if not packed:
@@ -133,10 +139,6 @@ class PackedMLP(nn.Module):
 class Phi3MLP(PackedMLP, transformers_phi3.Phi3MLP):
     """gate_up_proj, SwiGLU, down_proj."""
 
-    @property
-    def inputs(self) -> Sequence[nn.Module]:  # type: ignore[override]
-        return (self.gate_up_proj,)
-
 
 def _side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """The outputs of layers over the same rows, side by side."""
@@ -147,17 +149,22 @@ class PackedAttention(nn.Module):
     """q, k and v, attention, o_proj. For packed rows, o_proj is applied only at the positions `rows`, if given.
 
     Attributes:
-        inputs: the layers whose outputs side by side are q, k and v.
+        names: what its layers are called.
         window: how many keys a query sees; None: all before it.
     """
 
-    inputs: Sequence[nn.Module]
+    names = FUSED
     window: int | None
     config: Any
     o_proj: Any
     layer_idx: int | None
     head_dim: int
     scaling: float
+
+    @property
+    def inputs(self) -> tuple[nn.Module, ...]:
+        """The layers whose outputs side by side are q, k and v."""
+        return tuple(getattr(self, name) for name in self.names.attention)
 
     def forward(
         self,
@@ -183,10 +190,6 @@ class PackedAttention(nn.Module):
 
 class Phi3Attention(PackedAttention, transformers_phi3.Phi3Attention):
     """qkv_proj, attention, o_proj."""
-
-    @property
-    def inputs(self) -> Sequence[nn.Module]:  # type: ignore[override]
-        return (self.qkv_proj,)
 
     @property
     def window(self) -> int | None:  # type: ignore[override]

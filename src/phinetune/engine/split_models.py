@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from phinetune.engine.families import NAMES
+from phinetune.engine.families import NAMES, SPLIT
 from phinetune.engine.phi3 import PackedAttention, PackedCausalLM, PackedDecoder, PackedLayer, PackedMLP, Phi3RMSNorm
 
 WINDOWED = ("mistral", "qwen2")  # those whose attention has the configuration's `sliding_window`
 
 
 class _MLP(PackedMLP):
-    @property
-    def inputs(self) -> Sequence[nn.Module]:  # type: ignore[override]
-        return self.gate_proj, self.up_proj  # type: ignore[return-value]
+    names = SPLIT
 
 
 class _Attention(PackedAttention):
-    @property
-    def inputs(self) -> Sequence[nn.Module]:  # type: ignore[override]
-        return self.q_proj, self.k_proj, self.v_proj  # type: ignore[return-value]
+    names = SPLIT
 
     @property
     def window(self) -> int | None:  # type: ignore[override]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from engine.engine_helpers import LORA, SHAPES, make_pair
+from engine.engine_helpers import LORA, SHAPES, SPLIT, make_pair
 from engine.test_greedy_decode import by_transformers, some_prompts
 from phinetune.engine.continuous import batch as batching
 from phinetune.engine.continuous import shelves
@@ -18,13 +18,15 @@ from phinetune.engine.continuous.low_rank import read_updates
 from phinetune.engine.continuous.requests import AnswerStream, Request
 
 NAMES = (None, "one", "two")
+# Past longrope's limit Llama's `generate` keeps the keys that it has; the engine computes them anew, as Phi-3's does.
+ALIKE = [*SHAPES, *(shape for shape in SPLIT if shape != "phi-3.5 as llama")]
 
 
 class Setting:
     """A base with two adapters, in the plain form and in the engine's."""
 
     def __init__(self, shape: str) -> None:
-        pair = make_pair(SHAPES[shape]())
+        pair = make_pair({**SHAPES, **SPLIT}[shape]())
         pair.plain.add_adapter("two", LoraConfig(**{**LORA, "r": 3, "use_rslora": True}))
         pair.plain.requires_grad_(False)
         self.plain, self.adapters = pair.plain, {"one": read_updates(pair.plain)}
@@ -68,7 +70,7 @@ def answer(row: Row) -> list[int]:
     return [token.id for token in row.stream]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALIKE)
 def test_each_has_the_tokens_of_generate_alone(shape: str) -> None:
     """Odd lengths, a beginning shared by all, base and two adapters, longrope's limit and the window crossed."""
     setting = Setting(shape)

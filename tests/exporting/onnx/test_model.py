@@ -56,7 +56,7 @@ def test_an_adapter_in_onnxruntime_answers_as_in_peft(adapter: Any) -> None:
     ids = chat_ids(byte_tokenizer(300), QUESTION)
     genai = Genai(folder)
     assert genai.tokenize(genai.render(QUESTION)) == ids
-    assert genai.greedy(ids, 40) == without_end(tuned, ids)
+    assert genai.answer(ids, 40) == without_end(tuned, ids)
 
 
 def test_a_split_model_in_onnxruntime_answers_as_in_transformers(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_split_model_in_onnxruntime_answers_as_in_transformers(tmp_path: Path)
     model, tokenizer = split_model(SPLIT_SHAPES["llama 3"], tmp_path / "m")
     export(str(tmp_path / "m"), "onnx", kind="f32", out=tmp_path / "out")
     ids = chat_ids(tokenizer, QUESTION)
-    assert Genai(tmp_path / "out").greedy(ids, 40) == without_end(model, ids)
+    assert Genai(tmp_path / "out").answer(ids, 40) == without_end(model, ids)
 
 
 @pytest.mark.starter
@@ -74,7 +74,7 @@ def test_a_tuned_starter_in_onnxruntime_answers_as_in_transformers(tuned_starter
     ids = chat_ids(tokenizer, chats[3])
     genai = Genai(tmp_path / "out")
     assert genai.tokenize(genai.render(chats[3])) == ids
-    answer = genai.greedy(ids, 40)
+    answer = genai.answer(ids, 40)
     assert len(answer) == 40
     assert answer == greedy(tuned, ids, 40)
 
@@ -97,7 +97,7 @@ def test_a_hub_shape_in_onnxruntime_answers_as_in_transformers(
     model = random_model(hub_shape(name, tmp_path / "m", **changes), tokenizer)
     ids = chat_ids(tokenizer, QUESTION)
     export(str(tmp_path / "m"), "onnx", kind="f32", out=tmp_path / "out")
-    assert Genai(tmp_path / "out").greedy(ids, 40) == without_end(model, ids)
+    assert Genai(tmp_path / "out").answer(ids, 40) == without_end(model, ids)
 
 
 def test_chats_in_phi3s_own_vocabulary_have_the_ids_of_transformers(
@@ -129,7 +129,7 @@ def test_int4_is_smaller_and_runs(tmp_path: Path) -> None:
     for kind in ("f32", "int4"):
         sizes[kind] = export(str(folder), "onnx", kind=kind, out=tmp_path / kind).size
     assert sizes["int4"] < sizes["f32"] / 2
-    assert len(Genai(tmp_path / "int4").greedy([5, 6, 7], 8)) <= 8
+    assert len(Genai(tmp_path / "int4").answer([5, 6, 7], 8)) <= 8
 
 
 def test_the_command_says_what_it_wrote_and_what_it_names_runs(

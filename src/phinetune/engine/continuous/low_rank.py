@@ -13,12 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phinetune.engine.families import input_names
 from phinetune.engine.kernels.matmul import linear
 from phinetune.engine.lora_layers import only_adapter
 from phinetune.errors import ModelError
 from phinetune.lora.functional import lora_linear
 
-PLACES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")  # in a decoder layer
+
+@dataclass(frozen=True)
+class Places:
+    """Where a decoder layer has its linear layers: those that read the input of attention and MLP, and those behind."""
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    o: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+
+    @classmethod
+    def of(cls, config: Any) -> Places:
+        """In models of a configuration."""
+        names = input_names(config)
+        return cls(tuple(f"self_attn.{name}" for name in names.attention), tuple(f"mlp.{name}" for name in names.mlp))
 
 
 @dataclass(frozen=True)
@@ -48,14 +63,20 @@ class Span:
     stop: int
 
 
-def product(x: Tensor, module: Any, where: tuple[int, str], spans: Sequence[Span]) -> Tensor:
-    """A linear layer's output with the adapters of its tokens.
+def product(x: Tensor, layer: Any, number: int, places: Sequence[str], spans: Sequence[Span]) -> Tensor:
+    """The outputs of linear layers of a decoder layer side by side, with the adapters of their tokens.
 
     Args:
         x: shape (tokens, in).
-        where: the layer's number and the place in it.
+        number: the decoder layer's.
+        places: of the linear layers in it.
         spans: they cover the tokens in order.
     """
+    made = [_product(x, layer.get_submodule(place), (number, place), spans) for place in places]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+
+def _product(x: Tensor, module: Any, where: tuple[int, str], spans: Sequence[Span]) -> Tensor:
     if type(module) is not nn.Linear:  # quantised: its class knows its product
         return _add(module(x), x, where, spans)
     only = spans[0].adapter.get(where) if len(spans) == 1 and spans[0].adapter else None
@@ -102,8 +123,10 @@ def read_updates(model: Any, weights: Mapping[str, Tensor] | None = None) -> Ada
         name for name, module in model.named_modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     }
     names = {module: name for name, module in model.named_modules()}
-    for number, layer in enumerate(model.get_base_model().model.layers):
-        for place in PLACES:
+    base = model.get_base_model()
+    places = Places.of(base.config)
+    for number, layer in enumerate(base.model.layers):
+        for place in (*places.attention, places.o, *places.mlp, places.down):
             module = layer.get_submodule(place)
             name = only_adapter(module, type(module.base_layer)) if isinstance(module, LoraLayer) else None
             if name is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phinetune.engine.attention_plan import Heads
-from phinetune.engine.continuous.low_rank import PLACES, Span, kept_spans, product
+from phinetune.engine.continuous.low_rank import Places, Span, kept_spans, product
 from phinetune.engine.continuous.shelves import RowCache, Shelf
 from phinetune.engine.kernels.rotary import rotate_
 from phinetune.engine.kernels.swiglu import swiglu
@@ -135,9 +135,9 @@ def compute(core: Any, step: Step) -> Tensor:
     hidden = model.embed_tokens(torch.tensor(step.ids, device=device))
     cos, sin = (part.to(hidden.dtype) for part in _rotation(model, step, device))
     attend = _Attention(step.parts, cos, sin, model.layers[0].self_attn.heads)
-    last = len(model.layers) - 1
+    last, places = len(model.layers) - 1, Places.of(core.config)
     for i, layer in enumerate(model.layers):
-        hidden = _layer(layer, i, hidden, attend, step.spans, step.wanted if i == last else None)
+        hidden = _layer(layer, i, places, hidden, attend, step.spans, step.wanted if i == last else None)
     return model.norm(hidden)  # type: ignore[no-any-return]
 
 
@@ -171,21 +171,21 @@ class _Attention:
 def _layer(
     layer: Any,
     number: int,
+    places: Places,
     hidden: Tensor,
     attend: Callable[[int, Tensor], Tensor],
     spans: Sequence[Span],
     wanted: list[int] | None,
 ) -> Tensor:
     """One decoder layer; only the wanted tokens' output, if they are given."""
-    qkv_place, o_place, up_place, down_place = ((number, place) for place in PLACES)
-    qkv = product(layer.input_layernorm(hidden), layer.self_attn.qkv_proj, qkv_place, spans)
+    qkv = product(layer.input_layernorm(hidden), layer, number, places.attention, spans)
     out = attend(number, qkv)
     if wanted is not None and not wanted:  # the prompts' states are written, and that was all
         return hidden[:0]
     if wanted is not None and len(wanted) < len(hidden):
         index = torch.tensor(wanted, device=hidden.device)
         hidden, out, spans = hidden[index], out[index], kept_spans(spans, wanted)
-    hidden = hidden + product(out, layer.self_attn.o_proj, o_place, spans)
+    hidden = hidden + product(out, layer, number, [places.o], spans)
     normed = layer.post_attention_layernorm(hidden)
-    active = swiglu(product(normed, layer.mlp.gate_up_proj, up_place, spans))
-    return hidden + product(active, layer.mlp.down_proj, down_place, spans)
+    active = swiglu(product(normed, layer, number, places.mlp, spans))
+    return hidden + product(active, layer, number, [places.down], spans)

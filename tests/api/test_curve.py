@@ -109,6 +109,10 @@ def test_what_no_curve_can_be_drawn_of_is_told_at_once(config: RunConfig, consol
     without.data.eval = None
     with pytest.raises(ConfigError, match=r"data\.eval: a curve needs held-out chats"):
         curve_config(without, console)
+    racing = config.model_copy(deep=True)
+    racing.training_config["learning_rate"] = "race"
+    with pytest.raises(ConfigError, match=r"learning_rate: race: all runs of a curve have one rate"):
+        curve_config(racing, console)
     few = config.model_copy(deep=True)
     few.data.limit = 15
     with pytest.raises(DataError, match=r"15 rows are too few for a curve; it needs 16"):

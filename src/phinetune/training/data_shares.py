@@ -47,6 +47,11 @@ def check_curve(prepared: PreparedRun) -> None:
             f"objective: a curve is drawn over nats a token, and the loss of {prepared.objective.kind} is none; draw "
             "it with sft"
         )
+    if prepared.settings.race:
+        problems.append(
+            "learning_rate: race: all runs of a curve have one rate, and each would race for its own; name a rate, "
+            "such as the one that `phinetune tune` found"
+        )
     if max(1, prepared.args.world_size) > 1:
         problems.append("a curve trains its runs in one process, one after the other; start it without torchrun")
     if problems:

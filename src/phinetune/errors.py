@@ -39,6 +39,10 @@ class RunError(PhinetuneError):
     """A run's folder can't be used, or a run can't go on."""
 
 
+class LostProcess(RunError):
+    """Another process of the run is gone, so this one can't go on. It is never the cause of what happened."""
+
+
 Trouble = Literal[
     "form",
     "roles",

@@ -90,7 +90,7 @@ def measured(model: str, steps: int, repeats: int) -> Part:
         {"name": f"{n} process{'es' * (n > 1)}", "tokens_per_s": middle[n], "times": middle[n] / middle[1], "all": all_}
         for n, all_ in found.items()
     ]
-    return {"machine": machine(), "model": model, "steps": steps, "repeats": repeats, "rows": rows}
+    return {"machine": machine("auto"), "model": model, "steps": steps, "repeats": repeats, "rows": rows}
 
 
 def main() -> None:

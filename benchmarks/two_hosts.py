@@ -131,7 +131,7 @@ def measured(model: str, steps: int, rates: Sequence[str], fsdp: bool) -> Part:
             row |= {"mb_a_step": (bytes_ - once) / (steps - 3) / 1e6, "formula_mb": 2 * trained * 4 / 1e6}
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
-    return {"machine": machine(), "model": model, "steps": steps, "rows": rows}
+    return {"machine": machine("auto"), "model": model, "steps": steps, "rows": rows}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from phinetune.errors import LostProcess
+from phinetune.errors import is_lost
 
 REPORTS = "PHINETUNE_REPORTS"  # the folder for reports; only our own launcher sets it
 LAUNCHER = "PHINETUNE_LAUNCHER"  # the launcher's process id
@@ -79,7 +79,7 @@ def report(status: int, problems: Sequence[str] = (), *, error: BaseException | 
         error: what ended it; without `problems` one that nobody foresaw.
     """
     trace = "" if problems or error is None else "".join(traceback.format_exception(error))
-    text = json.dumps(asdict(Report(rank(), status, tuple(problems), trace, isinstance(error, LostProcess))))
+    text = json.dumps(asdict(Report(rank(), status, tuple(problems), trace, error is not None and is_lost(error))))
     place = Path(os.environ[REPORTS]) / f"{rank()}.json"
     part = place.with_suffix(".partial")
     part.write_text(text, encoding="utf-8")

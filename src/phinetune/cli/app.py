@@ -26,7 +26,7 @@ from phinetune.cli import (
     train,
     tune,
 )
-from phinetune.errors import PhinetuneError, RunError, is_out_of_memory, reason_of
+from phinetune.errors import LOST_PROCESS, PhinetuneError, RunError, is_lost, is_out_of_memory, reason_of
 from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
 from phinetune.terminal_text import visible
@@ -82,6 +82,8 @@ def _told(error: Exception) -> str:
     trouble = disk_trouble(error)
     if trouble:
         return f"{trouble} ({reason_of(error)}); see to the disk and call the command again"
+    if launched.has_launcher() and is_lost(error):
+        return LOST_PROCESS
     if isinstance(error, OSError):
         return str(error)
     if launched.is_ours():

@@ -168,7 +168,7 @@ def _outcome(
     rank, first = min(failed.items(), key=lambda item: (item[1].timestamp, item[0] in reports, item[0]))
     if rank in reports:
         # All processes look at the same files, so most errors are told by each: the first one's do.
-        told = min(reports.values(), key=lambda one: (one.status == 0, one.lost, one.rank))
+        told = min(reports.values(), key=lambda one: (one.status == 0, one.lost, bool(one.trace), one.rank))
         if told.trace:
             print(told.trace, file=sys.stderr, end="")
             return 1

@@ -46,8 +46,8 @@ def shard_layers(model: Any, device: torch.device, *, free_after_forward: bool) 
 def _make_plain(layer: nn.Module) -> None:
     """Hold packed 4-bit weights as parameters of torch's own class, which can be cut; the scales stay at the module."""
     for module in layer.modules():
-        weight = getattr(module, "weight", None)
-        if type(weight).__name__ == "Params4bit" and isinstance(weight, nn.Parameter):
-            module.quant_state = weight.quant_state  # type: ignore[attr-defined]
-            packed = weight.detach().as_subclass(torch.Tensor).clone()  # type: ignore[arg-type]
+        weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+        if type(weight).__name__ == "Params4bit":
+            module.quant_state = weight.quant_state
+            packed = weight.detach().as_subclass(torch.Tensor).clone()
             module.weight = nn.Parameter(packed, requires_grad=False)

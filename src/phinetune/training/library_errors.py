@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phinetune.errors import ConfigError, LostProcess, PhinetuneError, RunError, is_out_of_memory, reason_of
+from phinetune.errors import (
+    LOST_PROCESS,
+    ConfigError,
+    LostProcess,
+    PhinetuneError,
+    RunError,
+    is_lost,
+    is_out_of_memory,
+    reason_of,
+)
 from phinetune.files import disk_trouble
 
 logger = logging.getLogger(__name__)
@@ -22,7 +31,6 @@ PASSAGES = {
 # Where libraries lie. Whatever else is in a traceback is the caller's own code.
 INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
 LIBRARIES = ("transformers", "peft", "trl", "torch", "accelerate", "bitsandbytes", "datasets", "safetensors")
-LOST = ("connection closed by peer", "connection reset by peer", "gloo", "broken pipe")
 LESS_MEMORY = (
     "lower training_config.per_device_train_batch_size or max_length, set engine.activation_memory: all or "
     "model.quantization: nf4; `phinetune plan` tells what fits"
@@ -53,11 +61,8 @@ def told_in_sentences() -> Iterator[None]:
                 f"the memory is not enough for this run ({reason_of(error)}); {LESS_MEMORY}. Checkpoints written "
                 "before are whole, and --resume goes on from them"
             ) from error
-        if _is_lost(error):
-            raise LostProcess(
-                "another process of this run is gone, so this one can't go on; its own message says why. Checkpoints "
-                "written before are whole, and --resume goes on from them"
-            ) from error
+        if is_lost(error):
+            raise LostProcess(LOST_PROCESS) from error
         library = _library_of(error)
         if library is None:
             raise
@@ -86,14 +91,6 @@ def disk_told(folder: Path) -> Iterator[None]:
             f"{folder}: {trouble}, so the run stopped; checkpoints written before are whole. See to the disk and go on "
             "with --resume"
         ) from error
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether processes can't exchange any more. gloo says so in the text of a plain RuntimeError."""
-    from torch.distributed import DistError
-
-    text = str(error).lower()
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(one in text for one in LOST))
 
 
 def _library_of(error: BaseException) -> str | None:

@@ -42,6 +42,7 @@ IDLE_KEYS = {
     "transformer_layer_cls_to_wrap": "each decoder layer is a unit",
     "use_orig_params": "FSDP2 has none",
 }
+OURS = "PHINETUNE_FSDP"  # the same, out of Accelerate's sight, for later runs of one program
 ENVIRONMENT = "ACCELERATE_USE_FSDP"  # of `accelerate launch` with an FSDP configuration
 
 
@@ -63,13 +64,14 @@ def take_spread(
 
     Args:
         problems, notes: a sentence is added for what is refused, and for what has no effect.
-        environment: the process's own, if left out. What asks Accelerate for FSDP is taken out of it.
+        environment: the process's own, if left out. What asks Accelerate for FSDP gets another name there.
     """
     environment = os.environ if environment is None else environment
     words = _words(training.get("fsdp"))
     given = _given(training.get("fsdp_config"), problems)
     if environment.get(ENVIRONMENT, "").lower() == "true":
-        del environment[ENVIRONMENT]
+        environment[OURS] = environment.pop(ENVIRONMENT)
+    if OURS in environment:
         notes.append("FSDP as the configuration of `accelerate launch` asks for it")
         words = words or ["true"]
         given = {**_from_launcher(environment), **given}
@@ -124,8 +126,8 @@ def _read(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> bo
         elif key == "version":
             if str(value) != "2":
                 problems.append(f"{where}: version: {value}: FSDP2 alone is used here; set it to 2 or leave it out")
-        elif key.removesuffix("_v2") in REFUSED_KEYS:
-            problems += [] if off else [f"{where}: {key}: {REFUSED_KEYS[key.removesuffix('_v2')]}"]
+        elif key in REFUSED_KEYS:
+            problems += [] if off else [f"{where}: {key}: {REFUSED_KEYS[key]}"]
         elif key in IDLE_KEYS:
             notes += [] if off else [f"{where}: `{key}` has no effect: {IDLE_KEYS[key]}"]
         else:

@@ -39,6 +39,27 @@ class RunError(PhinetuneError):
     """A run's folder can't be used, or a run can't go on."""
 
 
+class LostProcess(RunError):
+    """Another process of the run is gone, so this one can't go on. It is never the cause of what happened."""
+
+
+# What gloo says in a plain RuntimeError when processes can't exchange any more.
+LOST = ("connection closed by peer", "connection reset by peer", "gloo", "broken pipe")
+
+
+LOST_PROCESS = (
+    "another process of this run is gone, so this one can't go on; its own message says why. Checkpoints written before "
+    "are whole, and --resume goes on from them"
+)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    if isinstance(error, LostProcess) or any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(one in str(error).lower() for one in LOST)
+
+
 Trouble = Literal[
     "form",
     "roles",

@@ -6,15 +6,17 @@ main one. All processes must call every function here, in the same order.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
+Item = TypeVar("Item")
 PATIENCE = timedelta(days=7)  # how long the other processes wait for work that the main process does alone
 
 
@@ -82,9 +84,8 @@ def summed(numbers: torch.Tensor) -> torch.Tensor:
     """
     if not _several():
         return numbers
-    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
     total = numbers.clone()
-    distributed.all_reduce(total, distributed.ReduceOp.SUM, group)
+    distributed.all_reduce(total, distributed.ReduceOp.SUM, _patient())
     return total
 
 
@@ -103,16 +104,46 @@ def from_main(value: dict[str, Any]) -> dict[str, Any]:
     Args:
         value: a dictionary that JSON can hold. Only the main process's counts.
     """
-    if not _several():
-        return value
-    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
-    sent = bytearray(json.dumps(value).encode()) if is_main() else bytearray()
+    return _sent_by(0, value) if _several() else value  # type: ignore[no-any-return]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Each process's value, in the order of the ranks, in every process. They wait for each other for up to a week.
+
+    Args:
+        value: what JSON can hold.
+    """
+    return [_sent_by(sender, value) for sender in range(count())] if _several() else [value]
+
+
+def shared_out(items: Sequence[Item], work: Callable[[list[Item]], list[Any]]) -> list[Any]:
+    """What `work` makes of each item, in the order of the items, in every process. Each process works on a part.
+
+    Args:
+        items: the same in every process, those that cost alike side by side.
+        work: gives one result an item, as JSON holds it.
+    """
+    own = work(list(items[rank() :: count()]))
+    made: list[Any] = [None] * len(items)
+    for number, part in enumerate(gathered(own)):
+        made[number :: count()] = part
+    return made
+
+
+def _sent_by(sender: int, value: Any) -> Any:
+    """The value of one process, in every process."""
+    sent = bytearray(json.dumps(value).encode()) if rank() == sender else bytearray()
     size = torch.tensor(len(sent))
-    distributed.broadcast(size, 0, group)
+    distributed.broadcast(size, sender, _patient())
     text = torch.frombuffer(sent or bytearray(int(size)), dtype=torch.uint8)
-    distributed.broadcast(text, 0, group)
-    received: dict[str, Any] = json.loads(bytes(text.tolist()))
-    return received
+    distributed.broadcast(text, sender, _patient())
+    return json.loads(bytes(text.tolist()))
+
+
+@functools.cache
+def _patient() -> Any:
+    """The processes as a group that waits for up to a week, on the CPU."""
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _several() -> bool:

@@ -330,7 +330,7 @@ def _look(prepared: PreparedRun, metrics: Metrics) -> Any:
 
 
 def _finish(trained: TrainedRun, metrics: Metrics, console: Console) -> Run:
-    """The comparison, the card, the results and the report, which the main process makes."""
+    """The comparison, which all processes make; and the card, the results and the report, which the main one writes."""
     folder = trained.folder
     results: dict[str, Any] = {
         "base": asdict(trained.loaded.base),
@@ -340,10 +340,11 @@ def _finish(trained: TrainedRun, metrics: Metrics, console: Console) -> Run:
     if trained.stopped:
         if processes.is_main():
             write_page(folder)
+        processes.from_main({})  # a launcher ends all processes when one has ended with the status of a stopped run
         return Run(folder.path, results, True)
+    results |= _compared(trained, metrics, console)  # by all processes
     if processes.is_main():
         results["curves"] = [asdict(words) for words in _said(trained)]
-        results |= _compared(trained, metrics, console)
         show_curves(results["curves"], console)
         _write_results(folder, trained, results)
     return Run(folder.path, processes.from_main(results), False)

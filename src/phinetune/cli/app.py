@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from phinetune import launched
 from phinetune.cli import (
     combine,
     config,
@@ -25,7 +26,7 @@ from phinetune.cli import (
     train,
     tune,
 )
-from phinetune.errors import PhinetuneError, RunError, is_out_of_memory, reason_of
+from phinetune.errors import LOST_PROCESS, PhinetuneError, RunError, is_lost, is_out_of_memory, reason_of
 from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
 from phinetune.terminal_text import visible
@@ -47,19 +48,27 @@ for verb in (report, train, tune, plan, curve, evaluate, talk, merge, combine, e
 def main() -> None:
     """Entry point. A user's mistake ends with one sentence a problem and status 2, never with a traceback."""
     try:
+        launched.follow_launcher()
         _check_address_space()
         app(prog_name="phinetune")
     except PhinetuneError as error:
-        _fail(error.problems)
-    except KeyboardInterrupt:
+        _fail(error.problems, error)
+    except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more Ctrl-C would end it with another status
-        print("stopped", file=sys.stderr)
+        if launched.is_ours():
+            launched.report(130, ["stopped"], error=error)
+        else:
+            print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        _fail([_told(error)])
+        _fail([_told(error)], error)
 
 
-def _fail(problems: Sequence[str]) -> None:
+def _fail(problems: Sequence[str], error: BaseException) -> None:
+    """End with status 2. Of several processes our launcher says once what they report."""
+    if launched.is_ours():
+        launched.report(2, problems, error=error)
+        sys.exit(2)
     for problem in problems:
         lead = "" if problem.startswith("  ") else "error: "  # lines of YAML are there to be pasted
         print(visible(without_secrets(f"{lead}{problem}")), file=sys.stderr)
@@ -73,8 +82,13 @@ def _told(error: Exception) -> str:
     trouble = disk_trouble(error)
     if trouble:
         return f"{trouble} ({reason_of(error)}); see to the disk and call the command again"
+    if launched.has_launcher() and is_lost(error):
+        return LOST_PROCESS
     if isinstance(error, OSError):
         return str(error)
+    if launched.is_ours():
+        launched.report(1, error=error)
+        sys.exit(1)
     raise error
 
 

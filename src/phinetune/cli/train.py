@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phinetune import launched
+from phinetune.cli.launching import launch, launches
 from phinetune.cli.options import Overwrite, SetOption
 from phinetune.cli.program import program
 from phinetune.loading import libraries
@@ -35,9 +37,17 @@ def train(
     max_time: Annotated[
         str | None, typer.Option(metavar="TIME", help="stop with a checkpoint before this time is over, as 2h30m")
     ] = None,
+    nproc: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="processes on this machine that train together: a GPU, or a share of the cores, each"
+        ),
+    ] = 1,
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Fine-tune by a YAML file, then compare base and tuned model on the held-out chats."""
+    if launches(nproc):
+        sys.exit(launch(nproc, sys.argv[1:]))
     with libraries():
         from phinetune.api.train import train_config
         from phinetune.config.run import load_config
@@ -49,7 +59,8 @@ def train(
         changed=changed,
         max_time=max_time,
     )
-    say_next(made, f"{program()} train {config}")
+    several = f" --nproc {nproc}" if nproc > 1 else ""
+    say_next(made, f"{program()} train {config}{several}")
 
 
 @app.command()
@@ -68,13 +79,21 @@ def demo(
 
 
 def say_next(made: Run, command: str, again: str = " --resume") -> None:
-    """What was written and what to do next. A run that was stopped ends the program with status `STOPPED`."""
+    """What was written and what to do next. A run that was stopped ends the program with status `STOPPED`.
+
+    Of several processes the first one says it. Its launcher would end it at once if one of the others failed.
+    """
+    if launched.rank():
+        return
     path, page = made.path, made.path / "report.html"
     if made.stopped:
         steps = made.results["training"]["steps"]
         stopped = f"Stopped after step {steps}; a checkpoint is in {path}, a report in {page}. Go on with:"
         say(stdout(), [stopped, f"  {command}{again}"])
-        sys.exit(STOPPED)
+        if not launched.is_ours():
+            sys.exit(STOPPED)
+        launched.report(STOPPED)
+        return
     lines = [
         f"\nWrote {path}: the adapter, its tokenizer, checkpoints, results.json and a model card (README.md)",
         *([f"See how it went: {page}"] if page.is_file() else []),

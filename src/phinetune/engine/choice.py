@@ -33,7 +33,6 @@ FAST_VALUES: dict[str, tuple[Any, ...]] = {
     "fp16": (False,),
     "packing_strategy": ("bfd",),
     "deepspeed": (None,),
-    "fsdp": (None, False, "", []),
 }
 
 

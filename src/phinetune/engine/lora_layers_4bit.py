@@ -45,7 +45,9 @@ class FusedLinear4bit(Linear4bit):
 
 def _reader(base: Any, dtype: torch.dtype) -> BlockReader:
     """Reads the weight of a 4-bit layer for products of x in `dtype`."""
-    return functools.partial(_expand, base.weight.data, base.weight.quant_state, dtype)
+    # A weight that is spread over processes is a parameter of torch's own class, and its scales are the module's.
+    state = getattr(base.weight, "quant_state", None) or base.quant_state
+    return functools.partial(_expand, base.weight.data, state, dtype)
 
 
 def _expand(

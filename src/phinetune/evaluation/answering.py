@@ -16,12 +16,13 @@ from phinetune.chats.tagged_text import PLAIN
 from phinetune.chats.template import Message
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
-from phinetune.engine.generate import Answer, answer_prompts
+from phinetune.engine.generate import Answer
 from phinetune.errors import ConfigError, RunError
 from phinetune.evaluation.bootstrap import Array
 from phinetune.evaluation.metrics import Metrics, RowMetric
 from phinetune.evaluation.patterns import repeats
 from phinetune.evaluation.set_metrics import Counted, Judged, SetMetric, timed
+from phinetune.evaluation.together import answer_together
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def answer_all(
     Raises:
         RunError: a metric's function failed on an answer.
     """
-    answers = answer_prompts(
+    answers = answer_together(
         model,
         tokenizer,
         [question.ids for question in questions],

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from phinetune import processes
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.shared_rows import shared_sentences
-from phinetune.engine.scoring import score_rows
 from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
 from phinetune.evaluation.bootstrap import Array, Difference
 from phinetune.evaluation.classes import Classes, class_tree
@@ -25,6 +25,7 @@ from phinetune.evaluation.judge import judge_answers
 from phinetune.evaluation.measured import Measured, Numbers, by_tag, differences_of, finite, unseen
 from phinetune.evaluation.metrics import Metrics
 from phinetune.evaluation.preferences import are_pairs, score_pairs, win_rate
+from phinetune.evaluation.together import score_together
 from phinetune.evaluation.trust import few_rows
 from phinetune.metric_table import COUNTS, MEASURES, measures_of
 
@@ -195,7 +196,7 @@ def compare(
             if pairs:
                 scores, preferred = score_pairs(one, held_out.encoded, size, watcher.advance)
             else:
-                scores = score_rows(one, held_out.encoded, size, watcher.advance)
+                scores = score_together(one, held_out.encoded, size, watcher.advance)
             answered = Answers([], {})
             if questions:
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
@@ -208,8 +209,11 @@ def compare(
 def _judged(
     sides: Mapping[str, Measured], questions: Sequence[Question], section: EvaluationSection, watcher: Watcher
 ) -> dict[str, Any]:
-    """What judges say of the answers of both models; empty if there is one model alone."""
-    if len(sides) < 2:
+    """What judges say of the answers of both models; empty if there is one model alone.
+
+    Of several processes the main one asks: judges cost money.
+    """
+    if len(sides) < 2 or not processes.is_main():
         return {}
     base, tuned = ([answer.text for answer in side.answered.answers] for side in sides.values())
     return judge_answers(section, questions, base, tuned, watcher.judging, watcher.advance)

@@ -25,11 +25,11 @@ from phinetune.data.neutral.neutral_rows import NeutralRow, shipped_rows
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.read.any_source import read_first
 from phinetune.data.read.messages import detect_form, to_messages
-from phinetune.engine.generate import answer_prompts
-from phinetune.engine.scoring import Score, score_rows
+from phinetune.engine.scoring import Score
 from phinetune.errors import DataError, RowError, at_most
 from phinetune.evaluation.bootstrap import Difference, Pairs, differences
 from phinetune.evaluation.compare import Comparison, Side, sides_of
+from phinetune.evaluation.together import answer_together, score_together
 from phinetune.metric_table import Measure, measures_of
 
 SHARE = 0.05  # of the evaluation's work, for the scored tokens and again for the answered ones: a tenth together
@@ -127,7 +127,7 @@ def measure_kept(
     losses, right = {}, {}
     for name, opened in models.items():
         with opened() as one:
-            losses[name] = score_rows(one, chats, size, lambda count: None)
+            losses[name] = score_together(one, chats, size)
             right[name] = _right(one, tokenizer, encoder, asked)
     took = time.perf_counter() - began
     return _kept(losses, right, kept_rows, took / max(1e-9, took + seconds))
@@ -217,7 +217,7 @@ def _right(
     if not asked:
         return []
     prompts = [encoder.prompt_ids(encoder.prepare(list(row.messages[:-1]))) for row in asked]
-    answers = answer_prompts(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+    answers = answer_together(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
     pairs = zip(asked, answers, strict=True)
     return [100.0 * bool(re.search(row.expect or "", answer.text, re.IGNORECASE)) for row, answer in pairs]
 

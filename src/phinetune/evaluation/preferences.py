@@ -9,9 +9,10 @@ import numpy as np
 
 from phinetune.data.prepare.encode_answers import parts_of
 from phinetune.engine.examples import IGNORED, Encoded
-from phinetune.engine.scoring import Score, score_rows
+from phinetune.engine.scoring import Score
 from phinetune.evaluation.answering import Answers
 from phinetune.evaluation.bootstrap import LEVEL, SEED, Array
+from phinetune.evaluation.together import score_together
 
 RESAMPLES = 10_000
 
@@ -28,14 +29,14 @@ def score_pairs(
 
     Args:
         rows: pairs: the chosen conversation, then the rejected one.
-        batch_size, on_done: see `score_rows`.
+        batch_size, on_done: see `score_together`.
 
     Returns:
         the scores; and 100 where the model finds the chosen answer likelier, else 0: the whole answer
             (`prefers_chosen`) and the mean over its tokens (`prefers_chosen_a_token`), each of shape (rows).
     """
     sides = [[_answer_alone(parts_of(row)[i], parts_of(row)[1]) for row in rows] for i in (0, 1)]
-    scored = score_rows(model, [*sides[0], *sides[1]], batch_size, _halved(on_done))
+    scored = score_together(model, [*sides[0], *sides[1]], batch_size, _halved(on_done))
     chosen, rejected = scored[: len(rows)], scored[len(rows) :]
     both = list(zip(chosen, rejected, strict=True))
     return chosen, {

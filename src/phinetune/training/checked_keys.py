@@ -17,7 +17,7 @@ from phinetune.training.value_rules import STRATEGIES, broken_rule
 # Keys for which the library takes more values than its annotation lists (`pissa_niter_16`).
 OPEN_ENDED = ("init_lora_weights",)
 # Keys that take another type here than the library says.
-WIDER = {"resume_from_checkpoint": bool | str | None}
+WIDER = {"resume_from_checkpoint": bool | str | None, "fsdp": bool | str | list[str] | None}
 SECRET = "hub_token"  # its value is never shown
 # Keys of which null means the default. Elsewhere null has a meaning of its own, or is refused.
 NULL_IS_DEFAULT = ("alpha_pattern", "loftq_config", "rank_pattern", "report_to")

@@ -14,6 +14,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
+from phinetune.training.balance import holder_of_rows
 from phinetune.training.row_place import PartOfAnEpoch, RowsFrom, Stretch
 
 
@@ -72,11 +73,9 @@ class GoingOnTrainer(Trainer):
         if place is None or place.row == 0 or kwargs["epoch"] != place.epoch:
             super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
             return
-        batches = rows.batch_sampler
-        while hasattr(batches, "batch_sampler"):  # each of several processes has a part of the batches
-            batches = batches.batch_sampler
-        whole = batches.sampler
-        batches.sampler = RowsFrom(whole, place.row)
+        holder = holder_of_rows(rows)
+        whole = holder.sampler
+        holder.sampler = RowsFrom(whole, place.row)
         part = PartOfAnEpoch(place.epoch, place.row / len(whole))
         self.add_callback(part)
         steps = math.ceil(len(rows) / self.args.gradient_accumulation_steps)
@@ -84,7 +83,7 @@ class GoingOnTrainer(Trainer):
             counts = {"steps_in_epoch": len(rows), "num_update_steps_per_epoch": steps}
             super()._run_epoch(**kwargs | counts)  # type: ignore[no-untyped-call]
         finally:
-            batches.sampler = whole
+            holder.sampler = whole
             self.remove_callback(part)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phinetune.errors import ConfigError, PhinetuneError, RunError, is_out_of_memory, reason_of
+from phinetune.errors import (
+    LOST_PROCESS,
+    ConfigError,
+    LostProcess,
+    PhinetuneError,
+    RunError,
+    is_lost,
+    is_out_of_memory,
+    reason_of,
+)
 from phinetune.files import disk_trouble
 
 logger = logging.getLogger(__name__)
@@ -37,6 +46,7 @@ def told_in_sentences() -> Iterator[None]:
 
     Raises:
         ConfigError: a library refuses the settings, or what they lead to.
+        LostProcess: another process of the run is gone.
         RunError: the memory is not enough.
     """
     try:
@@ -51,6 +61,8 @@ def told_in_sentences() -> Iterator[None]:
                 f"the memory is not enough for this run ({reason_of(error)}); {LESS_MEMORY}. Checkpoints written "
                 "before are whole, and --resume goes on from them"
             ) from error
+        if is_lost(error):
+            raise LostProcess(LOST_PROCESS) from error
         library = _library_of(error)
         if library is None:
             raise

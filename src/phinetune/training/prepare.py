@@ -115,7 +115,8 @@ class PreparedRun(SettledRun):
     @cached_property
     def steps(self) -> Steps:
         """The optimizer steps that the run will take."""
-        return count_steps(self.lengths, self.args, self.config.data.streaming)
+        dealt = self.engine.fast is not None and self.objective.alone
+        return count_steps(self.lengths, self.args, self.config.data.streaming, dealt)
 
 
 def settle(config: RunConfig) -> SettledRun:
@@ -180,6 +181,7 @@ def prepare_rows(settled: SettledRun) -> PreparedRun:
     settled = replace(settled, config=config, settings=settings)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
     _check_engine(objective, engine)
+    settings = replace(settings, notes=[*settings.notes, *_spread_notes(settings, config, engine)])
     args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)
     settings = replace(settings, notes=[*settings.notes, *rehearse(settings, args, shape)])
     check_trained_parts(settings, config.model, shape, device, dtype)
@@ -260,6 +262,30 @@ def _check_base(model: ModelSection, tokenizer: PreTrainedTokenizerBase, shape: 
     folder = Path(model.path).expanduser()
     if folder.is_dir():  # a hub id's weights are not here yet
         check_checkpoint(folder, shape)
+
+
+def _spread_notes(settings: Settings, config: RunConfig, engine: EngineChoice) -> list[str]:
+    """A line for the log of a run that asks for FSDP.
+
+    Raises:
+        ConfigError: this base can't be spread.
+    """
+    if settings.spread is None:
+        return []
+    kind = config.model.quantization
+    if kind == "int8":
+        raise ConfigError(
+            "training_config.fsdp: int8 layers of bitsandbytes hold their weights and scales apart from their "
+            "parameters, so they can't be spread; take nf4, or a base that is not quantised"
+        )
+    if kind != "none" and engine.fast is None:
+        raise ConfigError(
+            f"training_config.fsdp: only the fast engine reads {kind} weights that are spread, and {engine.reason} "
+            "needs the plain one"
+        )
+    if processes.count() == 1:
+        return ["training_config: `fsdp` has no effect: there is one process (`phinetune train --nproc N` starts N)"]
+    return [f"FSDP2: each of {processes.count()} processes keeps a part of each decoder layer"]
 
 
 def _check_engine(objective: Objective, engine: EngineChoice) -> None:

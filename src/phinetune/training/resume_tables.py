@@ -47,6 +47,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
         *("activation_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps"),
+        *("fsdp", "fsdp_config"),  # where the base lies; what is trained is whole in each process
         *("ddp_timeout", "ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "local_rank", "use_cpu"),
         "max_length",  # what it cuts shows in the rows, what it fills in data.packing
     ),
@@ -71,8 +72,6 @@ NEVER: Mapping[str, str] = {
     "training_config.optim": OTHER_STATE,
     "training_config.optim_target_modules": OTHER_STATE,
     "training_config.deepspeed": OTHER_STATE,
-    "training_config.fsdp": OTHER_STATE,
-    "training_config.fsdp_config": OTHER_STATE,
 }
 # Keys of `peft_config` that change no tensor's shape, and so can be taken.
 SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")

@@ -135,6 +135,8 @@ def check_resume(folder: RunFolder, checkpoint: Path, prepared: PreparedRun, now
     before = recorded if isinstance(recorded, dict) else record_of_older(folder, checkpoint, prepared, start)
     differences = _differences(before, now)
     counted = [one for one in differences if not is_harmless(one.key, before, now)]
+    if _same_steps(before, now, prepared):
+        counted = [one for one in counted if one.key not in STEP_SIZE]
     _refuse(folder, [one for one in counted if why_never(one.key, before, now)] if changed else counted, before, now)
     for one in differences:
         if one not in counted:
@@ -156,6 +158,15 @@ def check_resume(folder: RunFolder, checkpoint: Path, prepared: PreparedRun, now
         logger.warning("resumed with something changed at step %d: %s", step, ", ".join(texts))
     begun = [Stretch(**part) for part in start.get("stretches") or [] if part["step"] <= step]
     return Resumption(step, int(state.epoch or 0), now, counted, history, begun or [stretch_of(before)])
+
+
+def _same_steps(before: Record, now: Record, prepared: PreparedRun) -> bool:
+    """Whether another number of processes takes the same steps: of as many rows, whichever process computes which."""
+    numbers = [record.get("processes.number") for record in (before, now)]
+    if None in numbers or numbers[0] == numbers[1] or prepared.config.data.streaming or not prepared.objective.alone:
+        return False
+    one, other = stretch_of(before), stretch_of(now)
+    return one.step_rows == other.step_rows and not (one.drop_last or other.drop_last)
 
 
 def what_differs(before: Record, now: Record) -> list[str]:

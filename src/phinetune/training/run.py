@@ -152,6 +152,7 @@ def train_run(
         record = record_of(prepared, (loaded.base if loaded else find_base(prepared.config.model)).fingerprint)
         resumption = _held_against(prepared, place, record)
         loaded = loaded or load_for(prepared)
+    _check_same_base(loaded)
     own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
     reference = Reference(prepared, record, on_reference)
     trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
@@ -172,6 +173,18 @@ def train_run(
         summary["reference_seconds"] = round(sum(reference.seconds), 2)
     trainer.peft_model.eval()
     return TrainedRun(prepared, place.folder, loaded, trainer.peft_model, summary, stopped)
+
+
+def _check_same_base(loaded: Loaded) -> None:
+    """Make sure that all processes have the same base: they exchange nothing of it.
+
+    Raises:
+        RunError: this process has another one than the main process.
+    """
+    if processes.from_main({"base": loaded.base.fingerprint})["base"] != loaded.base.fingerprint:
+        raise RunError(
+            f"{loaded.base.path}: the base on this machine is not the main process's; put the same files on all machines"
+        )
 
 
 def load_for(prepared: PreparedRun) -> Loaded:
@@ -251,6 +264,7 @@ def _make_trainer(
         "spikes": own.spikes,
         "started_from": started_from(prepared.config.model),
         "nonfinite": prepared.config.engine,
+        "spread": prepared.settings.spread,
         # What shows the numbers comes after what counts them.
         "callbacks": [metrics, *more, *others],
     }
@@ -274,7 +288,10 @@ def _fast_or_plain(
     assert isinstance(model, PeftModel)
     _begin(model, prepared)
     rows, held_out = reference.added(model, engine.prepare(rows), shared.pop("eval_dataset"))
-    return FastTrainer(model=model, engine=engine, train_dataset=rows, eval_dataset=held_out, **shared)
+    lengths = None if prepared.config.data.streaming else prepared.lengths
+    return FastTrainer(
+        model=model, engine=engine, lengths=lengths, train_dataset=rows, eval_dataset=held_out, **shared
+    )
 
 
 def _begin(model: PeftModel, prepared: PreparedRun) -> None:

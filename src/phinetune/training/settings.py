@@ -33,6 +33,8 @@ from phinetune.training.retired_keys import (
     translate,
     translate_peft,
 )
+from phinetune.training.spread import KEYS as SPREAD_KEYS
+from phinetune.training.spread import Spread, take_spread
 from phinetune.training.value_rules import plain_name
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Settings:
         push: where the finished run is pushed; None if it stays here.
         auto: the keys that are chosen by rules once the rows are known; until then they have fixed defaults.
         race: whether a race decides the learning rate; then it is among `auto`.
+        spread: how the base is spread over processes; None: each process has it whole.
     """
 
     training: dict[str, Any]
@@ -77,6 +80,7 @@ class Settings:
     push: HubWish | None = None
     auto: frozenset[str] = frozenset()
     race: bool = False
+    spread: Spread | None = None
 
     @property
     def max_length(self) -> int | None:
@@ -115,11 +119,12 @@ def read_settings(peft_config: Mapping[str, Any], training_config: Mapping[str, 
     peft = {key: value for key, value in peft.items() if key not in AUTO_PEFT or not _is_auto(value)}
     training = _read_training(training, problems, notes)
     push = take_wish(training, problems, notes)
+    spread = take_spread(training, problems, notes)
     peft = _read_peft(peft, problems, notes)
     notes += told_split(peft) if not problems else []
     if problems:
         raise ConfigError(problems)
-    return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes, push, auto, race)
+    return Settings({**TRAINING_DEFAULTS, **training}, {**PEFT_DEFAULTS, **peft}, notes, push, auto, race, spread)
 
 
 def is_race(training: Mapping[str, Any]) -> bool:
@@ -242,6 +247,7 @@ def make_training_args(
         off = ("bf16", "packing", "gradient_checkpointing", "torch_compile", "remove_unused_columns")
         given = {key: value for key, value in given.items() if key not in PLAIN_ONLY}
         given |= {"loss_type": "nll", "dataset_kwargs": {"skip_prepare_dataset": True}, **dict.fromkeys(off, False)}
+    given = {key: value for key, value in given.items() if key not in SPREAD_KEYS}
     given["disable_tqdm"] = True  # phinetune.screen.progress shows the progress
     try:
         args = _sft_config(given)

@@ -15,6 +15,7 @@ from trl import SFTConfig
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.fast_engine import FastEngine
 from phinetune.errors import ConfigError
+from phinetune.training.balance import WithinSteps, step_shape
 
 DRAWN = 5_000_000  # rows that are drawn to count tokens; the epochs after them are counted like them
 
@@ -56,12 +57,15 @@ def row_lengths(chats: ChatSet, engine: FastEngine | None) -> np.ndarray[Any, An
     return tokens
 
 
-def count_steps(lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = False) -> Steps:
+def count_steps(
+    lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = False, dealt: bool = False
+) -> Steps:
     """Count the steps of a run, with the rows in the order in which the run will draw them.
 
     Args:
         lengths: the number of tokens of each row, shape (rows).
         endless: whether the rows are only the beginning of a stream.
+        dealt: whether several processes get a step's rows by their tokens, see `phinetune.training.balance`.
     """
     batch, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
     processes = max(1, args.world_size)
@@ -73,7 +77,7 @@ def count_steps(lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = 
     else:
         mean = float(lengths.mean()) * min(batch, len(lengths))
         most = max(1, DRAWN // len(lengths)) * per_epoch
-        drawn = _drawn(lengths, args, min(count, most), per_epoch)
+        drawn = _drawn(lengths, args, min(count, most), per_epoch, dealt)
         tokens, own = int(drawn.sum()) * count // min(count, most), drawn[::processes]
     return Steps(count, len(lengths), batches, tokens, int(own.max(initial=0)), mean)
 
@@ -100,17 +104,22 @@ def _batches(lengths: np.ndarray[Any, Any], args: SFTConfig) -> int:
     return len(lengths) // together if args.dataloader_drop_last else -(-len(lengths) // together)
 
 
-def _drawn(lengths: np.ndarray[Any, Any], args: SFTConfig, count: int, per_epoch: int) -> np.ndarray[Any, Any]:
+def _drawn(
+    lengths: np.ndarray[Any, Any], args: SFTConfig, count: int, per_epoch: int, dealt: bool
+) -> np.ndarray[Any, Any]:
     """The number of tokens of each micro-batch in `count` steps. The processes take micro-batches in turn.
 
     transformers draws rows with the same sampler of accelerate, from the run's seed.
 
     Args:
         per_epoch: how many steps an epoch has.
+        dealt: see `count_steps`.
     """
-    sampler = SeedableRandomSampler(
+    sampler: Any = SeedableRandomSampler(
         range(len(lengths)), data_seed=args.seed if args.data_seed is None else args.data_seed
     )
+    if dealt and args.world_size > 1:
+        sampler = WithinSteps(sampler, lengths, step_shape(args))
     epochs = []
     for done in range(0, count, per_epoch):
         sums = _sums(lengths[list(sampler)], args.per_device_train_batch_size)

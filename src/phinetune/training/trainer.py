@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,16 @@ import torch
 from datasets import IterableDataset
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
+from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from phinetune import processes
 from phinetune.checkpoints.quantize import is_quantized
 from phinetune.config.engine import EngineSection
 from phinetune.engine.fast_engine import FastEngine
+from phinetune.engine.sharding import is_sharded, shard_layers
+from phinetune.training.balance import Lengths, WithinSteps, batches_of, step_shape
+from phinetune.training.averaging import averaged
 from phinetune.training.best_checkpoint import check_counted
 from phinetune.training.callbacks import SamplesWriter
 from phinetune.training.finite import FiniteSteps
@@ -23,6 +28,7 @@ from phinetune.training.log_sums import LogSums
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.saving import CheckpointTrainer
 from phinetune.training.spikes import SpikeWatch
+from phinetune.training.spread import Spread
 
 # Of a model: what its answers give (by metric), and some of these answers as they go into samples.jsonl.
 Look = Callable[[PeftModel], tuple[dict[str, float], list[dict[str, Any]]]]
@@ -47,14 +53,29 @@ class RunTrainer(CheckpointTrainer):
         samples: SamplesWriter | None = None,
         spikes: SpikeWatch | None = None,
         nonfinite: EngineSection | None = None,
+        spread: Spread | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
+        self.spread = spread
         self.look, self.samples, self.spikes = look, samples, spikes
         self._sums: LogSums | None = None  # of the checkpoint that the run goes on from, until they are taken up
         super().__init__(**kwargs)
         self.finite = FiniteSteps(nonfinite or EngineSection(), lambda ids: str(self.tokenizer.decode(ids.tolist())))
         self.add_callback(self.finite)
+
+    def before_training(self) -> None:
+        """Spread the base over the processes, where that is asked for and there are several."""
+        if self.spread and self.args.world_size > 1 and not is_sharded(self.peft_model):
+            shard_layers(
+                self.peft_model, self.args.device, free_after_forward=self.spread.free_after_forward
+            )
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """As the parent; of several processes DDP keeps what is trained alike, and never sends the frozen base."""
+        if not training or self.args.world_size <= 1 or self.is_deepspeed_enabled or isinstance(model, DDP):
+            return super()._wrap_model(model, training, dataloader)
+        return averaged(model, self.accelerator)
 
     def _send_telemetry(self) -> None:
         """Send nothing. TRL reports the kind of every run to the hub unless CI is set."""
@@ -170,11 +191,25 @@ class RunTrainer(CheckpointTrainer):
 
     def _scored(self, model: PeftModel, batches: Any) -> dict[str, float]:
         total = dict.fromkeys(self.objective.sums, 0.0)
-        for batch in batches:
+        for batch, counts in self._in_step(model, batches):
             with self.compute_loss_context_manager():
                 for name, value in self.objective.score(model, self._prepare_inputs(batch)).items():
-                    total[name] += value
+                    total[name] += value * counts
         return self.objective.summarize(self._reduced(total))
+
+    def _in_step(self, model: PeftModel, batches: Any) -> Iterator[tuple[Any, bool]]:
+        """This process's batches, and whether each counts.
+
+        Where the model is spread over the processes, one that has no batch left computes a row that does not count,
+        as long as another process has one.
+        """
+        if not is_sharded(model):
+            yield from ((batch, True) for batch in batches)
+            return
+        rows, own = self.eval_dataset, iter(batches)
+        while processes.any_of((batch := next(own, None)) is not None):
+            spare = None if batch is not None else self.data_collator([rows[0]])  # type: ignore[index]
+            yield (spare if batch is None else batch), batch is not None
 
     def _reduced(self, sums: dict[str, float]) -> dict[str, float]:
         """The sums over all processes."""
@@ -187,8 +222,16 @@ class FastTrainer(RunTrainer):
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the items of the whole step
 
-    def __init__(self, *, model: PeftModel, engine: FastEngine, objective: Objective, **kwargs: Any) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        *,
+        model: PeftModel,
+        engine: FastEngine,
+        objective: Objective,
+        lengths: Lengths | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.engine, self.lengths = engine, lengths
         self._row_metrics: dict[str, list[float]] = defaultdict(list)
         collator = engine.collator(model.config, owned=objective.owned, columns=objective.columns)
         if isinstance(kwargs["train_dataset"], IterableDataset):  # packed rows are of unlike size, so none is cut up
@@ -196,7 +239,16 @@ class FastTrainer(RunTrainer):
         super().__init__(model=model, objective=objective, data_collator=collator, **kwargs)
 
     def before_training(self) -> None:
+        super().before_training()
         self.engine.set_up(self.peft_model, self.args.device)
+
+    def get_train_dataloader(self) -> Any:
+        """As the parent's, but several processes get alike many tokens in a step, where the rows' lengths are known."""
+        loader = super().get_train_dataloader()
+        if self.args.world_size > 1 and self.lengths is not None and self.objective.alone:
+            batches = batches_of(loader)
+            batches.sampler = WithinSteps(batches.sampler, self.lengths, step_shape(self.args))
+        return loader
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -38,6 +38,7 @@ class Kto(Objective):
     kind = "kto"
     Options = KtoOptions
     rows: ClassVar[type[RowEncoder]] = JudgedRows
+    alone: ClassVar[bool] = False  # the answers of a micro-batch tell how far the model has moved
     owned = True
     can_fill = False
     training_defaults: ClassVar[Mapping[str, Any]] = {

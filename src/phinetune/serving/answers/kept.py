@@ -43,18 +43,19 @@ class KeptAnswers:
         try:
             with self._store.together():
                 self._store.insert("answers", {**row, "bytes": size})
-                self._bytes += size
-                self._forget()
+                self._bytes = self._forgotten(self._bytes + size)
         except sqlite3.Error as error:
             raise ApiError(503, f"The answer could not be kept ({error}).", "server_error") from error
 
-    def _forget(self) -> None:
-        while self._bytes > self._most:
+    def _forgotten(self, size: int) -> int:
+        """Forget the oldest answers while all are larger than they may be; what is left of `size`."""
+        while size > self._most:
             oldest = self._store.row("SELECT seq, bytes FROM answers ORDER BY seq LIMIT 1")
             if oldest is None:
-                return
+                break
             self._store.write("DELETE FROM answers WHERE seq = ?", [oldest["seq"]])
-            self._bytes -= oldest["bytes"]
+            size -= oldest["bytes"]
+        return size
 
     def find(self, kind: str, id: str) -> Row | None:
         """An answer's row; None if it was not kept, or is forgotten."""

@@ -83,8 +83,14 @@ def _add_chats(router: APIRouter, state: ServerState, kept: KeptAnswers) -> None
         where, values = ["kind = ?", *where], [CHAT, *values]
         if model:
             where, values = [*where, "model = ?"], [*values, model]
-        ordered = {"where": where, "values": values, "oldest_first": order == "asc"}
-        return page(state.store, "answers", _body, after=after, limit=limit, **ordered)
+        return page(
+            *(state.store, "answers", _body),
+            after=after,
+            limit=limit,
+            where=where,
+            values=values,
+            oldest_first=order == "asc",
+        )
 
     @router.get("/chat/completions/{completion_id}")
     def retrieve_chat_completion(completion_id: str) -> dict[str, Any]:

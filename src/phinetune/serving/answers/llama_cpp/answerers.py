@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -18,8 +19,8 @@ from phinetune.errors import ModelError, PhinetuneError
 from phinetune.exporting.checkpoint_source import open_checkpoint
 from phinetune.serving.answers.answerer import Answerer, Base, folding, model_of
 from phinetune.serving.answers.answerers import LEAST_ROOM, encoder_of
-from phinetune.serving.answers.llama_cpp.engine import SLOTS, LlamaEngine
-from phinetune.serving.answers.llama_cpp.files import gguf_file, most_tokens, place_of
+from phinetune.serving.answers.llama_cpp.engine import SLOTS, SPARE, LlamaEngine
+from phinetune.serving.answers.llama_cpp.files import context_of, gguf_file, place_of
 from phinetune.serving.catalogue import ModelCatalogue, ServedModel
 from phinetune.serving.errors import ApiError, too_many
 
@@ -51,6 +52,8 @@ class LlamaAnswerers:
         model = model_of(self._catalogue, model_id)
         there = self._found.get(model_id)
         if there and _engine(there).is_alive:
+            with contextlib.suppress(KeyError):  # it leaves right now
+                self._found.move_to_end(model_id)
             return there
         with self._lock:  # one is loaded at a time: two could be more than the memory holds
             there = self._found.get(model_id)
@@ -82,11 +85,11 @@ class LlamaAnswerers:
         path = place_of(model)
         source = open_checkpoint(path)
         file = gguf_file(self._folder, path, source, self._kind)
-        room = most_tokens(source, SLOTS, int(CACHE_SHARE * free_bytes(torch.device("cpu"))))
-        if room < LEAST_ROOM:
+        context = context_of(source, SLOTS, int(CACHE_SHARE * free_bytes(torch.device("cpu"))))
+        if context - SPARE < LEAST_ROOM:
             raise ModelError(f"{path}: there is no memory left for the keys and values of a conversation")
-        engine = LlamaEngine(file, room)
-        logger.info("llama.cpp answers for %s; a conversation may have %d tokens", model.id, room)
+        engine = LlamaEngine(file, context)
+        logger.info("llama.cpp answers for %s; a conversation may have %d tokens", model.id, engine.room)
         tokenizer, stops = source.tokenizer, source.generation_config.eos_token_id
         encoder = encoder_of(model.adapter, tokenizer) if model.adapter else folding(make_encoder(tokenizer))
         base = Base(

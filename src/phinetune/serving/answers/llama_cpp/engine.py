@@ -27,6 +27,7 @@ from phinetune.serving.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
+SPARE = 8  # tokens of llama.cpp's context that no conversation takes: it ends an answer shortly before its end
 SLOTS = 4  # conversations that are answered together
 MOST_WAITING = 64  # that wait besides
 UNTOLD = -1  # the id of a token that llama.cpp does not tell: it is part of a sign
@@ -40,13 +41,17 @@ class LlamaEngine:
         room: how many tokens a conversation may have, its answer included.
     """
 
-    def __init__(self, file: Path, room: int, *, slots: int = SLOTS, most_waiting: int = MOST_WAITING) -> None:
+    def __init__(self, file: Path, context: int, *, slots: int = SLOTS, most_waiting: int = MOST_WAITING) -> None:
         """Start its process, and wait until it answers.
+
+        Args:
+            context: tokens of llama.cpp's context for each conversation.
 
         Raises:
             ModelError: llama.cpp does not load the file.
         """
-        self._file, self.room, self._slots, self._most = file, room, slots, slots + most_waiting
+        self._file, self._context, self.room = file, context, context - SPARE
+        self._slots, self._most = slots, slots + most_waiting
         self._key = secrets.token_urlsafe(32)
         self._lock = threading.Lock()
         self._streams: set[AnswerStream] = set()
@@ -65,7 +70,7 @@ class LlamaEngine:
     def _begun(self) -> str:
         """Say what is to be served; the address there."""
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wish = {"file": str(self._file), "slots": self._slots, "tokens": self.room, "threads": threads}
+        wish = {"file": str(self._file), "slots": self._slots, "tokens": self._context, "threads": threads}
         assert self._process.stdin
         assert self._process.stdout
         with contextlib.suppress(OSError):  # it has ended; its silence is told below

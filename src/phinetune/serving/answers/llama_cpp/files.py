@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "gguf"  # in a server's folder
 # What a base may be offered with that its file would not have.
 LEFT_OUT = {"tokenizer": None, "quantization": "none", "revision": None, "adapter": None, "seed": 0}
+BLOCK = 256  # llama.cpp rounds a context up to a multiple of this
 CACHE_TYPE_BYTES = 2  # llama.cpp holds keys and values in float16
 
 
@@ -62,12 +63,13 @@ def gguf_file(folder: Path, path: str, source: Checkpoint, kind: str) -> Path:
     return file
 
 
-def most_tokens(source: Checkpoint, slots: int, most_bytes: int) -> int:
-    """How many tokens each of some conversations may have, by the model's positions and by memory.
+def context_of(source: Checkpoint, slots: int, most_bytes: int) -> int:
+    """The context of each of some conversations, in tokens, by the model's positions and by memory.
 
     Positions end where LongRoPE's short factors do: llama.cpp chooses the factors by the size of its context.
     """
     config = source.config
     positions = min(trained_context(config), window(config) or trained_context(config))
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * CACHE_TYPE_BYTES
-    return min(positions, int(most_bytes // (slots * token)))
+    tokens = min(positions, most_bytes // (slots * token))
+    return tokens - tokens % BLOCK if tokens > BLOCK else tokens

@@ -14,15 +14,17 @@ from make_example_data import texts
 
 from examples.example_helpers import EXAMPLES
 from helpers import GUIDE_PEFT, GUIDE_TRAINING, TINY
+from phinetune.config.model import ModelSection
+from serving.serving_helpers import training_server
 
 TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
-def run(examples: Path, *arguments: str, threads: int = 2) -> subprocess.CompletedProcess[str]:
+def run(examples: Path, *arguments: str, threads: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=examples.parent,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
         capture_output=True,
         text=True,
         timeout=900,
@@ -52,6 +54,17 @@ def test_the_model_cards_sample(examples: Path, processes: int) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert results["evaluation"]["tuned"]["loss"] < results["evaluation"]["base"]["loss"]
     assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_the_course_by_openais_client(examples: Path, tmp_path: Path) -> None:
+    """Files, job, events and chats against a server; the numbers of a whole run are the starter's."""
+    with training_server(tmp_path / "server", {"tiny": ModelSection(path=TINY)}) as client:
+        given = {"OPENAI_BASE_URL": str(client.base_url), "OPENAI_API_KEY": client.api_key}
+        script = [str(examples / "openai_course.py"), "--model", "tiny", "--rows", "16", "--held-out", "4"]
+        done = run(examples, *script, **given)
+    assert done.stdout.splitlines()[-1].startswith("All as said: ")
+    assert "The job has successfully completed" in done.stdout
+    assert "ft:tiny:phinetune:trailhead:" in done.stdout
 
 
 def test_the_samples_dictionaries_are_the_model_cards() -> None:

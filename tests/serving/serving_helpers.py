@@ -21,6 +21,7 @@ from openai import OpenAI
 from helpers import TINY
 from phinetune.config.model import ModelSection
 from phinetune.serving.app import create_app
+from phinetune.serving.server import running_state
 from phinetune.serving.settings import ServerSettings
 from phinetune.serving.state import ServerState, open_state
 
@@ -73,6 +74,27 @@ class ServerProcess:
 def threaded(folder: Path, **settings: Any) -> Iterator[tuple[ServerState, OpenAI]]:
     """A context with a server in a thread, whose jobs nobody trains, and a client of it."""
     state = open_state(ServerSettings(folder=folder, models={"tiny": ModelSection(path=TINY)}, **settings), KEY)
+    try:
+        with _listening(state) as client:
+            yield state, client
+    finally:
+        for close in reversed(state.closing):
+            close()
+        state.workshop.close()
+        state.store.close()
+
+
+@contextmanager
+def training_server(folder: Path, models: Mapping[str, ModelSection], **settings: Any) -> Iterator[OpenAI]:
+    """A context with a client of a server in a thread that trains its jobs, each in a process."""
+    with running_state(ServerSettings(folder=folder, models=models, **settings), KEY) as state:
+        with _listening(state) as client:
+            yield client
+
+
+@contextmanager
+def _listening(state: ServerState) -> Iterator[OpenAI]:
+    """A context with a client of a server in a thread over a state."""
     config = uvicorn.Config(create_app(state), port=0, log_config=None, lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -80,12 +102,10 @@ def threaded(folder: Path, **settings: Any) -> Iterator[tuple[ServerState, OpenA
     until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield state, OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
     finally:
         server.should_exit = True
         thread.join(10)
-        state.workshop.close()
-        state.store.close()
 
 
 def until(seen: Callable[[], Any]) -> Any:

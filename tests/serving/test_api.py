@@ -119,6 +119,8 @@ def test_lists_have_cursors_and_jobs_are_found_by_metadata(tmp_path: Path) -> No
         assert [one.id for one in client.files.list(limit=2)] == names[::-1]  # the client turns the pages
         assert [one.id for one in client.files.list(limit=2, order="asc", after="file-1")] == names[2:]
         assert client.files.list(purpose="fine-tune-results").data == []
+        assert client.files.retrieve(names[3]).filename == "file-3.jsonl"
+        assert client.models.retrieve("tiny").owned_by == "phinetune"
         jobs = client.fine_tuning.jobs
         ids = [
             jobs.create(model="tiny", training_file="file-0", metadata={"who": who}).id for who in ("ann", "bo", "ann")

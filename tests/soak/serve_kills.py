@@ -2,8 +2,8 @@
 
     python tests/soak/serve_kills.py --kills 200 --seed 0
 
-After each restart every acknowledged upload and job is there, no job has two processes, and no step is told twice. At
-the end every job that was not cancelled has succeeded.
+After each restart every acknowledged upload, job and answer is there, no job has two processes, and no step is told
+twice. Conversations go on from answers of before the kill. At the end every job that was not cancelled has succeeded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import psutil
 
@@ -41,14 +42,16 @@ class Day:
     draw: random.Random
     files: dict[str, bytes] = field(default_factory=dict)
     jobs: dict[str, str] = field(default_factory=dict)  # what was last asked of each: train, pause, cancel
+    responses: dict[str, str] = field(default_factory=dict)  # their texts
+    chats: dict[str, str] = field(default_factory=dict)  # texts of chat completions with `store`
     kills: dict[str, int] = field(default_factory=lambda: {"server": 0, "job": 0})
     unheard: int = 0
 
     def act(self) -> None:
         """Something that a client does. The server may be gone in the middle of it."""
         try:
-            self.draw.choice((self.upload, self.create, self.create, self.steer, self.look))()
-        except (openai.APIConnectionError, openai.APITimeoutError):
+            self.draw.choice((self.upload, self.create, self.create, self.steer, self.look, self.talk, self.chat))()
+        except (openai.APIConnectionError, httpx2.HTTPError):  # the second one in the middle of a stream
             self.unheard += 1
 
     def upload(self) -> None:
@@ -84,6 +87,28 @@ class Day:
         for job in list(self.jobs)[-3:]:
             self.client.fine_tuning.jobs.list_events(job, limit=5)
 
+    def talk(self) -> None:
+        """Say something, or go on from something that was said before; base and tuned models answer."""
+        before = self.draw.choice(list(self.responses)) if self.responses and self.draw.random() < 0.7 else None
+        more: dict[str, Any] = {"previous_response_id": before} if before else {}
+        made = self.client.responses.create(
+            model=self.model(), input="and now?", max_output_tokens=4, temperature=0, **more
+        )
+        self.responses[made.id] = made.output_text
+
+    def chat(self) -> None:
+        asked: Any = [{"role": "user", "content": f"Say {self.draw.random()}"}]
+        stream = self.client.chat.completions.create(
+            model=self.model(), messages=asked, max_tokens=4, store=True, stream=True
+        )
+        chunks = list(stream)
+        self.chats[chunks[0].id] = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    def model(self) -> str:
+        """The base, or what a job has made of it."""
+        jobs = [self.client.fine_tuning.jobs.retrieve(job) for job in list(self.jobs)[:3]]
+        return self.draw.choice(["tiny", *(one.fine_tuned_model for one in jobs if one.fine_tuned_model)])
+
     def kill(self) -> None:
         """Kill the server and start it again, or kill a process that trains."""
         trains = self.training()
@@ -113,6 +138,11 @@ class Day:
         """All that was acknowledged is there."""
         for file, content in self.files.items():
             assert self.client.files.content(file).content == content, file
+        for response, text in list(self.responses.items())[-50:]:
+            assert self.client.responses.retrieve(response).output_text == text, response
+        for completion, text in list(self.chats.items())[-50:]:
+            kept = self.client.chat.completions.retrieve(completion)
+            assert kept.choices[0].message.content == text, completion
         for job, wish in self.jobs.items():
             seen = self.client.fine_tuning.jobs.retrieve(job)
             assert seen.status != "failed", (job, seen.error)
@@ -143,7 +173,8 @@ class Day:
                 assert done.status == "succeeded", (job, done.status)
                 table = self.client.files.content(done.result_files[0]).text.splitlines()[1:]
                 assert [int(line.split(",")[0]) for line in table] == list(range(1, len(table) + 1)), job
-        return {"kills": self.kills, "jobs": len(self.jobs), "files": len(self.files), "unheard": self.unheard}
+        told = {name: len(getattr(self, name)) for name in ("jobs", "files", "responses", "chats")}
+        return {"kills": self.kills, **told, "unheard": self.unheard}
 
 
 def main() -> None:

@@ -39,6 +39,13 @@ def serve(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="jobs trained at the same time, as memory allows (one for each two cores)"),
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="what answers: phinetune, or llama.cpp with each model as GGUF")
+    ] = "phinetune",
+    gguf_type: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="type of these GGUF files, as `export --type` (q8_0)"),
+    ] = None,
     log_contents: Annotated[bool, typer.Option("--log-contents", help="let the log hold what chats say")] = False,
 ) -> None:
     """Offer OpenAI's API of files, fine-tuning jobs, models and answers on this machine."""
@@ -52,6 +59,8 @@ def serve(
         key=_key(key_file),
         allow_host=allow_host,
         at_once=at_once,
+        backend=backend,
+        gguf_type=gguf_type,
         log_contents=log_contents,
         on_ready=_ready,
     )

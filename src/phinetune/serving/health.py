@@ -35,7 +35,8 @@ def prometheus(state: ServerState) -> str:
     lines = [f'phinetune_jobs{{status="{status}"}} {count}' for status, count in jobs.items()]
     lines += [f"phinetune_files {files['many']}", f"phinetune_file_bytes {files['bytes']}"]
     lines += [f"phinetune_models {len(state.models.names())}"]
-    lines += [f"{name} {value:g}" for name, value in sorted(state.counters.items())]
+    numbers = [*state.counters.items(), *(pair for gauge in state.gauges for pair in gauge())]
+    lines += [f"{name} {value:.15g}" for name, value in sorted(numbers)]
     families = dict.fromkeys(line.split(" ")[0].partition("{")[0] for line in lines)
     types = {name: "counter" if name.endswith("_total") else "gauge" for name in families}
     told: list[str] = []

@@ -14,7 +14,7 @@ from phinetune.serving.job_request import LARGEST_SEED, JobRequest
 from phinetune.serving.job_table import CANCELLED, ENDED, OPEN, PAUSED, QUEUED, RUNNING, VALIDATING, JobTable
 from phinetune.serving.job_view import show_checkpoint, show_event, show_job
 from phinetune.serving.models import no_model
-from phinetune.serving.pages import page
+from phinetune.serving.pages import metadata_conditions, page
 from phinetune.serving.state import ServerState
 from phinetune.serving.store import Row
 
@@ -63,7 +63,7 @@ def router(state: ServerState) -> APIRouter:
 
     @made.get("")
     def list_jobs(request: Request, after: After = None, limit: int = Limit(20, 100)) -> dict[str, Any]:
-        where, values = _metadata_filter(request)
+        where, values = metadata_conditions(request, "request")
         return page(state.store, "jobs", show_job, after=after, limit=limit, where=where, values=values)
 
     @made.get("/{fine_tuning_job_id}")
@@ -157,18 +157,3 @@ def _check_file(state: ServerState, file: str, kind: str, param: str) -> None:
         wanted = " or ".join(FORMS[kind])
         message = f"{file} holds {row['form']} rows; the method '{kind}' takes {wanted} rows."
         raise ApiError(400, message, code="invalid_file_format", param=param)
-
-
-def _metadata_filter(request: Request) -> tuple[list[str], list[Any]]:
-    """`metadata[key]=value` and `metadata=null` of a query, as conditions."""
-    where: list[str] = []
-    values: list[Any] = []
-    for name, value in request.query_params.multi_items():
-        if name == "metadata" and value == "null":
-            where.append("json_extract(request, '$.metadata') IS NULL")
-        elif name.startswith("metadata[") and name.endswith("]"):
-            where.append("EXISTS (SELECT 1 FROM json_each(request, '$.metadata') WHERE key = ? AND value = ?)")
-            values += [name[len("metadata[") : -1], value]
-    if len(where) > 16:
-        raise ApiError(400, "At most 16 conditions on metadata.", param="metadata")
-    return where, values

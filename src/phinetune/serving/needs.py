@@ -14,8 +14,8 @@ EXTRA = {
 }
 
 
-def check_installed() -> None:
-    """Make sure that the libraries of the extra `serve` are there.
+def check_installed(*, llama_cpp: bool = False) -> None:
+    """Make sure that the libraries of the extra `serve` are there, and llama.cpp if it is to answer.
 
     Raises:
         RunError: some are not.
@@ -23,3 +23,5 @@ def check_installed() -> None:
     missing = [name for module, name in EXTRA.items() if find_spec(module) is None]
     if missing:
         raise RunError(f"`phinetune serve` needs {', '.join(missing)}; pip install 'phinetune[serve]'")
+    if llama_cpp and find_spec("xllamacpp") is None:
+        raise RunError("`phinetune serve --backend llama.cpp` needs xllamacpp; pip install 'phinetune[llamacpp]'")

@@ -9,7 +9,7 @@ from phinetune.config.model import ModelSection
 from phinetune.logs import set_up_logging
 from phinetune.serving.needs import check_installed
 from phinetune.serving.server import run_server
-from phinetune.serving.settings import PORT, make_settings
+from phinetune.serving.settings import LLAMA_CPP, OWN, PORT, make_settings
 
 
 def serve(
@@ -21,6 +21,8 @@ def serve(
     key: str | None = None,
     allow_host: Sequence[str] = (),
     at_once: int | None = None,
+    backend: str = OWN,
+    gguf_type: str | None = None,
     log_contents: bool = False,
     on_ready: Callable[[str, str, str], None] = lambda url, key, where: None,
 ) -> None:
@@ -35,15 +37,17 @@ def serve(
         key: what clients have to know; if left out, the one in the folder, made at the first start.
         allow_host: names by which clients may call the server.
         at_once: jobs trained at the same time, as memory allows; one for each two cores if left out.
+        backend: what answers: `phinetune`, its own engine; or `llama.cpp`, with each model as a GGUF file.
+        gguf_type: of these files, as `phinetune export --to gguf --type`; q8_0 if left out.
         log_contents: let the log hold what chats say.
         on_ready: is called with the URL, the key, and what is served, when clients can connect.
 
     Raises:
         PhinetuneError: the port or the folder is taken, others could reach the server and there is no key, or the extra
-            `serve` is not installed.
+            `serve` is not installed (or `llamacpp`, for llama.cpp).
     """
-    check_installed()
-    settings = make_settings(models, host, port, folder, allow_host, at_once, log_contents)
+    check_installed(llama_cpp=backend == LLAMA_CPP)
+    settings = make_settings(models, host, port, folder, allow_host, at_once, log_contents, backend, gguf_type)
     set_up_logging()
     where = f"{', '.join(settings.models)} ({settings.folder})"
     run_server(settings, key, lambda state, url: on_ready(url, state.key, where))

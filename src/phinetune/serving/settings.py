@@ -12,6 +12,8 @@ from phinetune.errors import ConfigError
 from phinetune.home import cache_folder
 
 PORT = 8686
+OWN, LLAMA_CPP = BACKENDS = ("phinetune", "llama.cpp")  # what answers
+GGUF_TYPE = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Limits:
         rows: of an uploaded file.
         files: that are kept at a time.
         jobs: that wait to be trained.
+        answers: bytes of answers that are kept for clients who want them again; the oldest are forgotten.
         requests: that are worked on at the same time; further ones get a 429.
     """
 
@@ -32,6 +35,7 @@ class Limits:
     rows: int = 1_000_000
     files: int = 10_000
     jobs: int = 1_000
+    answers: int = 256_000_000
     requests: int = 256
 
 
@@ -44,6 +48,7 @@ class ServerSettings:
         models: the base models on offer, by the names that clients use.
         hosts: names besides those of the loopback by which clients may call this server.
         at_once: jobs that are trained at the same time; None: one for each two cores.
+        gguf: the type of the GGUF files that llama.cpp answers with; None: this project's own engine answers.
         log_contents: whether the log may hold what chats say.
     """
 
@@ -53,6 +58,7 @@ class ServerSettings:
     models: Mapping[str, ModelSection] = field(default_factory=lambda: {"starter": ModelSection(path="starter")})
     hosts: tuple[str, ...] = ()
     at_once: int | None = None
+    gguf: str | None = None
     log_contents: bool = False
     limits: Limits = field(default_factory=Limits)
 
@@ -65,6 +71,8 @@ def make_settings(
     hosts: Sequence[str],
     at_once: int | None,
     log_contents: bool,
+    backend: str = OWN,
+    gguf_type: str | None = None,
 ) -> ServerSettings:
     """The settings from what the verb took.
 
@@ -72,13 +80,30 @@ def make_settings(
         models: `NAME=PATH` each, or sections or paths by name.
 
     Raises:
-        ConfigError: a model is written in another way, or named twice.
+        ConfigError: a model is written in another way, or named twice; or there is no such backend.
+        ModelError: there is no such type of GGUF files.
     """
-    given = ServerSettings(host=host, port=port, hosts=tuple(hosts), at_once=at_once, log_contents=log_contents)
+    gguf = _gguf_type(backend, gguf_type)
+    given = ServerSettings(
+        host=host, port=port, hosts=tuple(hosts), at_once=at_once, gguf=gguf, log_contents=log_contents
+    )
     if models:
         named = models if isinstance(models, Mapping) else _named_models(models)
         given = replace(given, models={name: _section(model) for name, model in named.items()})
     return replace(given, folder=Path(folder).expanduser().resolve()) if folder else given
+
+
+def _gguf_type(backend: str, wanted: str | None) -> str | None:
+    """The type of the GGUF files that llama.cpp answers with; None if it does not."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend}")
+    if backend == OWN:
+        if wanted:
+            raise ConfigError(f"--gguf-type {wanted} is for --backend {LLAMA_CPP}")
+        return None
+    from phinetune.exporting.targets import check_kind
+
+    return check_kind("gguf", wanted or GGUF_TYPE)
 
 
 def _section(model: str | ModelSection) -> ModelSection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class ServerState:
         wake_jobs: lets whoever keeps the jobs look at them now.
         closing: functions that are called when the server stops, last one first; they take at most some seconds.
         counters: numbers for `/metrics`, by name.
+        gauges: functions that give more of them, as they are now.
     """
 
     settings: ServerSettings
@@ -35,6 +36,7 @@ class ServerState:
     wake_jobs: Callable[[], None] = lambda: None
     closing: list[Callable[[], None]] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
+    gauges: list[Callable[[], Iterable[tuple[str, float]]]] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""What a server must not lose: files, jobs, their events and checkpoints, and models, in one SQLite file.
+"""What a server must not lose: files, jobs, their events and checkpoints, models and answers, in one SQLite file.
 
 A call returns when what it wrote is on the disk (WAL, `synchronous=FULL`). One connection serves all threads, one after
 the other, and one server has the file at a time.
@@ -46,6 +46,13 @@ CREATE TABLE models (
     folder TEXT NOT NULL, job TEXT NOT NULL, deleted INTEGER NOT NULL DEFAULT 0
 );
 """
+# Tables that an older phinetune has no use for and leaves alone, so they need no new version.
+_MORE_TABLES = """
+CREATE TABLE IF NOT EXISTS answers (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, created_at INTEGER NOT NULL,
+    model TEXT NOT NULL, body TEXT NOT NULL, messages TEXT NOT NULL, bytes INTEGER NOT NULL
+);
+"""
 Row = dict[str, Any]
 
 
@@ -80,6 +87,7 @@ class Store:
             )
         if version == 0:
             self._connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version={VERSION}; COMMIT;")
+        self._connection.executescript(_MORE_TABLES)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -46,17 +46,20 @@ def write_adapter(folder: Path, section: ModelSection, seed: int = 0, **lora: An
     return folder
 
 
-def make_state(folder: Path, tiny: ModelSection) -> ServerState:
-    """A server's state with a base model `tiny` and a tuned one."""
-    state = open_state(ServerSettings(folder=folder, models={"tiny": tiny}), key="secret")
-    state.models.add(TUNED, tiny.model_dump(), write_adapter(folder / "runs" / "demo", tiny), "ftjob-abc")
+def make_state(folder: Path, tiny: ModelSection, adapter: bool = True, gguf: str | None = None) -> ServerState:
+    """A server's state with a base model `tiny` and, unless it is there, a tuned one."""
+    state = open_state(ServerSettings(folder=folder, models={"tiny": tiny}, gguf=gguf), key="secret")
+    if adapter:
+        state.models.add(TUNED, tiny.model_dump(), write_adapter(folder / "runs" / "demo", tiny), "ftjob-abc")
     return state
 
 
 @contextmanager
-def serving(folder: Path, tiny: ModelSection | None = None, **engine: Any) -> Iterator[Served]:
+def serving(
+    folder: Path, tiny: ModelSection | None = None, *, adapter: bool = True, gguf: str | None = None, **engine: Any
+) -> Iterator[Served]:
     """A server while the context lasts."""
-    state = make_state(folder, tiny or ModelSection(path=TINY, dtype="float32", device="cpu"))
+    state = make_state(folder, tiny or ModelSection(path=TINY, dtype="float32", device="cpu"), adapter, gguf)
     app = FastAPI()
     add_handlers(app)
     app.include_router(router(state, **engine))

@@ -237,7 +237,7 @@ def test_other_bad_requests_say_what_is_wrong(served: Served) -> None:
     ):
         with pytest.raises(openai.BadRequestError, match=words):
             ask(**call)
-    assert ask(user="me", store=True, metadata={"a": "b"}, service_tier="auto").choices
+    assert ask(user="me", metadata={"a": "b"}, service_tier="auto").choices
     parts: Any = [{"role": "user", "content": [{"type": "text", "text": "what"}, {"type": "text", "text": " now"}]}]
     one: Any = [{"role": "user", "content": "what now"}]
     assert ask(messages=parts, temperature=0).choices[0] == ask(messages=one, temperature=0).choices[0]

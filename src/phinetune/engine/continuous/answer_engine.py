@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +24,27 @@ MOST_WAITING = 128  # conversations that wait besides
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine does at a moment: conversations by their state, bytes of keys and values, tokens so far."""
+    """What an engine does at a moment: conversations by their state, and what it has done so far.
+
+    Attributes:
+        cache_bytes: of keys and values.
+        answered_tokens: tokens of all answers.
+        read_tokens: tokens of prompts that were computed.
+        reused_tokens: tokens of prompts that another conversation had begun with.
+        kept_tokens: tokens whose keys and values are kept of conversations that have ended.
+        steps, busy_s: steps, and the seconds that they took; `answered_tokens` for `busy_s` is the rate under load.
+    """
 
     waiting: int
     reading: int
     answering: int
     cache_bytes: int
     answered_tokens: int
+    read_tokens: int = 0
+    reused_tokens: int = 0
+    kept_tokens: int = 0
+    steps: int = 0
+    busy_s: float = 0.0
 
     @property
     def conversations(self) -> int:
@@ -68,6 +83,7 @@ class AnswerEngine:
         self._inbox: deque[Row] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._closed = False
+        self._steps, self._busy_s = 0, 0.0
         self._load = Load(0, 0, 0, 0, 0)
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
@@ -144,12 +160,16 @@ class AnswerEngine:
     def _run(self) -> None:
         busy = False
         while self._take_in(wait=not busy):
+            began = time.perf_counter()
             try:
                 busy = self._batch.step()
             except Exception as error:  # whatever it is, others must be answered
                 logger.exception("a step of the answering engine failed")
                 self._batch.fail(error)
                 busy = True
+            if busy:
+                self._steps += 1
+                self._busy_s += time.perf_counter() - began
         self._batch.end_all("cancelled")
 
     def _take_in(self, *, wait: bool) -> bool:
@@ -167,7 +187,18 @@ class AnswerEngine:
 
     def _note_load(self) -> None:
         batch = self._batch
-        self._load = Load(len(batch.waiting), len(batch.reading), len(batch.answering), batch.bytes, batch.taken)
+        self._load = Load(
+            waiting=len(batch.waiting),
+            reading=len(batch.reading),
+            answering=len(batch.answering),
+            cache_bytes=batch.bytes,
+            answered_tokens=batch.taken,
+            read_tokens=batch.read,
+            reused_tokens=batch.reused,
+            kept_tokens=batch.store.bytes // batch.layout.token_bytes,
+            steps=self._steps,
+            busy_s=self._busy_s,
+        )
 
 
 __all__ = ["AnswerEngine", "Busy", "Ended", "Load", "TooLong"]

@@ -74,7 +74,7 @@ class Batch:
         most_bytes: what keys and values may take.
         most_rows: how many conversations are read and answered together.
         waiting, reading, answering: the conversations; the one that came first stands first.
-        taken: tokens of all answers so far.
+        taken, read, reused: tokens so far: of all answers, of prompts that were computed, and of prompts that were not.
     """
 
     def __init__(self, core: Any, adapters: Mapping[str, Adapter], most_rows: int, most_bytes: int) -> None:
@@ -85,7 +85,7 @@ class Batch:
         self.waiting: deque[Row] = deque()
         self.reading: list[Row] = []
         self.answering: list[Row] = []
-        self.taken = 0
+        self.taken = self.read = self.reused = 0
         self._start_over()
 
     def _start_over(self) -> None:
@@ -144,6 +144,7 @@ class Batch:
         states = compute(self.core, step)
         for row, count in pieces:
             row.computed += count
+            self.read += count
         for row in self.answering:
             row.computed += 1
         if rows:
@@ -196,6 +197,7 @@ class Batch:
                 copy(row.cache, shared)
                 row.computed = shared
                 row.reused = min(shared, len(row.request.prompt))
+                self.reused += row.reused
             self.reading.append(row)
 
     def _known_beginning(self, row: Row, tokens: Any) -> tuple[int, Callable[[RowCache, int], None]]:

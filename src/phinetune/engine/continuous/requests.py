@@ -89,12 +89,14 @@ class Token:
         logprob: its logarithmic probability, before temperature and bias; None if it was not asked for.
         top: the likeliest tokens and theirs, the likeliest first.
         last: whether the grammar allows nothing after it.
+        text: its text, where whoever answers says it; None: it is what the tokenizer makes of the id.
     """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     last: bool = False
+    text: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The endpoints that answer: chat completions, completions, responses.
 
-`answerers.py` has the models in memory. A request's body (`forms.py`) becomes token ids (`prompts.py`), these are
-answered by the engine (`running.py`), and its tokens become text (`texts.py`) and events (`sse.py`).
+`answerers.py` has the models in memory; with `--backend llama.cpp` the package `llama_cpp` stands in its place. A
+request's body (`forms.py`) becomes token ids (`prompts.py`), these are answered by the engine (`running.py`), and its
+tokens become text (`texts.py`) and events (`sse.py`). What a client wants to find again is kept (`kept.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
+    from phinetune.serving.answers.answerer import Finder
     from phinetune.serving.state import ServerState
 
 
@@ -23,12 +25,27 @@ def router(state: ServerState, **engine: Any) -> APIRouter:
     """
     from fastapi import APIRouter
 
-    from phinetune.serving.answers import chat, completions, responses
-    from phinetune.serving.answers.answerers import Answerers
+    from phinetune.serving.answers import chat, completions, kept_routes, responses
+    from phinetune.serving.answers.kept import KeptAnswers
+    from phinetune.serving.answers.numbers import engine_numbers
 
-    answerers = Answerers(state.models, **engine)
+    answerers = _answerers(state, engine)
     state.closing.append(answerers.close)
+    state.gauges.append(lambda: engine_numbers(answerers.loads()))
+    kept = KeptAnswers(state.store, state.settings.limits.answers)
     made = APIRouter(prefix="/v1", tags=["answers"])
-    for part in (chat, completions, responses):
-        part.add_to(made, state, answerers)
+    for part in (chat, responses):
+        part.add_to(made, state, answerers, kept)
+    completions.add_to(made, state, answerers)
+    kept_routes.add_to(made, state, kept)
     return made
+
+
+def _answerers(state: ServerState, engine: dict[str, Any]) -> Finder:
+    """What answers, by the backend that the server was started with."""
+    from phinetune.serving.answers.answerers import Answerers
+    from phinetune.serving.answers.llama_cpp.answerers import LlamaAnswerers
+
+    if state.settings.gguf:
+        return LlamaAnswerers(state.models, state.folder, state.settings.gguf)
+    return Answerers(state.models, **engine)

@@ -6,9 +6,7 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,7 @@ from phinetune.engine.continuous.answer_engine import AnswerEngine, Load
 from phinetune.engine.generate import stop_set
 from phinetune.errors import ModelError, PhinetuneError
 from phinetune.logs import quiet_libraries
-from phinetune.serving.answers.grammars import Grammars
-from phinetune.serving.answers.texts import TokenTexts
-from phinetune.serving.answers.tool_calls import CallForm, call_form
+from phinetune.serving.answers.answerer import Answerer, Base, folding, model_of
 from phinetune.serving.catalogue import ModelCatalogue, ServedModel
 from phinetune.serving.errors import ApiError
 
@@ -37,56 +33,12 @@ MOST_ADAPTERS = 64  # beside each base
 
 
 @dataclass
-class Base:
-    """A base in memory, and what answers with it."""
+class LoadedBase(Base):
+    """A base in memory, and the adapters beside it: the encoder of each, by its folder."""
 
     loaded: Loaded
-    engine: AnswerEngine
-    encoder: ChatEncoder
     adapters: OrderedDict[Path, ChatEncoder]
-
-    @cached_property
-    def grammars(self) -> Grammars:
-        return Grammars(self.loaded.tokenizer, int(self.loaded.model.config.vocab_size))
-
-    @cached_property
-    def token_texts(self) -> TokenTexts:
-        return TokenTexts(self.loaded.tokenizer)
-
-    @cached_property
-    def call_form(self) -> CallForm:
-        return call_form(self.loaded.tokenizer, self.encoder.tools)
-
-    @cached_property
-    def stops(self) -> frozenset[int]:
-        return frozenset(stop_set(self.loaded.model))
-
-
-@dataclass(frozen=True)
-class Answerer:
-    """One model, ready to answer.
-
-    Attributes:
-        adapter: its name in the engine; None is the base.
-        encoder: makes token ids of chats, by the settings that the adapter was trained with.
-    """
-
-    id: str
-    base: Base
-    adapter: str | None
-    encoder: ChatEncoder
-
-    @property
-    def engine(self) -> AnswerEngine:
-        return self.base.engine
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.base.loaded.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        return int(self.base.loaded.model.config.vocab_size)
+    batches: AnswerEngine
 
 
 class Answerers:
@@ -99,7 +51,7 @@ class Answerers:
             engine: more arguments of each `AnswerEngine`.
         """
         self._catalogue, self._options = catalogue, engine
-        self._bases: OrderedDict[str, Base] = OrderedDict()
+        self._bases: OrderedDict[str, LoadedBase] = OrderedDict()
         self._lock = threading.Lock()
 
     def find(self, model_id: str) -> Answerer:
@@ -108,28 +60,21 @@ class Answerers:
         Raises:
             ApiError: there is no such model, or it can't be loaded.
         """
-        model = self._catalogue.find(model_id)
-        if model is None:
-            raise ApiError(
-                404,
-                f"The model `{model_id}` does not exist or you do not have access to it.",
-                code="model_not_found",
-                param="model",
-            )
+        model = model_of(self._catalogue, model_id)
         section = self._section(model)
         there = self._in_memory(model, section)
         if there:
             return there
         with self._lock:  # one is loaded at a time: two could be more than the memory holds
             try:
-                return self._with_adapter(model, section, self._base(section))
+                return self._with_adapter(model, section, self._base(section, model.base_id))
             except PhinetuneError as error:
                 logger.warning("model %s can't answer: %s", model_id, error)
                 raise ApiError(503, f"The model `{model_id}` can't answer: {error}", "server_error") from error
 
     def loads(self) -> dict[str, Load]:
-        """What each engine does now, by the path of its base."""
-        return {base.loaded.base.path: base.engine.load for base in list(self._bases.values())}
+        """What each engine does now, by the name under which its base was first asked for."""
+        return {base.name: base.engine.load for base in list(self._bases.values())}
 
     def close(self) -> None:
         """End all answers."""
@@ -160,13 +105,13 @@ class Answerers:
         )
         return offered.base if offered and alike else model.base
 
-    def _base(self, section: ModelSection) -> Base:
+    def _base(self, section: ModelSection, name: str) -> LoadedBase:
         key = section.model_dump_json()
         found = self._bases.get(key)
         if found is None:
             while len(self._bases) >= MOST_BASES:
                 self._drop_idle()
-            found = self._bases[key] = self._load(section)
+            found = self._bases[key] = self._load(section, name)
         self._bases.move_to_end(key)
         return found
 
@@ -186,7 +131,7 @@ class Answerers:
             429, f"{MOST_BASES} other base models answer now; try again in a moment.", "requests", "rate_limit_exceeded"
         )
 
-    def _load(self, section: ModelSection) -> Base:
+    def _load(self, section: ModelSection, name: str) -> LoadedBase:
         quiet_libraries()
         loaded = load_base(section)
         if not has_packed_form(loaded.model):
@@ -197,33 +142,25 @@ class Answerers:
             engine.close()
             raise ModelError(f"{section.path}: there is no memory left for the keys and values of a conversation")
         logger.info("base %s answers; a conversation may have %d tokens", loaded.base.path, engine.room)
-        return Base(loaded, engine, _folding(make_encoder(loaded.tokenizer)), OrderedDict())
+        encoder, tokenizer = folding(make_encoder(loaded.tokenizer)), loaded.tokenizer
+        vocabulary, stops = int(loaded.model.config.vocab_size), frozenset(stop_set(loaded.model))
+        return LoadedBase(name, tokenizer, vocabulary, stops, engine, encoder, loaded, OrderedDict(), engine)
 
-    def _with_adapter(self, model: ServedModel, section: ModelSection, base: Base) -> Answerer:
+    def _with_adapter(self, model: ServedModel, section: ModelSection, base: LoadedBase) -> Answerer:
         folder = model.adapter
         if folder is None:
             return Answerer(model.id, base, None, base.encoder)
         if folder not in base.adapters:
-            base.engine.add_adapter(str(folder), read_beside(base.loaded, section, folder))
-            base.adapters[folder] = _encoder_of(folder, base)
+            base.batches.add_adapter(str(folder), read_beside(base.loaded, section, folder))
+            base.adapters[folder] = encoder_of(folder, base.tokenizer)
             if len(base.adapters) > MOST_ADAPTERS:
                 oldest, _ = base.adapters.popitem(last=False)
-                base.engine.drop_adapter(str(oldest))
+                base.batches.drop_adapter(str(oldest))
         base.adapters.move_to_end(folder)
         return Answerer(model.id, base, str(folder), base.adapters[folder])
 
 
-def _encoder_of(folder: Path, base: Base) -> ChatEncoder:
+def encoder_of(folder: Path, tokenizer: Any) -> ChatEncoder:
+    """Makes token ids of chats by the settings that a run was trained with."""
     data = recorded_config(folder).data
-    return _folding(make_encoder(base.loaded.tokenizer, data.loss_on, data.system, tags_of(data)))
-
-
-def _folding(encoder: ChatEncoder) -> ChatEncoder:
-    """An encoder that folds a system message into the first user turn where the template would drop it in silence."""
-    if encoder.system != "keep" or "system" not in encoder.dropped_roles:
-        return encoder
-    logger.info("this template has no system messages: they are put before the first user turn")
-    return replace(encoder, system="fold")
-
-
-Finder = Callable[[str], Answerer]
+    return folding(make_encoder(tokenizer, data.loss_on, data.system, tags_of(data)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phinetune.engine.continuous.requests import Constraint, Request, Token
-from phinetune.serving.answers.answerers import Answerer, Answerers
+from phinetune.serving.answers.answerer import Answerer, Finder
 from phinetune.serving.answers.forms import ChatAsked
+from phinetune.serving.answers.kept import CHAT, KeptAnswers
 from phinetune.serving.answers.prompts import chat_ids, read_messages
 from phinetune.serving.answers.running import Choice, Piece, Running, answer_room
 from phinetune.serving.answers.sse import DONE, ended_with_client, event, stream
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from phinetune.serving.state import ServerState
 
 
-def add_to(router: APIRouter, state: ServerState, answerers: Answerers) -> None:
+def add_to(router: APIRouter, state: ServerState, answerers: Finder, kept: KeptAnswers) -> None:
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
     from fastapi.concurrency import run_in_threadpool
@@ -33,7 +35,7 @@ def add_to(router: APIRouter, state: ServerState, answerers: Answerers) -> None:
         work = await run_in_threadpool(_prepare, asked, answerers)
         running = Running(work.answerer, work.requests, work.texts())
         state.count('phinetune_answers_total{endpoint="chat_completions"}')
-        reply = _Reply(asked, work, running)
+        reply = _Reply(asked, work, running, kept)
         if asked.stream:
             return stream(running, reply.events())
         async with ended_with_client(http, running):
@@ -66,7 +68,7 @@ class _Work:
         ]
 
 
-def _prepare(asked: ChatAsked, answerers: Answerers) -> _Work:
+def _prepare(asked: ChatAsked, answerers: Finder) -> _Work:
     """Check a request and make the engine's of it. Loads the model first if it is not in memory."""
     asked.check()
     messages = read_messages(asked.messages)
@@ -160,18 +162,32 @@ def _forced(asked: ChatAsked, tools: Sequence[Mapping[str, Any]]) -> list[Mappin
 class _Reply:
     """Answers to one request in the API's form."""
 
-    def __init__(self, asked: ChatAsked, work: _Work, running: Running) -> None:
-        self._asked, self._work, self._running = asked, work, running
+    def __init__(self, asked: ChatAsked, work: _Work, running: Running, kept: KeptAnswers) -> None:
+        self._asked, self._work, self._running, self._kept = asked, work, running, kept
+        self._texts = [""] * len(running.choices)
+        self._called: dict[int, list[dict[str, Any]]] = {}
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
 
     async def whole(self) -> dict[str, Any]:
-        texts = [""] * len(self._running.choices)
         async for piece in self._running.pieces():
-            texts[piece.choice.index] += piece.text
-        choices = [self._choice(one, text) for one, text in zip(self._running.choices, texts, strict=True)]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+            self._texts[piece.choice.index] += piece.text
+        made = self._completion()
+        if self._asked.store:
+            await self._keep(made)
+        return made
 
-    def _choice(self, choice: Choice, text: str) -> dict[str, Any]:
+    def _completion(self) -> dict[str, Any]:
+        """The whole completion, once all of its answers have ended."""
+        choices = [self._choice(one) for one in self._running.choices]
+        made = {**self._head, "object": CHAT, "choices": choices, "usage": self._usage()}
+        return {**made, "metadata": self._asked.metadata or {}} if self._asked.store else made
+
+    async def _keep(self, made: Mapping[str, Any]) -> None:
+        """Let the client find it again."""
+        await asyncio.to_thread(self._kept.put, CHAT, made, self._asked.messages)
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        text = self._texts[choice.index]
         calls, rest = self._calls(choice)
         message: dict[str, Any] = {"role": "assistant", "content": text + rest, "refusal": None}
         if calls:
@@ -185,18 +201,24 @@ class _Reply:
 
     def _calls(self, choice: Choice) -> tuple[list[dict[str, Any]], str]:
         """The calls of an answer, and what looked like one and is none, which is text."""
-        calls = read_tool_calls(choice.text.calls, self._work.names) if choice.text.calls else []
+        if choice.index not in self._called:  # each reading gives them other ids
+            said = choice.text.calls
+            self._called[choice.index] = read_tool_calls(said, self._work.names) if said else []
+        calls = self._called[choice.index]
         return calls, "" if calls else choice.text.calls
 
     async def events(self) -> AsyncIterator[str]:
         for choice in self._running.choices:
             yield self._event(choice, {"role": "assistant", "content": "", "refusal": None})
         async for piece in self._running.pieces():
+            self._texts[piece.choice.index] += piece.text
             if piece.text:
                 yield self._event(piece.choice, {"content": piece.text}, piece)
             if piece.choice.finish:
                 for one in self._last_events(piece):
                     yield one
+        if self._asked.store:
+            await self._keep(self._completion())
         if self._asked.stream_options and self._asked.stream_options.include_usage:
             yield event(self._chunk([], self._usage()))
         yield DONE

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phinetune.engine.continuous.requests import Request, Token
-from phinetune.serving.answers.answerers import Answerer, Answerers
+from phinetune.serving.answers.answerer import Answerer, Finder
 from phinetune.serving.answers.chat import usage, with_seed
 from phinetune.serving.answers.forms import MOST_CHOICES, CompletionAsked
 from phinetune.serving.answers.running import Piece, Running, answer_room
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TOKENS = 16  # the API's default of `max_tokens`
 
 
-def add_to(router: APIRouter, state: ServerState, answerers: Answerers) -> None:
+def add_to(router: APIRouter, state: ServerState, answerers: Finder) -> None:
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
     from fastapi.concurrency import run_in_threadpool
@@ -54,7 +54,7 @@ class _Work:
     requests: list[Request]
 
 
-def _prepare(asked: CompletionAsked, answerers: Answerers) -> _Work:
+def _prepare(asked: CompletionAsked, answerers: Finder) -> _Work:
     asked.check()
     choices = asked.n or 1
     if (asked.best_of or choices) != choices:

@@ -1,7 +1,7 @@
 """The bodies of requests for answers, as OpenAI's API has them, and what becomes of parameters that do nothing here.
 
 A parameter that the API does not have is refused, as OpenAI refuses it. One that asks for what is not there is refused,
-too. One that changes no answer (`user`, `store`, …) is ignored, and a line in the log says so.
+too. One that changes no answer (`user`, `service_tier`, …) is ignored, and a line in the log says so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from phinetune.serving.errors import ApiError
+from phinetune.serving.job_request import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class ChatAsked(Sampled):
     """A request for a chat completion."""
 
     ignored = (
-        *("user", "store", "metadata", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity"),
+        *("user", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier"),
     )
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -137,6 +138,13 @@ class ChatAsked(Sampled):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
+    store: bool | None = False
+    metadata: Metadata | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.metadata and not self.store:
+            logger.info("parameter metadata: ignored, since the answer is not kept ('store')")
 
 
 class CompletionAsked(Sampled):
@@ -172,7 +180,7 @@ class ResponseAsked(Asked):
     """A request for a response."""
 
     ignored = (
-        *("user", "metadata", "service_tier", "parallel_tool_calls", "reasoning", "max_tool_calls", "tool_choice"),
+        *("user", "service_tier", "parallel_tool_calls", "reasoning", "max_tool_calls", "tool_choice"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "truncation"),
     )
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -194,4 +202,5 @@ class ResponseAsked(Asked):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     previous_response_id: str | None = None
     store: bool | None = True
+    metadata: Metadata | None = None
     text: TextOptions | None = None

@@ -45,7 +45,8 @@ class Grammars:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACING)
         except ValueError as error:
             raise _refused(str(error), param) from None
-        return self._maker(grammar, param)
+        lark = f"start: %json {json.dumps({**schema, 'x-guidance': SPACING})}\n"
+        return self._maker(grammar, param, lark)
 
     def call(
         self, marks: tuple[str, str], tools: Sequence[Mapping[str, Any]], listed: bool
@@ -75,26 +76,40 @@ class Grammars:
             schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
         begin, end = map(self._in_lark, marks)
         schema = {**schema, "x-guidance": SPACING}
-        grammar = LLMatcher.grammar_from_lark(f"start: {begin} json {end}\njson: %json {json.dumps(schema)}\n")
-        return self._maker(grammar, "tools")
+        lark = f"start: {begin} json {end}\njson: %json {json.dumps(schema)}\n"
+        return self._maker(LLMatcher.grammar_from_lark(lark), "tools", lark)
 
     def _in_lark(self, mark: str) -> str:
         """A mark in a grammar: special tokens stand by their own names there, and text in quotes."""
         ids = self._tokens.tokenize_str(mark) if mark else []
         return mark if len(ids) == 1 and self._tokens.is_special_token(ids[0]) else json.dumps(mark) if mark else ""
 
-    def _maker(self, grammar: str, param: str) -> Callable[[], Constraint]:
+    def _maker(self, grammar: str, param: str, lark: str) -> Callable[[], Constraint]:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise _refused(matcher.get_error(), param)
-        return lambda: _Kept(matcher.deep_copy())
+        return _Maker(matcher, f"%llguidance {{}}\n{lark}")
 
 
 def _refused(reason: str, param: str) -> ApiError:
     text = " ".join(reason.split())[:300]
     return ApiError(400, f"Invalid schema for '{param}': {text}", code="invalid_json_schema", param=param)
+
+
+class _Maker:
+    """Makes what keeps one answer to a grammar.
+
+    Attributes:
+        lark: the grammar as a text, in the form in which llama.cpp takes llguidance's.
+    """
+
+    def __init__(self, matcher: Any, lark: str) -> None:
+        self._matcher, self.lark = matcher, lark
+
+    def __call__(self) -> Constraint:
+        return _Kept(self._matcher.deep_copy())
 
 
 class _Kept:

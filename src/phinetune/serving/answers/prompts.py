@@ -9,7 +9,7 @@ from typing import Any
 from phinetune.chats.template import Message
 from phinetune.data.read.tool_calls import read_calls, read_tools
 from phinetune.errors import RowError
-from phinetune.serving.answers.answerers import Answerer
+from phinetune.serving.answers.answerer import Answerer
 from phinetune.serving.errors import ApiError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phinetune.chats.template import Message
 from phinetune.engine.continuous.requests import Constraint, Request
-from phinetune.serving.answers.answerers import Answerer, Answerers
+from phinetune.serving.answers.answerer import Answerer, Finder
 from phinetune.serving.answers.forms import ResponseAsked
+from phinetune.serving.answers.kept import RESPONSE, KeptAnswers
 from phinetune.serving.answers.prompts import chat_ids, read_messages
 from phinetune.serving.answers.running import Running, answer_room
 from phinetune.serving.answers.sse import ended_with_client, event, stream
@@ -24,52 +26,17 @@ if TYPE_CHECKING:
 
     from phinetune.serving.state import ServerState
 
-KEPT_LETTERS = 8_000_000  # of the conversations that responses may go on from; the oldest are forgotten
 
-
-class _Memory:
-    """The conversations of earlier responses, for as long as the server runs."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, list[Message]] = OrderedDict()
-        self._letters = 0
-
-    def put(self, id: str, messages: list[Message]) -> None:
-        self._kept[id] = messages
-        self._letters += _letters(messages)
-        while self._letters > KEPT_LETTERS:
-            self._letters -= _letters(self._kept.popitem(last=False)[1])
-
-    def find(self, id: str) -> list[Message]:
-        """The conversation of a response.
-
-        Raises:
-            ApiError: it is not known, or forgotten.
-        """
-        if id not in self._kept:
-            raise ApiError(
-                400, f"Previous response with id '{id}' not found.", code="previous_response_not_found",
-                param="previous_response_id",
-            )  # fmt: skip
-        return self._kept[id]
-
-
-def _letters(messages: list[Message]) -> int:
-    return sum(len(message["content"]) + 64 for message in messages)
-
-
-def add_to(router: APIRouter, state: ServerState, answerers: Answerers) -> None:
+def add_to(router: APIRouter, state: ServerState, answerers: Finder, kept: KeptAnswers) -> None:
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
     from fastapi.concurrency import run_in_threadpool
 
-    memory = _Memory()
-
     async def create(asked: ResponseAsked, http: HttpRequest) -> Any:
-        work = await run_in_threadpool(_prepare, asked, answerers, memory)
+        work = await run_in_threadpool(_prepare, asked, answerers, kept)
         running = Running(work.answerer, [work.request], [AnswerText(Decoder(work.answerer.tokenizer))])
         state.count('phinetune_answers_total{endpoint="responses"}')
-        reply = _Reply(asked, work, running, memory)
+        reply = _Reply(asked, work, running, kept)
         if asked.stream:
             return stream(running, reply.events())
         async with ended_with_client(http, running):
@@ -92,7 +59,7 @@ class _Work:
     request: Request
 
 
-def _prepare(asked: ResponseAsked, answerers: Answerers, memory: _Memory) -> _Work:
+def _prepare(asked: ResponseAsked, answerers: Finder, kept: KeptAnswers) -> _Work:
     asked.check()
     given: Any = asked.input
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
@@ -102,7 +69,7 @@ def _prepare(asked: ResponseAsked, answerers: Answerers, memory: _Memory) -> _Wo
                 400, f"'input[{i}]' is of type {item['type']!r}: this server reads messages alone.",
                 code="invalid_value", param=f"input[{i}].type",
             )  # fmt: skip
-    earlier = memory.find(asked.previous_response_id) if asked.previous_response_id else []
+    earlier = _earlier(kept, asked.previous_response_id) if asked.previous_response_id else []
     messages = [*earlier, *read_messages(items, "input")]
     if not messages:
         raise ApiError(400, "'input' is empty.", code="invalid_value", param="input")
@@ -121,6 +88,21 @@ def _prepare(asked: ResponseAsked, answerers: Answerers, memory: _Memory) -> _Wo
     return _Work(answerer, messages, request)
 
 
+def _earlier(kept: KeptAnswers, id: str) -> list[Message]:
+    """The conversation that a response goes on from.
+
+    Raises:
+        ApiError: it is not known, or forgotten.
+    """
+    row = kept.find(RESPONSE, id)
+    if row is None:
+        raise ApiError(
+            400, f"Previous response with id '{id}' not found.", code="previous_response_not_found",
+            param="previous_response_id",
+        )  # fmt: skip
+    return list(json.loads(row["messages"]))
+
+
 def _constraint(asked: ResponseAsked, answerer: Answerer) -> Callable[[], Constraint] | None:
     form = asked.text.format if asked.text else None
     if form is None or form.type == "text":
@@ -137,8 +119,8 @@ def _constraint(asked: ResponseAsked, answerer: Answerer) -> Callable[[], Constr
 class _Reply:
     """One response in the API's form."""
 
-    def __init__(self, asked: ResponseAsked, work: _Work, running: Running, memory: _Memory) -> None:
-        self._asked, self._work, self._running, self._memory = asked, work, running, memory
+    def __init__(self, asked: ResponseAsked, work: _Work, running: Running, kept: KeptAnswers) -> None:
+        self._asked, self._work, self._running, self._kept = asked, work, running, kept
         self._id, self._item = f"resp_{secrets.token_hex(16)}", f"msg_{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._number = 0
@@ -147,7 +129,7 @@ class _Reply:
         text = ""
         async for piece in self._running.pieces():
             text += piece.text
-        return self._ended(text)
+        return await self._ended(text)
 
     async def events(self) -> AsyncIterator[str]:
         """The events of a stream, in the API's order."""
@@ -169,7 +151,7 @@ class _Reply:
             return
         yield self._event("response.output_text.done", **place, text=text, logprobs=[])
         yield self._event("response.content_part.done", **place, part=_part(text))
-        ended = self._ended(text)
+        ended = await self._ended(text)
         yield self._event("response.output_item.done", output_index=0, item=ended["output"][0])
         yield self._event(f"response.{ended['status']}", response=ended)
 
@@ -178,7 +160,7 @@ class _Reply:
         self._number += 1
         return made
 
-    def _ended(self, text: str) -> dict[str, Any]:
+    async def _ended(self, text: str) -> dict[str, Any]:
         """The whole response; what it said is kept for a next one."""
         cut = self._running.choices[0].finish == "length"
         status = "incomplete" if cut else "completed"
@@ -194,7 +176,8 @@ class _Reply:
             "total_tokens": prompt + answered,
         }
         if self._asked.store is not False:
-            self._memory.put(self._id, [*self._work.messages, {"role": "assistant", "content": text}])
+            said = [*self._work.messages, {"role": "assistant", "content": text}]
+            await asyncio.to_thread(self._kept.put, RESPONSE, made, said)
         return made
 
     def _message(self, status: str, text: str | None) -> dict[str, Any]:
@@ -213,7 +196,7 @@ class _Reply:
             "incomplete_details": None,
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
-            "metadata": (asked.model_extra or {}).get("metadata") or {},
+            "metadata": asked.metadata or {},
             "model": asked.model,
             "output": output,
             "parallel_tool_calls": False,

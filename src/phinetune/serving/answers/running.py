@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phinetune.engine.continuous.requests import AnswerStream, Busy, Ended, Event, Request, Token, TooLong
-from phinetune.serving.answers.answerers import Answerer
+from phinetune.serving.answers.answerer import Answerer
 from phinetune.serving.answers.texts import AnswerText
 from phinetune.serving.errors import ApiError, too_many
 
@@ -73,6 +73,12 @@ class Running:
         except TooLong as error:
             self.cancel()
             raise too_long(error.tokens, error.room) from None
+        except RuntimeError as error:  # the engine was closed in this moment
+            self.cancel()
+            raise ApiError(503, f"The model can't answer now: {error}. Try again.", "server_error") from None
+        except BaseException:
+            self.cancel()
+            raise
 
     def _listener(self, index: int) -> Any:
         def listen(event: Event) -> None:
@@ -110,7 +116,7 @@ class Running:
         if over:
             return None
         choice.tokens.append(token)
-        text = choice.text.add(token.id)
+        text = choice.text.add(token.id, token.text)
         if choice.text.stopped:
             self._streams[choice.index].cancel()
         return self._piece(choice, text) if text else None

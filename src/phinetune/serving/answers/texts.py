@@ -35,6 +35,13 @@ class Decoder:
         self._from, self._told = self._told, len(self._ids)
         return new
 
+    def told(self, text: str) -> str:
+        """A token's text that was told with it. What comes next follows it as it would follow a letter."""
+        if text:
+            self._ids = self._tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+            self._from, self._told = 0, len(self._ids)
+        return text
+
     def rest(self) -> str:
         """What is left after the last token."""
         new = self._new()
@@ -75,9 +82,13 @@ class AnswerText:
         self._begun = False
         self.stopped, self.calls = False, ""
 
-    def add(self, token: int) -> str:
-        """The text that is certain after this token."""
-        return self._take(self._decoder.add(token))
+    def add(self, token: int, text: str | None = None) -> str:
+        """The text that is certain after this token.
+
+        Args:
+            text: the token's own, if it was told with it.
+        """
+        return self._take(self._decoder.add(token) if text is None else self._decoder.told(text))
 
     def finish(self) -> str:
         """The rest of the text, after the last token."""

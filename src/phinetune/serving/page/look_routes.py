@@ -13,6 +13,7 @@ from phinetune.serving.page.splitting import split_file
 from phinetune.serving.state import ServerState
 
 Model = Annotated[str | None, Query(max_length=512, description="whose template is used; the first base if left out")]
+First = Annotated[int, Query(ge=0, le=100_000_000, description="how many rows are left out before")]
 MOST_ROWS = 50
 
 
@@ -28,7 +29,7 @@ def router(state: ServerState, looks: Looks) -> APIRouter:
     @made.get("/files/{file_id}/rows")
     def file_rows(
         file_id: str,
-        first: Annotated[int, Query(ge=0, le=state.settings.limits.rows)] = 0,
+        first: First = 0,
         count: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 3,
         model: Model = None,
     ) -> Rows:

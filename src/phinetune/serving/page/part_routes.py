@@ -11,7 +11,7 @@ from phinetune.serving.job_request import JobRequest
 from phinetune.serving.job_table import JobTable
 from phinetune.serving.jobs import find_job
 from phinetune.serving.page import views
-from phinetune.serving.page.look_routes import MOST_ROWS, Model
+from phinetune.serving.page.look_routes import MOST_ROWS, First, Model
 from phinetune.serving.page.looking import Looks
 from phinetune.serving.page.rendering import piece
 from phinetune.serving.state import ServerState
@@ -46,7 +46,7 @@ def router(state: ServerState, looks: Looks) -> APIRouter:
     def rows_part(
         request: Request,
         file_id: str,
-        first: Annotated[int, Query(ge=0, le=state.settings.limits.rows)] = 0,
+        first: First = 0,
         count: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 3,
         model: Model = None,
     ) -> HTMLResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from phinetune.errors import PhinetuneError
@@ -15,7 +16,7 @@ from phinetune.serving.files import FINE_TUNE
 from phinetune.serving.job_places import JobPlaces
 from phinetune.serving.job_request import JobRequest
 from phinetune.serving.job_table import ENDED, RUNNING
-from phinetune.serving.page.exports import OFFERED, ExportPlaces, show_export
+from phinetune.serving.page.exports import OFFERED, SUCCEEDED, ExportPlaces, show_export
 from phinetune.serving.page.vote_routes import count_votes, show_vote
 from phinetune.serving.state import ServerState
 from phinetune.serving.store import Row
@@ -125,5 +126,8 @@ def vote_counts(state: ServerState) -> dict[str, Any]:
 def export_list(state: ServerState) -> dict[str, Any]:
     """What is on offer, and the exports that there are, newest first."""
     rows = state.store.rows("SELECT * FROM exports ORDER BY seq DESC LIMIT ?", [SHOWN])
-    shown = [(show_export(row), ExportPlaces(state.folder, row["id"]).written()) for row in rows]
-    return {"offered": OFFERED, "all": shown}
+    return {"offered": OFFERED, "all": [(show_export(row), _written(state, row)) for row in rows]}
+
+
+def _written(state: ServerState, row: Row) -> Path | None:
+    return ExportPlaces(state.folder, row["id"]).written() if row["status"] == SUCCEEDED else None

@@ -79,11 +79,11 @@ def test_signing_out_takes_the_cookie_back(served: Served) -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_every_page_comes_in_both_languages_and_loads_its_own_files_alone(served: Served, language: str) -> None:
     visitor = Visitor(served[1], language)
-    paths = (*PAGES, "/page/files/file-one", "/page/jobs/ftjob-one", "/page/files/file-none", "/page/jobs/..%2f..")
+    paths = (*PAGES, "/page/files/file-one", "/page/jobs/ftjob-one", "/page/files/file-none")
     for path in paths:
         status, shown, headers = visitor.see(path)
         text = shown["text"]
-        assert status == (404 if "none" in path or ".." in path else 200), path
+        assert status == (404 if "none" in path else 200), path
         assert headers["content-security-policy"] == POLICY
         assert f'<html lang="{"en" if language == "en" else "zh-Hans"}">' in text
         assert "<img" not in text

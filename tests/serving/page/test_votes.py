@@ -47,8 +47,8 @@ def test_votes_become_a_file_that_dpo_takes(served: Served) -> None:
         "preferred_output": [{"role": "assistant", "content": "Das da – 这个."}],
         "non_preferred_output": [{"role": "assistant", "content": "That."}],
     }
-    status, text, headers = ask(client, "GET", "/phinetune/votes/rows")
-    assert client.files.content(made["file"]).read().decode() == "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text, headers = visitor.download("/phinetune/votes/rows")
+    assert text == client.files.content(made["file"]).read()
     assert "attachment" in headers["content-disposition"]
     job = client.fine_tuning.jobs.create(model="tiny", training_file=made["file"], method={"type": "dpo"})
     assert job.status == "validating_files"

@@ -61,7 +61,8 @@ def answer(order: Order) -> dict[str, Any]:
     """What came of an order: `done`, or `problems`."""
     try:
         with libraries():
-            return {"done": WORK.get(order["target"], export)(order)}
+            import phinetune.exporting.targets  # noqa: F401
+        return {"done": WORK.get(order["target"], export)(order)}
     except PhinetuneError as error:
         return {"problems": error.problems}
     except Exception as error:

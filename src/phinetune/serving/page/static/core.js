@@ -39,10 +39,9 @@ const page = (() => {
     if (text) message.scrollIntoView({ block: "nearest" });
   }
 
-  // Does something for a button that can't be pressed meanwhile, and tells what went wrong.
+  // Does something for a button, once at a time, and tells what went wrong.
   async function busy(button, work) {
-    if (button.disabled) return;
-    button.disabled = true;
+    if (button.hasAttribute("aria-busy")) return; // it is not disabled: then it would lose the focus
     button.setAttribute("aria-busy", "true");
     tell("");
     try {
@@ -51,7 +50,6 @@ const page = (() => {
       if (!(error instanceof Refused)) throw error;
       tell(error.message);
     } finally {
-      button.disabled = false;
       button.removeAttribute("aria-busy");
     }
   }
@@ -74,6 +72,7 @@ const page = (() => {
     try {
       const html = await (await send("GET", url)).text();
       if (part.dataset.part === url) fill(part, html);
+      if (message.textContent.includes(say("error.away"))) tell("");
       return true;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;

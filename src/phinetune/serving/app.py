@@ -18,7 +18,7 @@ def create_app(state: ServerState) -> FastAPI:
     app = FastAPI(
         title="phinetune serve",
         version=VERSION,
-        description="OpenAI's API of files, fine-tuning jobs, models and answers, on your own machine; and what its page adds.",
+        description="OpenAI's API of files, fine-tuning jobs, models and answers, on your own machine, and its page.",
         docs_url=None,  # these pages would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,

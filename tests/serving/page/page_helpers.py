@@ -65,7 +65,9 @@ def offer_run(state: ServerState, run: Path, name: str = TUNED) -> str:
 @contextmanager
 def whole_server(folder: Path) -> Iterator[tuple[ServerState, str]]:
     """A context with a server in a thread that trains and exports, too; its state and its URL."""
-    with running_state(ServerSettings(folder=folder, models={"tiny": ModelSection(path=TINY)}, at_once=1), KEY) as state:
+    with running_state(
+        ServerSettings(folder=folder, models={"tiny": ModelSection(path=TINY)}, at_once=1), KEY
+    ) as state:
         server = uvicorn.Server(uvicorn.Config(create_app(state), port=0, log_config=None, lifespan="off"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -62,7 +62,9 @@ class Hand:
             except StaleElementReferenceException:  # a part was renewed
                 pass
             time.sleep(0.05)
-        pytest.fail(f"waited too long at {self.driver.current_url}: {self.driver.find_element('tag name', 'main').text}")
+        pytest.fail(
+            f"waited too long at {self.driver.current_url}: {self.driver.find_element('tag name', 'main').text}"
+        )
 
 
 def test_from_a_file_to_compared_answers_without_a_command(browser: Browser, served: Served, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from phinetune.serving.state import ServerState
 from serving.page.page_helpers import Visitor, offer_run
 from serving.serving_helpers import KEY, ask, keep_file, threaded
 
-
 EVIL = "<img src=x onerror=alert(1)>\"'.jsonl"
 PAGES = ("/page/data", "/page/train", "/page/compare", "/page/hand-on")
 PARTS = ("files", "jobs", "votes", "exports", "jobs/ftjob-one")

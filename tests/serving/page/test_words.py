@@ -83,7 +83,9 @@ def test_every_finding_has_a_title_and_advice_in_chinese() -> None:
         ("../../etc", "fr", "en"),
     ],
 )
-def test_the_language_is_the_chosen_one_or_the_browsers(cookie: str | None, accepted: str | None, language: str) -> None:
+def test_the_language_is_the_chosen_one_or_the_browsers(
+    cookie: str | None, accepted: str | None, language: str
+) -> None:
     assert pick_language(cookie, accepted) == language
 
 

@@ -123,7 +123,7 @@ def remove_export(state: ServerState, row: Row) -> None:
 
 
 class ExportKeeper:
-    """A thread that starts one export after the other. Each writes in a process of its own, which outlives the server."""
+    """A thread that starts one export after the other, each in a process of its own, which outlives the server."""
 
     def __init__(self, state: ServerState) -> None:
         self.state = state
@@ -170,9 +170,9 @@ class ExportKeeper:
                 self._ended(row, status)
         running = self.state.store.rows("SELECT * FROM exports WHERE status = ?", [RUNNING])
         for row in running:
-            if not row["process"] or not is_alive(json.loads(row["process"])):
-                if row["id"] not in self._children:
-                    self._ended(row, None)
+            is_there = row["id"] in self._children or (row["process"] and is_alive(json.loads(row["process"])))
+            if not is_there:
+                self._ended(row, None)
         if any(row["id"] in self._children or row["process"] for row in running):
             return
         row = self.state.store.row("SELECT * FROM exports WHERE status = ? ORDER BY seq", [QUEUED])

@@ -225,7 +225,7 @@ class ExportAsked(Parameters):
 
     model: Name
     target: Target
-    type: Annotated[str, Field(max_length=16)] | None = Field(None, description="of the numbers; for gguf, ollama, onnx")
+    type: Annotated[str, Field(max_length=16)] | None = Field(None, description="of the numbers: gguf, ollama, onnx")
     repo: Annotated[str, Field(max_length=200)] | None = Field(None, description="for push: NAME or OWNER/NAME")
     private: bool = Field(True, description="for push: whether only you may see the repository")
     merged: bool = Field(False, description="for push: base and adapter as one model")

@@ -113,12 +113,12 @@ def _charts(state: ServerState, row: Row) -> list[dict[str, Any]]:
 def vote_counts(state: ServerState) -> dict[str, Any]:
     """How many votes there are, for whom, and the newest ones."""
     preferring, equal = count_votes(state)
-    query = "SELECT preferred_model AS model, count(*) AS many FROM votes WHERE NOT equal GROUP BY model ORDER BY many DESC"
+    query = "SELECT preferred_model AS model, count(*) AS many FROM votes WHERE NOT equal GROUP BY model"
     latest = state.store.rows("SELECT * FROM votes ORDER BY seq DESC LIMIT ?", [LATEST_VOTES])
     return {
         "preferring": preferring,
         "equal": equal,
-        "by_model": state.store.rows(f"{query} LIMIT 10"),
+        "by_model": state.store.rows(f"{query} ORDER BY many DESC LIMIT 10"),
         "latest": [show_vote(row) for row in latest],
     }
 

@@ -19,6 +19,12 @@ from serving.serving_helpers import KEY, LIMIT_S, keep_file
 Served = tuple[ServerState, str]
 ROWS = [chat(f"Say {i}", f"It is {i}.") for i in range(24)]
 
+# What the element with the focus is called.
+NAME = """
+const e = document.activeElement;
+return e.getAttribute("aria-label") || e.labels?.[0]?.textContent.trim() || e.textContent.trim();
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -165,7 +171,6 @@ def test_all_can_be_done_by_keyboard(browser: Browser, served: Served) -> None:
         reached = []
         for _ in range(wanted):
             ActionChains(browser.driver).send_keys(Keys.TAB).perform()
-            reached.append(browser.run("const e = document.activeElement;"
-                "return e.getAttribute('aria-label') || e.labels?.[0]?.textContent.trim() || e.textContent.trim()"))  # fmt: skip
+            reached.append(browser.run(NAME))
         assert all(reached), (path, reached)
         assert browser.run("return document.activeElement !== document.body")

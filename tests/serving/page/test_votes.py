@@ -29,7 +29,7 @@ def a_vote(question: str = "Which?", **more: Any) -> dict[str, Any]:
 
 
 def test_votes_become_a_file_that_dpo_takes(served: Served) -> None:
-    state, client = served
+    client = served[1]
     assert ask(client, "POST", "/phinetune/votes/file")[0] == 400
     visitor = Visitor(client)
     kept = [visitor.do("POST", "/phinetune/votes", a_vote(f"Which {i}?"))[1] for i in range(3)]

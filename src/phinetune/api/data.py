@@ -150,11 +150,11 @@ def preview(
     return preview_config(config, one_or_several(file, "file")[0], rows)
 
 
-def preview_config(config: RunConfig, file: str, rows: int = 3) -> list[PreviewedRow]:
-    """`preview` for a validated configuration."""
+def preview_config(config: RunConfig, file: str, rows: int = 3, first: int = 0) -> list[PreviewedRow]:
+    """`preview` for a validated configuration; `first` rows are left out before."""
     quiet_libraries()
     check_there([file])
-    return list(preview_rows(file, row_encoder(config), rows))
+    return list(preview_rows(file, row_encoder(config), rows, first))
 
 
 def _not_trained_on(data: DataSection, held_out: DataSection | None, files: Sequence[str]) -> list[str]:

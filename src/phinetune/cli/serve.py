@@ -76,6 +76,7 @@ def _ready(url: str, key: str, where: str) -> None:
     """The URL, the key, and the two lines that a client needs."""
     lines = [
         f"Serving {where} at {url}",
+        f"The page, signed in: {url}/#key={key}",
         "In the shell of a client that speaks OpenAI's API:",
         f"  export OPENAI_BASE_URL={url}/v1",
         f"  export OPENAI_API_KEY={key}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -71,18 +71,19 @@ class PreviewedRow:
     broken: bool = False
 
 
-def preview_rows(source: str, encode: RowEncoder, rows: int) -> Iterator[PreviewedRow]:
-    """The first `rows` rows of a source.
+def preview_rows(source: str, encode: RowEncoder, rows: int, first: int = 0) -> Iterator[PreviewedRow]:
+    """The first `rows` rows of a source, or those after its first `first` rows.
 
     Raises:
         DataError: the source does not exist, or is of an unknown kind.
     """
     section = encode.section
-    first = list(islice(scan_rows(source, section.split, section.name, text_by=section.text_by), max(rows, LOOKED_AT)))
+    every = scan_rows(source, section.split, section.name, text_by=section.text_by)
+    head = list(islice(every, LOOKED_AT))
     mapping = RowMapping.of(section)
     if mapping and not mapping.function:
-        look_at_first(source, [row for row in first if isinstance(row, Row)], section, encode.forms)
-    for row in first[:rows]:
+        look_at_first(source, [row for row in head if isinstance(row, Row)], section, encode.forms)
+    for row in islice(chain(head, every), first, first + rows):
         if not isinstance(row, Broken) and is_huge(row, encode.max_length):
             row = Broken(row.where, f"far too long to be a chat: {describe_size(row)}")
         yield preview_row(row if isinstance(row, Broken) else next(encode([row])), encode.encoder)

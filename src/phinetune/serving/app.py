@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from phinetune.serving import answers, files, health, jobs, models, session_routes
+from phinetune.serving import answers, files, health, jobs, models, page, session_routes
 from phinetune.serving.errors import add_handlers
 from phinetune.serving.safety import Guard
 from phinetune.serving.state import ServerState
 from phinetune.version import VERSION
 
-ROUTERS = (files.router, jobs.router, models.router, answers.router, session_routes.router, health.router)
+ROUTERS = (files.router, jobs.router, models.router, answers.router, session_routes.router, health.router, page.router)
 
 
 def create_app(state: ServerState) -> FastAPI:
@@ -18,7 +18,7 @@ def create_app(state: ServerState) -> FastAPI:
     app = FastAPI(
         title="phinetune serve",
         version=VERSION,
-        description="OpenAI's API of files, fine-tuning jobs, models and answers, on your own machine.",
+        description="OpenAI's API of files, fine-tuning jobs, models and answers, on your own machine, and its page.",
         docs_url=None,  # these pages would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -26,5 +26,5 @@ def create_app(state: ServerState) -> FastAPI:
     for make in ROUTERS:
         app.include_router(make(state))
     add_handlers(app)
-    app.add_middleware(Guard, state=state, open_paths=("/session",))
+    app.add_middleware(Guard, state=state, open_paths=("/session", "/"), open_prefixes=(page.PAGES,))
     return app

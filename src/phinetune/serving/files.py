@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from fastapi import APIRouter, Form, Query, UploadFile
 from fastapi.responses import FileResponse
 
 from phinetune.errors import PhinetuneError
-from phinetune.files import PRIVATE, sync_folder
+from phinetune.files import PRIVATE, sync_folder, write_lines
 from phinetune.serving.errors import ApiError
 from phinetune.serving.ids import new_id, now
 from phinetune.serving.job_places import file_place
@@ -79,11 +80,7 @@ def router(state: ServerState) -> APIRouter:
         place = file_place(state.folder, id)
         try:
             size = await _take_in(file, place, state.settings.limits.file)
-            found = await asyncio.to_thread(_look, state, place)
-            name = _shown_name(file.filename)
-            row = {"id": id, "created_at": now(), "bytes": size, "filename": name, "purpose": purpose,
-                   "form": found["form"], "rows": found["rows"], "notes": json.dumps(found["notes"])}  # fmt: skip
-            await asyncio.to_thread(state.store.insert, "files", row)
+            await asyncio.to_thread(_acknowledge, state, id, size, _shown_name(file.filename))
         except BaseException:
             place.unlink(missing_ok=True)
             raise
@@ -130,6 +127,24 @@ def router(state: ServerState) -> APIRouter:
     return made
 
 
+def keep_lines(state: ServerState, lines: Iterable[str], filename: str) -> Row:
+    """Keep a file that this server made, as if it had been uploaded; its row.
+
+    Raises:
+        ApiError: a job could not train on it, or there are too many files.
+    """
+    _check_wish(state, FINE_TUNE, None)
+    id = new_id("file")
+    place = file_place(state.folder, id)
+    try:
+        write_lines(place, lines, private=True)
+        _acknowledge(state, id, place.stat().st_size, _shown_name(filename))
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    return find_file(state, id)
+
+
 def sweep(state: ServerState) -> None:
     """Delete what a server that was killed had of files that it never acknowledged."""
     known = {row["id"] for row in state.store.rows("SELECT id FROM files")}
@@ -169,6 +184,19 @@ async def _take_in(file: UploadFile, place: Path, most: int) -> int:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _acknowledge(state: ServerState, id: str, size: int, name: str) -> None:
+    """Look at a file that is on the disk, and write down that it is there.
+
+    Raises:
+        ApiError: a job could not train on it; line by line.
+    """
+    found = _look(state, file_place(state.folder, id))
+    row = {"id": id, "created_at": now(), "bytes": size, "filename": name, "purpose": FINE_TUNE}
+    state.store.insert(
+        "files", {**row, "form": found["form"], "rows": found["rows"], "notes": json.dumps(found["notes"])}
+    )
 
 
 def _look(state: ServerState, place: Path) -> dict[str, Any]:

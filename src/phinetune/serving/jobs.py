@@ -46,11 +46,11 @@ def router(state: ServerState) -> APIRouter:
 
     @made.post("")
     def create_job(request: JobRequest) -> dict[str, Any]:
-        row = _new_row(state, request)
+        row = new_row(state, request)
         with state.store.together():
-            _check_file(state, request.training_file, request.kind, "training_file")
+            check_file(state, request.training_file, request.kind, "training_file")
             if request.validation_file:
-                _check_file(state, request.validation_file, request.kind, "validation_file")
+                check_file(state, request.validation_file, request.kind, "validation_file")
             if len(jobs.in_states(VALIDATING, QUEUED)) >= state.settings.limits.jobs:
                 raise too_many(f"{state.settings.limits.jobs:,} jobs wait already.", 60)
             state.store.insert("jobs", row)
@@ -117,7 +117,7 @@ def router(state: ServerState) -> APIRouter:
     return made
 
 
-def _new_row(state: ServerState, request: JobRequest) -> Row:
+def new_row(state: ServerState, request: JobRequest) -> Row:
     """The row of a new job.
 
     Raises:
@@ -146,7 +146,12 @@ def _new_row(state: ServerState, request: JobRequest) -> Row:
     }
 
 
-def _check_file(state: ServerState, file: str, kind: str, param: str) -> None:
+def check_file(state: ServerState, file: str, kind: str, param: str) -> None:
+    """Make sure that a method can train on a file.
+
+    Raises:
+        ApiError: there is no such file, or it holds rows of another form.
+    """
     row = state.store.row("SELECT * FROM files WHERE id = ?", [file])
     if row is None or row["purpose"] != FINE_TUNE:
         what = f"invalid {param}: {file}" if row is None else f"{file} has the purpose '{row['purpose']}'"

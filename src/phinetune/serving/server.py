@@ -53,6 +53,7 @@ def running_state(settings: ServerSettings, key: str | None = None) -> Iterator[
         ) from None
     from phinetune.serving.files import sweep
     from phinetune.serving.keeper import JobKeeper
+    from phinetune.serving.page.exports import ExportKeeper
 
     state = open_state(settings, key or own_key(settings.folder))
     try:
@@ -61,6 +62,9 @@ def running_state(settings: ServerSettings, key: str | None = None) -> Iterator[
         state.wake_jobs = keeper.wake
         state.closing.append(keeper.close)
         keeper.start()
+        exports = ExportKeeper(state)
+        state.closing.append(exports.close)
+        exports.start()
         yield state
     finally:
         for close in reversed(state.closing):

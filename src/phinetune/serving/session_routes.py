@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from phinetune.serving.errors import ApiError
 from phinetune.serving.job_request import Parameters
-from phinetune.serving.sessions import cookie_header, csrf_token, matches, new_session
+from phinetune.serving.sessions import cookie_header, csrf_token, end_header, matches, new_session
 from phinetune.serving.state import ServerState
 
 
@@ -31,5 +31,10 @@ def router(state: ServerState) -> APIRouter:
         session = new_session(state.key)
         token = {"object": "session", "csrf_token": csrf_token(session, state.key)}
         return JSONResponse(token, headers={"Set-Cookie": cookie_header(session)})
+
+    @made.delete("/session", status_code=204)
+    def end() -> Response:
+        """Let this browser forget its session."""
+        return Response(status_code=204, headers={"Set-Cookie": end_header()})
 
     return made

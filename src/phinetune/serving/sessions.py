@@ -40,5 +40,10 @@ def cookie_header(session: str) -> str:
     return f"{COOKIE}={session}; Path=/; HttpOnly; SameSite=Strict; Max-Age={LIFETIME_S}"
 
 
+def end_header() -> str:
+    """The header that lets a browser forget the cookie."""
+    return f"{COOKIE}=; Path=/; HttpOnly; SameSite=Strict; Max-Age=0"
+
+
 def _seal(key: str, use: str, text: str) -> str:
     return hmac.new(key.encode(), f"{use}\n{text}".encode(), hashlib.sha256).hexdigest()

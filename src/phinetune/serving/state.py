@@ -54,7 +54,7 @@ def open_state(settings: ServerSettings, key: str) -> ServerState:
         PhinetuneError: the folder's state can't be used, or a model's name can't.
     """
     settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in ("files", "jobs", "runs"):
+    for name in ("files", "jobs", "runs", "exports"):
         (settings.folder / name).mkdir(exist_ok=True, mode=0o700)
     store = Store(settings.folder / DATABASE)
     return ServerState(settings, store, ModelCatalogue(settings.folder, store, settings.models), key)

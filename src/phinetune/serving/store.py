@@ -1,4 +1,4 @@
-"""What a server must not lose: files, jobs, their events and checkpoints, models and answers, in one SQLite file.
+"""What a server must not lose, in one SQLite file: files, jobs with their events, models, answers, votes, exports.
 
 A call returns when what it wrote is on the disk (WAL, `synchronous=FULL`). One connection serves all threads, one after
 the other, and one server has the file at a time.
@@ -15,7 +15,6 @@ from typing import Any
 
 from phinetune.errors import RunError
 
-VERSION = 1  # of the tables; goes up with each change, and `_UPGRADES` says how
 DATABASE = "server.sqlite"
 _TABLES = """
 CREATE TABLE files (
@@ -46,13 +45,26 @@ CREATE TABLE models (
     folder TEXT NOT NULL, job TEXT NOT NULL, deleted INTEGER NOT NULL DEFAULT 0
 );
 """
-# Tables that an older phinetune has no use for and leaves alone, so they need no new version.
-_MORE_TABLES = """
-CREATE TABLE IF NOT EXISTS answers (
+# What each version of the tables has more than the one before. `_TABLES` are version 1.
+_UPGRADES = {
+    2: """
+CREATE TABLE answers (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, created_at INTEGER NOT NULL,
     model TEXT NOT NULL, body TEXT NOT NULL, messages TEXT NOT NULL, bytes INTEGER NOT NULL
 );
-"""
+CREATE TABLE votes (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL, messages TEXT NOT NULL,
+    preferred_model TEXT NOT NULL, preferred TEXT NOT NULL, other_model TEXT NOT NULL, other TEXT NOT NULL,
+    equal INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE exports (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL, status TEXT NOT NULL,
+    model TEXT NOT NULL, folder TEXT NOT NULL, request TEXT NOT NULL, process TEXT, finished_at INTEGER, result TEXT,
+    error TEXT
+);
+""",
+}
+VERSION = max(_UPGRADES)  # of the tables
 Row = dict[str, Any]
 
 
@@ -85,9 +97,10 @@ class Store:
                 f"{self.path}: written by a newer phinetune (tables {version}, this one knows {VERSION}); update "
                 "phinetune, or name another folder with --folder"
             )
-        if version == 0:
-            self._connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version={VERSION}; COMMIT;")
-        self._connection.executescript(_MORE_TABLES)
+        scripts = [_TABLES] if version == 0 else []
+        scripts += [script for number, script in _UPGRADES.items() if number > version]
+        if scripts:
+            self._connection.executescript(f"BEGIN; {' '.join(scripts)} PRAGMA user_version={VERSION}; COMMIT;")
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -10,11 +10,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import PhinetuneError, is_out_of_memory, reason_of
 from phinetune.loading import libraries
+
+if TYPE_CHECKING:
+    from phinetune.config.run import RunConfig
 
 SHOWN = 20  # lines that are told of a file
 # The forms of rows that OpenAI's API takes, by the keys that a row has.
@@ -107,15 +111,12 @@ def plan_job(request: Mapping[str, Any]) -> Answer:
     Args:
         request: the run's `config` as nested dictionaries.
     """
-    from phinetune.api.held_out import row_encoder
     from phinetune.api.plan import plan_config
     from phinetune.checkpoints.device import pick_device
     from phinetune.config.run import make_config
 
     config = make_config(request["config"])
-    fold = "system" in row_encoder(config).encoder.dropped_roles
-    if fold:
-        config.data.system = "fold"
+    fold = fold_system(config)
     made = plan_config(config)
     chosen = {one.key.rpartition(".")[2]: one.value for one in made.settings if not one.given}
     return {
@@ -125,13 +126,44 @@ def plan_job(request: Mapping[str, Any]) -> Answer:
         "rows": made.data.get("kept"),
         "chosen": {**chosen, **({"system": "fold"} if fold else {})},
         "on_cpu": pick_device(config.model.device).type == "cpu",
+        "fits": made.fits,
+        "free_memory": made.free_memory,
+        "settings": [asdict(one) for one in made.settings],
+        "nearest": made.nearest,
         "disk": made.disk,
         "free_disk": made.free_disk,
         "notes": [*made.notes, *([made.busy] if made.busy else [])],
     }
 
 
-TASKS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {"check": look_at_file, "plan": plan_job}
+def fold_system(config: RunConfig) -> bool:
+    """Put system messages in front of the first question if the template would drop them; whether it would."""
+    from phinetune.api.held_out import row_encoder
+
+    fold = "system" in row_encoder(config).encoder.dropped_roles
+    if fold:
+        config.data.system = "fold"
+    return fold
+
+
+def _check_whole(request: Mapping[str, Any]) -> Answer:
+    from phinetune.serving.page.looks import whole_check
+
+    return whole_check(request)
+
+
+def _show_rows(request: Mapping[str, Any]) -> Answer:
+    from phinetune.serving.page.looks import shown_rows
+
+    return shown_rows(request)
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
+    "check": look_at_file,
+    "plan": plan_job,
+    "whole check": _check_whole,
+    "rows": _show_rows,
+}
 
 
 def answer(line: str) -> Answer:

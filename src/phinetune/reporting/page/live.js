@@ -36,7 +36,7 @@
         wait = AFTER_FAILURE;
       }
     } catch {
-      say("phinetune watch has ended. This page shows its last update.");
+      say("The server of this page has ended. It shows its last update.");
       wait = AFTER_FAILURE;
     }
     setTimeout(ask, wait);

@@ -7,7 +7,7 @@ STAMP := .venv/.setup-done
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-examples lint bench bench-quick soak clean
+.PHONY: help setup demo test test-examples lint docs bench bench-quick soak clean
 
 help:
 	@echo 'make setup   build .venv; a second call reuses it'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test    set up, then run the tests'
 	@echo 'make test-examples   set up, then run everything in examples/; minutes'
 	@echo 'make lint    set up, then check style, types and imports'
+	@echo 'make docs    set up, then build the pages of docs/ as a site into build/site'
 	@echo 'make bench   set up, then measure layers, training and answering beside loralib, PEFT, TRL and transformers; hours'
 	@echo 'make bench-quick   the main ratios of these in five minutes'
 	@echo 'make soak    set up, then fail every file operation and large allocation of a run in turn, try properties with'
@@ -48,6 +49,11 @@ lint: $(STAMP)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# A warning, such as a link that leads nowhere, ends it.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo 'Wrote build/site: open build/site/index.html'
 
 bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.lora_layers

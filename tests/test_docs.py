@@ -64,7 +64,7 @@ def test_the_page_on_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         if Path(str(section.train)).is_file():
             assert [row.problem for row in columns_of(section, str(section.train)).shown] == [None]
     found = columns("qa.csv", out="run.yaml")
-    assert "  " + data_blocks("yaml")[1].splitlines()[-1].strip() in found.config
+    assert "  " + data_blocks("yaml")[2].splitlines()[-1].strip() in found.config
     assert make_config(yaml.safe_load((tmp_path / "run.yaml").read_text())).data.tag == "topic"
     (block,) = data_blocks("python")
     exec(compile(block, "docs/data.md", "exec"), {"MODEL": TINY, "OUT": str(tmp_path / "run")})

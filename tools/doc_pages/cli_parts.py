@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -67,7 +68,8 @@ def _metavar(one: Any) -> str:
         word = one.metavar or one.name.upper()
         word = word.strip("[]")
         return word if one.required else f"[{word}]"
-    return one.metavar or {"integer": "N", "float": "X", "path": "PATH"}.get(one.type.name.split()[0], "TEXT")
+    kinds = {int: "N", float: "X", Path: "PATH"}
+    return one.metavar or kinds.get(one.type_descriptor.annotation, "TEXT")
 
 
 def _default(one: Any, language: str) -> str:

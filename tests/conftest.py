@@ -21,11 +21,20 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import support_recorder
 from exporting.hub.hub_helpers import Hub, point_at, serve_hub
 from helpers import SHARED, TINY, chat, tiny_config, write_jsonl
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.config.model import ModelSection
 from phinetune.engine.kernels.native.operator import chosen
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    support_recorder.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    support_recorder.register(config)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,7 +20,7 @@ help:
 	@echo 'make bench-quick   the main ratios of these in five minutes'
 	@echo 'make soak    set up, then fail every file operation and large allocation of a run in turn, try properties with'
 	@echo '             thousands of inputs, fuzz the readers, kill `phinetune serve` and its jobs; hours (FORMS=, FAULTS=, SEED=,'
-	@echo '             MOST=, FUZZ_MINUTES=, KILLS=)'
+	@echo '             MOST=, FUZZ_MINUTES=, KILLS=; JOURNAL=file goes on where a sweep was cut off)'
 	@echo '             AT=17 FAULTS=KILL FORMS=plain replays one fault'
 	@echo 'make clean   delete .venv and the caches; runs/ stays'
 	@echo
@@ -76,7 +76,8 @@ KILLS = 200
 FUZZED = data weights adapters config templates
 soak: $(STAMP)
 	@for form in $(FORMS); do .venv/bin/python tests/soak/sweep.py --form $$form --faults $(FAULTS) \
-	  --seed $(or $(SEED),0) $(if $(MOST),--most $(MOST)) $(if $(AT),--at $(AT)) || exit 1; done
+	  --seed $(or $(SEED),0) $(if $(MOST),--most $(MOST)) $(if $(AT),--at $(AT)) \
+	  $(if $(JOURNAL),--journal $(JOURNAL)) || exit 1; done
 ifndef AT
 	.venv/bin/python -m pytest tests/soak/test_properties.py --hypothesis-profile=soak
 	@for target in $(FUZZED); do .venv/bin/python tests/soak/fuzz.py $$target --minutes $(FUZZ_MINUTES) || exit 1; done

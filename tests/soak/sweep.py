@@ -1,12 +1,12 @@
 """Fails every file operation of a short run in turn, kills the run there, or loses what it had not flushed.
 
-    python tests/soak/sweep.py [--form plain] [--faults ENOSPC,KILL,…] [--seed 0] [--most N] [--at N]
+    python tests/soak/sweep.py [--form plain] [--faults ENOSPC,KILL,…] [--seed 0] [--most N] [--at N] [--journal FILE]
 
 After each fault the run goes on with `--resume`. Its adapter, metrics and results must then be those of a run that was
 never disturbed, to the bit; or the program must have refused in a sentence, with everything written before still there.
 A process that has imported everything and made one run forks for each run, so that a case takes about a second. A disk
 that is as an earlier fault left it is counted, and not gone on from again. With `--at` and one fault, one case
-is run again.
+is run again. With `--journal`, a sweep that was cut off goes on where it was, as long as the program is the same.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from soak.disk_state import Disk, read_log  # noqa: E402
+from soak.journal import Journal  # noqa: E402
 from soak.outcome import Ended, first_difference, innermost, unlike_a_sentence, without_clock  # noqa: E402
 
 SHIM = "PHINETUNE_FAULTS"
@@ -71,6 +72,20 @@ class Fault:
     def __str__(self) -> str:
         what = "allocation" if self.name == "MEMORY" else "read" if self.reads else "operation"
         return f"{self.name} at {what} {self.at}"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Which cases: those at one operation, or `most` of all drawn by `seed`, or all."""
+
+    seed: int = 0
+    most: int | None = None
+    at: int | None = None
+
+    def of(self, cases: list[Fault]) -> list[Fault]:
+        if self.at is not None:
+            return [case for case in cases if case.at == self.at]
+        return cases if self.most is None else random.Random(self.seed).sample(cases, min(self.most, len(cases)))
 
 
 @dataclass
@@ -298,11 +313,32 @@ def _import_all() -> None:
     import phinetune.cli.app  # noqa: F401
 
 
-def sweep(place: Path, form: str, faults: Sequence[str], seed: int, most: int | None, at: int | None) -> Report:
-    """All cases of a form, or `most` of them drawn by `seed`, or those at one operation."""
+def sweep(place: Path, form: str, faults: Sequence[str], pick: Pick, journal: Path | None = None) -> Report:
+    """All cases of a form, or those that are picked; those of the journal are not tried again."""
     made = Sweep(place, form)
+    expected, report, cases = _undisturbed(made, faults, pick)
+    kept = Journal(journal, form, report.operations)
+    made.went_on.update(entry["state"] for entry in kept.done.values() if entry["state"])
+    began = time.monotonic()
+    for case in cases:
+        entry = kept.done.get(str(case)) or _tried(made, case, expected, kept)
+        report.cases += 1
+        report.refused += entry["refused"]
+        report.states += bool(entry["state"])
+        report.problems += [f"{form}: {case}: {problem}" for problem in entry["problems"]]
+        report.ended_by_libraries.update(entry["ended_by"])
+        if entry["problems"]:
+            print(f"{form}: {case}:\n  " + "\n  ".join(entry["problems"]), flush=True)
+        if report.cases % 100 == 0:
+            took = f"{report.states} states, {time.monotonic() - began:.0f} s"
+            print(f"{form}: {report.cases} of {len(cases)} cases, {took}", flush=True)
+    return report
+
+
+def _undisturbed(made: Sweep, faults: Sequence[str], pick: Pick) -> tuple[dict[str, Any], Report, list[Fault]]:
+    """What an undisturbed run leaves, how many places it has where a fault can be, and the cases of those."""
     made.clear()
-    log = place / "undisturbed.bin"
+    log = made.place / "undisturbed.bin"
     undisturbed = made.run(log=log)
     if undisturbed.status:
         raise SystemExit(f"the undisturbed run failed:\n{undisturbed.text}")
@@ -312,25 +348,21 @@ def sweep(place: Path, form: str, faults: Sequence[str], seed: int, most: int | 
     made.clear()
     allocations = made.run(fault=Fault("MEMORY")).seen
     report = Report(undisturbed.seen, reads, allocations)
-    cases = _cases(faults, report, _writes(log))
-    if at is not None:
-        cases = [case for case in cases if case.at == at]
-    elif most is not None:
-        cases = random.Random(seed).sample(cases, min(most, len(cases)))
-    began = time.monotonic()
-    for case in cases:
-        problems, refused = made.case(case, expected)
-        report.cases += 1
-        report.refused += refused
-        report.states = len(made.went_on)
-        report.problems += [f"{form}: {case}: {problem}" for problem in problems]
-        if problems:
-            print(f"{form}: {case}:\n  " + "\n  ".join(problems), flush=True)
-        if report.cases % 100 == 0:
-            took = f"{report.states} states, {time.monotonic() - began:.0f} s"
-            print(f"{form}: {report.cases} of {len(cases)} cases, {took}", flush=True)
-    report.ended_by_libraries = made.ended_by_libraries
-    return report
+    return expected, report, pick.of(_cases(faults, report, _writes(log)))
+
+
+def _tried(made: Sweep, case: Fault, expected: dict[str, Any], journal: Journal) -> dict[str, Any]:
+    """One case, and what the journal keeps of it: `state` is the disk that the run went on from, if it was a new one."""
+    states, ended = set(made.went_on), Counter(made.ended_by_libraries)
+    problems, refused = made.case(case, expected)
+    entry = {
+        "problems": problems,
+        "refused": refused,
+        "state": next(iter(made.went_on - states), None),
+        "ended_by": list((made.ended_by_libraries - ended).elements()),
+    }
+    journal.add(str(case), **entry)
+    return entry
 
 
 def _writes(log: Path) -> set[int]:
@@ -359,6 +391,7 @@ def main() -> None:
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--most", type=int)
     cli.add_argument("--at", type=int)
+    cli.add_argument("--journal", type=Path, help="a file that keeps what is done; the same call goes on there")
     given = cli.parse_args()
     with tempfile.TemporaryDirectory(prefix="phinetune-sweep-") as folder:
         if SHIM not in os.environ:
@@ -366,7 +399,8 @@ def main() -> None:
             own = {SHIM: library, "LD_PRELOAD": library, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             done = subprocess.run([sys.executable, __file__, *sys.argv[1:]], env={**os.environ, **own})
             raise SystemExit(done.returncode)
-        report = sweep(Path(folder), given.form, given.faults.split(","), given.seed, given.most, given.at)
+        pick = Pick(given.seed, given.most, given.at)
+        report = sweep(Path(folder), given.form, given.faults.split(","), pick, given.journal)
     print(
         f"{given.form}, seed {given.seed}: {report.operations} operations, {report.reads} reads and "
         f"{report.allocations} large allocations; "

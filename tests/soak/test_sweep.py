@@ -11,17 +11,31 @@ from pathlib import Path
 import pytest
 
 from soak.disk_state import Disk, Operation
+from soak.journal import Journal
 
 SWEEP = Path(__file__).parent / "sweep.py"
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_a_disturbed_run_goes_on_to_the_same_bits() -> None:
-    command = [sys.executable, str(SWEEP), "--most", "12", "--seed", "0"]
+def test_a_disturbed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    command = [sys.executable, str(SWEEP), "--most", "12", "--seed", "0", "--journal", str(tmp_path / "journal")]
     environment = {key: value for key, value in os.environ.items() if key != "PHINETUNE_FAULTS"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "12 cases" in done.stdout
+    assert len((tmp_path / "journal").read_text().splitlines()) == 12
+
+
+def test_a_journal_counts_for_the_same_form_and_tree_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "journal"
+    Journal(file, "plain", 300).add("KILL at operation 7", problems=[], refused=False, state="s", ended_by=[])
+    with file.open("a") as lines:
+        lines.write('{"key": "cut o')
+    assert list(Journal(file, "plain", 300).done) == ["KILL at operation 7"]
+    assert not Journal(file, "packed", 300).done
+    assert not Journal(file, "plain", 301).done
+    monkeypatch.setattr("soak.journal.SOURCE", tmp_path)
+    assert not Journal(file, "plain", 300).done
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

@@ -352,7 +352,7 @@ def _undisturbed(made: Sweep, faults: Sequence[str], pick: Pick) -> tuple[dict[s
 
 
 def _tried(made: Sweep, case: Fault, expected: dict[str, Any], journal: Journal) -> dict[str, Any]:
-    """One case, and what the journal keeps of it: `state` is the disk that the run went on from, if it was a new one."""
+    """One case, and what the journal keeps of it: `state` is the disk that the run went on from, if it was new."""
     states, ended = set(made.went_on), Counter(made.ended_by_libraries)
     problems, refused = made.case(case, expected)
     entry = {

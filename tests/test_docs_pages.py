@@ -116,7 +116,8 @@ def test_commands_are_accepted(page: Path) -> None:
 
 def unknown_extras(words: list[str]) -> list[str]:
     """Extras of phinetune that a line installs and pyproject.toml lacks."""
-    named = [extra for word in words for found in re.findall(r"phinetune\[([\w,]+)\]", word) for extra in found.split(",")]
+    lists = re.findall(r"phinetune\[([\w,]+)\]", " ".join(words))
+    named = [extra for found in lists for extra in found.split(",")]
     table = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     return [extra for extra in named if not re.search(rf"(?m)^{extra} = \[", table)]
 
@@ -202,7 +203,8 @@ def test_the_tutorial_goes_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert proposed.train == written.train == "rows.csv"
     tree = yaml.safe_load(config)
     settings = {**tree["training_config"], "max_steps": 1, "use_cpu": True}
-    run = phinetune.train(TINY, tree["data"], training_config=settings, evaluation={"max_new_tokens": 2, "max_prompts": 2})
+    short = {"max_new_tokens": 2, "max_prompts": 2}
+    run = phinetune.train(TINY, tree["data"], training_config=settings, evaluation=short)
     lines = [words for block in blocks(page, "sh") for words in docs_pages.programs(block)]
     assert str(run.path) in {word for words in lines for word in words}
     assert (run.path / "report.html").is_file()

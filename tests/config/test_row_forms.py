@@ -30,7 +30,9 @@ def test_each_set_of_keys_is_detected_and_named(form: RowForm) -> None:
 def test_the_configuration_and_the_page_on_data_know_each_form(form: RowForm) -> None:
     assert make_config({"data": {"format": form.name}}).data.format == form.name
     assert form.name in {key: text for key, _, text in describe_config()}["data.format"]
-    table = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("| form | a row |")[2].partition("\n\n")[0]
+    table = (
+        (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("| form | a row |")[2].partition("\n\n")[0]
+    )
     assert all(f'"{key}"' in table for key in form.keys[0])
 
 

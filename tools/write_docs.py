@@ -16,8 +16,6 @@ import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # benchmarks
-
 from doc_pages import api_parts, cli_parts, config_parts, figures, memory_parts, scale_parts, support_parts, words
 from doc_pages.filling import DOCS, Part, filled, language_of, pages
 
@@ -77,6 +75,7 @@ def main() -> None:
     parser.add_argument("--support", nargs="+", type=Path, default=[], help="files of `pytest --support-matrix FILE`")
     given = parser.parse_args()
     if given.measure:
+        sys.path[:0] = [str(DOCS.parent)]  # for benchmarks
         from doc_pages.speeds import measure_speeds
 
         measure_speeds()

@@ -1,4 +1,4 @@
-"""`pytest --support-matrix FILE`: runs the tests that tests/support_claims.yaml names, alone, and writes how each ended.
+"""`pytest --support-matrix FILE` runs the tests that support_claims.yaml names, alone, and writes how each ended.
 
 `python tools/write_docs.py --support FILE` makes docs/reference/support.md of it.
 """

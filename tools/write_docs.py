@@ -12,13 +12,12 @@ Pages hold their made parts between two comments; the rest of them is written by
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # benchmarks
-
 from doc_pages import api_parts, cli_parts, config_parts, figures, memory_parts, scale_parts, support_parts, words
-from doc_pages.filling import Part, filled, language_of, pages
+from doc_pages.filling import DOCS, Part, filled, language_of, pages
 
 PARTS: dict[str, Part] = {
     "config": config_parts.config_keys,
@@ -49,7 +48,19 @@ PARTS: dict[str, Part] = {
 def wanted() -> dict[Path, str]:
     """Every file that is made, in whole or in part, and what belongs into it."""
     made = {page: filled(page.read_text(encoding="utf-8"), PARTS, language_of(page)) for page in pages()}
-    return made | figures.files()
+    return made | figures.files() | for_the_site()
+
+
+def for_the_site() -> dict[Path, str]:
+    """What agents read stands in the root; the site has copies, whose links are those of its own pages."""
+    root = DOCS.parent
+    copies = {"llms.txt": root / "llms.txt", "agents.md": root / "AGENTS.md"}
+    return {DOCS / name: _relinked(source.read_text(encoding="utf-8")) for name, source in copies.items()}
+
+
+def _relinked(text: str) -> str:
+    text = text.replace("](docs/", "](").replace("](AGENTS.md)", "](agents.md)")
+    return re.sub(r"\[([^\]]*)\]\((?:CONTRIBUTING|README)[\w.-]*\)", r"\1", text)
 
 
 def behind() -> dict[Path, str]:
@@ -64,6 +75,7 @@ def main() -> None:
     parser.add_argument("--support", nargs="+", type=Path, default=[], help="files of `pytest --support-matrix FILE`")
     given = parser.parse_args()
     if given.measure:
+        sys.path[:0] = [str(DOCS.parent)]  # for benchmarks
         from doc_pages.speeds import measure_speeds
 
         measure_speeds()

@@ -62,6 +62,16 @@ def test_each_starts_the_same_program(name: str) -> None:
 def test_the_tasks_keys_are_skypilots_and_its_script_is_bash() -> None:
     """What can be seen without SkyPilot, which is too large to be installed for this alone."""
     tree = read("skypilot.yaml")
-    assert tree.keys() <= {"name", "num_nodes", "resources", "workdir", "file_mounts", "envs", "secrets", "setup", "run"}
+    assert tree.keys() <= {
+        "name",
+        "num_nodes",
+        "resources",
+        "workdir",
+        "file_mounts",
+        "envs",
+        "secrets",
+        "setup",
+        "run",
+    }
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=tree[part], text=True, check=True)

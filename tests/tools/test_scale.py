@@ -72,7 +72,10 @@ def test_a_layers_bytes_are_those_of_the_models_own_layer() -> None:
     with torch.device("meta"):
         layer = plain_model(config, dtype=torch.bfloat16).model.layers[0]
     assert load(MINI).layer == sum(weight.nbytes for weight in layer.parameters())
-    assert scale.fsdp_memory(load(MINI), 1) == sizes(MINI).weights + scale.adapter_memory(load(MINI)) + 2 * load(MINI).layer
+    assert (
+        scale.fsdp_memory(load(MINI), 1)
+        == sizes(MINI).weights + scale.adapter_memory(load(MINI)) + 2 * load(MINI).layer
+    )
 
 
 def test_a_shuffled_order_takes_forty_bytes_a_row() -> None:

@@ -1,4 +1,4 @@
-"""What of docs/ is made is as the program is now, in both languages, and the support matrix names tests that are there."""
+"""What of docs/ is made is as the program is now, in both languages; the support matrix names tests that are there."""
 
 from __future__ import annotations
 

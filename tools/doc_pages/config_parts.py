@@ -165,9 +165,7 @@ def _names(annotation: Any, limits: list[Any], language: str) -> Iterator[str]:
     elif origin is list:
         inner = "/".join(_names(get_args(annotation)[0], [], language))
         yield said("list of {kind}", language).replace("{kind}", inner)
-    elif origin is dict:
-        yield said("dictionary", language)
-    elif isinstance(annotation, type) and issubclass(annotation, Section):
+    elif origin is dict or (isinstance(annotation, type) and issubclass(annotation, Section)):
         yield said("dictionary", language)
     elif annotation in KINDS:
         bounds = [f"{SIGNS[type(limit)]} {_bound(limit):g}" for limit in limits if type(limit) in SIGNS]

@@ -33,8 +33,8 @@ class Model(NamedTuple):
 
 # Phi-4 mini's sizes are those of its config.json on the hub; the others are presets of `random_shapes`.
 PHI_4_MINI = (
-    "random:{heads: 24, kv_heads: 8, vocab: 200064, tie_word_embeddings: true, partial_rotary_factor: 0.75, "
-    "max_position_embeddings: 131072}"
+    "random:{heads: 24, kv_heads: 8, vocab: 200064, tie_word_embeddings: true, max_position_embeddings: 131072, "
+    "rope_parameters: {rope_type: default, rope_theta: 10000.0, partial_rotary_factor: 0.75}}"
 )
 FAMILY = (
     Model(

@@ -112,7 +112,10 @@ def shared_gain(language: str) -> str:
     title = "Sixteen replies under one system prompt of 600 tokens"
     figure = Figure(said(title, language), _source("train", found, language))
     alone, once = found["rows"]
-    for heading, key, form in (("tokens a second", "tokens_per_s", ",.0f"), ("memory at the peak, GB", "peak_gb", ".1f")):
+    for heading, key, form in (
+        ("tokens a second", "tokens_per_s", ",.0f"),
+        ("memory at the peak, GB", "peak_gb", ".1f"),
+    ):
         figure.heading(said(heading, language))
         pairs = ((alone, "each row alone", "theirs"), (once, "computed once", "ours"))
         figure.bars([(said(name, language), row[key], format(row[key], form), style) for row, name, style in pairs])

@@ -109,4 +109,4 @@ def _time(seconds: float) -> str:
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e3:.2g} ms"
+    return f"{seconds * 1e3:.3g} ms"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+
 from doc_pages.family import FAMILY, METHODS, RANK, Model
 from doc_pages.memory_parts import SPEEDS
 from phinetune.config.run import make_config

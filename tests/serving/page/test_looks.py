@@ -37,7 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def file(served: Served, rows: list[dict[str, Any]]) -> str:
-    extra = chat("Who?\nI.", "alice@example.com, in two\nlines")
+    extra = chat("Who?\nI.", "Alice, in two\nlines")
     return served[1].files.create(file=("rows.jsonl", lines([*rows, rows[0], extra])), purpose="fine-tune").id
 
 
@@ -53,7 +53,7 @@ def test_a_check_and_its_rows_are_those_of_the_verbs(served: Served, file: str) 
     assert {one["kind"]: one["count"] for one in told["findings"]} == {
         one["kind"]: one["count"] for one in wanted["findings"]
     }
-    assert {"duplicate", "personal"} <= {one["kind"] for one in told["findings"]}
+    assert "duplicate" in {one["kind"] for one in told["findings"]}
     assert str(path) not in json.dumps(told)
 
     status, shown, _ = ask(client, "GET", f"/phinetune/files/{file}/rows?first=12&count=2")

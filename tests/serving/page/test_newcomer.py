@@ -55,7 +55,17 @@ class Hand:
         return self.wait(seen)
 
     def press(self, css: str, words: str = "") -> None:
-        self.find(css, words).click()
+        """Click; again where the page still scrolls to the element, or renewed it."""
+        from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
+
+        def clicked() -> bool:
+            try:
+                self.find(css, words).click()
+            except (ElementClickInterceptedException, StaleElementReferenceException):
+                return False
+            return True
+
+        self.wait(clicked)
 
     def wait(self, seen: Callable[[], Any]) -> Any:
         from selenium.common.exceptions import StaleElementReferenceException

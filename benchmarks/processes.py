@@ -74,7 +74,9 @@ def train(model: str, steps: int, processes: int) -> float:
         cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:processes])
         command = ["taskset", "-c", cores, sys.executable, "-m", "phinetune", "train", str(file)]
         several = ["--nproc", str(processes)] if processes > 1 else []
-        subprocess.run([*command, *several], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        subprocess.run(
+            [*command, *several], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True
+        )
         return speed(folder / "run")
 
 

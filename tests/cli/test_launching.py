@@ -75,7 +75,9 @@ def test_a_process_that_could_say_nothing_is_named(tmp_path: Path) -> None:
     log.write_text("first\n\nlast words\n")
     with pytest.raises(RunError) as caught:
         outcome(reports, {0: Failure(2, 5), 1: Failure(-9, 5), 3: Failure(-15, 6)}, tmp_path)
-    assert caught.value.problems[0].startswith("process 2 of 4 was ended by SIGKILL, which is also what the system does")
+    assert caught.value.problems[0].startswith(
+        "process 2 of 4 was ended by SIGKILL, which is also what the system does"
+    )
     assert caught.value.problems[1:] == ["  first", "  last words"]
     with pytest.raises(RunError, match="process 4 of 4 ended without a word"):
         outcome(reports, {3: Failure(1, 5), 0: Failure(2, 6)}, tmp_path)

@@ -103,7 +103,7 @@ def start(config: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not what():
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(f"{process.communicate()}")
@@ -136,7 +136,7 @@ def test_a_killed_process_ends_the_run_and_a_stopped_run_is_saved_once(
     children = psutil.Process(process.pid).children()
     (second,) = [child for child in children if child.environ().get("RANK") == "1"]
     second.kill()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     lines = [line for line in err.splitlines() if "error" in line.lower()]
     assert len(lines) == 1, err
@@ -148,7 +148,7 @@ def test_a_killed_process_ends_the_run_and_a_stopped_run_is_saved_once(
     process = start(file, "--resume")
     wait_for(lambda: newest(folder) > at, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == STOPPED, err
     assert out.count("Stopped after step") == 1
     assert out.rstrip().endswith(f"train {file} --nproc 2 --resume")

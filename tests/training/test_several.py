@@ -50,7 +50,7 @@ def launch(count: int, place: Path, runs: list[dict[str, Any]]) -> str:
         | {"OMP_NUM_THREADS": "1", "PHINETUNE_HOME": str(place / f"home-{count}")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr

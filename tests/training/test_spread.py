@@ -22,7 +22,7 @@ def taken(environment: dict[str, str] | None = None, **training: Any) -> tuple[b
 @pytest.mark.parametrize("value", [True, "full_shard", "full_shard auto_wrap", ["full_shard", "auto_wrap"]])
 def test_every_way_to_ask_for_it_is_taken(value: Any) -> None:
     assert taken(fsdp=value) == (True, [], [])
-    assert read_settings({}, {"fsdp": value}).spread == True
+    assert read_settings({}, {"fsdp": value}).spread
 
 
 @pytest.mark.parametrize("value", [None, False, "", []])

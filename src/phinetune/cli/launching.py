@@ -108,14 +108,12 @@ def _environment(folder: str, count: int) -> Iterator[None]:
 @contextmanager
 def _quiet_agent() -> Iterator[None]:
     """Show none of the agent's lines: what it has to say is said once, in a sentence."""
-    agent, nowhere = logging.getLogger("torch.distributed"), logging.NullHandler()
-    before, agent.propagate = agent.propagate, False
-    agent.addHandler(nowhere)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch's loggers have handlers of their own, one for each part
     try:
         yield
     finally:
-        agent.propagate = before
-        agent.removeHandler(nowhere)
+        logging.disable(before)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ steps do not count. The machine should do nothing else: two processes need two f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -61,7 +62,7 @@ def speed(run: Path) -> float:
     """Tokens a second of a run, without its first steps, from its metrics.jsonl."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if "loss" in entry]
-    sizes = [after["tokens"] - before["tokens"] for before, after in zip(steps, steps[1:], strict=False)]
+    sizes = [after["tokens"] - before["tokens"] for before, after in itertools.pairwise(steps)]
     counted = list(zip(sizes, steps[1:], strict=True))[WARM - 1 :]
     return sum(size for size, _ in counted) / sum(size / entry["tokens_per_s"] for size, entry in counted)
 
@@ -74,7 +75,9 @@ def train(model: str, steps: int, processes: int) -> float:
         cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:processes])
         command = ["taskset", "-c", cores, sys.executable, "-m", "phinetune", "train", str(file)]
         several = ["--nproc", str(processes)] if processes > 1 else []
-        subprocess.run([*command, *several], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        subprocess.run(
+            [*command, *several], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True
+        )
         return speed(folder / "run")
 
 

@@ -96,9 +96,7 @@ def train(model: str, steps: int, fsdp: bool) -> tuple[float, int, int]:
         folder = Path(place)
         file = configured(model, steps, 2, folder, **({"fsdp": True} if fsdp else {}))
         before = sent()
-        both = [
-            _start(number, str(file), cores[number % len(cores)], folder / f"log-{number}") for number in range(2)
-        ]
+        both = [_start(number, str(file), cores[number % len(cores)], folder / f"log-{number}") for number in range(2)]
         for number, process in enumerate(both):
             if process.wait(3600):
                 raise SystemExit((folder / f"log-{number}").read_text()[-3000:])

@@ -48,8 +48,8 @@ LOST = ("connection closed by peer", "connection reset by peer", "gloo", "broken
 
 
 LOST_PROCESS = (
-    "another process of this run is gone, so this one can't go on; its own message says why. Checkpoints written before "
-    "are whole, and --resume goes on from them"
+    "another process of this run is gone, so this one can't go on; its own message says why. Checkpoints written "
+    "before are whole, and --resume goes on from them"
 )
 
 

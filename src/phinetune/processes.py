@@ -104,7 +104,7 @@ def from_main(value: dict[str, Any]) -> dict[str, Any]:
     Args:
         value: a dictionary that JSON can hold. Only the main process's counts.
     """
-    return _sent_by(0, value) if _several() else value  # type: ignore[no-any-return]
+    return _sent_by(0, value) if _several() else value
 
 
 def gathered(value: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from phinetune.training.row_place import RowsFrom
 def of_processes(order: list[int], shape: StepShape) -> list[list[int]]:
     """The rows of each process; they take micro-batches in turn."""
     batches = [order[i : i + shape.batch] for i in range(0, len(order), shape.batch)]
-    return [sum(batches[one :: shape.processes], []) for one in range(shape.processes)]
+    return [[row for batch in batches[one :: shape.processes] for row in batch] for one in range(shape.processes)]
 
 
 def test_each_process_gets_alike_many_tokens_in_a_step() -> None:
@@ -44,8 +44,9 @@ def test_every_step_has_the_rows_that_it_had(
     for start in range(0, len(drawn), shape.rows):
         here = slice(start, start + shape.rows)
         assert sorted(order[here]) == sorted(drawn[here])
-    sampler = WithinSteps(RowsFrom(list(range(len(tokens))), first), lengths, shape)
-    assert sorted(sampler) == list(range(min(first, len(tokens)), len(tokens)))
+    rest = min(first, len(tokens))
+    sampler = WithinSteps(RowsFrom(list(range(len(tokens))), rest), lengths, shape)
+    assert sorted(sampler) == list(range(rest, len(tokens)))
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(8, 1), (1, 2)])

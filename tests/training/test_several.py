@@ -25,7 +25,11 @@ HERE = Path(__file__).resolve().parent
 STEPS = {"max_steps": 3, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps"}
 STEPS |= {"save_steps": 1}
 PAIRS = [
-    {"prompt": f"How many are {i} and {i}?" + " Please." * (i % 4), "chosen": f"{2 * i}.", "rejected": "No" * (i % 3 + 1)}
+    {
+        "prompt": f"How many are {i} and {i}?" + " Please." * (i % 4),
+        "chosen": f"{2 * i}.",
+        "rejected": "No" * (i % 3 + 1),
+    }
     for i in range(16)
 ]
 ONE = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -46,7 +50,7 @@ def launch(count: int, place: Path, runs: list[dict[str, Any]]) -> str:
         | {"OMP_NUM_THREADS": "1", "PHINETUNE_HOME": str(place / f"home-{count}")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -88,7 +92,9 @@ class Place:
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
             assert float((ours[key] - tensor).norm()) <= 1e-3 * float(tensor.norm()), (name, key)
-        assert {file.name for file in (self.path / name).iterdir()} == RUN_FILES | {f"checkpoint-{i}" for i in (1, 2, 3)}
+        assert {file.name for file in (self.path / name).iterdir()} == RUN_FILES | {
+            f"checkpoint-{i}" for i in (1, 2, 3)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +126,9 @@ def four(place: Place) -> str:
 @pytest.fixture(scope="module")
 def two(place: Place, four: str) -> str:
     place.copy("four", "four-two", step=1)
-    keep = {"fsdp": True, "fsdp_config": {"reshard_after_forward": False}}
     runs = [
         place.run("four-two", TWO, resume=True),
         place.run("two-fsdp", TWO, training=FSDP),
-        place.run("two-fsdp-kept", TWO, training=keep),
         place.run("two-fsdp-dpo", TWO, place.pairs, objective=DPO, training=FSDP),
         place.run("two-fsdp-nf4", TWO, quantization="nf4", training=FSDP),
         place.run("two-fsdp-plain", TWO, engine="plain", training=FSDP),
@@ -141,7 +145,6 @@ def test_four_processes_train_what_one_does(place: Place, four: str, name: str, 
     ("name", "wanted"),
     [
         ("two-fsdp", "one"),
-        ("two-fsdp-kept", "one"),
         ("two-fsdp-dpo", "one-dpo"),
         ("two-fsdp-nf4", "one-nf4"),
         ("two-fsdp-plain", "one"),

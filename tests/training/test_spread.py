@@ -10,10 +10,10 @@ import pytest
 
 from phinetune.errors import ConfigError
 from phinetune.training.settings import read_settings
-from phinetune.training.spread import Spread, take_spread
+from phinetune.training.spread import take_spread
 
 
-def taken(environment: dict[str, str] | None = None, **training: Any) -> tuple[Spread | None, list[str], list[str]]:
+def taken(environment: dict[str, str] | None = None, **training: Any) -> tuple[bool, list[str], list[str]]:
     problems: list[str] = []
     notes: list[str] = []
     return take_spread(training, problems, notes, {} if environment is None else environment), problems, notes
@@ -21,22 +21,22 @@ def taken(environment: dict[str, str] | None = None, **training: Any) -> tuple[S
 
 @pytest.mark.parametrize("value", [True, "full_shard", "full_shard auto_wrap", ["full_shard", "auto_wrap"]])
 def test_every_way_to_ask_for_it_is_taken(value: Any) -> None:
-    assert taken(fsdp=value) == (Spread(True), [], [])
-    assert read_settings({}, {"fsdp": value}).spread == Spread(True)
+    assert taken(fsdp=value) == (True, [], [])
+    assert read_settings({}, {"fsdp": value}).spread
 
 
 @pytest.mark.parametrize("value", [None, False, "", []])
 def test_without_it_nothing_is_spread(value: Any) -> None:
-    assert taken(fsdp=value) == (None, [], [])
+    assert taken(fsdp=value) == (False, [], [])
 
 
-def test_gathered_weights_may_stay_until_the_backward(tmp_path: Path) -> None:
-    for given in ({"reshard_after_forward": False}, {"fsdp_reshard_after_forward": "false", "fsdp_version": 2}):
-        assert taken(fsdp=True, fsdp_config=given) == (Spread(False), [], [])
-    assert taken(fsdp="shard_grad_op")[0] == Spread(False)
+def test_a_configuration_may_lie_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "fsdp.json"
-    file.write_text(json.dumps({"reshard_after_forward": False}))
-    assert taken(fsdp=True, fsdp_config=str(file)) == (Spread(False), [], [])
+    file.write_text(json.dumps({"fsdp_reshard_after_forward": False, "fsdp_version": 2}))
+    spread, (problem,), _ = taken(fsdp=True, fsdp_config=str(file))
+    assert spread
+    assert "reshard_after_forward: False: a layer's gathered weights are dropped" in problem
+    assert taken(fsdp=True, fsdp_config={"reshard_after_forward": "true", "version": "2"}) == (True, [], [])
 
 
 def test_what_is_not_done_is_refused_all_at_once() -> None:
@@ -50,7 +50,7 @@ def test_what_is_not_done_is_refused_all_at_once() -> None:
         "fsdp_config: version: 1: FSDP2 alone",
         "fsdp_config: xla: ",
         "there is no key `shards` (there are activation_checkpointing, ",
-        "reshard_after_forward: 'some' is neither",
+        "reshard_after_forward: some: a layer's gathered",
     ):
         assert sum(part in problem for problem in problems) == 1, part
     assert len(problems) == 8
@@ -66,9 +66,9 @@ def test_what_has_no_effect_is_named() -> None:
 
 
 def test_an_accelerate_configuration_asks_for_the_same() -> None:
-    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
     spread, problems, notes = taken(environment)
-    assert (spread, problems) == (Spread(False), [])
+    assert (spread, problems) == (True, [])
     assert notes == ["FSDP as the configuration of `accelerate launch` asks for it"]
     assert "ACCELERATE_USE_FSDP" not in environment  # or Accelerate would shard once more
     assert "FSDP2 alone" in str(taken({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})[1])

@@ -1,4 +1,4 @@
-"""`--nproc`: the processes of a run on this machine, started by torchrun's own agent, with one message and one status."""
+"""`--nproc`: the processes of a run on this machine, started by torchrun's own agent; one message, one exit status."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from phinetune.errors import RunError
 from phinetune.launched import LAUNCHER, REPORTS, Report, has_launcher, is_ours, read_reports
 
 # What asks a run to stop goes on to its processes. The agent would end them after half a minute, saved or not.
-FORWARDED = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
-)
+FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 LEFT_TO_THE_AGENT = "SIGQUIT"
 TAIL = 30  # lines of a failed process's own output that are shown where it reported nothing
 
@@ -84,7 +82,7 @@ def _agent(count: int, logs: Path) -> Any:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        logs_specs=DefaultLogsSpecs(str(logs), redirects={rank: Std.ALL for rank in range(1, count)}),
+        logs_specs=DefaultLogsSpecs(str(logs), redirects=dict.fromkeys(range(1, count), Std.ALL)),
         signals_to_handle=LEFT_TO_THE_AGENT,
     )
 
@@ -110,14 +108,12 @@ def _environment(folder: str, count: int) -> Iterator[None]:
 @contextmanager
 def _quiet_agent() -> Iterator[None]:
     """Show none of the agent's lines: what it has to say is said once, in a sentence."""
-    agent, nowhere = logging.getLogger("torch.distributed"), logging.NullHandler()
-    before, agent.propagate = agent.propagate, False
-    agent.addHandler(nowhere)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch's loggers have handlers of their own, one for each part
     try:
         yield
     finally:
-        agent.propagate = before
-        agent.removeHandler(nowhere)
+        logging.disable(before)
 
 
 @contextmanager
@@ -150,9 +146,7 @@ def _ignored(number: int) -> bool:
     return signal.getsignal(number) is signal.SIG_IGN
 
 
-def _outcome(
-    reports: dict[int, Report], failed: dict[int, Any], count: int, signals: Sequence[int], logs: Path
-) -> int:
+def _outcome(reports: dict[int, Report], failed: dict[int, Any], count: int, signals: Sequence[int], logs: Path) -> int:
     """The exit status.
 
     Args:

@@ -40,7 +40,9 @@ def train(
     nproc: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="processes on this machine that train together: a GPU, or a share of the cores, each"
+            min=1,
+            metavar="N",
+            help="processes on this machine that train together, each with a GPU or a share of the cores",
         ),
     ] = 1,
     overrides: SetOption = [],  # noqa: B006 (typer copies it)

@@ -23,14 +23,12 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, nn.Module) and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def shard_layers(model: Any, device: torch.device, *, free_after_forward: bool) -> None:
+def shard_layers(model: Any, device: torch.device) -> None:
     """Spread the frozen weights of each decoder layer over all processes. Every process calls it.
 
     Args:
         model: a PEFT model, or its base, whole in each process.
         device: this process's.
-        free_after_forward: drop a layer's gathered weights after its forward, and gather them again for its backward.
-            Else they stay until the backward is done: faster, and no smaller than without.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -40,7 +38,7 @@ def shard_layers(model: Any, device: torch.device, *, free_after_forward: bool) 
     for layer in core.model.layers:
         _make_plain(layer)
         trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        fully_shard(layer, mesh=mesh, reshard_after_forward=free_after_forward, ignored_params=trained)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 
 def _make_plain(layer: nn.Module) -> None:

@@ -270,7 +270,7 @@ def _spread_notes(settings: Settings, config: RunConfig, engine: EngineChoice) -
     Raises:
         ConfigError: this base can't be spread.
     """
-    if settings.spread is None:
+    if not settings.spread:
         return []
     kind = config.model.quantization
     if kind == "int8":

@@ -183,7 +183,7 @@ def _check_same_base(loaded: Loaded) -> None:
     """
     if processes.from_main({"base": loaded.base.fingerprint})["base"] != loaded.base.fingerprint:
         raise RunError(
-            f"{loaded.base.path}: the base on this machine is not the main process's; put the same files on all machines"
+            f"{loaded.base.path}: the base here is not the main process's; put the same files on all machines"
         )
 
 
@@ -289,9 +289,7 @@ def _fast_or_plain(
     _begin(model, prepared)
     rows, held_out = reference.added(model, engine.prepare(rows), shared.pop("eval_dataset"))
     lengths = None if prepared.config.data.streaming else prepared.lengths
-    return FastTrainer(
-        model=model, engine=engine, lengths=lengths, train_dataset=rows, eval_dataset=held_out, **shared
-    )
+    return FastTrainer(model=model, engine=engine, lengths=lengths, train_dataset=rows, eval_dataset=held_out, **shared)
 
 
 def _begin(model: PeftModel, prepared: PreparedRun) -> None:

@@ -34,7 +34,7 @@ from phinetune.training.retired_keys import (
     translate_peft,
 )
 from phinetune.training.spread import KEYS as SPREAD_KEYS
-from phinetune.training.spread import Spread, take_spread
+from phinetune.training.spread import take_spread
 from phinetune.training.value_rules import plain_name
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Settings:
         push: where the finished run is pushed; None if it stays here.
         auto: the keys that are chosen by rules once the rows are known; until then they have fixed defaults.
         race: whether a race decides the learning rate; then it is among `auto`.
-        spread: how the base is spread over processes; None: each process has it whole.
+        spread: whether the base is spread over the processes.
     """
 
     training: dict[str, Any]
@@ -80,7 +80,7 @@ class Settings:
     push: HubWish | None = None
     auto: frozenset[str] = frozenset()
     race: bool = False
-    spread: Spread | None = None
+    spread: bool = False
 
     @property
     def max_length(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What a run asks of FSDP: `training_config.fsdp` and `fsdp_config`, or the same in an `accelerate launch` configuration.
+"""What a run asks of FSDP: `training_config.fsdp` and `fsdp_config`, or a configuration of `accelerate launch`.
 
 This package shards the layers itself (`phinetune.engine.sharding`), on a CPU as on GPUs, so neither key goes on to
 transformers: Accelerate would shard on GPUs alone, and go by DDP on a CPU without a word.
@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phinetune.errors import ConfigError
-
 KEYS = ("fsdp", "fsdp_config")
-ON = ("true", "full_shard", "shard_grad_op", "auto_wrap")  # the words of `fsdp` that are taken
+ON = ("true", "full_shard", "auto_wrap")  # the words of `fsdp` that are taken
+KEPT = "a layer's gathered weights are dropped after its forward; leave it out"
 REFUSED_WORDS = {
+    "shard_grad_op": KEPT,
     "offload": "weights are not moved to the CPU between steps; hold them in 4 bits (model.quantization: nf4)",
     "hybrid_shard": "each layer is spread over all processes; leave it out",
     "hybrid_shard_zero2": "each layer is spread over all processes; leave it out",
@@ -46,21 +45,10 @@ OURS = "PHINETUNE_FSDP"  # the same, out of Accelerate's sight, for later runs o
 ENVIRONMENT = "ACCELERATE_USE_FSDP"  # of `accelerate launch` with an FSDP configuration
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How the base is spread over processes.
-
-    Attributes:
-        free_after_forward: see `shard_layers`.
-    """
-
-    free_after_forward: bool
-
-
 def take_spread(
     training: dict[str, Any], problems: list[str], notes: list[str], environment: MutableMapping[str, str] | None = None
-) -> Spread | None:
-    """What `training_config` asks for, whose two keys stay there for the record of the run; None without FSDP.
+) -> bool:
+    """Whether the base is to be spread over processes. The two keys stay in `training` for the record of the run.
 
     Args:
         problems, notes: a sentence is added for what is refused, and for what has no effect.
@@ -76,12 +64,12 @@ def take_spread(
         words = words or ["true"]
         given = {**_from_launcher(environment), **given}
     if not words:
-        return None
+        return False
     unknown = [word for word in words if word not in (*ON, *REFUSED_WORDS)]
     problems += [f"training_config.fsdp: `{word}` is none of {', '.join(ON)}" for word in unknown]
     problems += [f"training_config.fsdp: {word}: {REFUSED_WORDS[word]}" for word in words if word in REFUSED_WORDS]
-    free = _read(given, problems, notes)
-    return Spread(free and "shard_grad_op" not in words)
+    _read(given, problems, notes)
+    return True
 
 
 def _words(value: Any) -> list[str]:
@@ -114,15 +102,13 @@ def _from_launcher(environment: Mapping[str, str]) -> dict[str, Any]:
     return {key: environment[name] for key, name in names.items() if name in environment}
 
 
-def _read(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> bool:
-    """Whether gathered weights are dropped after a forward, as `fsdp_config` has it."""
-    where, free = "training_config.fsdp_config", True
+def _read(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> None:
+    """Tell what of `fsdp_config` is refused, and what has no effect."""
+    where = "training_config.fsdp_config"
     for key, value in given.items():
         off = str(value).lower() in ("false", "none", "0", "")
         if key == "reshard_after_forward":
-            if str(value).lower() not in ("true", "false", "full_shard", "shard_grad_op"):
-                problems.append(f"{where}: {key}: {value!r} is neither true nor false")
-            free = str(value).lower() in ("true", "full_shard")
+            problems += [f"{where}: {key}: {value}: {KEPT}"] if str(value).lower() not in ("true", "full_shard") else []
         elif key == "version":
             if str(value) != "2":
                 problems.append(f"{where}: version: {value}: FSDP2 alone is used here; set it to 2 or leave it out")
@@ -133,4 +119,3 @@ def _read(given: Mapping[str, Any], problems: list[str], notes: list[str]) -> bo
         else:
             known = sorted({"reshard_after_forward", "version", *IDLE_KEYS})
             problems.append(f"{where}: there is no key `{key}` (there are {', '.join(known)})")
-    return free

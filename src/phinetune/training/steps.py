@@ -57,9 +57,7 @@ def row_lengths(chats: ChatSet, engine: FastEngine | None) -> np.ndarray[Any, An
     return tokens
 
 
-def count_steps(
-    lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = False, dealt: bool = False
-) -> Steps:
+def count_steps(lengths: np.ndarray[Any, Any], args: SFTConfig, endless: bool = False, dealt: bool = False) -> Steps:
     """Count the steps of a run, with the rows in the order in which the run will draw them.
 
     Args:

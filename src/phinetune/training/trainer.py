@@ -19,8 +19,8 @@ from phinetune.checkpoints.quantize import is_quantized
 from phinetune.config.engine import EngineSection
 from phinetune.engine.fast_engine import FastEngine
 from phinetune.engine.sharding import is_sharded, shard_layers
-from phinetune.training.balance import Lengths, WithinSteps, batches_of, step_shape
 from phinetune.training.averaging import averaged
+from phinetune.training.balance import Lengths, WithinSteps, batches_of, step_shape
 from phinetune.training.best_checkpoint import check_counted
 from phinetune.training.callbacks import SamplesWriter
 from phinetune.training.finite import FiniteSteps
@@ -28,7 +28,6 @@ from phinetune.training.log_sums import LogSums
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.saving import CheckpointTrainer
 from phinetune.training.spikes import SpikeWatch
-from phinetune.training.spread import Spread
 
 # Of a model: what its answers give (by metric), and some of these answers as they go into samples.jsonl.
 Look = Callable[[PeftModel], tuple[dict[str, float], list[dict[str, Any]]]]
@@ -53,7 +52,7 @@ class RunTrainer(CheckpointTrainer):
         samples: SamplesWriter | None = None,
         spikes: SpikeWatch | None = None,
         nonfinite: EngineSection | None = None,
-        spread: Spread | None = None,
+        spread: bool = False,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
@@ -67,9 +66,7 @@ class RunTrainer(CheckpointTrainer):
     def before_training(self) -> None:
         """Spread the base over the processes, where that is asked for and there are several."""
         if self.spread and self.args.world_size > 1 and not is_sharded(self.peft_model):
-            shard_layers(
-                self.peft_model, self.args.device, free_after_forward=self.spread.free_after_forward
-            )
+            shard_layers(self.peft_model, self.args.device)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         """As the parent; of several processes DDP keeps what is trained alike, and never sends the frozen base."""

@@ -87,9 +87,9 @@ def threaded(folder: Path, **settings: Any) -> Iterator[tuple[ServerState, OpenA
 @contextmanager
 def training_server(folder: Path, models: Mapping[str, ModelSection], **settings: Any) -> Iterator[OpenAI]:
     """A context with a client of a server in a thread that trains its jobs, each in a process."""
-    with running_state(ServerSettings(folder=folder, models=models, **settings), KEY) as state:
-        with _listening(state) as client:
-            yield client
+    made = ServerSettings(folder=folder, models=models, **settings)
+    with running_state(made, KEY) as state, _listening(state) as client:
+        yield client
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.mark.parametrize("name", ["tiny", TUNED])
 def test_greedy_tokens_are_those_of_generate(served: Served, name: str) -> None:
-    """In float32 all of them; text can differ only where the random model's bytes are no signs."""
+    """In float32 all of them. Text can differ only at an end whose bytes are no signs, as a random model writes them."""
     path = TINY if name == "tiny" else str(served.state.folder / "runs" / "demo")
     opened = open_model(path, dtype="float32", device="cpu")
     prompt = opened.encoder.prompt_ids(opened.encoder.prepare(ASKED))
@@ -48,8 +48,14 @@ def test_greedy_tokens_are_those_of_generate(served: Served, name: str) -> None:
     made = served.client.chat.completions.create(**asked)
     assert made.usage
     assert made.usage.prompt_tokens == len(prompt)
-    assert made.usage.completion_tokens == len(ours.tokens)
-    assert _signs(made.choices[0].message.content or "") == _signs(ours.text)
+    assert made.usage.completion_tokens == ours.tokens
+    engine: Any = served.state.closing[0].__self__.find(name).engine  # type: ignore[attr-defined]
+    told = [token.id for token in engine.submit(Request(prompt, LIMIT))]
+    assert [(id, own) for id, own in zip(told, ours.ids, strict=True) if id not in (UNTOLD, own)] == []
+    assert sum(id != UNTOLD for id in told) > LIMIT // 2
+    text = _signs(made.choices[0].message.content or "")
+    assert len(text) > 4
+    assert _signs(ours.text).startswith(text)
     stream = served.client.chat.completions.create(**asked, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == made.choices[0].message.content
 
@@ -82,7 +88,7 @@ def test_completions_responses_seeds_stops_and_schemas(served: Served) -> None:
 
 @pytest.mark.parametrize("more", [{"logprobs": True}, {"presence_penalty": 1}, {"frequency_penalty": 0.5}])
 def test_what_llama_cpp_cannot_do_is_refused(served: Served, more: dict[str, Any]) -> None:
-    with pytest.raises(openai.BadRequestError, match="--backend llama.cpp") as error:
+    with pytest.raises(openai.BadRequestError, match=r"--backend llama\.cpp") as error:
         served.client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=2, **more)
     assert (error.value.code, error.value.param) == ("unsupported_parameter", next(iter(more)))
 
@@ -102,6 +108,9 @@ def test_signs_of_several_tokens_are_told_with_the_last_one() -> None:
     tokenizer = open_model(TINY, device="cpu").loaded.tokenizer
     text = AnswerText(Decoder(tokenizer))
     assert "".join(text.add(token.id, token.text) for token in tokens) + text.add(3 + ord("a")) == "éa"
+    last = {"content": "", "tokens": [], "tokens_predicted": 6, "stop": True, "stop_type": "limit"}
+    assert len(tokens_of(last, told=4)) == 2
+    assert len(tokens_of({**last, "stop_type": "eos"}, told=4)) == 1  # the one that ended it is not of the answer
     assert [token.text for token in tokens_of({"content": "a", "tokens": [5], "tokens_predicted": 1}, told=0)] == [None]
 
 

@@ -165,14 +165,14 @@ class LlamaEngine:
         for event in _events(answer):
             if "error" in event:
                 raise RuntimeError(f"llama.cpp could not go on: {event['error']}")
-            if event.get("stop"):
-                return self._ended(event)
             for token in tokens_of(event, told):
                 if token.id in request.stops:
                     continue  # the last event says that it has stopped
                 stream.put(token)
                 with self._lock:
                     self._answered += 1
+            if event.get("stop"):
+                return self._ended(event)
             told = int(event["tokens_predicted"])
         if stream.is_cancelled:
             return Ended("cancelled")
@@ -239,9 +239,12 @@ def tokens_of(event: Mapping[str, Any], told: int) -> list[Token]:
     Args:
         told: how many tokens the events before it had.
     """
-    ids, text = [int(id) for id in event["tokens"]], str(event["content"])
-    untold = int(event["tokens_predicted"]) - told - len(ids)
-    if untold <= 0 or not ids:
+    ids, text = [int(id) for id in event.get("tokens") or []], str(event["content"])
+    untold = max(0, int(event["tokens_predicted"]) - told - len(ids))
+    if not ids:  # the last event: an answer that ends within a sign
+        stopped = event.get("stop_type") == "eos"
+        return [Token(UNTOLD, text="")] * (untold - 1 if stopped and untold else untold)
+    if not untold:
         return [Token(id) for id in ids]
     return [*[Token(UNTOLD, text="")] * untold, *[Token(id, text="") for id in ids[:-1]], Token(ids[-1], text=text)]
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+FOR_PROGRAMS = {DOCS / "agents.md"}  # read by coding agents: English alone
+JOINTS = {"|", "||", "&&", ";", "&"}
+SHELL = {"until", "while", "do", "done", "if", "then", "fi", "!"}
 CHINESE = {"README.md": "README.zh-CN.md"}  # of others: page.md, page.zh.md
 
 
@@ -87,11 +90,24 @@ def anchors(page: Path) -> set[str]:
 
 
 def programs(block: Block) -> Iterator[list[str]]:
-    """The words of each command of a block of shell lines; a pipe joins two commands."""
+    """The words of each command of a block of shell lines, without redirections and the shell's own words."""
     for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while "|" in words:
-            yield words[: words.index("|")]
-            words = words[words.index("|") + 1 :]
-        if words:
-            yield words
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|;&<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word in JOINTS:
+                command = plain(words)
+                if command:
+                    yield command
+                words = []
+            else:
+                words.append(word)
+
+
+def plain(words: list[str]) -> list[str]:
+    """A command without what the shell takes from it."""
+    while words and words[0] in SHELL:
+        words = words[1:]
+    ends = [place for place, word in enumerate(words) if word[0] in "<>"]
+    return words[: ends[0]] if ends else words

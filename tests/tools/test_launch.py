@@ -55,8 +55,7 @@ def test_skypilots_own_parser_takes_the_task() -> None:
 @pytest.mark.parametrize("name", ["slurm.sbatch", "trainjob.yaml", "skypilot.yaml"])
 def test_each_starts_the_same_program(name: str) -> None:
     words = re.sub(r"[\[\],\"$]", " ", (LAUNCH / name).read_text(encoding="utf-8")).split()
-    at = words.index("-m")
-    assert words[at : at + 3] == ["-m", "phinetune", "train"]
+    assert "-m phinetune train" in " ".join(words)
 
 
 def test_the_tasks_keys_are_skypilots_and_its_script_is_bash() -> None:

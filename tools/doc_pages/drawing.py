@@ -10,9 +10,9 @@ WIDTH = 760
 STYLE = """<style>
 svg{font-family:system-ui,'Noto Sans','Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif;font-size:14px}
 .ground{fill:#ffffff;stroke:#d0d7de}.ink{fill:#1f2328}.soft{fill:#57606a}.line{stroke:#8c959f}
-.ours{fill:#0969da}.theirs{fill:#8c959f}.third{fill:#bf5700}.trace{stroke:#0969da}.head{font-weight:600}.on{fill:#ffffff}
+.ours{fill:#0969da}.theirs{fill:#6e7781}.third{fill:#bf5700}.trace{stroke:#0969da}.head{font-weight:600}.on{fill:#ffffff}
 @media (prefers-color-scheme:dark){.ground{fill:#0d1117;stroke:#3d444d}.ink{fill:#f0f6fc}.soft{fill:#9198a1}
-.line{stroke:#656c76}.ours{fill:#4493f8}.theirs{fill:#656c76}.third{fill:#db6d28}.trace{stroke:#4493f8}.on{fill:#0d1117}}
+.line{stroke:#656c76}.ours{fill:#4493f8}.theirs{fill:#8c959f}.third{fill:#db6d28}.trace{stroke:#4493f8}.on{fill:#0d1117}}
 </style>"""
 
 

@@ -153,7 +153,7 @@ def intervals_demo(language: str) -> str:
 
 def intervals_rows(language: str) -> str:
     """How wide the interval of a share of right answers is at worst, by the number of held-out rows."""
-    title = "How well a share of right answers is known: points up and down at worst, by held-out rows"
+    title = "A share of right answers: ± points at worst, by held-out rows"
     figure = Figure(said(title, language), said("Formula: 1.96 · √(0.25 / rows), in evaluation/trust.py", language))
     left, right, top, bottom = 80.0, WIDTH - 40.0, 70.0, 290.0
     counts = (10, 20, 30, 50, 100, 200, 500, 1000)

@@ -40,7 +40,7 @@ def shown_rows(request: Mapping[str, Any]) -> dict[str, Any]:
         request: as for `whole_check`, with `first`, how many rows are left out before, and `count`.
     """
     rows = preview_config(_config(request), request["path"], int(request["count"]), int(request["first"]))
-    return {"rows": [_row(one, request["path"]) for one in rows]}
+    return {"rows": [_row(one, Path(request["path"])) for one in rows]}
 
 
 def _config(request: Mapping[str, Any]) -> RunConfig:
@@ -51,7 +51,12 @@ def _config(request: Mapping[str, Any]) -> RunConfig:
 
 
 def _place(place: Mapping[str, str], path: Path) -> dict[str, Any]:
-    return {"line": _line(place["where"]), "detail": place["detail"].replace(str(path), "the file")}
+    return {"line": _line(place["where"]), "detail": _told(place["detail"], path)}
+
+
+def _told(text: str, path: Path) -> str:
+    """A text without the place of the file, which is nothing to a client."""
+    return text.replace(f"{path}:", "line ").replace(str(path), "the file")
 
 
 def _line(where: str) -> int | None:
@@ -60,14 +65,14 @@ def _line(where: str) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def _row(row: PreviewedRow, path: str) -> dict[str, Any]:
+def _row(row: PreviewedRow, path: Path) -> dict[str, Any]:
     return {
         "line": _line(row.where),
         "tokens": row.tokens,
         "trainable_tokens": row.trainable,
         "cut": row.cut,
         "unused": list(row.unused),
-        "problem": None if row.problem is None else row.problem.replace(path, "the file"),
+        "problem": None if row.problem is None else _told(row.problem, path),
         "turns": [_turn(turn) for turn in row.turns],
     }
 

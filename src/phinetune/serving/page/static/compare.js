@@ -40,7 +40,8 @@
         side.text.textContent = text += piece;
       }, signal);
       const seconds = ((performance.now() - began) / 1000).toFixed(1);
-      side.hint.textContent = page.say(reason === "length" ? "compare.cut" : "compare.took", { seconds });
+      const ended = page.say(reason === "length" ? "compare.cut" : "compare.took", { seconds });
+      side.hint.textContent = text ? ended : page.say("compare.empty", { seconds });
     } catch (error) {
       side.hint.textContent = error.name === "AbortError" ? page.say("compare.stopped") : "";
       if (error.name !== "AbortError") throw error;

@@ -77,7 +77,7 @@ def test_signing_out_takes_the_cookie_back(served: Served) -> None:
 
 
 def loaded_by(text: str) -> list[str]:
-    """The addresses that a page's HTML loads; it has no script or style in itself, and nothing that a file's name made."""
+    """The addresses that HTML loads. No script or style stands in it, and nothing that a file's name made."""
     found: list[str] = []
 
     class Reader(HTMLParser):

@@ -76,7 +76,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"size": readable_size, "count": lambda number: f"{number:,}", "token": _token, "clock": _clock}
+    made.filters.update(size=readable_size, count=lambda number: f"{number:,}", token=_token, clock=_clock)
     return made
 
 

@@ -174,8 +174,6 @@ class LlamaEngine:
             if event.get("stop"):
                 return self._ended(event)
             told = int(event["tokens_predicted"])
-        if stream.is_cancelled:
-            return Ended("cancelled")
         raise RuntimeError("llama.cpp ended in the middle of an answer")
 
     def _ended(self, event: Mapping[str, Any]) -> Ended:

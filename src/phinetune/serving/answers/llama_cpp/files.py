@@ -70,6 +70,7 @@ def context_of(source: Checkpoint, slots: int, most_bytes: int) -> int:
     """
     config = source.config
     positions = min(trained_context(config), window(config) or trained_context(config))
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * CACHE_TYPE_BYTES
+    heads = config.num_key_value_heads or config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * head_size(config) * CACHE_TYPE_BYTES
     tokens = min(positions, most_bytes // (slots * token))
     return tokens - tokens % BLOCK if tokens > BLOCK else tokens

@@ -135,7 +135,7 @@ def test_from_a_file_to_compared_answers_without_a_command(browser: Browser, ser
     hand.press("nav a", "Hand on")
     hand.press("form[data-target=gguf-lora] button")
     hand.find("#exports .state")
-    hand.press("#exports button", "Cancel")
+    hand.press("#exports button")
     browser.driver.switch_to.alert.accept()
     hand.find("#exports .empty")
     assert state.store.rows("SELECT * FROM exports") == []

@@ -66,7 +66,7 @@ def job_view(state: ServerState, row: Row) -> dict[str, Any]:
     """A job with its curves, events and checkpoints."""
     events = state.store.rows("SELECT * FROM events WHERE job = ? ORDER BY seq DESC LIMIT ?", [row["id"], EVENTS])
     checkpoints = state.store.rows("SELECT * FROM checkpoints WHERE job = ? ORDER BY seq DESC", [row["id"]])
-    last = next((json.loads(one["data"]) for one in events if one["data"]), {})
+    last: dict[str, Any] = next((json.loads(one["data"]) for one in events if one["data"]), {})
     return {
         **_job(state, row),
         "numbers": json.loads(row["chosen"]),

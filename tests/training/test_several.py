@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import RUN_FILES, write_jsonl
+from helpers import RUN_FILES, TINY, write_jsonl
 from phinetune.api.train import train_config
+from phinetune.checkpoints.load import load_base
+from phinetune.config.model import ModelSection
 from phinetune.screen.console import silent
 from training.several_runs import configured
 
@@ -58,11 +60,12 @@ def launch(count: int, place: Path, runs: list[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where all runs of these tests lie, with the rows of both objectives."""
+    """Where all runs of these tests lie, with the rows of both objectives, and the base that is quantised."""
 
     path: Path
     chats: Path
     pairs: Path
+    base: Path
 
     def run(self, name: str, split: dict[str, int], rows: Path | None = None, **more: Any) -> dict[str, Any]:
         training = {**STEPS, **split, **more.pop("training", {})}
@@ -101,13 +104,16 @@ class Place:
 def place(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Place:
     path = tmp_path_factory.mktemp("several")
     chats = write_jsonl(path / "chats.jsonl", [*rows, *rows[:4]])
-    place = Place(path, chats, write_jsonl(path / "pairs.jsonl", PAIRS))
+    place = Place(path, chats, write_jsonl(path / "pairs.jsonl", PAIRS), path / "base")
+    loaded = load_base(ModelSection(path=TINY, device="cpu"))
+    loaded.model.save_pretrained(place.base)
+    loaded.tokenizer.save_pretrained(place.base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHINETUNE_HOME", str(path / "home-1"))
         for run in (
             place.run("one", ONE),
             place.run("one-dpo", ONE, place.pairs, objective=DPO),
-            place.run("one-nf4", ONE, quantization="nf4"),
+            place.run("one-nf4", ONE, quantization="nf4", model=str(place.base)),
         ):
             train_config(configured(run), silent())
     return place
@@ -130,7 +136,7 @@ def two(place: Place, four: str) -> str:
         place.run("four-two", TWO, resume=True),
         place.run("two-fsdp", TWO, training=FSDP),
         place.run("two-fsdp-dpo", TWO, place.pairs, objective=DPO, training=FSDP),
-        place.run("two-fsdp-nf4", TWO, quantization="nf4", training=FSDP),
+        place.run("two-fsdp-nf4", TWO, quantization="nf4", model=str(place.base), training=FSDP),
         place.run("two-fsdp-plain", TWO, engine="plain", training=FSDP),
     ]
     return launch(2, place.path, runs)

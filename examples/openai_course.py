@@ -30,6 +30,9 @@ parser.add_argument("--rows", type=int, default=420, help="train on the first N 
 parser.add_argument("--held-out", type=int, default=80, help="ask the first N of its 80 held-out chats")
 parser.add_argument("--epochs", type=int, default=1)
 parser.add_argument("--batch-size", type=int, default=4)
+parser.add_argument(
+    "--multiplier", type=float, default=1.0, help="factor of the learning rate that the server's rule gives"
+)
 options = parser.parse_args()
 
 SYSTEM = "Answer for Trailhead Outfitters: a friendly line, then JSON."
@@ -89,7 +92,11 @@ print(f"{file.id}: {len(train_rows)} chats, {time.monotonic() - began:.0f} s")
 job = client.fine_tuning.jobs.create(
     model=options.model,
     training_file=file.id,
-    hyperparameters={"n_epochs": options.epochs, "batch_size": options.batch_size},
+    hyperparameters={
+        "n_epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate_multiplier": options.multiplier,
+    },
     seed=42,
     suffix="trailhead",
 )

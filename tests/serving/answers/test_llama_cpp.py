@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.mark.parametrize("name", ["tiny", TUNED])
 def test_greedy_tokens_are_those_of_generate(served: Served, name: str) -> None:
-    """In float32 all of them. Text may differ only at an end whose bytes are no signs, as a random model writes them."""
+    """In float32 all of them. Text may differ only at an end whose bytes are no signs, as random models write them."""
     path = TINY if name == "tiny" else str(served.state.folder / "runs" / "demo")
     opened = open_model(path, dtype="float32", device="cpu")
     prompt = opened.encoder.prompt_ids(opened.encoder.prepare(ASKED))

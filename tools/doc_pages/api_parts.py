@@ -19,17 +19,17 @@ OBJECTS = (
 def api_functions(language: str) -> str:
     """The functions that `import phinetune` offers, by their places."""
     places = phinetune._PLACES
-    return "\n\n".join(f"## `phinetune.{name}`\n\n::: {places[name]}.{name}" for name in phinetune.__all__)
+    return "\n\n".join(f"### `phinetune.{name}`\n\n::: {places[name]}.{name}" for name in phinetune.__all__)
 
 
 def api_objects(language: str) -> str:
     """The objects that these functions take and give."""
-    return "\n\n".join(f"## `{place.rpartition('.')[2]}`\n\n::: {place}" for place in OBJECTS)
+    return "\n\n".join(f"### `{place.rpartition('.')[2]}`\n\n::: {place}" for place in OBJECTS)
 
 
 def api_lora(language: str) -> str:
     """loralib's API."""
-    return "\n\n".join(f"## `phinetune.lora.{name}`\n\n::: phinetune.lora.{name}" for name in lora_names())
+    return "\n\n".join(f"### `phinetune.lora.{name}`\n\n::: phinetune.lora.{name}" for name in lora_names())
 
 
 def lora_names() -> list[str]:

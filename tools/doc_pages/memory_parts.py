@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from doc_pages.family import FAMILY, GIB, METHODS, Model, need, sizes
-from doc_pages.filling import table
+from doc_pages.filling import DOCS, table
 from doc_pages.words import said
 from phinetune.engine.activation_memory import Level
 
 MACHINES = (8, 16, 24)  # GB of memory, of 2^30 bytes
 SET_ASIDE = 1.5  # GB of it, for the program itself and the system
 STEPS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # tokens of a micro-batch that are tried
+# Model, method, what was timed, tokens a second, and the machine.
+Timed: TypeAlias = tuple[str, str, str, float, str]
 SPEEDS = Path(__file__).with_name("speeds.json")  # written by `python tools/write_docs.py --measure`
 
 
@@ -76,17 +80,36 @@ def memory_models(language: str) -> str:
 
 
 def memory_time(language: str) -> str:
-    """Tokens a second on the machine that was measured, and what a thousand chats take there."""
-    measured = json.loads(SPEEDS.read_text(encoding="utf-8"))
-    head = ("model", "method", "tokens/s", "hours for 1,000 chats of 300 tokens, 3 epochs")
+    """Tokens a second, and what a thousand chats take: of whole runs that were measured, and of plans where
+    `SPEEDS` has them.
+    """
+    head = ("model", "method", "what was timed", "tokens/s", "hours for 1,000 chats of 300 tokens, 3 epochs")
+    made = [*_whole_runs(), *_planned()]
     rows = [
-        [one["model"], one["method"], f"{one['tokens_per_s']:.1f}", f"{900_000 / one['tokens_per_s'] / 3600:.0f}"]
-        for one in measured["rows"]
+        [model, method, said(what, language), f"{rate:.1f}", f"{900_000 / rate / 3600:.0f}"]
+        for model, method, what, rate, _ in made
     ]
-    where = said("Measured on {date}: {processor}, {threads} threads, {instructions}.", language)
-    for key in ("date", "processor", "threads", "instructions"):
-        where = where.replace(f"{{{key}}}", str(measured[key]))
-    busy = {said(one["busy"], "en") for one in measured["rows"] if one["busy"]}
-    beside = said("Other programs ran on the machine at that time: a quiet machine takes less.", language)
-    made = table([said(word, language) for word in head], rows, numbers=(2, 3))
-    return "\n\n".join([made, where + (f" {beside}" if busy else "")])
+    where = list(dict.fromkeys(machine for *_, machine in made))
+    lines = [said("Measured on {machine}.", language).replace("{machine}", one) for one in where]
+    return "\n\n".join([table([said(word, language) for word in head], rows, numbers=(3, 4)), *lines])
+
+
+def _whole_runs() -> Iterator[Timed]:
+    """The whole of Phi-3 mini in bfloat16, 1,024 tokens a step, as benchmarks.train and benchmarks.qlora ran it."""
+    wanted = (("train", "LoRA", "Phi-3 mini, 4 × 256 tokens, auto"), ("qlora", "QLoRA", "phinetune, QLoRA, auto"))
+    for bench, method, what in wanted:
+        file = DOCS.parent / "benchmarks" / "results" / bench / "avx512-bf16.json"
+        part = json.loads(file.read_text(encoding="utf-8"))["parts"]["whole"]
+        row = next(row for row in part["rows"] if row["what"] == what)
+        yield FAMILY[0].name, method, "a step of a run", row["tokens_per_s"], _machine(part["machine"])
+
+
+def _planned() -> Iterator[Timed]:
+    """What plans said on one machine."""
+    tree = json.loads(SPEEDS.read_text(encoding="utf-8")) if SPEEDS.is_file() else {"rows": []}
+    for one in tree["rows"]:
+        yield one["model"], one["method"], "a plan", one["tokens_per_s"], _machine(tree)
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    return f"{facts['processor']}, {facts['threads']} threads, {facts['instructions']}, {facts['date']}"

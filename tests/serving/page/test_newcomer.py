@@ -130,7 +130,7 @@ def test_from_a_file_to_compared_answers_without_a_command(browser: Browser, ser
     hand.press("[data-vote=right]")
     hand.press("#make-file")
     hand.find("#method", "DPO")
-    assert len(state.store.rows("SELECT * FROM votes")) == 1
+    assert len(state.store.rows("SELECT * FROM votes WHERE id != 'vote-long'")) == 1
 
     hand.press("nav a", "Hand on")
     hand.press("form[data-target=gguf-lora] button")
@@ -152,6 +152,9 @@ def test_pages_are_readable_in_both_themes_and_on_a_phone(
     if not state.store.row("SELECT 1 FROM files WHERE id = 'file-long'"):
         keep_file(state, "file-long")
         state.store.update("files", "file-long", filename="W" * 200 + ".jsonl", rows=1234567)
+        sides = {"preferred_model": f"{TUNED}:ckpt-step-1234", "preferred": "a", "other_model": "tiny", "other": "b"}
+        messages = json.dumps([{"role": "user", "content": "W" * 400}])
+        state.store.insert("votes", {"id": "vote-long", "created_at": 1, "messages": messages, **sides})
     browser.open(f"{url}/#key={KEY}", theme, width)
     hand = Hand(browser)
     hand.find("main h1")

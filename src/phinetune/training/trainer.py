@@ -203,9 +203,9 @@ class RunTrainer(CheckpointTrainer):
         if not is_sharded(model):
             yield from ((batch, True) for batch in batches)
             return
-        rows, own = self.eval_dataset, iter(batches)
+        own, rows = iter(batches), self.eval_dataset
         while processes.any_of((batch := next(own, None)) is not None):
-            spare = None if batch is not None else self.data_collator([rows[0]])  # type: ignore[index]
+            spare = None if batch is not None else self.data_collator([rows[0]])  # type: ignore[index,list-item]
             yield (spare if batch is None else batch), batch is not None
 
     def _reduced(self, sums: dict[str, float]) -> dict[str, float]:

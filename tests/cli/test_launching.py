@@ -62,7 +62,7 @@ def test_the_exit_status_is_the_first_process_s(tmp_path: Path) -> None:
 
 def test_a_message_is_told_once_and_not_that_others_were_lost(tmp_path: Path) -> None:
     reports = {0: Report(0, 2, ("gone",), lost=True), 2: Report(2, 2, ("x: no such file",))}
-    failed = {2: Failure(2, 5), 0: Failure(2, 5), 1: Failure(-15, 6)}
+    failed = {2: Failure(2, 5), 0: Failure(2, 5), 1: Failure(-15, 5)}
     with pytest.raises(RunError) as caught:
         outcome(reports, failed, tmp_path)
     assert caught.value.problems == ["x: no such file"]

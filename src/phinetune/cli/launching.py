@@ -158,8 +158,15 @@ def _outcome(reports: dict[int, Report], failed: dict[int, Any], count: int, sig
     """
     if not failed:
         return reports[0].status if 0 in reports else 0
-    # The first to end is the cause. Of several in one second it is the one that could report nothing.
-    rank, first = min(failed.items(), key=lambda item: (item[1].timestamp, item[0] in reports, item[0]))
+
+    # The first to end is the cause. Of several in one second it is the one that could report nothing, unless it was
+    # the agent that ended it, by SIGTERM.
+    def order(item: tuple[int, Any]) -> tuple[bool, int, bool, int]:
+        rank, failure = item
+        by_agent = failure.exitcode == -signal.SIGTERM and not signals
+        return by_agent, failure.timestamp, rank in reports, rank
+
+    rank, first = min(failed.items(), key=order)
     if rank in reports:
         # All processes look at the same files, so most errors are told by each: the first one's do.
         told = min(reports.values(), key=lambda one: (one.status == 0, one.lost, bool(one.trace), one.rank))

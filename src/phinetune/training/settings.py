@@ -164,6 +164,8 @@ def _read_training(given: Mapping[str, Any], problems: list[str], notes: list[st
     _optimizer(training, problems, notes)
     if training.get("use_liger_kernel") and not find_spec("liger_kernel"):
         problems.append("training_config.use_liger_kernel: liger-kernel is not installed; leave the key out")
+    if training.get("deepspeed") and not find_spec("deepspeed"):
+        problems.append("training_config.deepspeed: deepspeed is not installed; pip install deepspeed")
     if training.get("learning_rate") == 0:
         notes.append("training_config: `learning_rate: 0` leaves the adapter as it begins")
     return training

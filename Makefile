@@ -7,12 +7,13 @@ STAMP := .venv/.setup-done
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-examples lint docs bench bench-quick soak clean
+.PHONY: help setup demo test test-slow test-examples lint docs bench bench-quick soak clean
 
 help:
 	@echo 'make setup   build .venv; a second call reuses it'
 	@echo 'make demo    set up, then run the demo: phinetune demo'
 	@echo 'make test    set up, then run the tests'
+	@echo 'make test-slow   set up, then run the tests that `make test` leaves out: several processes, a browser; minutes'
 	@echo 'make test-examples   set up, then run everything in examples/; minutes'
 	@echo 'make lint    set up, then check style, types and imports'
 	@echo 'make docs    set up, then build the pages of docs/ as a site into build/site'
@@ -39,7 +40,11 @@ demo: $(STAMP)
 # Two tests at a time: each is one thread's work, and two processes with two threads each slow one another tenfold.
 WORKERS = 2
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
+
+# One after the other: they start several processes themselves.
+test-slow: $(STAMP)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
 
 test-examples: $(STAMP)
 	@.venv/bin/python -m pytest tests/examples

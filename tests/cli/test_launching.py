@@ -126,6 +126,7 @@ def newest(folder: Path) -> int:
     return max((int(one.name.split("-")[1]) for one in folder.glob("checkpoint-*")), default=0)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_a_stopped_run_is_saved_once(
     long_run: tuple[Path, Path], chats: Path
 ) -> None:

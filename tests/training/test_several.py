@@ -22,6 +22,7 @@ from phinetune.config.model import ModelSection
 from phinetune.screen.console import silent
 from training.several_runs import configured
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 # Three steps of four rows, whoever computes them. The rows are of unlike length, so that dealing them matters.
 STEPS = {"max_steps": 3, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps"}

@@ -16,6 +16,7 @@ from reporting.browser import LOW_CONTRAST, Browser, chromium
 from serving.page.page_helpers import TUNED, offer_run, whole_server
 from serving.serving_helpers import KEY, LIMIT_S, keep_file
 
+pytestmark = pytest.mark.slow
 Served = tuple[ServerState, str]
 ROWS = [chat(f"Say {i}", f"It is {i}.") for i in range(24)]
 

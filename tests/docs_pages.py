@@ -84,9 +84,11 @@ def links(text: str) -> Iterator[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub and the site make them."""
-    titles = re.findall(r"(?m)^#+ (.*)$", prose(page.read_text(encoding="utf-8")))
-    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+    """The anchors of a page: those of its headings, as GitHub and the site make them, and the ids that it gives."""
+    text = prose(page.read_text(encoding="utf-8"))
+    titles = re.findall(r"(?m)^#+ (.*)$", text)
+    made = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+    return made | set(re.findall(r'<span id="([\w-]+)">', text))
 
 
 def programs(block: Block) -> Iterator[list[str]]:

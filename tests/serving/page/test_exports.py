@@ -168,6 +168,7 @@ def test_an_older_servers_tables_get_what_is_new(tmp_path: Path) -> None:
     with threaded(tmp_path) as (state, _):
         state.store.write("DROP TABLE votes")
         state.store.write("DROP TABLE exports")
+        state.store.write("DROP TABLE answers")
         state.store.write("PRAGMA user_version=1")
     with threaded(tmp_path) as (_, client):
         assert ask(client, "GET", PATH)[1]["data"] == []

@@ -1,11 +1,10 @@
-"""The process that trains a job: started in a session of its own, found again by another server, stopped, killed."""
+"""The process that trains a job: started, found again by another server, stopped."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from phinetune.liveness import is_alive, process_record
+from phinetune.liveness import is_alive
+from phinetune.serving.child_processes import called_with, spawn
 from phinetune.serving.job_places import JobPlaces
 
 STOPPED = 75  # the exit status of a run that stopped with a checkpoint; see `phinetune.cli.train`
@@ -24,30 +24,12 @@ TOLD = 4000  # letters of a job's log that are read for what went wrong
 def start(places: JobPlaces, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Train a job, or go on with it. The process outlives the server."""
     resume = ["--resume"] if places.run.is_run else []
-    with places.log.open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "phinetune", "train", str(places.config), *resume],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd=places.config.parent,
-            env={**os.environ, **environment},
-        )
+    return spawn("phinetune", ["train", str(places.config), *resume], places.log, places.config.parent, environment)
 
 
 def running_jobs(configs: Iterable[Path]) -> dict[Path, dict[str, Any]]:
     """The processes that train with some of these configurations, whoever started them."""
-    wanted, found = {str(path): path for path in configs}, {}
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        words = process.info["cmdline"] or []
-        path = next((wanted[word] for word in words if word in wanted), None)
-        if path is not None and "train" in words:
-            with suppress(psutil.Error):
-                record = process_record(process.info["pid"])
-                if is_alive(record):
-                    found[path] = record
-    return found
+    return called_with(configs, "train")
 
 
 def ask_to_stop(process: Mapping[str, Any]) -> None:
@@ -55,13 +37,6 @@ def ask_to_stop(process: Mapping[str, Any]) -> None:
     if is_alive(process):
         with suppress(ProcessLookupError):
             os.kill(int(process["pid"]), signal.SIGTERM)
-
-
-def kill(process: Mapping[str, Any]) -> None:
-    """End a run and its helpers at once. What it has published stays whole."""
-    if is_alive(process):
-        with suppress(ProcessLookupError):
-            os.killpg(int(process["pid"]), signal.SIGKILL)
 
 
 def memory_of(process: Mapping[str, Any]) -> int:

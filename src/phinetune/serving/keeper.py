@@ -20,6 +20,7 @@ from phinetune.errors import PhinetuneError
 from phinetune.files import write_text
 from phinetune.liveness import is_alive, process_record
 from phinetune.serving import job_process
+from phinetune.serving.child_processes import kill
 from phinetune.serving.job_config import chosen_numbers, final_config, first_config
 from phinetune.serving.job_end import succeed
 from phinetune.serving.job_places import JobPlaces
@@ -153,7 +154,7 @@ class JobKeeper:
         elif job["status"] == RUNNING:
             self._look(job)
         elif job["status"] == CANCELLED:
-            job_process.kill(process)
+            kill(process)
         elif time.monotonic() - self._asked.get(job["id"], -ASK_AGAIN_S) >= ASK_AGAIN_S:  # paused, or resumed already
             self._asked[job["id"]] = time.monotonic()
             job_process.ask_to_stop(process)

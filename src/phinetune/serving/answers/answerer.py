@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.engine.continuous.answer_engine import Load
 from phinetune.engine.continuous.requests import AnswerStream, Event, Request
+from phinetune.errors import PhinetuneError
 from phinetune.serving.answers.grammars import Grammars
 from phinetune.serving.answers.texts import TokenTexts
 from phinetune.serving.answers.tool_calls import CallForm, call_form
@@ -130,6 +132,20 @@ def model_of(catalogue: ModelCatalogue, model_id: str) -> ServedModel:
         message = f"The model `{model_id}` does not exist or you do not have access to it."
         raise ApiError(404, message, code="model_not_found", param="model")
     return model
+
+
+@contextmanager
+def told_to_client(model_id: str) -> Iterator[None]:
+    """Say in the API's form why a model can't answer.
+
+    Raises:
+        ApiError: in place of a `PhinetuneError`.
+    """
+    try:
+        yield
+    except PhinetuneError as error:
+        logger.warning("model %s can't answer: %s", model_id, error)
+        raise ApiError(503, f"The model `{model_id}` can't answer: {error}", "server_error") from error
 
 
 def folding(encoder: ChatEncoder) -> ChatEncoder:

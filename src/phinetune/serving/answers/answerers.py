@@ -19,9 +19,9 @@ from phinetune.config.model import ModelSection
 from phinetune.engine.choice import has_packed_form
 from phinetune.engine.continuous.answer_engine import AnswerEngine, Load
 from phinetune.engine.generate import stop_set
-from phinetune.errors import ModelError, PhinetuneError
+from phinetune.errors import ModelError
 from phinetune.logs import quiet_libraries
-from phinetune.serving.answers.answerer import Answerer, Base, folding, model_of
+from phinetune.serving.answers.answerer import Answerer, Base, folding, model_of, told_to_client
 from phinetune.serving.catalogue import ModelCatalogue, ServedModel
 from phinetune.serving.errors import ApiError
 
@@ -65,12 +65,8 @@ class Answerers:
         there = self._in_memory(model, section)
         if there:
             return there
-        with self._lock:  # one is loaded at a time: two could be more than the memory holds
-            try:
-                return self._with_adapter(model, section, self._base(section, model.base_id))
-            except PhinetuneError as error:
-                logger.warning("model %s can't answer: %s", model_id, error)
-                raise ApiError(503, f"The model `{model_id}` can't answer: {error}", "server_error") from error
+        with self._lock, told_to_client(model_id):  # one is loaded at a time: two could be more than the memory holds
+            return self._with_adapter(model, section, self._base(section, model.base_id))
 
     def loads(self) -> dict[str, Load]:
         """What each engine does now, by the name under which its base was first asked for."""

@@ -11,20 +11,16 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from phinetune.files import write_text
 from phinetune.liveness import is_alive, process_record
 from phinetune.serving.catalogue import ServedModel
+from phinetune.serving.child_processes import called_with, kill, spawn
 from phinetune.serving.ids import now
 from phinetune.serving.page.export_work import RESULT
 from phinetune.serving.page.forms import Export, ExportAsked, Written
@@ -44,6 +40,7 @@ OFFERED: dict[str, tuple[str, ...]] = {
 }
 QUEUED, RUNNING, SUCCEEDED, FAILED = "queued", "running", "succeeded", "failed"
 ROUND_S = 0.5
+WORK = "phinetune.serving.page.export_work"
 ORDER, LOG, OUT = "order.json", "log", "out"
 ODD = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -118,7 +115,7 @@ def remove_export(state: ServerState, row: Row) -> None:
     current = state.store.row("SELECT process FROM exports WHERE id = ?", [row["id"]]) or row
     state.store.write("DELETE FROM exports WHERE id = ?", [row["id"]])
     if current["process"]:
-        _kill(json.loads(current["process"]))
+        kill(json.loads(current["process"]))
     shutil.rmtree(ExportPlaces(state.folder, row["id"]).own, ignore_errors=True)
 
 
@@ -149,9 +146,9 @@ class ExportKeeper:
             if place.name not in known:
                 shutil.rmtree(place, ignore_errors=True)
         lone = [row for row in known.values() if row["status"] == RUNNING and not row["process"]]
-        for row in lone:
-            process = _process_with(ExportPlaces(self.state.folder, row["id"]).order)
-            self.state.store.update("exports", row["id"], process=json.dumps(process) if process else None)
+        orders = {ExportPlaces(self.state.folder, row["id"]).order: row["id"] for row in lone}
+        for order, process in called_with(orders, WORK).items():
+            self.state.store.update("exports", orders[order], process=json.dumps(process))
 
     def _rounds(self) -> None:
         while not self._stop.wait(ROUND_S):
@@ -188,20 +185,12 @@ class ExportKeeper:
             return
         write_text(places.order, row["request"], private=True)
         (places.own / OUT).mkdir(exist_ok=True, mode=0o700)
-        with (places.own / LOG).open("ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "phinetune.serving.page.export_work", str(places.order)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=places.own,
-            )
+        child = spawn(WORK, [str(places.order)], places.own / LOG, places.own)
         self._children[row["id"]] = child
         record = process_record(child.pid)
         values = [json.dumps(record), row["id"]]
         if not self.state.store.write("UPDATE exports SET process = ? WHERE id = ?", values):  # deleted meanwhile
-            _kill(record)
+            kill(record)
             shutil.rmtree(places.own, ignore_errors=True)
 
     def _ended(self, row: Row, status: int | None) -> None:
@@ -222,18 +211,3 @@ class ExportKeeper:
             told = "; ".join(made["problems"][:10]).replace(f"{self.state.folder}{os.sep}", "")
             values |= {"status": FAILED, "error": told}
         self.state.store.update("exports", row["id"], **values)
-
-
-def _process_with(order: Path) -> dict[str, Any] | None:
-    """The process that works on an order, whoever started it."""
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        if str(order) in (process.info["cmdline"] or []):
-            with suppress(psutil.Error):
-                return process_record(process.info["pid"])
-    return None
-
-
-def _kill(process: dict[str, Any]) -> None:
-    if is_alive(process):
-        with suppress(ProcessLookupError):
-            os.killpg(int(process["pid"]), signal.SIGKILL)

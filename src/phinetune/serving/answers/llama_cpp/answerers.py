@@ -15,14 +15,14 @@ import torch
 from phinetune.chats.encoder import make_encoder
 from phinetune.engine.continuous.answer_engine import CACHE_SHARE, Load
 from phinetune.engine.device_memory import free_bytes
-from phinetune.errors import ModelError, PhinetuneError
+from phinetune.errors import ModelError
 from phinetune.exporting.checkpoint_source import open_checkpoint
-from phinetune.serving.answers.answerer import Answerer, Base, folding, model_of
+from phinetune.serving.answers.answerer import Answerer, Base, folding, model_of, told_to_client
 from phinetune.serving.answers.answerers import LEAST_ROOM, encoder_of
 from phinetune.serving.answers.llama_cpp.engine import SLOTS, SPARE, LlamaEngine
 from phinetune.serving.answers.llama_cpp.files import context_of, gguf_file, place_of
 from phinetune.serving.catalogue import ModelCatalogue, ServedModel
-from phinetune.serving.errors import ApiError, too_many
+from phinetune.serving.errors import too_many
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,8 @@ class LlamaAnswerers:
                 logger.error("llama.cpp ended while it served %s; it is started again", model_id)
                 _engine(self._found.pop(model_id)).close()
                 there = None
-            try:
+            with told_to_client(model_id):
                 answerer = there or self._load(model)
-            except PhinetuneError as error:
-                logger.warning("model %s can't answer: %s", model_id, error)
-                raise ApiError(503, f"The model `{model_id}` can't answer: {error}", "server_error") from error
             self._found[model_id] = answerer
             self._found.move_to_end(model_id)
             return answerer

@@ -22,6 +22,7 @@ from phinetune.errors import is_lost
 
 REPORTS = "PHINETUNE_REPORTS"  # the folder for reports; only our own launcher sets it
 LAUNCHER = "PHINETUNE_LAUNCHER"  # the launcher's process id
+PROGRAM = "PHINETUNE_PROGRAM"  # how the user called the launcher
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 

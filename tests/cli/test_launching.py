@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from helpers import tiny_config, train_only
-from phinetune.cli.launching import _outcome, launches
+from phinetune.cli.launching import _environment, _outcome, launches
+from phinetune.cli.program import program
 from phinetune.config.run import dump_config
 from phinetune.errors import RunError
 from phinetune.launched import LAUNCHER, REPORTS, Report
@@ -89,6 +90,17 @@ def test_an_error_that_nobody_foresaw_is_shown_with_its_place(
     reports = {0: Report(0, 2, ("gone",), lost=True), 1: Report(1, 1, (), "Traceback: here\n")}
     assert outcome(reports, {0: Failure(2), 1: Failure(1)}, tmp_path) == 1
     assert capsys.readouterr().err == "Traceback: here\n"
+
+
+def test_processes_name_the_program_that_the_user_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = "/elsewhere/bin/phinetune"
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setenv("PATH", "")
+    with _environment("reports", 2):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(sys, "argv", ["/src/phinetune/__main__.py"])
+        assert program() == called
 
 
 def start(config: Path, *more: str) -> subprocess.Popen[str]:

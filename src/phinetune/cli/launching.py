@@ -14,8 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from phinetune.cli.program import program
 from phinetune.errors import RunError
-from phinetune.launched import LAUNCHER, REPORTS, Report, has_launcher, is_ours, read_reports
+from phinetune.launched import LAUNCHER, PROGRAM, REPORTS, Report, has_launcher, is_ours, read_reports
 
 # What asks a run to stop goes on to its processes. The agent would end them after half a minute, saved or not.
 FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
@@ -91,7 +92,7 @@ def _agent(count: int, logs: Path) -> Any:
 def _environment(folder: str, count: int) -> Iterator[None]:
     """What the processes inherit. Each computes with its share of the cores, unless the user said otherwise."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    given = {REPORTS: folder, LAUNCHER: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+    given = {REPORTS: folder, LAUNCHER: str(os.getpid()), PROGRAM: program(), "PYTHONSAFEPATH": "1"}
     given["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)

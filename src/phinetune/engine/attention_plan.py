@@ -96,21 +96,37 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Trees:
+    """The trees that cover a run, for the native kernels.
+
+    Attributes:
+        table: start, stop and the parent's index of each segment, shape (segments, 3).
+    """
+
+    table: Tensor
+
+
+@dataclass(frozen=True)
 class AttentionRun:
     """Neighbouring tokens of the row that are computed in the same way.
 
     Attributes:
         length: how many tokens they are.
-        groups: the groups of their segments; positions count from the run's first token. None: the run is one long
-            root, and torch's fused attention computes it.
+        groups: the groups, or the trees, of their segments; positions count from the run's first token. None: the run
+            is one long root, and torch's fused attention computes it.
     """
 
     length: int
-    groups: Groups | None
+    groups: Groups | Trees | None
 
 
 def plan(
-    segments: Sequence[Segment], heads: Heads, device: torch.device, fuses: Callable[[int], bool] = lambda length: False
+    segments: Sequence[Segment],
+    heads: Heads,
+    device: torch.device,
+    fuses: Callable[[int], bool] = lambda length: False,
+    *,
+    native: bool = False,
 ) -> list[AttentionRun]:
     """Plan how to attend within segments. One plan serves all layers.
 
@@ -118,10 +134,13 @@ def plan(
         segments: they cover the row in order. A branch stands after its parent and before the next root.
         device: that of qkv.
         fuses: whether torch's fused attention is faster for a root of so many tokens.
+        native: whether the native kernels compute all of them, so that there is one run.
 
     Returns:
         runs that cover the tokens in order.
     """
+    if native:
+        return [trees_run(segments)]
     runs: list[list[Segment]] = []
     fused: list[bool] = []
     for i, segment in enumerate(segments):
@@ -143,8 +162,15 @@ def fused_run(segments: Sequence[Segment]) -> AttentionRun:
     return AttentionRun(segments[-1].stop - segments[0].start, None)
 
 
+def trees_run(segments: Sequence[Segment]) -> AttentionRun:
+    """A run of whole trees of segments, for the native kernels."""
+    index = {(segment.start, segment.stop): i for i, segment in enumerate(segments)}
+    rows = [(part.start, part.stop, index[part.above[-1]] if part.above else -1) for part in segments]
+    return AttentionRun(segments[-1].stop, Trees(torch.tensor(rows)))
+
+
 def grouped_run(segments: Sequence[Segment], heads: Heads, device: torch.device) -> AttentionRun:
-    """A run of whole trees of segments, for the matrix products of `phinetune.engine.kernels.attention`."""
+    """A run of whole trees of segments, for the matrix products of `phinetune.engine.kernels.attention_products`."""
     first, length = segments[0].start, segments[-1].stop - segments[0].start
     groups = group_segments([segment.moved(-first) for segment in segments], device)
     # The results for padding go to a token behind the last one, where nothing reads them.

@@ -24,7 +24,7 @@ from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.attention_plan import AttentionRun, Heads, plan
 from phinetune.engine.families import FUSED
-from phinetune.engine.kernels import rotary
+from phinetune.engine.kernels import attention_trees, rotary
 from phinetune.engine.kernels.attention import attention, fuses
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_label_numbers, linear_log_probs
 from phinetune.engine.kernels.norm import rms_norm
@@ -346,7 +346,7 @@ class PackedDecoder(nn.Module):
         first: Any = self.layers[0]
         heads = first.self_attn.heads
         fused = functools.partial(fuses, heads=heads, dtype=hidden.dtype, device=hidden.device)
-        runs = plan(parts, heads, hidden.device, fused)
+        runs = plan(parts, heads, hidden.device, fused, native=attention_trees.takes(heads, hidden))
         row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels, on_qkv)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

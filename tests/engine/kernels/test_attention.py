@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
-from phinetune.engine.attention_plan import Heads, plan
+from engine.kernels.attention_cases import (
+    CPU,
+    FORESTS,
+    GROUPED,
+    NINE,
+    SIZE,
+    assert_equal_to_the_reference,
+    attend,
+    below,
+    both,
+    each_forest,
+    each_heads,
+    inputs,
+    table,
+)
+from phinetune.engine.attention_plan import Groups, Heads, plan
 from phinetune.engine.kernels import attention as kernel
+from phinetune.engine.kernels import attention_products as products
 from phinetune.engine.kernels import attention_ways
-from phinetune.engine.kernels.attention import _key_head_chunks, attention
+from phinetune.engine.kernels.attention import attention
+from phinetune.engine.kernels.attention_products import _key_head_chunks
 from phinetune.engine.kernels.attention_ways import Way
 from phinetune.engine.kernels.matmul import scratch
 from phinetune.engine.segments import read_segments
-
-Table = tuple[tuple[int, int, int], ...]
-
-CPU = torch.device("cpu")
-SIZE = 8
-GROUPED, NINE, UNGROUPED = (Heads(heads, kv, SIZE, 0.4) for heads, kv in [(4, 2), (9, 3), (3, 3)])
-
-# Each segment's length and parent.
-FORESTS: dict[str, list[tuple[int, int]]] = {
-    "one token": [(1, -1)],
-    "one root": [(150, -1)],
-    "roots of odd lengths": [(1, -1), (5, -1), (63, -1), (64, -1), (65, -1), (130, -1), (200, -1)],
-    "two levels": [(20, -1), (7, 0), (70, 0), (1, 0), (8, 0)],
-    "three levels": [(17, -1), (30, 0), (5, 1), (66, 1), (3, 0), (9, -1), (40, 5), (35, 6), (34, 6)],
-    "a branch without a sibling": [(65, -1), (64, 0)],
-    "siblings of very different lengths": [(3, -1), (1, 0), (150, 0), (10, 0), (11, 0)],
-    "trees among roots": [(12, -1), (30, -1), (9, 1), (8, 1), (12, -1), (11, -1), (3, 5)],
-}
-each_forest = pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS.keys())
-each_heads = pytest.mark.parametrize("heads", [GROUPED, NINE, UNGROUPED], ids=["4 over 2", "9 over 3", "3 over 3"])
 
 
 @pytest.fixture(autouse=True)
@@ -51,89 +44,12 @@ def _one_thread() -> Iterator[None]:
 
 def go(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute every group in this way."""
-    monkeypatch.setattr(kernel, "_way", lambda group, heads, qkv: way)
+    monkeypatch.setattr(products, "_way", lambda group, heads, qkv: way)
 
 
 def fuse_from(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer roots go to torch's fused attention, in every dtype."""
     monkeypatch.setattr(kernel, "fuses", lambda found, **_: found > length)
-
-
-def table(forest: Sequence[tuple[int, int]]) -> Table:
-    rows, start = [], 0
-    for length, parent in forest:
-        rows.append((start, start + length, parent))
-        start += length
-    return tuple(rows)
-
-
-def inputs(tokens: int, heads: Heads, dtype: torch.dtype, rotated: int = SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """qkv; cos and sin of any angles, scaled as longrope does; a gradient of the output."""
-    generator = torch.Generator().manual_seed(tokens)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    angles = 2 * draw(tokens, rotated // 2)
-    drawn = (draw(tokens, heads.total * SIZE), 1.2 * angles.cos(), 1.2 * angles.sin(), draw(tokens, heads.heads * SIZE))
-    qkv, cos, sin, grad = (tensor.to(dtype) for tensor in drawn)
-    return qkv, cos, sin, grad
-
-
-@functools.cache
-def sees(segments: Table, window: int | None) -> Tensor:
-    """Which tokens (rows) see which (columns)."""
-    mask = torch.zeros(segments[-1][1], segments[-1][1], dtype=torch.bool)
-    contexts: list[list[int]] = []
-    for start, stop, parent in segments:
-        above = contexts[parent] if parent >= 0 else []
-        contexts.append(context := [*above, *range(start, stop)])
-        for place in range(len(above), len(context)):
-            first = 0 if window is None else max(0, place - window + 1)
-            mask[context[place], context[first : place + 1]] = True
-    return mask
-
-
-def reference(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Table, heads: Heads) -> Tensor:
-    """In float64, over the whole row at once."""
-    cos, sin = (torch.cat([part, part], dim=-1)[None].double() for part in (cos, sin))
-    states = qkv.double().view(1, len(qkv), -1, heads.size).transpose(1, 2)
-    q, k, v = states.split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
-    q, k = apply_rotary_pos_emb(q, k, cos, sin)
-    k, v = (part.repeat_interleave(heads.shared, dim=1) for part in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees(segments, heads.window), scale=heads.scaling)
-    return out[0].transpose(0, 1).reshape(len(qkv), -1)
-
-
-def attend(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Table, heads: Heads) -> Tensor:
-    fused = functools.partial(kernel.fuses, heads=heads, dtype=qkv.dtype, device=CPU)
-    runs = plan(read_segments(torch.tensor(segments)), heads, CPU, fused)
-    return attention(qkv.clone(), cos, sin, runs, heads)  # it overwrites its input
-
-
-def both(
-    forest: Sequence[tuple[int, int]], heads: Heads, dtype: torch.dtype, rotated: int = SIZE
-) -> list[tuple[Tensor, Tensor]]:
-    """Outputs and gradients of qkv: ours, and the reference's in float64."""
-    segments = table(forest)
-    qkv, cos, sin, grad = inputs(segments[-1][1], heads, dtype, rotated)
-    results = []
-    for run in (attend, reference):
-        leaf = qkv.clone().requires_grad_()
-        out = run(leaf, cos, sin, segments, heads)
-        out.backward(grad.to(out.dtype))
-        assert leaf.grad is not None
-        results.append((out.detach(), leaf.grad))
-    assert results[0][0].dtype == dtype
-    return list(zip(*results, strict=True))
-
-
-def assert_equal_to_the_reference(
-    forest: Sequence[tuple[int, int]], heads: Heads, dtype: torch.dtype = torch.float64, rotated: int = SIZE
-) -> None:
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
-    for found, wanted in both(forest, heads, dtype, rotated):
-        torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance)
 
 
 @each_forest
@@ -182,7 +98,7 @@ def test_every_way_gives_the_same(
     """What scratch memory held before must not matter: here it holds no numbers."""
     for kept in scratch.held.values():
         kept.fill_(float("nan"))
-    monkeypatch.setattr(kernel, "READ_ELEMENTS", 2500)  # one key head or several at a time
+    monkeypatch.setattr(products, "READ_ELEMENTS", 2500)  # one key head or several at a time
     go(way, monkeypatch)
     assert_equal_to_the_reference(forest, Heads(4, 2, SIZE, 0.4, window), dtype)
 
@@ -192,7 +108,7 @@ def test_every_way_gives_the_same(
 def test_every_way_is_near_in_bfloat16(way: Way, product: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the processor's own bfloat16 products, and where they go through float32."""
     go(way, monkeypatch)
-    monkeypatch.setattr(kernel, "product_dtype", lambda x: product)
+    monkeypatch.setattr(products, "product_dtype", lambda x: product)
     for found, wanted in both(FORESTS["three levels"], GROUPED, torch.bfloat16):
         assert (found.double() - wanted.double()).norm() < 0.02 * wanted.double().norm()
 
@@ -206,7 +122,7 @@ def test_heads_are_computed_together_as_far_as_the_scores_allow(
     way = Way(16, 2 * heads.shared * 16 * keys)
     go(way, monkeypatch)
     (run,) = plan(read_segments(torch.tensor(table(FORESTS["one root"]))), heads, CPU)
-    assert run.groups is not None
+    assert isinstance(run.groups, Groups)
     assert [list(_key_head_chunks(one, heads, way)) for one in run.groups.members] == [[slice(0, 2), slice(2, 3)]]
     assert_equal_to_the_reference(FORESTS["one root"], heads)
 
@@ -214,7 +130,7 @@ def test_heads_are_computed_together_as_far_as_the_scores_allow(
 def test_segments_are_computed_together_as_far_as_the_scores_allow() -> None:
     segments = read_segments(torch.tensor(table([(10, -1)] * 5)))
     (run,) = plan(segments, GROUPED, CPU)
-    assert run.groups is not None
+    assert isinstance(run.groups, Groups)
     (group,) = run.groups.members
     whole = attention_ways.together(10)
     assert list(_key_head_chunks(group, GROUPED, whole)) == [slice(0, 10)]  # five segments of two key heads
@@ -252,15 +168,6 @@ def test_fused_and_grouped_bfloat16_are_both_near(monkeypatch: pytest.MonkeyPatc
 
 
 # -- what belongs together and what does not ----------------------------------------------------------------------
-
-
-def below(segments: Table, i: int) -> set[int]:
-    """A segment and all that branches from it."""
-    family = {i}
-    for j, (_, _, parent) in enumerate(segments):
-        if parent in family:
-            family.add(j)
-    return family
 
 
 @each_forest
@@ -307,7 +214,7 @@ def test_without_gradients_the_output_is_the_same(fused_from: int, monkeypatch: 
 
 
 def test_training_goes_on_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel._triangles.cache_clear()
+    products._triangles.cache_clear()
     monkeypatch.setattr(scratch, "held", {})
     segments = table([(23, -1)])
     with torch.inference_mode():
@@ -359,14 +266,14 @@ def test_a_way_is_preferred_only_if_it_is_clearly_faster() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_ways_are_measured_once(dtype: torch.dtype) -> None:
-    kernel._fastest.cache_clear()
+    products._fastest.cache_clear()
     (run,) = plan(read_segments(torch.tensor(table([(200, -1), (220, -1)]))), NINE, CPU)
-    assert run.groups is not None
+    assert isinstance(run.groups, Groups)
     qkv = torch.empty(1, dtype=dtype)
-    found = {kernel._way(group, NINE, qkv) for group in run.groups.members}
+    found = {products._way(group, NINE, qkv) for group in run.groups.members}
     assert len(found) == 1
     assert found <= set(attention_ways.candidates(256))
-    assert kernel._fastest.cache_info().misses == 1
+    assert products._fastest.cache_info().misses == 1
 
 
 def test_torchs_attention_is_measured_for_long_float32_roots_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_without_a_compiler_torchs_operators_run_and_one_line_says_why(home: Pat
     assert done.stdout.strip() == "torch.Size([2, 4]) set()"
     (line,) = done.stderr.splitlines()
     assert line == (
-        "WARNING element-wise kernels run as torch's operators, which take longer: "
+        "WARNING kernels run as torch's operators, which take longer: "
         "no C++ compiler: g++ or c++ or clang++ is not on the PATH"
     )
     assert not list((home / "kernels").glob("*/"))
@@ -71,7 +71,7 @@ def test_a_new_home_gets_a_library_with_its_trials_and_says_so_once(home: Path) 
     (folder,) = (path for path in (home / "kernels").iterdir() if path.is_dir())
     assert {path.name for path in folder.iterdir()} == {build.LIBRARY, TRIALS}
     (line,) = done.stderr.splitlines()
-    assert line.startswith("INFO compiling the element-wise kernels for this processor with ")
+    assert line.startswith("INFO compiling the kernels for this processor with ")
     assert build.LIBRARY in done.stdout
     assert run(NORM, PATH="", CXX="").stderr == ""
 

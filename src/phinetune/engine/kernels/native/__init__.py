@@ -1,1 +1,1 @@
-"""Element-wise kernels in C++, each of which reads and writes its data once; compiled on the machine they run on."""
+"""Kernels in C++, each of which reads and writes its data once; compiled on the machine they run on."""

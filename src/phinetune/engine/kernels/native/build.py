@@ -116,7 +116,7 @@ def _make(target: Path, first_use: Callable[[Path], None]) -> None:
     for remains in target.parent.glob(f".{target.name}.partial-*"):  # of a process that was killed
         shutil.rmtree(remains, ignore_errors=True)
     tool = compiler()
-    logger.info("compiling the element-wise kernels for this processor with %s; once, about 10 s", tool)
+    logger.info("compiling the kernels for this processor with %s; once, about 10 s", tool)
     with staged_folder(target) as stage:
         stage.chmod(0o755)
         reason = _compile(command(tool, stage / LIBRARY)) or _failure(first_use, stage)

@@ -1,4 +1,4 @@
-"""An element-wise operator in two forms: native and torch's. The native one runs where it measured faster."""
+"""An operator in two forms: native and torch's. The native one runs where it measured faster."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def chosen() -> dict[tuple[str, torch.dtype], Run]:
         _load(folder)
         trials = json.loads((folder / TRIALS).read_text(encoding="utf-8"))
     except (build.NotBuilt, OSError, ValueError) as error:
-        logger.warning("element-wise kernels run as torch's operators, which take longer: %s", error)
+        logger.warning("kernels run as torch's operators, which take longer: %s", error)
         return {}
     faster = [title.split() for title, seconds in trials.items() if seconds["native_is_faster"]]
     return {(name, getattr(torch, kind)): native_form(name) for name, kind in faster}
@@ -83,11 +83,11 @@ def native_form(name: str) -> Run:
 
 def _try_all(folder: Path) -> None:
     """Load a new library, time its operators beside torch's, and keep what was found."""
-    from phinetune.engine.kernels import cross_entropy, norm, rotary, swiglu  # noqa: F401  they register operators
+    from phinetune.engine.kernels import attention_trees, cross_entropy, norm, rotary, swiglu  # noqa: F401  they register operators
 
     _load(folder)
     found = {
-        f"{name} {str(kind).removeprefix('torch.')}": trial(operator, kind)
+        f"{name} {str(kind).removeprefix('torch.')}": _tried(operator, kind)
         for name, operator in _all.items()
         for kind in DTYPES
     }
@@ -95,6 +95,14 @@ def _try_all(folder: Path) -> None:
         if not seconds["native_is_faster"]:
             logger.warning("the native form of %s is left aside: %s", title, seconds)
     write_text(folder / TRIALS, json.dumps(found, indent=1))
+
+
+def _tried(operator: Operator, kind: torch.dtype) -> dict[str, Any]:
+    """What `trial` finds; or that the native form cannot run here, for want of an instruction set."""
+    try:
+        return trial(operator, kind)
+    except RuntimeError as error:
+        return {"native_is_faster": False, "failed": str(error).strip().partition("\n")[0]}
 
 
 @torch.no_grad()

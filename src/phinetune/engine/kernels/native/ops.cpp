@@ -1,5 +1,7 @@
-// torch.ops.phinetune: the element-wise kernels of phinetune.engine.kernels on a CPU. They allocate nothing; they write
-// into tensors that the caller made. Built by build.py.
+// torch.ops.phinetune: the kernels of phinetune.engine.kernels on a CPU. They write into tensors that the caller made.
+// Built by build.py.
+#include "attend.h"
+#include "attend_backward.h"
 #include "cross_entropy.h"
 #include "norm.h"
 #include "rotary.h"
@@ -14,6 +16,10 @@ STABLE_TORCH_LIBRARY(phinetune, m) {
   m.def("rotate_(Tensor(a!) states, Tensor cos, Tensor sin, float sign) -> ()");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? weights, Tensor(b!) log_probs, Tensor(c!) first) "
         "-> ()");
+  m.def("attend(Tensor qkv, Tensor segments, int heads, int kv_heads, int size, float scaling, int window, "
+        "Tensor(a!) out, Tensor(b!)? log_sums) -> ()");
+  m.def("attend_backward(Tensor grad, Tensor qkv, Tensor segments, int heads, int kv_heads, int size, float scaling, "
+        "int window, Tensor out, Tensor log_sums, Tensor(a!) d_qkv) -> ()");
   m.def("spread(Tensor logits, Tensor labels, Tensor log_probs, Tensor(a!) entropy, Tensor(b!) mean) -> ()");
 }
 
@@ -24,5 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
   m.impl("swiglu_backward", TORCH_BOX(&phinetune::swiglu_backward));
   m.impl("rotate_", TORCH_BOX(&phinetune::rotate_));
   m.impl("cross_entropy_", TORCH_BOX(&phinetune::cross_entropy_));
+  m.impl("attend", TORCH_BOX(&phinetune::attend));
+  m.impl("attend_backward", TORCH_BOX(&phinetune::attend_backward));
   m.impl("spread", TORCH_BOX(&phinetune::spread));
 }

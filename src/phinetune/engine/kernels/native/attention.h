@@ -1,0 +1,341 @@
+// Causal attention within trees of segments, blocks of queries against blocks of keys, with the softmax computed as the
+// blocks pass (Dao et al. 2022, FlashAttention, algorithms 1 and 4). A task is one key head of one tree, with all query
+// heads that share it, and runs in one thread: results do not depend on the number of threads.
+//
+// Scores are held transposed, a key's row over the block's queries. So a query's largest score, its sum and its part of
+// the gradient lie in the lanes of vectors, and a mask is a range of lanes. Products are torch's own small ones, of
+// oneDNN (`brgemm`), which know AVX512, its bfloat16 and AMX.
+#pragma once
+
+#include "rows.h"
+
+#include <ATen/native/CPUBlas.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace phinetune {
+
+constexpr int64_t TILE = 16;  // rows, features and queries come in whole tiles, padded by zeros
+constexpr int64_t QUERIES = 64;  // rows of a block of queries, at most; one token's shared heads may be more
+constexpr int64_t KEYS = 64;  // keys of a block that every query of the block may see
+constexpr int64_t DIAGONAL = 32;  // keys of a block that only some of the queries see: fewer, so that less is wasted
+constexpr float NO_SCORE = -1e30f;  // stands for the largest of no scores: minus infinity minus itself would be NaN
+
+inline int64_t padded(int64_t count, int64_t to = TILE) {
+  return (count + to - 1) / to * to;
+}
+
+// How qkv is divided into heads; see phinetune.engine.attention_plan.Heads.
+struct Heads {
+  int64_t heads, kv_heads, size, window;  // window: a query sees so many keys; 0: all before it
+  float scaling;
+
+  int64_t shared() const { return heads / kv_heads; }
+  int64_t total() const { return heads + 2 * kv_heads; }
+  int64_t width() const { return padded(size, 2 * TILE); }  // features with padding: whole tiles of pairs
+};
+
+// A segment's tokens, and where its keys stand in a task's memory. It sees its ancestors' tokens before its own.
+struct Segment {
+  int64_t start, stop, slot, parent, before;  // parent: an index in the tree, or -1; before: tokens of all ancestors
+
+  int64_t length() const { return stop - start; }
+};
+
+struct Tree {
+  std::vector<Segment> segments;
+
+  int64_t rows() const {
+    return segments.back().slot + padded(segments.back().length());
+  }
+};
+
+// The trees in a table of start, stop and parent, shape (segments, 3). A parent stands before its children.
+inline std::vector<Tree> read_trees(const Tensor& table, int64_t tokens) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == 3 && table.is_contiguous(), "phinetune: not a table of segments");
+  check_type(table, torch::headeronly::ScalarType::Long);
+  const int64_t* row = static_cast<const int64_t*>(table.data_ptr());
+  std::vector<Tree> trees;
+  int64_t first = 0, end = 0;
+  for (int64_t i = 0; i < table.size(0); ++i, row += 3) {
+    if (row[2] < 0) {
+      trees.emplace_back();
+      first = i;
+    }
+    STD_TORCH_CHECK(row[0] == end && row[1] > row[0] && row[1] <= tokens && row[2] < i, "phinetune: not a segment");
+    STD_TORCH_CHECK(row[2] < 0 || row[2] >= first, "phinetune: a segment whose parent is in another tree");
+    end = row[1];
+    std::vector<Segment>& known = trees.back().segments;
+    const int64_t parent = row[2] < 0 ? -1 : row[2] - first;
+    const int64_t before = parent < 0 ? 0 : known[parent].before + known[parent].length();
+    known.push_back({row[0], row[1], known.empty() ? 0 : trees.back().rows(), parent, before});
+  }
+  STD_TORCH_CHECK(end == tokens, "phinetune: segments that do not cover the tokens");
+  return trees;
+}
+
+// Memory of a task, handed out in parts. Without a start it only counts what would be taken.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(int64_t bytes) : start_(static_cast<char*>(std::aligned_alloc(LINE, padded(bytes, LINE)))) {
+    STD_TORCH_CHECK(start_, "phinetune: no memory for attention");
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    char* part = start_ ? start_.get() + used_ : nullptr;
+    used_ += padded(count * static_cast<int64_t>(sizeof(T)), LINE);
+    return reinterpret_cast<T*>(part);
+  }
+  void clear() { used_ = 0; }
+  int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t LINE = 64;  // bytes of a line of the processor's caches
+  struct Free {
+    void operator()(char* start) const { std::free(start); }
+  };
+  std::unique_ptr<char, Free> start_;
+  int64_t used_ = 0;
+};
+
+// How many numbers of T, one below the other, lie side by side in the right factor of a product.
+template <typename T>
+constexpr int64_t PAIR = 4 / sizeof(T);
+
+// C = A B, or C + A B. A's rows are `lda` elements apart; B holds PAIR rows interleaved, each `ldb` columns wide.
+template <typename T>
+inline void product(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, PAIR<T> > 1);
+}
+
+// Tiles of 4-byte elements: to[column][row] = from[row][column].
+inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
+  for (int64_t row = 0; row < rows; row += TILE) {
+    for (int64_t column = 0; column < columns; column += TILE) {
+      at::vec::transpose_mxn<float, TILE, TILE>(
+          from + row * ld_from + column, ld_from, to + column * ld_to + row, ld_to);
+    }
+  }
+}
+
+inline void transpose(const BFloat16* from, int64_t ld_from, int64_t rows, int64_t columns, BFloat16* to, int64_t ld_to) {
+  for (int64_t row = 0; row < rows; row += TILE) {
+    for (int64_t column = 0; column < columns; column += TILE) {
+      at::vec::transpose_mxn<BFloat16, TILE, TILE>(
+          from + row * ld_from + column, ld_from, to + column * ld_to + row, ld_to);
+    }
+  }
+}
+
+// Rows as the right factor of A rows^T: features below each other, in pairs, queries side by side.
+template <typename T>
+inline void lay_across(const T* rows, int64_t count, int64_t width, T* to) {
+  transpose(
+      reinterpret_cast<const float*>(rows), width / PAIR<T>, count, width / PAIR<T>, reinterpret_cast<float*>(to), count);
+}
+
+// Rows as the right factor of A rows: queries below each other, in pairs, features side by side.
+template <typename T>
+inline void lay_in_pairs(const T* rows, int64_t count, int64_t width, T* to) {
+  if constexpr (PAIR<T> == 1) {
+    std::memcpy(to, rows, count * width * sizeof(T));
+    return;
+  }
+  for (int64_t row = 0; row < count; row += 2, rows += 2 * width, to += 2 * width) {
+    for (int64_t i = 0; i < width; ++i) {
+      to[2 * i] = rows[i];
+      to[2 * i + 1] = rows[width + i];
+    }
+  }
+}
+
+// exp, as exactly as T needs it. The fast form is off by some 20 units in the last place, and has no NaN.
+template <typename T>
+inline Vec exponential(const Vec& x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x.exp();
+  } else {
+    return x.exp_u20();
+  }
+}
+
+// Two neighbouring rows of a right factor with `columns` columns.
+inline void store_pair(const Vec& above, const Vec& below, float* to, int64_t columns) {
+  above.store(to);
+  below.store(to + columns);
+}
+
+inline void store_pair(const Vec& above, const Vec& below, BFloat16* to, int64_t) {
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(above));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(below));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  BFloat16 both[2][LANES];
+  store(above, both[0]);
+  store(below, both[1]);
+  for (int64_t i = 0; i < LANES; ++i) {
+    to[2 * i] = both[0][i];
+    to[2 * i + 1] = both[1][i];
+  }
+#endif
+}
+
+// Which queries of a block see a key: those in the rows [low, high).
+struct Seen {
+  int64_t low, high;
+
+  // `value` in the lanes from row `at` on, where they see; `otherwise` elsewhere.
+  Vec only(const Vec& value, int64_t at, float otherwise) const {
+    if (at >= low && at + LANES <= high) {
+      return value;
+    }
+    const Vec place = Vec::arange(static_cast<float>(at), 1.0f);
+    const Vec inside = (place >= Vec(static_cast<float>(low))) & (place < Vec(static_cast<float>(high)));
+    return Vec::blendv(Vec(otherwise), value, inside);
+  }
+};
+
+// Neighbouring tokens' queries of one key head, of one segment: `rows` of them, padded to `count`.
+struct QueryBlock {
+  const Heads& heads;
+  const Segment& segment;
+  int64_t kv_head, start, rows, count;
+
+  int64_t stride() const { return count + TILE; }  // of scores: no power of two, so that they share the cache's sets
+  int64_t token(int64_t row) const { return start + row / heads.shared(); }
+  int64_t head(int64_t row) const { return kv_head * heads.shared() + row % heads.shared(); }
+  // `place`: a key's among all that the segment may see.
+  Seen sees(int64_t place) const {
+    const int64_t after = place - (segment.before + start - segment.start);  // of the block's first token
+    const int64_t low = std::max<int64_t>(0, after) * heads.shared();
+    const int64_t high = heads.window ? std::max<int64_t>(0, after + heads.window) * heads.shared() : rows;
+    return {std::min(low, rows), std::min(high, rows)};
+  }
+};
+
+// Keys that a block of queries sees.
+struct KeyBlock {
+  int64_t slot, place, keys;  // where they stand in the task's memory, and among all that the segment may see
+  int64_t from;  // the first of the block's rows that is computed
+  bool whole;  // whether all rows see all of them, and neither has padding
+
+  int64_t count() const { return padded(keys); }
+  Seen seen(const QueryBlock& block, int64_t key) const {
+    return key < keys ? block.sees(place + key) : Seen{0, 0};
+  }
+};
+
+// Calls f(KeyBlock) for all keys that a block of queries sees: its ancestors', then its own up to its last token.
+template <typename F>
+inline void each_key_block(const Tree& tree, const QueryBlock& block, const F& f) {
+  const Segment& own = block.segment;
+  const auto along_keys = [&](const Segment& of, int64_t from, int64_t to, int64_t step) {  // tokens of the segment
+    for (int64_t at = from; at < to; at += step) {
+      const int64_t keys = std::min(step, to - at), place = of.before + at;
+      const Seen first = block.sees(place), last = block.sees(place + keys - 1);
+      if (last.high > 0) {  // else the window has passed all of them
+        const bool whole = last.low == 0 && first.high == block.count && keys == padded(keys);
+        f(KeyBlock{of.slot + at, place, keys, first.low / TILE * TILE, whole});
+      }
+    }
+  };
+  std::vector<const Segment*> path;
+  for (int64_t i = own.parent; i >= 0; i = tree.segments[i].parent) {
+    path.push_back(&tree.segments[i]);
+  }
+  for (auto each = path.rbegin(); each != path.rend(); ++each) {
+    along_keys(**each, 0, (*each)->length(), KEYS);
+  }
+  const int64_t first = block.start - own.start, last = block.token(block.rows - 1) - own.start;
+  along_keys(own, 0, first / TILE * TILE, KEYS);
+  along_keys(own, first / TILE * TILE, last + 1, DIAGONAL);
+}
+
+// Calls f(QueryBlock) for all queries of a tree that share a key head.
+template <typename F>
+inline void each_query_block(const Tree& tree, const Heads& heads, int64_t kv_head, const F& f) {
+  const int64_t tokens = std::max<int64_t>(1, QUERIES / heads.shared());
+  for (const Segment& segment : tree.segments) {
+    for (int64_t start = segment.start; start < segment.stop; start += tokens) {
+      const int64_t rows = std::min(tokens, segment.stop - start) * heads.shared();
+      f(QueryBlock{heads, segment, kv_head, start, rows, padded(rows)});
+    }
+  }
+}
+
+// Copies rows(i), each `size` long, for i < used, into `to`; rows up to `count` and features up to `width` are zeros.
+template <typename T, typename F>
+inline void copy_rows(const F& rows, int64_t used, int64_t count, int64_t size, int64_t width, T* to) {
+  for (int64_t i = 0; i < used; ++i, to += width) {
+    std::memcpy(to, rows(i), size * sizeof(T));
+    std::memset(to + size, 0, (width - size) * sizeof(T));
+  }
+  std::memset(to, 0, (count - used) * width * sizeof(T));
+}
+
+// Brings the keys (which: 0) or the values (which: 1) of a tree to their slots in `to`.
+template <typename T>
+inline void copy_keys(const Rows<T>& qkv, const Tree& tree, const Heads& heads, int64_t kv_head, int64_t which, T* to) {
+  const int64_t column = (heads.heads + which * heads.kv_heads + kv_head) * heads.size;
+  for (const Segment& of : tree.segments) {
+    const auto row = [&](int64_t i) { return qkv[of.start + i] + column; };
+    copy_rows<T>(row, of.length(), padded(of.length()), heads.size, heads.width(), to + of.slot * heads.width());
+  }
+}
+
+// Brings a block's queries, or what lies as they do, out of `from`.
+template <typename T>
+inline void copy_queries(const Rows<T>& from, const QueryBlock& block, T* to) {
+  const auto row = [&](int64_t i) { return from[block.token(i)] + block.head(i) * block.heads.size; };
+  copy_rows<T>(row, block.rows, block.count, block.heads.size, block.heads.width(), to);
+}
+
+// Writes the transposed `from`, shape (width, count), as a block's rows. `spare` holds as many numbers as `from`.
+template <typename T>
+inline void store_queries(const float* from, float factor, const QueryBlock& block, float* spare, const Rows<T>& to) {
+  const int64_t width = block.heads.width();
+  transpose(from, block.count, width, block.count, spare, width);
+  for (int64_t i = 0; i < block.rows; ++i, spare += width) {
+    T* row = to[block.token(i)] + block.head(i) * block.heads.size;
+    along(block.heads.size, [&](int64_t at, auto n) { store(load(spare + at, n) * Vec(factor), row + at, n); });
+  }
+}
+
+inline int64_t most_rows(const Heads& heads) {
+  return padded(std::max(QUERIES, heads.shared()));
+}
+
+// Runs Task(memory, heads, tree).run(key head) for all trees and key heads, shared out among torch's threads.
+template <typename Task>
+inline void each_task(const std::vector<Tree>& trees, const Heads& heads, const typename Task::Tensors& tensors) {
+  const int64_t count = static_cast<int64_t>(trees.size());
+  int64_t bytes = 0;
+  for (const Tree& tree : trees) {
+    Memory counted;
+    Task(counted, heads, tree);
+    bytes = std::max(bytes, counted.used());
+  }
+  torch::stable::parallel_for(0, count * heads.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    Memory memory(bytes);
+    for (int64_t task = begin; task < end; ++task) {
+      memory.clear();
+      Task(memory, heads, trees[task % count]).run(tensors, task / count);
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+inline Heads read_heads(const Tensor& qkv, int64_t heads, int64_t kv_heads, int64_t size, double scaling, int64_t window) {
+  const Heads found{heads, kv_heads, size, window, static_cast<float>(scaling)};
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && size > 0 && scaling > 0, "phinetune: heads that do not fit");
+  check_rows(qkv, qkv.size(0), found.total() * size);
+  return found;
+}
+
+}  // namespace phinetune

@@ -346,7 +346,7 @@ class PackedDecoder(nn.Module):
         first: Any = self.layers[0]
         heads = first.self_attn.heads
         fused = functools.partial(fuses, heads=heads, dtype=hidden.dtype, device=hidden.device)
-        runs = plan(parts, heads, hidden.device, fused, native=attention_trees.takes(heads, hidden))
+        runs = plan(parts, heads, hidden.device, fused, native=attention_trees.takes(hidden))
         row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels, on_qkv)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

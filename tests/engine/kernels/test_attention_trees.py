@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch import Tensor
 
 from engine.kernels.attention_cases import (
     CPU,
     FORESTS,
     GROUPED,
-    Table,
     assert_equal_to_the_reference,
     attend,
     below,
@@ -107,25 +107,32 @@ def test_a_segment_gives_no_gradient_beside_and_below_itself(forest: list[tuple[
         assert reached == {j for j in range(len(segments)) if i in below(segments, j)}, f"from segment {i}"
 
 
-def _gradient(segments: Table, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    qkv, cos, sin, grad = inputs(segments[-1][1], GROUPED, dtype)
-    leaf = qkv.clone().requires_grad_()
-    out = attend(leaf, cos, sin, segments, GROUPED, native=True)
-    out.backward(grad)
-    assert leaf.grad is not None
-    return out.detach(), leaf.grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
-    threads, segments = torch.get_num_threads(), table(FORESTS["three levels"])
-    found = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append(_gradient(segments, dtype))
+@pytest.fixture
+def many_threads() -> Iterator[None]:
+    """So many that each tree's queries are computed in parts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(24)
+    yield
     torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("many_threads")
+@pytest.mark.parametrize("forest", [*FORESTS.values(), *LARGE.values()], ids=[*FORESTS, *LARGE])
+@pytest.mark.parametrize("heads", [GROUPED, Heads(9, 1, 8, 0.4), Heads(2, 1, 8, 0.4, 70)], ids=str)
+def test_trees_in_parts(forest: list[tuple[int, int]], heads: Heads) -> None:
+    assert_near(forest, heads, torch.float32)
+
+
+@pytest.mark.usefixtures("many_threads")
+def test_the_order_in_which_threads_finish_changes_no_bit() -> None:
+    segments = table(LARGE["a long tree"])
+    qkv, cos, sin, grad = inputs(segments[-1][1], GROUPED, torch.float32)
+    found = []
+    for _ in range(5):
+        leaf = qkv.clone().requires_grad_()
+        attend(leaf, cos, sin, segments, GROUPED, native=True).backward(grad)
+        found.append(leaf.grad)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("part", ["a query", "a key", "a value"])
@@ -166,6 +173,12 @@ def test_one_run_holds_all_segments() -> None:
     assert [tuple(row) for row in run.groups.table.tolist()] == list(segments)
 
 
+def test_no_tokens_are_no_error() -> None:
+    empty = torch.zeros(0, GROUPED.total * GROUPED.size)
+    out, _ = attention_trees.forward(empty, torch.zeros(0, 3, dtype=torch.long), GROUPED)
+    assert out.shape == (0, 32)
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
@@ -181,10 +194,3 @@ def test_a_table_that_would_read_elsewhere_is_refused(rows: list[tuple[int, int,
     qkv = torch.zeros(5, GROUPED.total * GROUPED.size)
     with pytest.raises(RuntimeError, match=told):
         attention_trees.forward(qkv, torch.tensor(rows), GROUPED)
-
-
-def test_few_key_heads_on_many_threads_are_left_to_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    like = torch.zeros(1)
-    assert not attention_trees.takes(Heads(4, 2, 8, 0.4), like)
-    assert attention_trees.takes(Heads(4, 4, 8, 0.4), like)

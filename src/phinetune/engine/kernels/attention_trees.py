@@ -19,14 +19,9 @@ from phinetune.engine.kernels.native.operator import Operator, drawn
 from phinetune.engine.segments import read_segments
 
 
-def takes(heads: Heads, like: Tensor) -> bool:
-    """Whether the native kernels compute attention for states of `like`'s dtype and device.
-
-    A task is one key head of a tree. Where there may be fewer tasks than half the threads, products keep more of them
-    busy.
-    """
-    fast = _attend.is_native(like) and _attend_backward.is_native(like)
-    return fast and 2 * heads.kv_heads >= torch.get_num_threads()
+def takes(like: Tensor) -> bool:
+    """Whether the native kernels compute attention for states of `like`'s dtype and device."""
+    return _attend.is_native(like) and _attend_backward.is_native(like)
 
 
 def forward(qkv: Tensor, segments: Tensor, heads: Heads, keep: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@
 
 namespace phinetune {
 
-// Attention of a tree's queries that share a key head.
+// Attention of the queries of a part of a tree that share a key head.
 template <typename T>
 struct Attend {
   struct Tensors {
@@ -21,8 +21,8 @@ struct Attend {
   float *scores, *out, *turned;  // out: weighted values, shape (width, count)
   float *largest, *sum, *factor;  // of each query: the largest score, sum of exp(score - largest), change of weights
 
-  Attend(Memory& memory, const Heads& heads, const Tree& tree)
-      : heads(heads), tree(tree), slots(tree.rows()), width(heads.width()), most(most_rows(heads)) {
+  Attend(Memory& memory, const Heads& heads, const Part& part)
+      : heads(heads), tree(part.tree), slots(tree.rows()), width(heads.width()), most(most_rows(heads)) {
     keys = memory.take<T>(slots * width);
     values = memory.take<T>((slots + TILE) * width);
     rows = memory.take<T>(std::max(most, slots) * width);
@@ -59,9 +59,7 @@ struct Attend {
     const int64_t count = block.count, from = seen.from, right = from * PAIR<T>;
     product(seen.count(), count - from, width, keys + seen.slot * width, width, queries + right, count,
             scores + from, block.stride(), false);
-    if (!seen.whole) {
-      hide(block, seen);
-    }
+    hide(block, seen);
     const bool changes = weigh(block, seen);
     for (int64_t feature = 0; feature < width && changes && !first; ++feature) {
       float* row = out + feature * count;
@@ -77,6 +75,9 @@ struct Attend {
   void hide(const QueryBlock& block, const KeyBlock& seen) {
     for (int64_t key = 0; key < seen.count(); ++key) {
       const Seen by = seen.seen(block, key);
+      if (by.all(seen.from, block.count)) {
+        continue;
+      }
       float* score = scores + key * block.stride();
       for (int64_t at = seen.from; at < block.count; at += LANES) {
         by.only(Vec::loadu(score + at), at, -std::numeric_limits<float>::infinity()).store(score + at);
@@ -85,7 +86,7 @@ struct Attend {
   }
 
   // Turns scores into weights, and brings `largest`, `sum` and `factor` up to them. Returns whether a factor is not 1.
-  bool weigh(const QueryBlock& block, const KeyBlock& seen) {
+  [[gnu::flatten]] bool weigh(const QueryBlock& block, const KeyBlock& seen) {
     const Vec scaling(heads.scaling);
     bool changes = false;
     for (int64_t at = seen.from; at < block.count; at += LANES) {
@@ -145,10 +146,10 @@ void attend(
     check_type(*log_sums, torch::headeronly::ScalarType::Float);
     sums.emplace(*log_sums);
   }
-  const std::vector<Tree> trees = read_trees(segments, qkv.size(0));
+  const std::vector<Part> parts = share_out(read_trees(segments, qkv.size(0)), shape);
   by_type(qkv, [&](auto kind) {
     using T = decltype(kind);
-    each_task<Attend<T>>(trees, shape, {Rows<T>(qkv), Rows<T>(out), sums ? &*sums : nullptr});
+    each_task<Attend<T>>(parts, shape, {Rows<T>(qkv), Rows<T>(out), sums ? &*sums : nullptr});
   });
 }
 

@@ -3,15 +3,26 @@
 
 #include "attention.h"
 
+#include <map>
+
 namespace phinetune {
 
-// The gradient of a tree's queries that share a key head, and of its keys and values.
+// Gradients of a tree's keys and values for one key head, that of the values behind that of the keys, from each of its
+// parts. Who finishes the last part adds them up, always in the same order.
+struct Joint {
+  std::vector<std::unique_ptr<float[]>> found;
+  std::vector<const Part*> parts;
+  std::atomic<int64_t> missing = 0;
+};
+
+// The gradient of the queries of a part of a tree that share a key head, and of the keys and values they see.
 template <typename T>
 struct AttendBackward {
   struct Tensors {
     Rows<T> grad, qkv, out;
     Rows<float> log_sums;
     Rows<T> d_qkv;
+    std::vector<Joint>& joints;  // for each tree and key head
   };
 
   // Rows of a block, and the same as both kinds of right factor.
@@ -27,6 +38,7 @@ struct AttendBackward {
   };
 
   const Heads& heads;
+  const Part& part;
   const Tree& tree;
   int64_t slots, width, most;
   Block queries, grads;  // grads: of the block's output
@@ -36,8 +48,8 @@ struct AttendBackward {
   float *d_keys, *d_values;
   float *log_sums, *dots;  // of each query; dots: of its output with the gradient of its output
 
-  AttendBackward(Memory& memory, const Heads& heads, const Tree& tree)
-      : heads(heads), tree(tree), slots(tree.rows()), width(heads.width()), most(most_rows(heads)),
+  AttendBackward(Memory& memory, const Heads& heads, const Part& part)
+      : heads(heads), part(part), tree(part.tree), slots(tree.rows()), width(heads.width()), most(most_rows(heads)),
         queries(memory, most * width), grads(memory, most * width) {
     keys = memory.take<T>(slots * width);
     values = memory.take<T>(slots * width);
@@ -50,18 +62,21 @@ struct AttendBackward {
     }
     d_queries = memory.take<float>(most * width);
     turned = memory.take<float>(most * width);
-    d_keys = memory.take<float>(slots * width);
-    d_values = memory.take<float>(slots * width);
+    d_keys = part.parts == 1 ? memory.take<float>(2 * slots * width) : nullptr;
     log_sums = memory.take<float>(most);
     dots = memory.take<float>(most);
   }
 
   void run(const Tensors& tensors, int64_t kv_head) {
+    Joint& joint = tensors.joints[part.of * heads.kv_heads + kv_head];
+    if (part.parts > 1) {
+      joint.found[part.number].reset(d_keys = new float[2 * slots * width]);
+    }
+    d_values = d_keys + slots * width;
     copy_keys(tensors.qkv, tree, heads, kv_head, 0, keys);
     copy_keys(tensors.qkv, tree, heads, kv_head, 1, values);
     transpose(keys, width, slots, width, turned_keys, slots + TILE);
-    std::fill_n(d_keys, slots * width, 0.0f);
-    std::fill_n(d_values, slots * width, 0.0f);
+    std::fill_n(d_keys, 2 * slots * width, 0.0f);
     each_query_block(tree, heads, kv_head, [&](const QueryBlock& block) {
       begin(block, tensors);
       bool first = true;
@@ -71,8 +86,16 @@ struct AttendBackward {
       });
       store_queries(d_queries, heads.scaling, block, turned, tensors.d_qkv);
     });
-    store_keys(d_keys, heads.scaling, kv_head, 0, tensors.d_qkv);
-    store_keys(d_values, 1.0f, kv_head, 1, tensors.d_qkv);
+    if (part.parts == 1) {
+      store_keys({&part}, {d_keys}, kv_head, tensors.d_qkv);
+    } else if (--joint.missing == 0) {
+      std::vector<const float*> found;
+      for (const auto& each : joint.found) {
+        found.push_back(each.get());
+      }
+      store_keys(joint.parts, found, kv_head, tensors.d_qkv);
+      joint.found.clear();
+    }
   }
 
   // Brings what belongs to a block of queries.
@@ -81,8 +104,10 @@ struct AttendBackward {
     queries.lay(block.count, width);
     copy_queries(tensors.grad, block, grads.rows);
     grads.lay(block.count, width);
+    const auto out_row = [&](int64_t i) { return tensors.out[block.token(i)] + block.head(i) * heads.size; };
     for (int64_t i = 0; i < block.rows; ++i) {
-      const T *grad = grads.rows + i * width, *out = tensors.out[block.token(i)] + block.head(i) * heads.size;
+      fetch(out_row(std::min(i + AHEAD, block.rows - 1)), heads.size);
+      const T *grad = grads.rows + i * width, *out = out_row(i);
       dots[i] = sum_along(heads.size, [&](int64_t at, auto n) { return load(grad + at, n) * load(out + at, n); });
       log_sums[i] = tensors.log_sums[block.token(i)][block.head(i)];
     }
@@ -97,7 +122,7 @@ struct AttendBackward {
             block.stride(), false);
     product(seen.count(), count - from, width, values + slot, width, grads.across + right, count, d_weights + from,
             block.stride(), false);
-    seen.whole ? slope<true>(block, seen) : slope<false>(block, seen);
+    slope(block, seen);
     product(seen.count(), width, count - from, weights + from, count, grads.pairs + from * width, width,
             d_values + slot, width, true);
     product(seen.count(), width, count - from, slopes + from, count, queries.pairs + from * width, width,
@@ -106,43 +131,76 @@ struct AttendBackward {
             d_queries + from, count, !first);
   }
 
-  // weights = exp(scaled score - log_sum), slopes = weights * (d_weights - dot), but for the scaling.
-  template <bool whole>
   void slope(const QueryBlock& block, const KeyBlock& seen) {
-    const int64_t count = block.count, stride = block.stride();
-    const Vec scaling(heads.scaling);
     for (int64_t key = 0; key < seen.count(); key += 2) {
       const Seen by[2] = {seen.seen(block, key), seen.seen(block, key + 1)};
-      for (int64_t at = seen.from; at < count; at += LANES) {
-        const Vec log_sum = Vec::loadu(log_sums + at), dot = Vec::loadu(dots + at);
-        Vec slopes_of[2];
-        for (int64_t i = 0; i < 2; ++i) {
-          const int64_t score = (key + i) * stride + at, to = (key + i) * count + at;
-          Vec weight = exponential<T>(at::vec::fmsub(Vec::loadu(scores + score), scaling, log_sum));
-          Vec slope = weight * (Vec::loadu(d_weights + score) - dot);
-          if constexpr (!whole) {
-            weight = by[i].only(weight, at, 0.0f);
-            slope = by[i].only(slope, at, 0.0f);
-          }
-          store(weight, weights + to);
-          store(slope, slopes + to);
-          slopes_of[i] = slope;
-        }
-        store_pair(slopes_of[0], slopes_of[1], slopes_right + key * count + at * PAIR<T>, count);
-      }
+      const bool all = by[0].all(seen.from, block.count) && by[1].all(seen.from, block.count);
+      all ? slope_of<true>(block, seen, key, by) : slope_of<false>(block, seen, key, by);
     }
   }
 
-  // Writes the gradient of the tree's keys (which: 0) or values (which: 1).
-  void store_keys(const float* from, float factor, int64_t kv_head, int64_t which, const Rows<T>& to) {
-    const int64_t column = (heads.heads + which * heads.kv_heads + kv_head) * heads.size;
-    for (const Segment& of : tree.segments) {
-      for (int64_t i = 0; i < of.length(); ++i) {
-        const float* row = from + (of.slot + i) * width;
-        along(heads.size, [&](int64_t at, auto n) {
-          store(load(row + at, n) * Vec(factor), to[of.start + i] + column + at, n);
-        });
+  // Of two keys: weights = exp(scaled score - log_sum), slopes = weights * (d_weights - dot), but for the scaling.
+  template <bool all>
+  [[gnu::flatten]] void slope_of(const QueryBlock& block, const KeyBlock& seen, int64_t key, const Seen (&by)[2]) {
+    const int64_t count = block.count, stride = block.stride();
+    const Vec scaling(heads.scaling);
+    for (int64_t at = seen.from; at < count; at += LANES) {
+      const Vec log_sum = Vec::loadu(log_sums + at), dot = Vec::loadu(dots + at);
+      Vec slope[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t score = (key + i) * stride + at, to = (key + i) * count + at;
+        Vec weight = exponential<T>(at::vec::fmsub(Vec::loadu(scores + score), scaling, log_sum));
+        slope[i] = weight * (Vec::loadu(d_weights + score) - dot);
+        if constexpr (!all) {
+          weight = by[i].only(weight, at, 0.0f);
+          slope[i] = by[i].only(slope[i], at, 0.0f);
+        }
+        store(weight, weights + to);
+        store(slope[i], slopes + to);
       }
+      store_pair(slope[0], slope[1], slopes_right + key * count + at * PAIR<T>, count);
+    }
+  }
+
+  // Gradients of a segment's keys and values that one part found.
+  struct Found {
+    const float *d_keys, *d_values;
+    int64_t length;
+  };
+
+  // Writes the gradient of a tree's keys and values: the sum of what its parts found.
+  void store_keys(
+      const std::vector<const Part*>& parts, const std::vector<const float*>& found, int64_t kv_head,
+      const Rows<T>& to) {
+    std::map<int64_t, std::vector<Found>> by_start;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const float *d_keys = found[i], *d_values = d_keys + parts[i]->tree.rows() * width;
+      for (const Segment& of : parts[i]->tree.segments) {
+        by_start[of.start].push_back({d_keys + of.slot * width, d_values + of.slot * width, of.length()});
+      }
+    }
+    for (const auto& [start, of] : by_start) {
+      store_sums(start, of, &Found::d_keys, heads.scaling, heads.heads + kv_head, to);
+      store_sums(start, of, &Found::d_values, 1.0f, heads.heads + heads.kv_heads + kv_head, to);
+    }
+  }
+
+  // Writes the rows of a segment that starts at the token `start`, in one head of qkv's gradient.
+  void store_sums(
+      int64_t start, const std::vector<Found>& of, const float* Found::* rows, float factor, int64_t head,
+      const Rows<T>& to) {
+    int64_t length = 0;
+    for (const Found& each : of) {
+      length = std::max(length, each.length);
+    }
+    for (int64_t i = 0; i < length; ++i) {
+      along(heads.size, [&](int64_t at, auto n) {
+        Vec sum(0.0f);
+        for (const Found& each : of) {
+          sum = i < each.length ? sum + load(each.*rows + i * width + at, n) : sum;
+        }
+        store(sum * Vec(factor), to[start + i] + head * heads.size + at, n);
+      });
     }
   }
 };
@@ -161,10 +219,21 @@ void attend_backward(
   check_rows(log_sums, qkv.size(0), heads);
   check_type(log_sums, torch::headeronly::ScalarType::Float);
   const std::vector<Tree> trees = read_trees(segments, qkv.size(0));
+  const std::vector<Part> parts = share_out(trees, shape);
+  std::vector<Joint> joints(trees.size() * kv_heads);
+  for (const Part& part : parts) {
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      Joint& joint = joints[part.of * kv_heads + head];
+      joint.found.resize(part.parts);
+      joint.parts.resize(part.parts);
+      joint.parts[part.number] = &part;
+      joint.missing = part.parts;
+    }
+  }
   by_type(qkv, [&](auto kind) {
     using T = decltype(kind);
     each_task<AttendBackward<T>>(
-        trees, shape, {Rows<T>(grad), Rows<T>(qkv), Rows<T>(out), Rows<float>(log_sums), Rows<T>(d_qkv)});
+        parts, shape, {Rows<T>(grad), Rows<T>(qkv), Rows<T>(out), Rows<float>(log_sums), Rows<T>(d_qkv), joints});
   });
 }
 

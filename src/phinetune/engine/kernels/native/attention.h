@@ -1,6 +1,6 @@
 // Causal attention within trees of segments, blocks of queries against blocks of keys, with the softmax computed as the
 // blocks pass (Dao et al. 2022, FlashAttention, algorithms 1 and 4). A task is one key head of one tree, with all query
-// heads that share it, and runs in one thread: results do not depend on the number of threads.
+// heads that share it, and runs in one thread. Where trees and key heads are few, the queries of a tree are parted.
 //
 // Scores are held transposed, a key's row over the block's queries. So a query's largest score, its sum and its part of
 // the gradient lie in the lanes of vectors, and a mask is a range of lanes. Products are torch's own small ones, of
@@ -11,6 +11,8 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -19,8 +21,8 @@
 namespace phinetune {
 
 constexpr int64_t TILE = 16;  // rows, features and queries come in whole tiles, padded by zeros
-constexpr int64_t QUERIES = 64;  // rows of a block of queries, at most; one token's shared heads may be more
-constexpr int64_t KEYS = 64;  // keys of a block that every query of the block may see
+constexpr int64_t QUERIES = 128;  // rows of a block of queries, at most; one token's shared heads may be more
+constexpr int64_t KEYS = 128;  // keys of a block that every query of the block may see
 constexpr int64_t DIAGONAL = 32;  // keys of a block that only some of the queries see: fewer, so that less is wasted
 constexpr float NO_SCORE = -1e30f;  // stands for the largest of no scores: minus infinity minus itself would be NaN
 
@@ -45,11 +47,15 @@ struct Segment {
   int64_t length() const { return stop - start; }
 };
 
+// Segments of a tree in their order, and whose queries are computed: those of the tokens [start, stop).
 struct Tree {
   std::vector<Segment> segments;
+  int64_t start = 0, stop = 0;
 
-  int64_t rows() const {
-    return segments.back().slot + padded(segments.back().length());
+  int64_t rows() const { return segments.empty() ? 0 : segments.back().slot + padded(segments.back().length()); }
+  void add(Segment segment) {
+    segment.slot = rows();
+    segments.push_back(segment);
   }
 };
 
@@ -68,10 +74,12 @@ inline std::vector<Tree> read_trees(const Tensor& table, int64_t tokens) {
     STD_TORCH_CHECK(row[0] == end && row[1] > row[0] && row[1] <= tokens && row[2] < i, "phinetune: not a segment");
     STD_TORCH_CHECK(row[2] < 0 || row[2] >= first, "phinetune: a segment whose parent is in another tree");
     end = row[1];
-    std::vector<Segment>& known = trees.back().segments;
+    const std::vector<Segment>& known = trees.back().segments;
     const int64_t parent = row[2] < 0 ? -1 : row[2] - first;
     const int64_t before = parent < 0 ? 0 : known[parent].before + known[parent].length();
-    known.push_back({row[0], row[1], known.empty() ? 0 : trees.back().rows(), parent, before});
+    trees.back().add({row[0], row[1], 0, parent, before});
+    trees.back().start = known.front().start;
+    trees.back().stop = end;
   }
   STD_TORCH_CHECK(end == tokens, "phinetune: segments that do not cover the tokens");
   return trees;
@@ -139,17 +147,30 @@ inline void lay_across(const T* rows, int64_t count, int64_t width, T* to) {
       reinterpret_cast<const float*>(rows), width / PAIR<T>, count, width / PAIR<T>, reinterpret_cast<float*>(to), count);
 }
 
+// LANES numbers of two rows in turn.
+inline void interleave(const BFloat16* above, const BFloat16* below, BFloat16* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(above)));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(below)));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  for (int64_t i = 0; i < LANES; ++i) {
+    to[2 * i] = above[i];
+    to[2 * i + 1] = below[i];
+  }
+#endif
+}
+
 // Rows as the right factor of A rows: queries below each other, in pairs, features side by side.
 template <typename T>
 inline void lay_in_pairs(const T* rows, int64_t count, int64_t width, T* to) {
   if constexpr (PAIR<T> == 1) {
     std::memcpy(to, rows, count * width * sizeof(T));
-    return;
-  }
-  for (int64_t row = 0; row < count; row += 2, rows += 2 * width, to += 2 * width) {
-    for (int64_t i = 0; i < width; ++i) {
-      to[2 * i] = rows[i];
-      to[2 * i + 1] = rows[width + i];
+  } else {
+    for (int64_t row = 0; row < count; row += 2, rows += 2 * width, to += 2 * width) {
+      for (int64_t i = 0; i < width; i += LANES) {
+        interleave(rows + i, rows + width + i, to + 2 * i);
+      }
     }
   }
 }
@@ -186,9 +207,12 @@ inline void store_pair(const Vec& above, const Vec& below, BFloat16* to, int64_t
 #endif
 }
 
-// Which queries of a block see a key: those in the rows [low, high).
+// Which queries of a block see a key: those in the rows [low, high). The rows behind the last query count as seeing: their
+// queries are zeros, and what they take is not read.
 struct Seen {
   int64_t low, high;
+
+  bool all(int64_t from, int64_t count) const { return low <= from && high >= count; }
 
   // `value` in the lanes from row `at` on, where they see; `otherwise` elsewhere.
   Vec only(const Vec& value, int64_t at, float otherwise) const {
@@ -215,7 +239,7 @@ struct QueryBlock {
     const int64_t after = place - (segment.before + start - segment.start);  // of the block's first token
     const int64_t low = std::max<int64_t>(0, after) * heads.shared();
     const int64_t high = heads.window ? std::max<int64_t>(0, after + heads.window) * heads.shared() : rows;
-    return {std::min(low, rows), std::min(high, rows)};
+    return {std::min(low, rows), high < rows ? high : count};
   }
 };
 
@@ -223,11 +247,10 @@ struct QueryBlock {
 struct KeyBlock {
   int64_t slot, place, keys;  // where they stand in the task's memory, and among all that the segment may see
   int64_t from;  // the first of the block's rows that is computed
-  bool whole;  // whether all rows see all of them, and neither has padding
 
   int64_t count() const { return padded(keys); }
   Seen seen(const QueryBlock& block, int64_t key) const {
-    return key < keys ? block.sees(place + key) : Seen{0, 0};
+    return key < keys ? block.sees(place + key) : Seen{0, 0};  // no query sees padding
   }
 };
 
@@ -240,8 +263,7 @@ inline void each_key_block(const Tree& tree, const QueryBlock& block, const F& f
       const int64_t keys = std::min(step, to - at), place = of.before + at;
       const Seen first = block.sees(place), last = block.sees(place + keys - 1);
       if (last.high > 0) {  // else the window has passed all of them
-        const bool whole = last.low == 0 && first.high == block.count && keys == padded(keys);
-        f(KeyBlock{of.slot + at, place, keys, first.low / TILE * TILE, whole});
+        f(KeyBlock{of.slot + at, place, keys, first.low / TILE * TILE});
       }
     }
   };
@@ -257,15 +279,85 @@ inline void each_key_block(const Tree& tree, const QueryBlock& block, const F& f
   along_keys(own, first / TILE * TILE, last + 1, DIAGONAL);
 }
 
+// Tokens whose queries make a block: whole tiles of rows, where some tokens fill QUERIES rows.
+inline int64_t block_tokens(const Heads& heads) {
+  const int64_t tokens = QUERIES / heads.shared();
+  return tokens >= TILE ? tokens / TILE * TILE : std::max<int64_t>(1, tokens);
+}
+
+// Calls f(segment, first token, one past the last) for all blocks of neighbouring tokens of a tree.
+template <typename F>
+inline void each_token_block(const Tree& tree, const Heads& heads, const F& f) {
+  const int64_t tokens = block_tokens(heads);
+  for (const Segment& segment : tree.segments) {
+    for (int64_t start = std::max(segment.start, tree.start); start < segment.stop; start += tokens) {
+      f(segment, start, std::min(start + tokens, segment.stop));
+    }
+  }
+}
+
 // Calls f(QueryBlock) for all queries of a tree that share a key head.
 template <typename F>
 inline void each_query_block(const Tree& tree, const Heads& heads, int64_t kv_head, const F& f) {
-  const int64_t tokens = std::max<int64_t>(1, QUERIES / heads.shared());
-  for (const Segment& segment : tree.segments) {
-    for (int64_t start = segment.start; start < segment.stop; start += tokens) {
-      const int64_t rows = std::min(tokens, segment.stop - start) * heads.shared();
-      f(QueryBlock{heads, segment, kv_head, start, rows, padded(rows)});
+  each_token_block(tree, heads, [&](const Segment& segment, int64_t start, int64_t stop) {
+    const int64_t rows = (stop - start) * heads.shared();
+    f(QueryBlock{heads, segment, kv_head, start, rows, padded(rows)});
+  });
+}
+
+// What the queries of the tokens [start, stop) see of a tree.
+inline Tree part_of(const Tree& tree, int64_t start, int64_t stop) {
+  std::vector<int64_t> place(tree.segments.size(), -1);
+  for (int64_t i = static_cast<int64_t>(tree.segments.size()) - 1; i >= 0; --i) {
+    const Segment& segment = tree.segments[i];
+    if (segment.start < stop && segment.stop > start) {
+      place[i] = 0;
     }
+    if (place[i] == 0 && segment.parent >= 0) {
+      place[segment.parent] = 0;
+    }
+  }
+  Tree part{{}, start, stop};
+  for (size_t i = 0; i < place.size(); ++i) {
+    if (place[i] == 0) {
+      place[i] = static_cast<int64_t>(part.segments.size());
+      Segment segment = tree.segments[i];
+      segment.stop = std::min(segment.stop, stop);
+      segment.parent = segment.parent < 0 ? -1 : place[segment.parent];
+      part.add(segment);
+    }
+  }
+  return part;
+}
+
+// A tree in `count` parts of about the same work, or fewer.
+inline std::vector<Tree> parts_of(const Tree& tree, const Heads& heads, int64_t count) {
+  const auto work = [&](const Segment& segment, int64_t start, int64_t stop) {
+    const int64_t seen = segment.before + stop - segment.start;
+    return (stop - start) * (heads.window ? std::min(heads.window + stop - start, seen) : seen);
+  };
+  int64_t all = 0, done = 0, first = tree.start;
+  each_token_block(tree, heads, [&](const Segment& segment, int64_t start, int64_t stop) {
+    all += work(segment, start, stop);
+  });
+  std::vector<Tree> parts;
+  each_token_block(tree, heads, [&](const Segment& segment, int64_t start, int64_t stop) {
+    done += work(segment, start, stop);
+    if (done * count >= all * (static_cast<int64_t>(parts.size()) + 1)) {
+      parts.push_back(part_of(tree, first, stop));
+      first = stop;
+    }
+  });
+  return parts;
+}
+
+constexpr int64_t AHEAD = 12;  // rows that are fetched before they are read: they lie far apart, one in each token
+
+// Tells the processor that a row will be read.
+template <typename T>
+inline void fetch(const T* row, int64_t size) {
+  for (int64_t at = 0; at < size; at += 64 / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(row + at);
   }
 }
 
@@ -273,6 +365,7 @@ inline void each_query_block(const Tree& tree, const Heads& heads, int64_t kv_he
 template <typename T, typename F>
 inline void copy_rows(const F& rows, int64_t used, int64_t count, int64_t size, int64_t width, T* to) {
   for (int64_t i = 0; i < used; ++i, to += width) {
+    fetch(rows(std::min(i + AHEAD, used - 1)), size);
     std::memcpy(to, rows(i), size * sizeof(T));
     std::memset(to + size, 0, (width - size) * sizeof(T));
   }
@@ -311,21 +404,45 @@ inline int64_t most_rows(const Heads& heads) {
   return padded(std::max(QUERIES, heads.shared()));
 }
 
-// Runs Task(memory, heads, tree).run(key head) for all trees and key heads, shared out among torch's threads.
-template <typename Task>
-inline void each_task(const std::vector<Tree>& trees, const Heads& heads, const typename Task::Tensors& tensors) {
-  const int64_t count = static_cast<int64_t>(trees.size());
-  int64_t bytes = 0;
-  for (const Tree& tree : trees) {
-    Memory counted;
-    Task(counted, heads, tree);
-    bytes = std::max(bytes, counted.used());
+// A part of a tree: its number among the tree's `parts`, and the tree's number.
+struct Part {
+  Tree tree;
+  int64_t number, parts, of;
+};
+
+// All trees in parts, those with the most rows first. There are so many that threads seldom wait for each other.
+inline std::vector<Part> share_out(const std::vector<Tree>& trees, const Heads& heads) {
+  const int64_t wanted = 2 * torch::stable::get_num_threads();
+  const int64_t tasks = std::max<int64_t>(1, trees.size() * heads.kv_heads);
+  const int64_t count = tasks >= wanted ? 1 : (wanted + tasks - 1) / tasks;
+  std::vector<Part> all;
+  for (size_t of = 0; of < trees.size(); ++of) {
+    std::vector<Tree> parts = parts_of(trees[of], heads, count);
+    for (size_t i = 0; i < parts.size(); ++i) {
+      all.push_back({std::move(parts[i]), static_cast<int64_t>(i), static_cast<int64_t>(parts.size()),
+                     static_cast<int64_t>(of)});
+    }
   }
-  torch::stable::parallel_for(0, count * heads.kv_heads, 1, [&](int64_t begin, int64_t end) {
-    Memory memory(bytes);
-    for (int64_t task = begin; task < end; ++task) {
+  std::stable_sort(all.begin(), all.end(), [](const Part& a, const Part& b) { return a.tree.rows() > b.tree.rows(); });
+  return all;
+}
+
+// Runs Task(memory, heads, part).run(tensors, key head) for all parts and key heads. Each of torch's threads takes the
+// next task when it is done with one.
+template <typename Task>
+inline void each_task(const std::vector<Part>& parts, const Heads& heads, const typename Task::Tensors& tensors) {
+  if (parts.empty()) {
+    return;
+  }
+  Memory counted;
+  Task(counted, heads, parts.front());
+  const int64_t count = static_cast<int64_t>(parts.size()) * heads.kv_heads;
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    Memory memory(counted.used());
+    for (int64_t task = next++; task < count; task = next++) {
       memory.clear();
-      Task(memory, heads, trees[task % count]).run(tensors, task / count);
+      Task(memory, heads, parts[task / heads.kv_heads]).run(tensors, task % heads.kv_heads);
     }
     at::native::cpublas::brgemm_release();
   });

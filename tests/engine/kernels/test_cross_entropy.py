@@ -168,15 +168,20 @@ def test_the_sum_of_log_probabilities_is_the_loss() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(nll, (hidden, head)))
 
 
-def test_bfloat16_log_probabilities_are_near_and_their_gradients_are_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_bfloat16_log_probabilities_are_near_and_their_gradients_are_bfloat16(
+    head_trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_chunks_of(3, monkeypatch)
     hidden, head, labels, weights = draw(torch.bfloat16)
+    head.requires_grad_(head_trains)
     exact = [state.detach().double().requires_grad_() for state in (hidden, head)]
     wanted = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, labels[:, None])[:, 0]
     found, _ = linear_log_probs(hidden, head, labels)
     torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0.02)
-    ours = torch.autograd.grad((found * weights).sum(), (hidden, head))
-    for a, b in zip(ours, torch.autograd.grad((wanted * weights).sum(), exact), strict=True):
+    leaves = (hidden, head)[: 1 + head_trains]
+    ours = torch.autograd.grad((found * weights).sum(), leaves)
+    for a, b in zip(ours, torch.autograd.grad((wanted * weights).sum(), exact[: len(leaves)]), strict=True):
         assert a.dtype == torch.bfloat16
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
@@ -191,10 +196,14 @@ def test_no_labels_have_no_log_probabilities() -> None:
 
 
 @each_chunk
-def test_how_logits_are_spread_is_seen_in_the_same_pass(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_how_logits_are_spread_is_seen_in_the_same_pass(
+    rows: int, head_trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Far from zero too, where a sum of exponentials would overflow."""
     in_chunks_of(rows, monkeypatch)
     hidden, head, labels, _ = draw()
+    head.requires_grad_(head_trains)
     with torch.no_grad():
         hidden[0] *= 100
     numbers = linear_label_numbers(hidden, head, labels)
@@ -204,7 +213,8 @@ def test_how_logits_are_spread_is_seen_in_the_same_pass(rows: int, monkeypatch: 
     assert not any(one.requires_grad for one in numbers[1:])
     plain = linear_log_probs(hidden, head, labels)
     assert all(torch.equal(a, b) for a, b in zip(numbers[:2], plain, strict=True))
-    ours, theirs = (torch.autograd.grad(one[0].sum(), (hidden, head)) for one in (numbers, plain))
+    leaves = (hidden, head)[: 1 + head_trains]
+    ours, theirs = (torch.autograd.grad(one[0].sum(), leaves) for one in (numbers, plain))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -232,6 +242,10 @@ def test_nothing_of_labels_times_vocabulary_is_kept(head_trains: bool) -> None:
     kept = [tuple(t.shape) for t in nll.grad_fn.saved_tensors if t is not None]
     assert kept == [(LABELS, WIDTH)] + [(VOCABULARY, WIDTH)] * head_trains
     assert not any(isinstance(value, Tensor) for value in vars(nll.grad_fn).values())
+    log_probs, _ = linear_log_probs(hidden, head, labels)
+    assert log_probs.grad_fn is not None
+    kept = [tuple(t.shape) for t in log_probs.grad_fn.saved_tensors]
+    assert kept == ([(LABELS, WIDTH), (VOCABULARY, WIDTH), (LABELS,)] if head_trains else [(LABELS, WIDTH)])
 
 
 def test_logits_are_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """The language-model head and its cross-entropy in one, a chunk of logits at a time.
 
-Only positions that have a label are given at all. `linear_cross_entropy` gives one sum. It computes the gradient of
-the hidden states in the forward, while a chunk's logits are there (Hsu et al. 2024, Liger Kernel, section 3.2).
-`linear_log_probs` gives a number a label. What their gradients will be is not known in the forward, so the backward
+Only positions that have a label are given at all. The gradient of the hidden states is computed in the forward, while a
+chunk's logits are there (Hsu et al. 2024, Liger Kernel, section 3.2). `linear_cross_entropy` gives one sum.
+`linear_log_probs` gives a number a label. What their gradients will be is not known in the forward; but each only
+scales a row of the hidden states' gradient. The gradient of a head that trains adds rows up, so for that the backward
 computes the logits again. `linear_label_numbers` also tells how the logits are spread, while they are there.
 """
 
@@ -49,7 +50,8 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Te
     Returns:
         shape (labels), float32, differentiable in hidden and in a head that trains; shape (labels), float32, 1 or 0.
     """
-    log_probs, first, _, _ = _LinearLogProbs.apply(hidden, weight, labels, False)  # type: ignore[no-untyped-call]
+    wanted = torch.is_grad_enabled()
+    log_probs, first, _, _ = _LinearLogProbs.apply(hidden, weight, labels, False, wanted)  # type: ignore[no-untyped-call]
     return log_probs, first
 
 
@@ -60,7 +62,8 @@ def linear_label_numbers(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
         the log-probabilities and the first choices; then, without gradients, the entropy of softmax(hidden weightᵀ) in
         nats and the mean logit over the vocabulary. Each has shape (labels), float32.
     """
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = _LinearLogProbs.apply(hidden, weight, labels, True)  # type: ignore[no-untyped-call]
+    wanted = torch.is_grad_enabled()
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _LinearLogProbs.apply(hidden, weight, labels, True, wanted)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -103,34 +106,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """Keeps what it was given; the backward computes each chunk's logits again."""
+    """Keeps each row's gradient of hidden for a log-probability that pulls by 1; no logits.
+
+    With a head that trains it keeps what it was given.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, spread: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, spread: bool, wanted: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        needs_hidden, ctx.again = (wanted and needs for needs in ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if needs_hidden and not ctx.again else None
         found = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         first = torch.empty_like(found)
         more = (torch.empty_like(found), torch.empty_like(found)) if spread else None
-        for part, _, logits in _chunks(hidden, weight, len(labels)):
-            _cross_entropy_(logits, labels[part], None, found[part], first[part])
+        for part, seen, logits in _chunks(hidden, weight, len(labels)):
+            if more or d_hidden is None:
+                _cross_entropy_(logits, labels[part], None, found[part], first[part])
             if more:
                 _spread(logits, labels[part], found[part], *(one[part] for one in more))
-        ctx.save_for_backward(hidden, weight, labels)
+            if d_hidden is not None:
+                _cross_entropy_(logits, labels[part], torch.ones_like(found[part]), found[part], first[part])
+                _add_gradients(logits, seen, weight, d_hidden, None, part)
+        ctx.save_for_backward(*((hidden, weight, labels) if ctx.again else (d_hidden,)))
         ctx.mark_non_differentiable(first, *(more or ()))
         return found, first, *(more or (None, None))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         pulls = -grad.contiguous()
+        if not ctx.again:
+            (d_hidden,) = ctx.saved_tensors
+            return (d_hidden * pulls[:, None]).to(d_hidden.dtype), None, None, None, None
+        hidden, weight, labels = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for part, seen, logits in _chunks(hidden, weight, len(labels)):
             _cross_entropy_(logits, labels[part], pulls[part], *torch.empty_like(pulls[part].expand(2, -1)))
             _add_gradients(logits, seen, weight, d_hidden, d_weight, part)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
 def _chunks(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -235,3 +235,16 @@ def test_a_form_that_gives_something_else_or_takes_longer_is_left_aside() -> Non
         assert not seconds["native_is_faster"]
     finally:
         operator._all["swiglu"] = right
+
+
+def test_a_form_that_can_not_run_here_is_left_aside_and_the_others_stay() -> None:
+    """As the products of attention on a processor without their instruction set."""
+    right = swiglu._forward
+    try:
+        found = operator._tried(
+            Operator("swiglu", right.by_torch, lambda kind: (torch.zeros(2, 3), torch.zeros(2))), torch.float32
+        )
+    finally:
+        operator._all["swiglu"] = right
+    assert not found["native_is_faster"]
+    assert found["failed"]

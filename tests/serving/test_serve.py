@@ -37,6 +37,7 @@ def process_of(folder: Path, job: str) -> dict[str, Any] | None:
     return json.loads(row["process"]) if row and row["process"] else None
 
 
+@pytest.mark.slow
 def test_a_job_survives_the_server_and_its_own_process(tmp_path: Path) -> None:
     folder = tmp_path / "server"
     server = ServerProcess(folder)

@@ -123,6 +123,17 @@ def test_trees_in_parts(forest: list[tuple[int, int]], heads: Heads) -> None:
     assert_near(forest, heads, torch.float32)
 
 
+@pytest.mark.parametrize("length", [100, 128, 256])
+def test_parted_trees_beside_whole_ones(length: int) -> None:
+    """A whole tree takes more memory than a part of a larger one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_near([(300, -1), (length, -1)], Heads(1, 1, 8, 0.4), torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.usefixtures("many_threads")
 def test_the_order_in_which_threads_finish_changes_no_bit() -> None:
     segments = table(LARGE["a long tree"])

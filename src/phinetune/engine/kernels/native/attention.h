@@ -89,13 +89,15 @@ inline std::vector<Tree> read_trees(const Tensor& table, int64_t tokens) {
 class Memory {
  public:
   Memory() = default;
-  explicit Memory(int64_t bytes) : start_(static_cast<char*>(std::aligned_alloc(LINE, padded(bytes, LINE)))) {
+  explicit Memory(int64_t bytes)
+      : bytes_(bytes), start_(static_cast<char*>(std::aligned_alloc(LINE, padded(bytes, LINE)))) {
     STD_TORCH_CHECK(start_, "phinetune: no memory for attention");
   }
   template <typename T>
   T* take(int64_t count) {
     char* part = start_ ? start_.get() + used_ : nullptr;
     used_ += padded(count * static_cast<int64_t>(sizeof(T)), LINE);
+    STD_TORCH_CHECK(!start_ || used_ <= bytes_, "phinetune: a task of attention takes more than was counted");
     return reinterpret_cast<T*>(part);
   }
   void clear() { used_ = 0; }
@@ -106,8 +108,8 @@ class Memory {
   struct Free {
     void operator()(char* start) const { std::free(start); }
   };
+  int64_t bytes_ = 0, used_ = 0;
   std::unique_ptr<char, Free> start_;
-  int64_t used_ = 0;
 };
 
 // How many numbers of T, one below the other, lie side by side in the right factor of a product.
@@ -431,15 +433,16 @@ inline std::vector<Part> share_out(const std::vector<Tree>& trees, const Heads& 
 // next task when it is done with one.
 template <typename Task>
 inline void each_task(const std::vector<Part>& parts, const Heads& heads, const typename Task::Tensors& tensors) {
-  if (parts.empty()) {
-    return;
+  int64_t bytes = 0;  // of the task that takes most: a tree that is whole takes more than a part of a larger one
+  for (const Part& part : parts) {
+    Memory counted;
+    Task(counted, heads, part);
+    bytes = std::max(bytes, counted.used());
   }
-  Memory counted;
-  Task(counted, heads, parts.front());
   const int64_t count = static_cast<int64_t>(parts.size()) * heads.kv_heads;
   std::atomic<int64_t> next = 0;
   torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    Memory memory(counted.used());
+    Memory memory(bytes);
     for (int64_t task = next++; task < count; task = next++) {
       memory.clear();
       Task(memory, heads, parts[task / heads.kv_heads]).run(tensors, task % heads.kv_heads);

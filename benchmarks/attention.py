@@ -35,7 +35,9 @@ def runs_of(form: str, length: int) -> list[AttentionRun]:
     segments = [Segment(i * length, (i + 1) * length) for i in range(max(1, TOKENS // length))]
     if form == "fused":
         return [fused_run([segment]) for segment in segments]
-    return [trees_run(segments) if form == "native" else grouped_run(segments, HEADS, torch.device("cpu"))]
+    if form == "native":
+        return [trees_run(torch.tensor([(segment.start, segment.stop, -1) for segment in segments]))]
+    return [grouped_run(segments, HEADS, torch.device("cpu"))]
 
 
 def step_of(form: str, length: int, dtype: torch.dtype) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from phinetune.engine.activation_memory import MAPPED, PLENTY, RESERVE, SLACK, A
 from phinetune.engine.device_memory import LIBRARY_SPACE, _groups, _left_in_group, free_bytes, limits
 
 KEEP, CHEAP, LAYER = Level
-SIZES = LayerSizes(hidden=32, qkv=64, attended=32, inner=48, dropout=False)
+SIZES = LayerSizes(hidden=32, qkv=64, attended=32, inner=48, dropout=False, heads=4)
 LAYERS, WIDTH = 4, 2
 HUGE = 1 << 40
 
@@ -46,15 +46,15 @@ def test_sizes_of_a_configuration() -> None:
     # 4 heads of 8 in, 2 key and 2 value heads of 8 besides.
     assert LayerSizes.of(config(), dropout=False) == SIZES
     ungrouped = LayerSizes.of(config(num_key_value_heads=4), dropout=True)
-    assert ungrouped == LayerSizes(hidden=32, qkv=96, attended=32, inner=48, dropout=True)
+    assert ungrouped == LayerSizes(hidden=32, qkv=96, attended=32, inner=48, dropout=True, heads=4)
     wide = LayerSizes.of(config(head_dim=16), dropout=False)
-    assert wide == LayerSizes(hidden=32, qkv=128, attended=64, inner=48, dropout=False)
+    assert wide == LayerSizes(hidden=32, qkv=128, attended=64, inner=48, dropout=False, heads=4)
 
 
 def test_what_a_layer_keeps_by_hand() -> None:
-    # Twice what the norm takes and gives; qkv; what attention gives; gate and up; what SwiGLU gives.
-    assert SIZES.kept(KEEP) == (32 + 32) + 64 + 32 + (32 + 32) + 2 * 48 + 48
-    assert SIZES.kept(CHEAP) == 32 + 64 + 32 + 32 + 2 * 48
+    # Twice what the norm takes and gives; qkv; what attention gives, and its sums; gate and up; what SwiGLU gives.
+    assert SIZES.kept(KEEP) == (32 + 32) + 64 + 32 + 2 * 4 + (32 + 32) + 2 * 48 + 48
+    assert SIZES.kept(CHEAP) == 32 + 64 + 32 + 2 * 4 + 32 + 2 * 48
     assert SIZES.kept(LAYER) == 32
 
 

@@ -51,6 +51,7 @@ class LayerSizes:
         inner: features inside the MLP, `intermediate_size`.
         dropout: whether LoRA dropout is on.
         inputs: how many layers read the hidden states: qkv and gate_up, or q, k, v and gate, up.
+        heads: query heads. Native attention keeps a float32 for each, which counts as two elements.
     """
 
     hidden: int
@@ -59,6 +60,7 @@ class LayerSizes:
     inner: int
     dropout: bool
     inputs: int = 2
+    heads: int = 0
 
     @classmethod
     def of(cls, config: Any, dropout: bool) -> LayerSizes:
@@ -67,17 +69,17 @@ class LayerSizes:
         attended = config.num_attention_heads * size
         qkv = attended + 2 * config.num_key_value_heads * size
         inputs = 2 if is_fused(config) else 5
-        return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout, inputs)
+        heads = config.num_attention_heads
+        return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout, inputs, heads)
 
     def tensors(self, level: Level) -> tuple[int, ...]:
         """Elements per token of each tensor that is kept at a level.
 
-        The copy of its output that torch's fused attention keeps is not counted, nor are the native attention's sums,
-        one float32 a head: 0.2% of what a layer of Phi-3 mini keeps.
+        The copy of its output that torch's fused attention keeps is not counted.
         """
         if level is Level.LAYER:
             return (self.hidden,)
-        lasting = (self.hidden, self.qkv, self.attended, self.hidden, 2 * self.inner)
+        lasting = (self.hidden, self.qkv, self.attended, self.hidden, 2 * self.inner, 2 * self.heads)
         if self.dropout:
             return lasting + 2 * (*(self.hidden,) * self.inputs, self.attended, self.inner)
         return lasting if level is Level.CHEAP else (*lasting, self.hidden, self.hidden, self.inner)

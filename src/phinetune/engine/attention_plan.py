@@ -121,12 +121,7 @@ class AttentionRun:
 
 
 def plan(
-    segments: Sequence[Segment],
-    heads: Heads,
-    device: torch.device,
-    fuses: Callable[[int], bool] = lambda length: False,
-    *,
-    native: bool = False,
+    segments: Sequence[Segment], heads: Heads, device: torch.device, fuses: Callable[[int], bool] = lambda length: False
 ) -> list[AttentionRun]:
     """Plan how to attend within segments. One plan serves all layers.
 
@@ -134,13 +129,10 @@ def plan(
         segments: they cover the row in order. A branch stands after its parent and before the next root.
         device: that of qkv.
         fuses: whether torch's fused attention is faster for a root of so many tokens.
-        native: whether the native kernels compute all of them, so that there is one run.
 
     Returns:
         runs that cover the tokens in order.
     """
-    if native:
-        return [trees_run(segments)]
     runs: list[list[Segment]] = []
     fused: list[bool] = []
     for i, segment in enumerate(segments):
@@ -162,11 +154,9 @@ def fused_run(segments: Sequence[Segment]) -> AttentionRun:
     return AttentionRun(segments[-1].stop - segments[0].start, None)
 
 
-def trees_run(segments: Sequence[Segment]) -> AttentionRun:
-    """A run of whole trees of segments, for the native kernels."""
-    index = {(segment.start, segment.stop): i for i, segment in enumerate(segments)}
-    rows = [(part.start, part.stop, index[part.above[-1]] if part.above else -1) for part in segments]
-    return AttentionRun(segments[-1].stop, Trees(torch.tensor(rows)))
+def trees_run(table: Tensor) -> AttentionRun:
+    """A run of all segments in a table, shape (segments, 3), for the native kernels."""
+    return AttentionRun(int(table[-1, 1]), Trees(table))
 
 
 def grouped_run(segments: Sequence[Segment], heads: Heads, device: torch.device) -> AttentionRun:

@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 
 from phinetune.engine.activation_memory import Level
-from phinetune.engine.attention_plan import AttentionRun, Heads, plan
+from phinetune.engine.attention_plan import AttentionRun, Heads, plan, trees_run
 from phinetune.engine.families import FUSED
 from phinetune.engine.kernels import attention_trees, rotary
 from phinetune.engine.kernels.attention import attention, fuses
@@ -346,7 +346,8 @@ class PackedDecoder(nn.Module):
         first: Any = self.layers[0]
         heads = first.self_attn.heads
         fused = functools.partial(fuses, heads=heads, dtype=hidden.dtype, device=hidden.device)
-        runs = plan(parts, heads, hidden.device, fused, native=attention_trees.takes(hidden))
+        native = attention_trees.takes(hidden)
+        runs = [trees_run(segments)] if native else plan(parts, heads, hidden.device, fused)
         row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels, on_qkv)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

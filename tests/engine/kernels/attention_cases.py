@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
-from phinetune.engine.attention_plan import Heads, plan
+from phinetune.engine.attention_plan import Heads, plan, trees_run
 from phinetune.engine.kernels import attention as kernel
 from phinetune.engine.kernels.attention import attention
 from phinetune.engine.segments import read_segments
@@ -88,7 +88,8 @@ def reference(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Table, heads: Hea
 
 def attend(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Table, heads: Heads, native: bool = False) -> Tensor:
     fused = functools.partial(kernel.fuses, heads=heads, dtype=qkv.dtype, device=CPU)
-    runs = plan(read_segments(torch.tensor(segments)), heads, CPU, fused, native=native)
+    rows = torch.tensor(segments)
+    runs = [trees_run(rows)] if native else plan(read_segments(rows), heads, CPU, fused)
     return attention(qkv.clone(), cos, sin, runs, heads)  # it overwrites its input
 
 
@@ -132,3 +133,30 @@ def below(segments: Table, i: int) -> set[int]:
         if parent in family:
             family.add(j)
     return family
+
+
+def assert_no_gradient_beside_and_below(forest: Sequence[tuple[int, int]], native: bool = False) -> None:
+    """A segment's output gives a gradient to its own tokens and those of its ancestors alone."""
+    segments = table(forest)
+    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
+    for i, (start, stop, _) in enumerate(segments):
+        leaf = qkv.clone().requires_grad_()
+        attend(leaf, cos, sin, segments, GROUPED, native)[start:stop].sum().backward()
+        assert leaf.grad is not None
+        reached = {j for j, (first, last, _) in enumerate(segments) if leaf.grad[first:last].any()}
+        assert reached == {j for j in range(len(segments)) if i in below(segments, j)}, f"from segment {i}"
+
+
+def assert_others_change_no_bit(
+    forest: Sequence[tuple[int, int]], dtype: torch.dtype, change: Callable[[Tensor], Tensor], native: bool = False
+) -> None:
+    """What is done to a segment's tokens changes its own output and that of the segments below it alone."""
+    segments = table(forest)
+    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, dtype)
+    before = attend(qkv, cos, sin, segments, GROUPED, native)
+    for i, (start, stop, _) in enumerate(segments):
+        other = qkv.clone()
+        other[start:stop] = change(other[start:stop])
+        after = attend(other, cos, sin, segments, GROUPED, native)
+        changed = {j for j, (a, b, _) in enumerate(segments) if not torch.equal(before[a:b], after[a:b])}
+        assert changed == below(segments, i), f"after a change in segment {i}"

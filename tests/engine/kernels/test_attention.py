@@ -14,8 +14,9 @@ from engine.kernels.attention_cases import (
     NINE,
     SIZE,
     assert_equal_to_the_reference,
+    assert_no_gradient_beside_and_below,
+    assert_others_change_no_bit,
     attend,
-    below,
     both,
     each_forest,
     each_heads,
@@ -176,27 +177,12 @@ def test_other_segments_tokens_change_no_bit(
     forest: list[tuple[int, int]], fused_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fuse_from(fused_from, monkeypatch)
-    segments = table(forest)
-    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
-    before = attend(qkv, cos, sin, segments, GROUPED)
-    for i, (start, stop, _) in enumerate(segments):
-        other = qkv.clone()
-        other[start:stop] += 1.0
-        after = attend(other, cos, sin, segments, GROUPED)
-        changed = {j for j, (a, b, _) in enumerate(segments) if not torch.equal(before[a:b], after[a:b])}
-        assert changed == below(segments, i), f"after a change in segment {i}"
+    assert_others_change_no_bit(forest, torch.float32, lambda tokens: tokens + 1)
 
 
 @each_forest
 def test_a_segment_gives_no_gradient_beside_and_below_itself(forest: list[tuple[int, int]]) -> None:
-    segments = table(forest)
-    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
-    for i, (start, stop, _) in enumerate(segments):
-        leaf = qkv.clone().requires_grad_()
-        attend(leaf, cos, sin, segments, GROUPED)[start:stop].sum().backward()
-        assert leaf.grad is not None
-        reached = {j for j, (first, last, _) in enumerate(segments) if leaf.grad[first:last].any()}
-        assert reached == {j for j in range(len(segments)) if i in below(segments, j)}, f"from segment {i}"
+    assert_no_gradient_beside_and_below(forest)
 
 
 @pytest.mark.parametrize("fused_from", [1000, 32])

@@ -8,22 +8,21 @@ import pytest
 import torch
 
 from engine.kernels.attention_cases import (
-    CPU,
     FORESTS,
     GROUPED,
     assert_equal_to_the_reference,
+    assert_no_gradient_beside_and_below,
+    assert_others_change_no_bit,
     attend,
-    below,
     both,
     each_forest,
     each_heads,
     inputs,
     table,
 )
-from phinetune.engine.attention_plan import Heads, Trees, plan
+from phinetune.engine.attention_plan import Heads, Trees, trees_run
 from phinetune.engine.kernels import attention_trees
 from phinetune.engine.kernels.native.operator import chosen, native_form
-from phinetune.engine.segments import read_segments
 
 pytestmark = pytest.mark.skipif(not chosen(), reason="no native kernels on this machine: the log says why")
 
@@ -84,27 +83,13 @@ def test_a_sliding_window_is_crossed_inside_roots_and_from_branches(forest: list
 
 @each_forest
 def test_other_segments_tokens_change_no_bit(forest: list[tuple[int, int]]) -> None:
-    segments = table(forest)
-    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.bfloat16)
-    before = attend(qkv, cos, sin, segments, GROUPED, native=True)
-    for i, (start, stop, _) in enumerate(segments):
-        other = qkv.clone()
-        other[start:stop] = float("nan")
-        after = attend(other, cos, sin, segments, GROUPED, native=True)
-        changed = {j for j, (a, b, _) in enumerate(segments) if not torch.equal(before[a:b], after[a:b])}
-        assert changed == below(segments, i), f"after a change in segment {i}"
+    """Not even if they are no numbers."""
+    assert_others_change_no_bit(forest, torch.bfloat16, lambda tokens: tokens * float("nan"), native=True)
 
 
 @each_forest
 def test_a_segment_gives_no_gradient_beside_and_below_itself(forest: list[tuple[int, int]]) -> None:
-    segments = table(forest)
-    qkv, cos, sin, _ = inputs(segments[-1][1], GROUPED, torch.float32)
-    for i, (start, stop, _) in enumerate(segments):
-        leaf = qkv.clone().requires_grad_()
-        attend(leaf, cos, sin, segments, GROUPED, native=True)[start:stop].sum().backward()
-        assert leaf.grad is not None
-        reached = {j for j, (first, last, _) in enumerate(segments) if leaf.grad[first:last].any()}
-        assert reached == {j for j in range(len(segments)) if i in below(segments, j)}, f"from segment {i}"
+    assert_no_gradient_beside_and_below(forest, native=True)
 
 
 @pytest.fixture
@@ -177,11 +162,11 @@ def test_without_gradients_nothing_is_kept_and_the_output_is_the_same() -> None:
 
 
 def test_one_run_holds_all_segments() -> None:
-    segments = table(FORESTS["three levels"])
-    (run,) = plan(read_segments(torch.tensor(segments)), GROUPED, CPU, lambda length: True, native=True)
+    rows = torch.tensor(table(FORESTS["three levels"]))
+    run = trees_run(rows)
     assert isinstance(run.groups, Trees)
-    assert run.length == segments[-1][1]
-    assert [tuple(row) for row in run.groups.table.tolist()] == list(segments)
+    assert run.length == rows[-1, 1]
+    assert run.groups.table is rows
 
 
 def test_no_tokens_are_no_error() -> None:

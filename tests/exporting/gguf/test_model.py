@@ -202,16 +202,23 @@ def test_a_tuned_starter_in_llama_cpp_answers_as_in_transformers(tuned_starter: 
 
 @pytest.mark.starter
 def test_q8_0_keeps_the_top_tokens_log_probability(tuned_starter: TunedStarter, tmp_path: Path) -> None:
-    """llama.cpp rounds activations as well. An adapter that differs by 1e-6 moved an unsure answer's by 0.08."""
+    """llama.cpp rounds activations to 8 bits, too, which moves logits by some tenths where an answer is unsure.
+
+    That moves log p by (1 - p) times as much, in either direction.
+    """
     tuned, tokenizer, folder, chats = tuned_starter
     export(str(folder), "gguf", kind="q8_0", out=tmp_path / "a.gguf")
+    moved = []
     with llama(tmp_path / "a.gguf") as server:
         for chat in chats:
             ids = chat_ids(tokenizer, chat)
             with torch.no_grad():
                 theirs = torch.log_softmax(tuned(input_ids=torch.tensor([ids])).logits[0, -1], -1)
             top = int(theirs.argmax())
-            assert server.log_probabilities(ids)[top] == pytest.approx(float(theirs[top]), abs=0.12), chat
+            log_p = float(theirs[top])
+            moved.append(server.log_probabilities(ids)[top] - log_p)
+            assert abs(moved[-1]) < 0.4 * -math.expm1(log_p), chat
+    assert sum(map(abs, moved)) / len(moved) < 0.02
 
 
 # -- refused, and staged ---------------------------------------------------------------------------------------

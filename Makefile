@@ -70,6 +70,7 @@ bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.waiting
 	@.venv/bin/python -m benchmarks.preferences
 	@.venv/bin/python -m benchmarks.styles
+	@.venv/bin/python -m benchmarks.attention
 
 bench-quick: $(STAMP)
 	@.venv/bin/python -m benchmarks.quick

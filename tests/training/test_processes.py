@@ -128,6 +128,7 @@ PAIRS = [
 DPO = {"kind": "dpo", "loss_type": ["sigmoid", "sft"]}
 
 
+@pytest.mark.slow
 def test_pairs_are_learnt_as_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the part of the loss that is averaged over labels, of which the processes have unlike numbers."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
@@ -146,6 +147,7 @@ def test_pairs_are_learnt_as_by_one_process(tmp_path: Path, monkeypatch: pytest.
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_kto_estimates_from_the_answers_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process has a group of rows with neighbours of their own; how far the model has moved is one number for all,
     the mean of theirs. The second step again, by hand, from the first one's checkpoint; and the evaluation after it.

@@ -16,6 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+# Without a device Triton's kernels are interpreted; must be set before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from rich.console import Console

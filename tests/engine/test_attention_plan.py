@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from phinetune.engine.attention_plan import Groups, Heads, grouped_run, plan
-from phinetune.engine.segments import Segment
+from engine.kernels.attention_cases import each_forest, sees, table
+from phinetune.engine.attention_plan import Contexts, Groups, Heads, contexts_run, grouped_run, plan
+from phinetune.engine.segments import Segment, read_segments
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 8, 0.4)
@@ -78,3 +81,24 @@ def test_a_row_cut_off_its_start_is_counted_from_there() -> None:
     for i, (first, second) in enumerate(zip(grouped(TREE).members, moved.members, strict=True)):
         assert torch.equal(first.q, second.q), f"group {i}"
         assert torch.equal(first.above_v, second.above_v), f"group {i}"
+
+
+@each_forest
+def test_contexts_aligned_at_their_ends_show_each_token_what_it_sees(forest: list[tuple[int, int]]) -> None:
+    """A causal mask of a segment's queries and its context's keys, aligned at the last of both, as flash attention has
+    it, lets through what the forest lets through.
+    """
+    segments = table(forest)
+    run = contexts_run(read_segments(torch.tensor(segments)), CPU)
+    found = run.groups
+    assert isinstance(found, Contexts)
+    assert run.length == segments[-1][1]
+    tokens = torch.arange(run.length) if found.tokens is None else found.tokens
+    mask = torch.zeros(run.length, run.length, dtype=torch.bool)
+    queries, keys = found.queries.tolist(), found.keys.tolist()
+    for (first, last), (start, stop) in zip(pairwise(queries), pairwise(keys), strict=True):
+        seen = torch.ones(last - first, stop - start, dtype=torch.bool).tril((stop - start) - (last - first))
+        mask[first:last, tokens[start:stop]] = seen
+    assert torch.equal(mask, sees(segments, None))
+    assert found.longest == (max(b - a for a, b in pairwise(queries)), max(b - a for a, b in pairwise(keys)))
+    assert found.queries.dtype == found.keys.dtype == torch.int32

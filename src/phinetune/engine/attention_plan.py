@@ -4,6 +4,7 @@ keys and values lie.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -107,17 +108,37 @@ class Trees:
 
 
 @dataclass(frozen=True)
+class Contexts:
+    """The segments of a run, each beside the tokens that it sees, for flash attention on a GPU.
+
+    A segment's context is its ancestors' tokens and then its own. The contexts stand one after the other; tokens that
+    several segments see stand in each of theirs.
+
+    Attributes:
+        queries: where each segment begins in the run, and where the last one ends, shape (segments + 1), int32.
+        keys: where each context begins among the contexts, and where the last one ends, shape (segments + 1), int32.
+        longest: tokens of the longest segment, and of the longest context.
+        tokens: the tokens of the contexts, shape (keys); None: no segment has ancestors, so they are the run's own.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest: tuple[int, int]
+    tokens: Tensor | None
+
+
+@dataclass(frozen=True)
 class AttentionRun:
     """Neighbouring tokens of the row that are computed in the same way.
 
     Attributes:
         length: how many tokens they are.
-        groups: the groups, or the trees, of their segments; positions count from the run's first token. None: the run
-            is one long root, and torch's fused attention computes it.
+        groups: the groups, the trees or the contexts of their segments; positions count from the run's first token.
+            None: the run is one long root, and torch's fused attention computes it.
     """
 
     length: int
-    groups: Groups | Trees | None
+    groups: Groups | Trees | Contexts | None
 
 
 def plan(
@@ -157,6 +178,20 @@ def fused_run(segments: Sequence[Segment]) -> AttentionRun:
 def trees_run(table: Tensor) -> AttentionRun:
     """A run of all segments in a table, shape (segments, 3), for the native kernels."""
     return AttentionRun(int(table[-1, 1]), Trees(table))
+
+
+def contexts_run(segments: Sequence[Segment], device: torch.device) -> AttentionRun:
+    """A run of all segments of a row, for `phinetune.engine.kernels.attention_flash`."""
+    contexts = [(*segment.above, (segment.start, segment.stop)) for segment in segments]
+    seen = [sum(stop - start for start, stop in context) for context in contexts]
+    own = [len(segment) for segment in segments]
+    tokens = None
+    if any(segment.above for segment in segments):
+        tokens = torch.cat([torch.arange(*part) for context in contexts for part in context]).to(device)
+    queries, keys = (
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (own, seen)
+    )
+    return AttentionRun(sum(own), Contexts(queries, keys, (max(own), max(seen)), tokens))
 
 
 def grouped_run(segments: Sequence[Segment], heads: Heads, device: torch.device) -> AttentionRun:

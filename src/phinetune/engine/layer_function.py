@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phinetune.engine.activation_memory import MLP_ROWS, Level
-from phinetune.engine.attention_plan import Groups, Heads, Trees
+from phinetune.engine.attention_plan import Contexts, Groups, Heads, Trees
 from phinetune.engine.kernels.attention import _Attention
 from phinetune.engine.kernels.matmul import row_slices
 from phinetune.engine.kernels.norm import _RMSNorm
@@ -71,13 +71,13 @@ class Places:
 
     Attributes:
         cos, sin: see `phinetune.engine.kernels.attention`.
-        groups: the groups, or the trees, of all segments of the row.
+        groups: the groups, the trees or the contexts of all segments of the row.
         rows: the tokens whose output is wanted, shape (labels); None: all.
     """
 
     cos: Tensor
     sin: Tensor
-    groups: Groups | Trees
+    groups: Groups | Trees | Contexts
     rows: Tensor | None
 
 

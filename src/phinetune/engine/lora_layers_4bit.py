@@ -61,8 +61,11 @@ def _expand(
         max_elements, dtype: see `BlockReader`.
     """
     rows, width = state.shape
-    if width % state.blocksize:  # some rows begin inside a block that shares a scale, so the weight is read whole
-        max_elements = None
+    # Some rows begin inside a block that shares a scale: then the weight is read whole, too.
+    if max_elements is None or width % state.blocksize:
+        expanded = dequantize_4bit(data.view(torch.uint8).view(-1, 1), state)
+        yield slice(0, rows), converted(expanded.to(rounded), dtype, "weight")
+        return
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     packed, scales = data.view(torch.uint8).view(-1), scales.float()
     for part in row_slices(rows, width, max_elements):

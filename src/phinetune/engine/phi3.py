@@ -22,10 +22,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 
 from phinetune.engine.activation_memory import Level
-from phinetune.engine.attention_plan import AttentionRun, Heads, plan, trees_run
+from phinetune.engine.attention_plan import AttentionRun, Heads
 from phinetune.engine.families import FUSED
-from phinetune.engine.kernels import attention_trees, rotary
-from phinetune.engine.kernels.attention import attention, fuses
+from phinetune.engine.kernels import rotary
+from phinetune.engine.kernels.attention import attention, planned
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_label_numbers, linear_log_probs
 from phinetune.engine.kernels.norm import rms_norm
 from phinetune.engine.kernels.recompute import recomputed
@@ -45,7 +45,7 @@ class Packed:
     """What the layers need to know about a packed row; a `RowAttention`.
 
     Attributes:
-        runs: how attention is computed; see `attention_plan.plan`.
+        runs: how attention is computed; see `kernels.attention.planned`.
         cos, sin: shape (tokens, rotated features / 2), in the hidden states' dtype.
         predicts: positions whose output is used, shape (labels).
         levels: what each layer keeps for the backward.
@@ -344,10 +344,7 @@ class PackedDecoder(nn.Module):
         cos, sin = self._rotation(positions, parts)
         levels = self._levels(len(positions))
         first: Any = self.layers[0]
-        heads = first.self_attn.heads
-        fused = functools.partial(fuses, heads=heads, dtype=hidden.dtype, device=hidden.device)
-        native = attention_trees.takes(hidden)
-        runs = [trees_run(segments)] if native else plan(parts, heads, hidden.device, fused)
+        runs = planned(segments, parts, first.self_attn.heads, hidden)
         row = Packed(runs, cos.to(hidden.dtype), sin.to(hidden.dtype), predicts, levels, on_qkv)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

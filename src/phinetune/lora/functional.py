@@ -81,9 +81,12 @@ def lora_linear(
 
 
 def _block_reader(x: Tensor, weight: Tensor | BlockReader, spans: Sequence[Span] | None) -> BlockReader | None:
-    """The reader of the weight's blocks, if its product is taken block by block; else None."""
+    """The reader of the weight's blocks, if its product is taken block by block; else None.
+
+    A GPU has room for a whole expanded weight, and multiplies it at once.
+    """
     if not isinstance(weight, Tensor):
-        return weight
+        return weight if x.device.type == "cpu" else None
     whole = x.dtype not in matmul.HALF_DTYPES or spans is not None or weight.requires_grad
     if whole or not matmul.goes_through_float32(x):
         return None
@@ -93,6 +96,8 @@ def _block_reader(x: Tensor, weight: Tensor | BlockReader, spans: Sequence[Span]
 class _LoraLinear(torch.autograd.Function):
     """x of shape (rows, in) to (rows, out). Keeps what the adapter saw, h and the parameters for the backward.
 
+    Of a weight that a function reads it keeps the function, and expands it in each direction.
+
     On small layers most of the time is Python's own. So this code makes no call that it can do without.
     """
 
@@ -100,7 +105,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | BlockReader,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -109,7 +114,7 @@ class _LoraLinear(torch.autograd.Function):
         spans: Sequence[Span] | None,
     ) -> Tensor:
         hidden = _LoraLinear.keep(ctx, x, weight, a, b, scaling, seen, spans)
-        out = F.linear(x, weight, bias)
+        out = F.linear(x, matmul.whole(weight, x.dtype), bias)
         if spans is None:
             out.addmm_(hidden, b.t(), alpha=scaling)
         else:
@@ -121,7 +126,7 @@ class _LoraLinear(torch.autograd.Function):
     def keep(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | BlockReader,
         a: Tensor,
         b: Tensor,
         scaling: float,
@@ -129,11 +134,14 @@ class _LoraLinear(torch.autograd.Function):
         spans: Sequence[Span] | None,
     ) -> Tensor:
         """Keep what the backward needs, and return h."""
+        matrix = weight if isinstance(weight, Tensor) else None
         ctx.scaling, ctx.separate, ctx.spans = scaling, seen is not None, spans
+        ctx.reader = weight if matrix is None else None
         if seen is None:
             seen = x
         hidden = torch.mm(seen, a.t())
-        ctx.save_for_backward(seen, hidden, weight, a, b, x if ctx.separate and weight.requires_grad else None)
+        trains = matrix is not None and matrix.requires_grad
+        ctx.save_for_backward(seen, hidden, matrix, a, b, x if ctx.separate and trains else None)
         return hidden
 
     @staticmethod
@@ -144,7 +152,7 @@ class _LoraLinear(torch.autograd.Function):
         spans = ctx.spans
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen, _ = ctx.needs_input_grad
         d_hidden = _scaled_mm(grad, b, ctx.scaling) if spans is None else _grad_of_hidden(grad, b, ctx.scaling, spans)
-        dx = torch.mm(grad, weight) if needs_x else None
+        dx = torch.mm(grad, matmul.whole(ctx.reader or weight, grad.dtype)) if needs_x else None
         d_b = d_seen = None
         if not ctx.separate:
             dx = None if dx is None else dx.addmm_(d_hidden, a)

@@ -17,7 +17,7 @@ from phinetune.engine.kernels import matmul
 from phinetune.engine.kernels.attention import attention
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy
 from phinetune.engine.segments import Segment
-from phinetune.lora.functional import lora_linear
+from phinetune.lora.functional import _LoraLinear, lora_linear
 
 BF16 = torch.bfloat16
 ULP = 2.0**-8  # bfloat16's rounding, relative
@@ -185,6 +185,27 @@ def test_a_weight_given_by_its_blocks(small: None, rows: int, dtype: torch.dtype
     errors = {name: far(value, wanted[name]) for name, value in found.items()}
     assert {name: error for name, error in errors.items() if error >= tolerance} == {}
     assert asked == {matmul.BLOCK_ELEMENTS}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["the same input", "an adapter's own input"])
+def test_a_weight_expanded_whole_in_each_direction(apart: bool) -> None:
+    """As a GPU has it. The numbers are those of the weight itself, to the bit."""
+    given = layer(70, 24, 40, 2, bias=True, apart=apart)
+    weight, reads = given["weight"], list[int | None]()
+
+    def read(most: int | None, kind: torch.dtype) -> Any:
+        reads.append(most)
+        return matmul.read_blocks(weight, most, kind)
+
+    found = []
+    for one in (read, weight):
+        leaves = [given[key].to(BF16, copy=True).requires_grad_() for key in ("x", "lora_A", "lora_B")]
+        seen = given["adapter_input"]
+        out = _LoraLinear.apply(leaves[0], one, given["bias"], *leaves[1:], 0.5, seen, None)  # type: ignore[no-untyped-call]
+        out.square().sum().backward()
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert reads == [None, None]
 
 
 def test_computing_again_leaves_the_last_product_out(small: None) -> None:

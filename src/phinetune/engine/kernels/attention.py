@@ -1,7 +1,8 @@
 """Causal attention over packed segments, with its own backward.
 
-Native kernels compute it where there are some (`attention_trees`), else torch's matrix products (`attention_products`),
-and long roots in float32 torch's own fused attention where that is faster.
+On a CPU native kernels compute it where there are some (`attention_trees`), and on a GPU flash attention in 16 bits
+(`attention_flash`). Torch's matrix products compute the rest (`attention_products`), but for roots that torch's own
+fused attention computes faster: long ones in float32, and on a GPU all that it can.
 """
 
 from __future__ import annotations
@@ -16,8 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from phinetune.engine.attention_plan import AttentionRun, Groups, Heads, Trees, fused_run, grouped_run
-from phinetune.engine.kernels import attention_products, attention_trees, attention_ways
+from phinetune.engine.attention_plan import (
+    AttentionRun,
+    Contexts,
+    Groups,
+    Heads,
+    Trees,
+    contexts_run,
+    fused_run,
+    grouped_run,
+    plan,
+    trees_run,
+)
+from phinetune.engine.kernels import attention_flash, attention_products, attention_trees, attention_ways
 from phinetune.engine.kernels.kept_choices import kept_choice
 from phinetune.engine.kernels.rotary import rotate_
 from phinetune.engine.segments import Segment
@@ -26,13 +38,30 @@ PROFILED = "phinetune::attention"  # the name under which a profile finds the ti
 FUSED_FROM = 2048  # tokens; up to this length a CPU computes roots by products without asking which is faster
 
 
+def planned(table: Tensor, segments: Sequence[Segment], heads: Heads, like: Tensor) -> list[AttentionRun]:
+    """How attention in a packed row is computed. One plan serves all layers.
+
+    Args:
+        table: of the segments, shape (segments, 3).
+        segments: what `read_segments` makes of it.
+        like: a tensor of the states' dtype and device.
+    """
+    if attention_trees.takes(like):
+        return [trees_run(table)]
+    if attention_flash.takes(like, heads, segments):
+        return [contexts_run(segments, like.device)]
+    return plan(
+        segments, heads, like.device, functools.partial(fuses, heads=heads, dtype=like.dtype, device=like.device)
+    )
+
+
 def attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[AttentionRun], heads: Heads) -> Tensor:
     """Rotate queries and keys, then attend within segments.
 
     Args:
         qkv: the output of the fused projection, shape (tokens, (heads + 2 · kv_heads) · size). It is overwritten.
         cos, sin: shape (tokens, m), for the first 2·m features of each head.
-        runs: what `attention_plan.plan` returns. The runs cover the tokens in order.
+        runs: what `planned` returns. The runs cover the tokens in order.
 
     Returns:
         shape (tokens, heads · size).
@@ -49,7 +78,9 @@ def _attend(qkv: Tensor, run: AttentionRun, heads: Heads) -> Tensor:
     return _fused(qkv, heads) if run.groups is None else _own(qkv, None, None, run.groups, heads)
 
 
-def _own(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups | Trees, heads: Heads) -> Tensor:
+def _own(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups | Trees | Contexts, heads: Heads
+) -> Tensor:
     out: Tensor = _Attention.apply(qkv, cos, sin, groups, heads)  # type: ignore[no-untyped-call]
     return out
 
@@ -92,25 +123,29 @@ class _Rotate(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention over groups or trees of segments. First rotates qkv in place, if cos and sin are given.
+    """Attention over groups, trees or contexts of segments. First rotates qkv in place, if cos and sin are given.
 
-    Keeps the rotated qkv, cos and sin for the backward; of trees also the output and the log of each query's sum.
+    Keeps the rotated qkv, cos and sin for the backward; but for groups also the output and the log of each query's sum.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups | Trees, heads: Heads
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups | Trees | Contexts, heads: Heads
     ) -> Tensor:
         ctx.groups, ctx.heads = groups, heads
         with record_function(PROFILED):
             if cos is not None and sin is not None:
                 _rotate_qk(qkv, cos, sin, heads)
+            kept: tuple[Tensor | None, ...] = ()
             if isinstance(groups, Groups):
                 out = attention_products.forward(qkv, groups, heads)
-                ctx.save_for_backward(qkv, cos, sin)
-            else:
+            elif isinstance(groups, Trees):
                 out, log_sums = attention_trees.forward(qkv, groups.table, heads, ctx.needs_input_grad[0])
-                ctx.save_for_backward(qkv, cos, sin, out, log_sums)
+                kept = (out, log_sums)
+            else:
+                out, *state = attention_flash.forward(qkv, groups, heads)
+                kept = (out, *state)
+        ctx.save_for_backward(qkv, cos, sin, *kept)
         return out
 
     @staticmethod
@@ -119,8 +154,10 @@ class _Attention(torch.autograd.Function):
         with record_function(PROFILED):
             if isinstance(ctx.groups, Groups):
                 d_qkv = attention_products.backward(grad, qkv, ctx.groups, ctx.heads)
-            else:
+            elif isinstance(ctx.groups, Trees):
                 d_qkv = attention_trees.backward(grad, qkv, ctx.groups.table, ctx.heads, *kept)
+            else:
+                d_qkv = attention_flash.backward(grad, qkv, ctx.groups, ctx.heads, *kept)
             if cos is not None and sin is not None:
                 _rotate_qk(d_qkv, cos, sin, ctx.heads, back=True)
         return d_qkv, None, None, None, None

@@ -88,6 +88,14 @@ def read_blocks(weight: Tensor, max_elements: int | None, dtype: torch.dtype) ->
         yield rows, converted(weight[rows], dtype, "weight")
 
 
+def whole(weight: Tensor | BlockReader, dtype: torch.dtype) -> Tensor:
+    """A weight as one tensor, shape (out, in). That of a reader is expanded for this call alone."""
+    if isinstance(weight, Tensor):
+        return weight
+    ((_, block),) = weight(None, dtype)
+    return block
+
+
 def row_slices(rows: int, width: int, max_elements: int | None) -> Iterator[slice]:
     """Slices that cover `rows` rows in order.
 

@@ -102,8 +102,8 @@ def _grad_of_x(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: T
 
 
 def _read(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight as the form that takes x reads it: the native one in float32."""
-    return weight.float() if _forward.is_native(x) else weight
+    """The weight as the form that takes x reads it: the native one of a CPU in float32."""
+    return weight.float() if x.device.type == "cpu" and _forward.is_native(x) else weight
 
 
 def _grad_of_weight(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""An operator in two forms: native and torch's. The native one runs where it measured faster."""
+"""An operator in several forms: torch's, native for CPUs where that measured faster, and Triton's for CUDA devices."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from phinetune.files import write_text
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16)
+DTYPES_OF = {"cpu": DTYPES, "cuda": (*DTYPES, torch.float16)}
 TRIALS = "trials.json"  # seconds of both forms, measured once beside the library
 ROUNDS = 7  # of a trial
 SLOWER = 1.2  # a native form is left aside above this many times torch's seconds: other programs disturb a trial
@@ -29,11 +30,11 @@ _all: dict[str, Operator] = {}
 
 
 class Operator:
-    """Calls one of two forms of an operator. Both write their results into tensors that the caller made.
+    """Calls one of an operator's forms. All write their results into tensors that the caller made.
 
     Args:
-        name: of the native form, `torch.ops.phinetune.<name>`.
-        by_torch: the other form, for every device and dtype; the reference in tests. It takes the same arguments.
+        name: of the native form, `torch.ops.phinetune.<name>`, and of Triton's.
+        by_torch: the form for every device and dtype; the reference in tests. It takes the same arguments.
         sample: makes arguments of a usual size in a dtype, for the trial. The first of them is a tensor of that dtype.
     """
 
@@ -45,13 +46,15 @@ class Operator:
         self.form(first)(first, *others)
 
     def is_native(self, x: Tensor) -> bool:
-        """Whether the native form takes `x`."""
+        """Whether a form other than torch's takes `x`."""
         return self.form(x) is not self.by_torch
 
     def form(self, x: Tensor) -> Run:
         """The form that takes `x`, its first argument."""
-        if x.device.type != "cpu" or x.dtype not in DTYPES or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x.dtype not in DTYPES_OF.get(x.device.type, ()):
             return self.by_torch
+        if x.device.type == "cuda":
+            return on_cuda().get(self.name, self.by_torch)
         return chosen().get((self.name, x.dtype), self.by_torch)
 
 
@@ -67,6 +70,23 @@ def chosen() -> dict[tuple[str, torch.dtype], Run]:
         return {}
     faster = [title.split() for title, seconds in trials.items() if seconds["native_is_faster"]]
     return {(name, getattr(torch, kind)): native_form(name) for name, kind in faster}
+
+
+@functools.cache
+def on_cuda() -> dict[str, Run]:
+    """The forms for CUDA devices, by name. Empty where Triton is not installed."""
+    try:
+        from phinetune.engine.kernels.triton_forms import FORMS
+    except ImportError as error:
+        logger.warning("kernels run as torch's operators, which take longer: %s", error)
+        return {}
+    return {name: functools.partial(_on_its_device, run) for name, run in FORMS.items()}
+
+
+def _on_its_device(run: Run, first: Tensor, *others: Any) -> None:
+    """Triton computes on the device that is the current one, whatever its tensors say."""
+    with torch.cuda.device(first.device):
+        run(first, *others)
 
 
 def _load(folder: Path) -> None:

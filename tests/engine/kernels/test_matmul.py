@@ -188,6 +188,15 @@ def test_a_weight_given_by_its_blocks(small: None, rows: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["the same input", "an adapter's own input"])
+def test_many_rows_are_multiplied_in_turns(monkeypatch: pytest.MonkeyPatch, apart: bool) -> None:
+    """In float32, with the last turn shorter than the others."""
+    monkeypatch.setattr(matmul, "MAX_ROWS", 13)
+    given = layer(70, 24, 40, 2, bias=False, apart=apart)
+    found, wanted = results(lora, given, torch.float32), results(reference, given, torch.float64)
+    assert {name: error for name, value in found.items() if (error := far(value, wanted[name])) >= 1e-5} == {}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["the same input", "an adapter's own input"])
 def test_a_weight_expanded_whole_in_each_direction(apart: bool) -> None:
     """As a GPU has it. The numbers are those of the weight itself, to the bit."""
     given = layer(70, 24, 40, 2, bias=True, apart=apart)

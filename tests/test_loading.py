@@ -30,11 +30,12 @@ def test_what_was_loaded_is_left_out_of_collections_once() -> None:
     gc.unfreeze()
     try:
         with libraries():
-            kept = [[] for _ in range(10)]  # what a library makes
+            kept = [[] for _ in range(1000)]  # what a library makes
         count = gc.get_freeze_count()
         assert count > len(kept)
         with libraries():
-            kept += [[] for _ in range(10)]
-        assert gc.get_freeze_count() == count
+            kept += [[] for _ in range(1000)]
+        # No more than before. A few of what was left out may have been let go since.
+        assert gc.get_freeze_count() <= count
     finally:
         gc.unfreeze()

@@ -31,7 +31,7 @@ parser.add_argument("--held-out", type=int, default=80, help="ask the first N of
 parser.add_argument("--epochs", type=int, default=1)
 parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument(
-    "--multiplier", type=float, default=0.75, help="factor of the server's learning rate; 0.75 makes it the demo's"
+    "--multiplier", type=float, default=1.0, help="factor of the learning rate that the server's rule gives"
 )
 options = parser.parse_args()
 

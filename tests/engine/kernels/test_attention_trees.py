@@ -22,7 +22,7 @@ from engine.kernels.attention_cases import (
 )
 from phinetune.engine.attention_plan import Heads, Trees, trees_run
 from phinetune.engine.kernels import attention_trees
-from phinetune.engine.kernels.native.operator import chosen, native_form
+from phinetune.engine.kernels.native.operator import chosen, multiplies, native_form
 
 pytestmark = pytest.mark.skipif(not chosen(), reason="no native kernels on this machine: the log says why")
 
@@ -48,6 +48,11 @@ def _native(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(one, "form", lambda x, one=one: native_form(one.name))
 
 
+def needs(dtype: torch.dtype) -> None:
+    if not multiplies(dtype):
+        pytest.skip(f"this processor has no instructions for products in {dtype}: attention runs as torch's")
+
+
 @each_forest
 @each_heads
 def test_outputs_and_gradients_are_those_under_a_dense_mask(forest: list[tuple[int, int]], heads: Heads) -> None:
@@ -56,12 +61,13 @@ def test_outputs_and_gradients_are_those_under_a_dense_mask(forest: list[tuple[i
 
 @pytest.mark.parametrize("forest", LARGE.values(), ids=LARGE.keys())
 @pytest.mark.parametrize("heads", SHAPES.values(), ids=SHAPES.keys())
-def test_every_shape_of_heads_and_blocks(forest: list[tuple[int, int]], heads: Heads) -> None:
-    assert_near(forest, heads, torch.float32)
-    assert_near(forest, heads)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_shape_of_heads_and_blocks(forest: list[tuple[int, int]], heads: Heads, dtype: torch.dtype) -> None:
+    assert_near(forest, heads, dtype)
 
 
 def assert_near(forest: list[tuple[int, int]], heads: Heads, dtype: torch.dtype = torch.bfloat16) -> None:
+    needs(dtype)
     most = {torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype]
     for found, wanted in both(forest, heads, dtype, native=True):
         assert (found.double() - wanted.double()).norm() < most * wanted.double().norm()
@@ -76,14 +82,19 @@ def test_bfloat16_is_near(forest: list[tuple[int, int]], heads: Heads) -> None:
 @pytest.mark.parametrize("forest", [*FORESTS.values(), *LARGE.values()], ids=[*FORESTS, *LARGE])
 @pytest.mark.parametrize("window", [1, 2, 9, 64, 100, 130])
 def test_a_sliding_window_is_crossed_inside_roots_and_from_branches(forest: list[tuple[int, int]], window: int) -> None:
-    heads = Heads(4, 2, 8, 0.4, window)
-    assert_equal_to_the_reference(forest, heads, torch.float32, native=True)
-    assert_near(forest, heads)
+    assert_equal_to_the_reference(forest, Heads(4, 2, 8, 0.4, window), torch.float32, native=True)
+
+
+@pytest.mark.parametrize("forest", [*FORESTS.values(), *LARGE.values()], ids=[*FORESTS, *LARGE])
+@pytest.mark.parametrize("window", [1, 2, 9, 64, 100, 130])
+def test_a_sliding_window_in_bfloat16(forest: list[tuple[int, int]], window: int) -> None:
+    assert_near(forest, Heads(4, 2, 8, 0.4, window))
 
 
 @each_forest
 def test_other_segments_tokens_change_no_bit(forest: list[tuple[int, int]]) -> None:
     """Not even if they are no numbers."""
+    needs(torch.bfloat16)
     assert_others_change_no_bit(forest, torch.bfloat16, lambda tokens: tokens * float("nan"), native=True)
 
 
@@ -135,6 +146,7 @@ def test_the_order_in_which_threads_finish_changes_no_bit() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_no_number_stays_none_where_it_is_seen(part: str, dtype: torch.dtype) -> None:
     """A loss that is no number stops a run; one that only looks wrong would not."""
+    needs(dtype)
     heads, at = Heads(1, 1, 8, 0.4), 50
     segments = table([(100, -1)])
     qkv, cos, sin, _ = inputs(100, heads, dtype)

@@ -109,5 +109,5 @@ def _reference(qkv: Tensor, segments: Tensor, heads: Heads) -> tuple[Tensor, Ten
     return out, scores.logsumexp(-1).T.contiguous()
 
 
-_attend = Operator("attend", _by_torch, _sample)
-_attend_backward = Operator("attend_backward", _backward_by_torch, _backward_sample)
+_attend = Operator("attend", _by_torch, _sample, products=True)
+_attend_backward = Operator("attend_backward", _backward_by_torch, _backward_sample, products=True)

@@ -145,7 +145,11 @@ def test_a_home_that_can_not_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 def test_what_decides_the_library_decides_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [build.key()]
-    for name, value in (("processor", lambda: "another"), ("capability", lambda: "AVX2"), ("source_files", list)):
+    for name, value in (
+        ("processor", lambda: "another"),
+        ("capability", lambda: "another, too"),
+        ("source_files", list),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(build, name, value)
             keys.append(build.key())

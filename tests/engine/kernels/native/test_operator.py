@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phinetune.engine.kernels import cross_entropy, norm, rotary, swiglu
+from phinetune.engine.kernels import attention_trees, cross_entropy, norm, rotary, swiglu
 from phinetune.engine.kernels.native import operator
 from phinetune.engine.kernels.native.operator import Operator, chosen, rows_of
 
@@ -68,6 +68,20 @@ def norm_formula(x: Tensor, residual: Any, weight: Tensor, eps: float, out: Tens
 def slope_formula(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Any, dx: Tensor) -> None:
     by, g = scale.double()[:, None], grad * weight
     dx.copy_(by * (g - x * by.square() * (g * x).mean(-1, keepdim=True)) + (0 if beside is None else beside))
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "run", [attention_trees._attend, attention_trees._attend_backward], ids=["forward", "backward"]
+)
+def test_products_are_asked_for_where_the_processor_has_them(run: Operator, dtype: torch.dtype) -> None:
+    """A product without its instructions is an error, after lines about it in C++ that no user should have to read."""
+    found = operator._tried(run, dtype)
+    assert (found == operator.UNABLE) == (not operator.multiplies(dtype))
+    assert found == operator.UNABLE or found["agrees"]
+    if found == operator.UNABLE:
+        with pytest.raises(RuntimeError, match="Brgemm"):
+            operator.trial(run, dtype)
 
 
 @each_dtype

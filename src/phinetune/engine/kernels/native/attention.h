@@ -3,13 +3,10 @@
 // heads that share it, and runs in one thread. Where trees and key heads are few, the queries of a tree are parted.
 //
 // Scores are held transposed, a key's row over the block's queries. So a query's largest score, its sum and its part of
-// the gradient lie in the lanes of vectors, and a mask is a range of lanes. Products are torch's own small ones, of
-// oneDNN (`brgemm`), which know AVX512, its bfloat16 and AMX.
+// the gradient lie in the lanes of vectors, and a mask is a range of lanes.
 #pragma once
 
-#include "rows.h"
-
-#include <ATen/native/CPUBlas.h>
+#include "products.h"
 
 #include <algorithm>
 #include <atomic>
@@ -20,15 +17,10 @@
 
 namespace phinetune {
 
-constexpr int64_t TILE = 16;  // rows, features and queries come in whole tiles, padded by zeros
 constexpr int64_t QUERIES = 128;  // rows of a block of queries, at most; one token's shared heads may be more
 constexpr int64_t KEYS = 128;  // keys of a block that every query of the block may see
 constexpr int64_t DIAGONAL = 32;  // keys of a block that only some of the queries see: fewer, so that less is wasted
 constexpr float NO_SCORE = -1e30f;  // stands for the largest of no scores: minus infinity minus itself would be NaN
-
-inline int64_t padded(int64_t count, int64_t to = TILE) {
-  return (count + to - 1) / to * to;
-}
 
 // How qkv is divided into heads; see phinetune.engine.attention_plan.Heads.
 struct Heads {
@@ -111,103 +103,6 @@ class Memory {
   int64_t bytes_ = 0, used_ = 0;
   std::unique_ptr<char, Free> start_;
 };
-
-// How many numbers of T, one below the other, lie side by side in the right factor of a product.
-template <typename T>
-constexpr int64_t PAIR = 4 / sizeof(T);
-
-// C = A B, or C + A B. A's rows are `lda` elements apart; B holds PAIR rows interleaved, each `ldb` columns wide.
-template <typename T>
-inline void product(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, PAIR<T> > 1);
-}
-
-// Tiles of 4-byte elements: to[column][row] = from[row][column].
-inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
-  for (int64_t row = 0; row < rows; row += TILE) {
-    for (int64_t column = 0; column < columns; column += TILE) {
-      at::vec::transpose_mxn<float, TILE, TILE>(
-          from + row * ld_from + column, ld_from, to + column * ld_to + row, ld_to);
-    }
-  }
-}
-
-inline void transpose(const BFloat16* from, int64_t ld_from, int64_t rows, int64_t columns, BFloat16* to, int64_t ld_to) {
-  for (int64_t row = 0; row < rows; row += TILE) {
-    for (int64_t column = 0; column < columns; column += TILE) {
-      at::vec::transpose_mxn<BFloat16, TILE, TILE>(
-          from + row * ld_from + column, ld_from, to + column * ld_to + row, ld_to);
-    }
-  }
-}
-
-// Rows as the right factor of A rows^T: features below each other, in pairs, queries side by side.
-template <typename T>
-inline void lay_across(const T* rows, int64_t count, int64_t width, T* to) {
-  transpose(
-      reinterpret_cast<const float*>(rows), width / PAIR<T>, count, width / PAIR<T>, reinterpret_cast<float*>(to), count);
-}
-
-// LANES numbers of two rows in turn.
-inline void interleave(const BFloat16* above, const BFloat16* below, BFloat16* to) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(above)));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(below)));
-  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#else
-  for (int64_t i = 0; i < LANES; ++i) {
-    to[2 * i] = above[i];
-    to[2 * i + 1] = below[i];
-  }
-#endif
-}
-
-// Rows as the right factor of A rows: queries below each other, in pairs, features side by side.
-template <typename T>
-inline void lay_in_pairs(const T* rows, int64_t count, int64_t width, T* to) {
-  if constexpr (PAIR<T> == 1) {
-    std::memcpy(to, rows, count * width * sizeof(T));
-  } else {
-    for (int64_t row = 0; row < count; row += 2, rows += 2 * width, to += 2 * width) {
-      for (int64_t i = 0; i < width; i += LANES) {
-        interleave(rows + i, rows + width + i, to + 2 * i);
-      }
-    }
-  }
-}
-
-// exp, as exactly as T needs it. The fast form is off by some 20 units in the last place, and has no NaN.
-template <typename T>
-inline Vec exponential(const Vec& x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x.exp();
-  } else {
-    return x.exp_u20();
-  }
-}
-
-// Two neighbouring rows of a right factor with `columns` columns.
-inline void store_pair(const Vec& above, const Vec& below, float* to, int64_t columns) {
-  above.store(to);
-  below.store(to + columns);
-}
-
-inline void store_pair(const Vec& above, const Vec& below, BFloat16* to, int64_t) {
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(above));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(below));
-  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#else
-  BFloat16 both[2][LANES];
-  store(above, both[0]);
-  store(below, both[1]);
-  for (int64_t i = 0; i < LANES; ++i) {
-    to[2 * i] = both[0][i];
-    to[2 * i + 1] = both[1][i];
-  }
-#endif
-}
 
 // Which queries of a block see a key: those in the rows [low, high). The rows behind the last query count as seeing: their
 // queries are zeros, and what they take is not read.

@@ -25,6 +25,8 @@ ROUNDS = 7  # of a trial
 SLOWER = 1.2  # a native form is left aside above this many times torch's seconds: other programs disturb a trial
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far a native result may lie from torch's
 
+UNABLE = {"native_is_faster": False, "failed": "the processor has no instructions for this"}  # nothing to mend
+
 Run = Callable[..., Any]
 _all: dict[str, Operator] = {}
 
@@ -36,10 +38,13 @@ class Operator:
         name: of the native form, `torch.ops.phinetune.<name>`, and of Triton's.
         by_torch: the form for every device and dtype; the reference in tests. It takes the same arguments.
         sample: makes arguments of a usual size in a dtype, for the trial. The first of them is a tensor of that dtype.
+        products: whether the native form multiplies matrices, which not every processor can do in bfloat16.
     """
 
-    def __init__(self, name: str, by_torch: Run, sample: Callable[[torch.dtype], tuple[Any, ...]]) -> None:
-        self.name, self.by_torch, self.sample = name, by_torch, sample
+    def __init__(
+        self, name: str, by_torch: Run, sample: Callable[[torch.dtype], tuple[Any, ...]], *, products: bool = False
+    ) -> None:
+        self.name, self.by_torch, self.sample, self.products = name, by_torch, sample, products
         _all[name] = self
 
     def __call__(self, first: Tensor, *others: Any) -> None:
@@ -112,17 +117,24 @@ def _try_all(folder: Path) -> None:
         for kind in DTYPES
     }
     for title, seconds in found.items():
-        if not seconds["native_is_faster"]:
+        if not seconds["native_is_faster"] and seconds != UNABLE:
             logger.warning("the native form of %s is left aside: %s", title, seconds)
     write_text(folder / TRIALS, json.dumps(found, indent=1))
 
 
 def _tried(operator: Operator, kind: torch.dtype) -> dict[str, Any]:
-    """What `trial` finds; or that the native form cannot run here, for want of an instruction set."""
+    """What `trial` finds; or that the native form cannot run here."""
+    if operator.products and not multiplies(kind):
+        return UNABLE
     try:
         return trial(operator, kind)
     except RuntimeError as error:
         return {"native_is_faster": False, "failed": str(error).strip().partition("\n")[0]}
+
+
+def multiplies(kind: torch.dtype) -> bool:
+    """Whether this processor can run native products in a dtype, once the library is loaded."""
+    return kind != torch.bfloat16 or bool(torch.ops.phinetune.multiplies_bfloat16())
 
 
 @torch.no_grad()

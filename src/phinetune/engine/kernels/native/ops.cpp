@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY(phinetune, m) {
         "Tensor(a!) out, Tensor(b!)? log_sums) -> ()");
   m.def("attend_backward(Tensor grad, Tensor qkv, Tensor segments, int heads, int kv_heads, int size, float scaling, "
         "int window, Tensor out, Tensor log_sums, Tensor(a!) d_qkv) -> ()");
+  m.def("multiplies_bfloat16() -> bool");
   m.def("spread(Tensor logits, Tensor labels, Tensor log_probs, Tensor(a!) entropy, Tensor(b!) mean) -> ()");
 }
 
@@ -33,4 +34,8 @@ STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
   m.impl("attend", TORCH_BOX(&phinetune::attend));
   m.impl("attend_backward", TORCH_BOX(&phinetune::attend_backward));
   m.impl("spread", TORCH_BOX(&phinetune::spread));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(phinetune, CompositeExplicitAutograd, m) {
+  m.impl("multiplies_bfloat16", TORCH_BOX(&phinetune::multiplies_bfloat16));
 }

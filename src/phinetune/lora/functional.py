@@ -228,7 +228,7 @@ class _LoraLinearByBlocks(torch.autograd.Function):
         size, out = matmul.block_elements(x), x.new_empty(len(x), len(b))
         for chunk in matmul.rows_at_once(x):
             left = matmul.converted(x[chunk], a.dtype, "left")
-            hidden = torch.mm(left if seen is None else matmul.converted(seen[chunk], a.dtype, "seen"), a.t())
+            hidden = matmul.uncast(left if seen is None else matmul.converted(seen[chunk], a.dtype, "seen"), a.t())
             for rows, block in weight(size, a.dtype):
                 place = out[chunk, rows]
                 made = matmul.product(left, block.t(), place).addmm_(hidden, b[rows].t(), alpha=scaling)
@@ -290,7 +290,7 @@ def _backward_by_blocks(
     """
     (a, b), (d_a, d_b) = adapters, grads
     inputs = matmul.converted(seen, a.dtype, "seen")
-    hidden = torch.mm(inputs, a.t())
+    hidden = matmul.uncast(inputs, a.t())
     d_hidden = torch.zeros_like(hidden)
     for rows, block in ctx.weight(matmul.block_elements(grad), a.dtype):
         d_out = matmul.converted(grad[:, rows], a.dtype, "gradient")

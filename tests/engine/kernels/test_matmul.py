@@ -140,6 +140,26 @@ def test_autocast_casts_the_base_alone_as_it_does_any_product(slow: bool) -> Non
     assert far(found, wanted) < 2 * ULP
 
 
+def test_autocast_casts_a_layer_with_an_adapter_in_both_directions(small: None) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape).to(BF16).float() for shape in ((70, 24), (40, 24), (4, 24), (40, 4))]
+    found = [tensor.clone().requires_grad_(i != 1) for i, tensor in enumerate(inputs)]
+    truth = [tensor.double().requires_grad_(i != 1) for i, tensor in enumerate(inputs)]
+    x, weight, a, b = truth
+    wanted = x @ weight.t() + 0.5 * (x @ a.t() @ b.t())
+    with torch.autocast("cpu", BF16):
+        out = lora_linear(found[0], found[1], None, found[2], found[3], 0.5)
+        out.sum().backward()
+    wanted.sum().backward()
+    assert out.dtype == BF16
+    assert far(out.detach(), wanted.detach()) < 3 * ULP
+    for i in (0, 2, 3):
+        gradient, true = found[i].grad, truth[i].grad
+        assert gradient is not None
+        assert true is not None
+        assert far(gradient, true) < 3 * ULP
+
+
 def test_a_weight_that_trains_gets_its_gradient(small: None) -> None:
     x, weight = torch.randn(70, 12).to(BF16), torch.randn(9, 12).to(BF16).requires_grad_()
     matmul.linear(x, weight).sum().backward()

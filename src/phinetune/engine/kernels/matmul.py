@@ -199,6 +199,11 @@ def product(left: Tensor, right: Tensor, into: Tensor) -> Tensor:
     return torch.mm(left, right, out=into)
 
 
+def uncast(left: Tensor, right: Tensor) -> Tensor:
+    """`left right` in the factors' own dtype, under autocast too: it leaves products with `out` alone."""
+    return torch.mm(left, right, out=left.new_empty(len(left), right.shape[1]))
+
+
 def accumulator(into: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of `dtype` in which a sum for `into`, shape (rows, width), is added up.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class ModelCatalogue:
         if bad:
             raise ConfigError([f"--model {name!r}: a model's name is printable text without `:`" for name in bad])
         self._folder, self._store, self._bases, self._began = folder, store, dict(bases), int(time.time())
+        self.when_deleted: list[Callable[[Path], None]] = []  # called with the folder of the model's adapter
 
     def names(self) -> list[Model]:
         """All models on offer, base models first, then the tuned ones and their checkpoints, oldest first."""
@@ -102,7 +103,14 @@ class ModelCatalogue:
 
     def delete(self, model_id: str) -> bool:
         """Offer a tuned model no longer; whether it was there. Its run stays on the disk."""
-        return bool(self._store.write("UPDATE models SET deleted = 1 WHERE id = ? AND NOT deleted", [model_id]))
+        row = self._store.row("SELECT folder FROM models WHERE id = ? AND NOT deleted", [model_id])
+        if row is None or not self._store.write(
+            "UPDATE models SET deleted = 1 WHERE id = ? AND NOT deleted", [model_id]
+        ):
+            return False
+        for told in self.when_deleted:
+            told(self._folder / row["folder"])
+        return True
 
     @property
     def base_names(self) -> list[str]:

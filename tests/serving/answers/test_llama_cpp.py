@@ -18,12 +18,15 @@ from phinetune.config.model import ModelSection
 from phinetune.engine.continuous.requests import Request
 from phinetune.engine.generate import answer_prompts
 from phinetune.errors import ConfigError, ModelError
+from phinetune.exporting.checkpoint_source import open_checkpoint
+from phinetune.serving.answers.llama_cpp.answerers import LlamaAnswerers
 from phinetune.serving.answers.llama_cpp.engine import UNTOLD, body_of, tokens_of
-from phinetune.serving.answers.llama_cpp.files import place_of
+from phinetune.serving.answers.llama_cpp.files import gguf_file, place_of
 from phinetune.serving.answers.texts import AnswerText, Decoder
 from phinetune.serving.catalogue import ServedModel
 from phinetune.serving.settings import make_settings
-from serving.answers.served import TUNED, Served, serving
+from phinetune.serving.state import ServerState
+from serving.answers.served import TUNED, Served, make_state, serving
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (phinetune[llamacpp])")
 ASKED: list[Any] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 7 · 8?"}]
@@ -100,6 +103,42 @@ def test_a_process_that_dies_is_started_again(served: Served) -> None:
     engine._process.wait()
     assert served.client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=2).choices
     assert answerers.find("tiny").engine is not engine
+
+
+def test_a_deleted_models_files_leave_the_disk(tmp_path: Path) -> None:
+    """They may be gigabytes. Those of the base and of other models stay; a file of another type as well."""
+    state = make_state(tmp_path, ModelSection(path=TINY))
+    LlamaAnswerers(state.models, tmp_path, "f16")
+    tuned = place_of(found(state, TUNED))
+    made = [gguf_file(tmp_path, path, open_checkpoint(path), kind) for path in (TINY, tuned) for kind in ("f16", "f32")]
+    assert [file.is_file() for file in made] == [True] * 4
+    assert state.models.delete(TUNED)
+    assert [file.is_file() for file in made] == [True, True, False, False]
+    assert not state.models.delete(TUNED)
+    assert (Path(tuned) / "adapter_model.safetensors").is_file()
+    state.store.close()
+
+
+def test_files_that_no_model_on_offer_is_made_of_leave_at_the_next_start(tmp_path: Path) -> None:
+    state = make_state(tmp_path, ModelSection(path=TINY))
+    tuned = place_of(found(state, TUNED))
+    old = gguf_file(tmp_path, tuned, open_checkpoint(tuned), "f32")
+    weights = Path(tuned) / "adapter_model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    file = gguf_file(tmp_path, tuned, open_checkpoint(tuned), "f32")
+    assert [old.exists(), file.exists()] == [False, True]  # the adapter was written anew
+    (tmp_path / "gguf" / "of-an-earlier-version-q8_0.gguf").touch()
+    (tmp_path / "gguf" / "gone").mkdir()
+    LlamaAnswerers(state.models, tmp_path, "f32")
+    assert [path.name for path in (tmp_path / "gguf").iterdir()] == [file.parent.name]
+    assert file.is_file()
+    state.store.close()
+
+
+def found(state: ServerState, name: str) -> ServedModel:
+    model = state.models.find(name)
+    assert model is not None
+    return model
 
 
 def test_signs_of_several_tokens_are_told_with_the_last_one() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +20,7 @@ from phinetune.exporting.checkpoint_source import open_checkpoint
 from phinetune.serving.answers.answerer import Answerer, Base, folding, model_of, told_to_client
 from phinetune.serving.answers.answerers import LEAST_ROOM, encoder_of
 from phinetune.serving.answers.llama_cpp.engine import SLOTS, SPARE, LlamaEngine
-from phinetune.serving.answers.llama_cpp.files import context_of, gguf_file, place_of
+from phinetune.serving.answers.llama_cpp.files import context_of, drop_files, gguf_file, keep_files, place_of
 from phinetune.serving.catalogue import ModelCatalogue, ServedModel
 from phinetune.serving.errors import too_many
 
@@ -42,6 +42,8 @@ class LlamaAnswerers:
         self._catalogue, self._folder, self._kind = catalogue, folder, kind
         self._found: OrderedDict[str, Answerer] = OrderedDict()
         self._lock = threading.Lock()
+        keep_files(folder, _places(catalogue))
+        catalogue.when_deleted.append(lambda adapter: drop_files(folder, str(adapter)))
 
     def find(self, model_id: str) -> Answerer:
         """A model by its name; it is exported and loaded first if it is not in memory.
@@ -115,3 +117,12 @@ class LlamaAnswerers:
 
 def _engine(answerer: Answerer) -> LlamaEngine:
     return cast(LlamaEngine, answerer.engine)
+
+
+def _places(catalogue: ModelCatalogue) -> Iterator[str]:
+    """What the files of all models on offer are made from."""
+    for model in catalogue.names():
+        found = catalogue.find(model.id)
+        if found:
+            with contextlib.suppress(ModelError):  # it has no file
+                yield place_of(found)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from phinetune.errors import ModelError
@@ -52,15 +54,54 @@ def gguf_file(folder: Path, path: str, source: Checkpoint, kind: str) -> Path:
     if weights.is_file():
         found = weights.stat()
         made_of += [str(found.st_size), str(found.st_mtime_ns)]
-    name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32]
-    file = folder / FOLDER / f"{name}-{kind}.gguf"
+    file = _folder_of(folder, path) / f"{_digest(made_of)}-{kind}.gguf"
     if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
         logger.info("writing %s as GGUF, %s: %s", path, kind, file)
         with staged_file(file, overwrite=False) as staged:
             made = write_gguf(source, staged, kind, short_name(path))
         for note in made.notes:
             logger.warning("%s: %s", path, note)
+        for old in set(file.parent.glob(f"*-{kind}.gguf")) - {file}:  # of what the model was before
+            _drop(old)
     return file
+
+
+def drop_files(folder: Path, path: str) -> None:
+    """Delete the GGUF files of a model that is offered no longer; they are made from its run, which stays.
+
+    Args:
+        folder, path: as of `gguf_file`.
+    """
+    _drop(_folder_of(folder, path))
+
+
+def keep_files(folder: Path, paths: Iterable[str]) -> None:
+    """Delete the GGUF files of all other models than those made from `paths`."""
+    kept = {_folder_of(folder, path) for path in paths}
+    for found in (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else ():
+        if found not in kept:
+            _drop(found)
+
+
+def _folder_of(folder: Path, path: str) -> Path:
+    return folder / FOLDER / _digest([path])
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _drop(place: Path) -> None:
+    """Delete a folder, or a file that an earlier version left. Windows keeps a file that llama.cpp reads."""
+    try:
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    except FileNotFoundError:  # it was never written
+        return
+    except OSError as error:
+        logger.warning("%s stays: %s", place, error)
+    else:
+        logger.info("deleted %s: no model on offer is made so", place)
 
 
 def context_of(source: Checkpoint, slots: int, most_bytes: int) -> int:

@@ -20,8 +20,8 @@ from phinetune.engine.choice import model_class
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.engine.families import ModelConfig, transformers_class
 from phinetune.engine.lora_layers import use_fused_layers
+from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.packing import pack
-from phinetune.engine.phi3 import rope_limit
 
 # Weights ten times as wide as at a true start, so that attention is anything but even.
 SMALL: dict[str, Any] = {

@@ -23,8 +23,9 @@ from phinetune.config.model import ModelSection
 from phinetune.engine import phi3
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.choice import has_packed_form
+from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.packing import pack
-from phinetune.engine.phi3 import missing_form, rope_limit
+from phinetune.engine.phi3 import missing_form
 
 Shape = Callable[..., Phi3Config]
 

@@ -28,7 +28,8 @@ from phinetune.engine.activation_memory import LayerSizes, Level
 from phinetune.engine.choice import has_packed_form, model_class
 from phinetune.engine.families import ModelConfig, transformers_class
 from phinetune.engine.greedy_decode import decode
-from phinetune.engine.phi3 import missing_form, rope_limit
+from phinetune.engine.packed_model import rope_limit
+from phinetune.engine.phi3 import missing_form
 
 Shape = Callable[..., ModelConfig]
 

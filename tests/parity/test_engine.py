@@ -39,8 +39,8 @@ from phinetune.engine.activation_memory import LayerSizes, Level
 from phinetune.engine.examples import Encoded
 from phinetune.engine.kernels import attention
 from phinetune.engine.kernels.attention import FUSED_FROM
+from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.packing import pack
-from phinetune.engine.phi3 import rope_limit
 
 Shape = Callable[..., Phi3Config]
 

@@ -12,8 +12,8 @@ from transformers import Phi3Config
 
 from engine.engine_helpers import LIMIT, SHAPES, distance, make_pair, make_rows, trained_gradients, with_prompt
 from phinetune.engine.examples import IGNORED, Encoded
+from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.packing import pack
-from phinetune.engine.phi3 import rope_limit
 
 Shape = Callable[..., Phi3Config]
 

@@ -18,6 +18,7 @@ from phinetune.config.run import RunConfig
 from phinetune.engine import phi3, split_models
 from phinetune.engine.families import ModelConfig, is_fused, transformers_class
 from phinetune.engine.fast_engine import FastEngine
+from phinetune.engine.packed_model import PackedCausalLM
 from phinetune.engine.peft_variants import not_fast
 
 logger = logging.getLogger(__name__)
@@ -116,4 +117,4 @@ def model_class(config: ModelConfig, *, fast: bool) -> type[PreTrainedModel]:
 def has_packed_form(model: object) -> bool:
     """Whether a model, or the base of a PEFT model, takes packed rows."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    return isinstance(core, phi3.PackedCausalLM)
+    return isinstance(core, PackedCausalLM)

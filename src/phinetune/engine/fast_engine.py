@@ -15,8 +15,8 @@ from phinetune import processes
 from phinetune.engine.activation_memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes
 from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.kernels.compiled import why_not
+from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.packing import PackedCollator, fill_rows
-from phinetune.engine.phi3 import rope_limit
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from phinetune.engine.attention_plan import Heads
 from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.examples import common_prefix
 from phinetune.engine.kernels.rotary import rotate_
-from phinetune.engine.phi3 import PackedCausalLM, rope_limit
+from phinetune.engine.packed_model import PackedCausalLM, rope_limit
 from phinetune.engine.segments import SHORTEST_SHARED
 
 PROMPT_TOKENS = 8192  # prompt tokens computed at a time; this limits what the layers hold besides the cache
@@ -269,7 +269,7 @@ def _shared(rows: Sequence[list[int]]) -> int:
 
 @dataclass(frozen=True)
 class _StepAttention:
-    """The attention of one new token of each live conversation; a `phinetune.engine.phi3.RowAttention`.
+    """The attention of one new token of each live conversation; a `phinetune.engine.packed_layers.RowAttention`.
 
     Attributes:
         cache: see `_Batch`.

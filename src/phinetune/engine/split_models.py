@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from phinetune.engine.families import NAMES, SPLIT
-from phinetune.engine.phi3 import PackedAttention, PackedCausalLM, PackedDecoder, PackedLayer, PackedMLP, Phi3RMSNorm
+from phinetune.engine.packed_layers import PackedAttention, PackedLayer, PackedMLP, Phi3RMSNorm
+from phinetune.engine.packed_model import PackedCausalLM, PackedDecoder
 
 WINDOWED = ("mistral", "qwen2")  # those whose attention has the configuration's `sliding_window`
 

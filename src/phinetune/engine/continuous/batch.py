@@ -21,7 +21,7 @@ from phinetune.engine.continuous.prefixes import Kind, PrefixStore, as_ids, shar
 from phinetune.engine.continuous.requests import AnswerStream, Ended, Reason, Request, Token
 from phinetune.engine.continuous.shelves import Layout, RowCache, Shelf, Shelves, place_size
 from phinetune.engine.continuous.step import PiecePart, ShelfPart, Step, compute
-from phinetune.engine.phi3 import rope_limit
+from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.segments import SHORTEST_SHARED
 
 logger = logging.getLogger(__name__)

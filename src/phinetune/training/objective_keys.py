@@ -12,21 +12,21 @@ from typing import Any
 from phinetune.config.objective import ObjectiveSection
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError
+from phinetune.training.idle_keys import CUT
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.objectives.registry import make_objective, objective_kind
 
 ONCE = "the reference is always computed once, before the first step"
-PROMPTS = "data.overlong says what becomes of a chat over max_length; answers are never cut"
 START = "the reference is the model as it stands when the run starts"
 # Keys that do nothing here, and why.
 IDLE: Mapping[str, str] = {
     "precompute_ref_log_probs": ONCE,
     "precompute_ref_batch_size": ONCE,
     "precompute_ref_eval_batch_size": ONCE,
-    "max_prompt_length": PROMPTS,
-    "max_completion_length": PROMPTS,
-    "max_target_length": PROMPTS,
-    "truncation_mode": PROMPTS,
+    "max_prompt_length": CUT,
+    "max_completion_length": CUT,
+    "max_target_length": CUT,
+    "truncation_mode": CUT,
     "padding_value": "nothing is padded",
     "label_pad_token_id": "nothing is padded",
     "is_encoder_decoder": "a Phi-3 is a decoder",
@@ -37,6 +37,7 @@ IDLE: Mapping[str, str] = {
     "ref_model_init_kwargs": START,
     "ref_model_mixup_alpha": "it is for `sync_ref_model`",
     "ref_model_sync_steps": "it is for `sync_ref_model`",
+    "tools": "a row's own tools go to the template",
     "use_logits_to_keep": "logits are only computed where there is a label",
     "use_liger_loss": "phinetune brings its own kernels",
     "base_model_attribute_name": "phinetune brings its own kernels",

@@ -83,7 +83,10 @@ def retired_keys(language: str) -> str:
 BY_VALUE = (
     ("load_in_4bit", "taken as `model.quantization: nf4`"),
     ("load_in_8bit", "taken as `model.quantization: int8`"),
-    ("quantization_config", "taken as `model.quantization`: the object, or a dictionary; what differs from NF4 gets a line"),
+    (
+        "quantization_config",
+        "taken as `model.quantization`: the object, or a dictionary; what differs from NF4 gets a line",
+    ),
     ("device_map", "taken as `model.device` where it names one device; `auto` has no effect"),
     ("use_flash_attention_2", "taken as `model.attn_implementation`"),
     ("token", "refused: set the environment variable HF_TOKEN"),

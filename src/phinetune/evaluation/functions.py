@@ -60,7 +60,9 @@ def _found(metric: CustomMetric, *forms: str) -> tuple[Callable[..., Any], int]:
     arguments = _arguments(function)
     if arguments not in (2, 3):
         counted = "1 argument" if arguments == 1 else f"{arguments} arguments"
-        trainers = " (no logits are kept, so a trainer's `compute_metrics` has to be rewritten)" if arguments == 1 else ""
+        trainers = (
+            " (no logits are kept, so a trainer's `compute_metrics` has to be rewritten)" if arguments == 1 else ""
+        )
         raise ConfigError(
             f"evaluation.metrics: {place}: it takes {counted}; write it as {' or '.join(forms)}{trainers}"
         )

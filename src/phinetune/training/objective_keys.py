@@ -6,15 +6,18 @@ in one dictionary. Here the knobs move to the section `objective`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from trl import SFTConfig
 
 from phinetune.config.objective import ObjectiveSection
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError
 from phinetune.training.idle_keys import CUT
 from phinetune.training.objectives.objective import Objective
-from phinetune.training.objectives.registry import make_objective, objective_kind
+from phinetune.training.objectives.registry import OBJECTIVES, make_objective, objective_kind
 
 ONCE = "the reference is always computed once, before the first step"
 START = "the reference is the model as it stands when the run starts"
@@ -62,6 +65,7 @@ def with_objective_keys(config: RunConfig) -> tuple[RunConfig, Objective, list[s
     """
     kind = objective_kind(config.objective)
     if kind.kind == "sft":
+        _refuse_others(config.training_config)
         return config, make_objective(config.objective), []
     training, knobs = dict(config.training_config), config.objective.options
     problems: list[str] = []
@@ -90,6 +94,23 @@ def with_objective_keys(config: RunConfig) -> tuple[RunConfig, Objective, list[s
         "objective": section,
     }
     return config.model_copy(update=changed), objective, notes
+
+
+def _refuse_others(training: Mapping[str, Any]) -> None:
+    """Refuse the knobs of preference objectives beside `sft`, which has none.
+
+    Raises:
+        ConfigError: there are some; it names the objectives that have each.
+    """
+    taken = {field.name for field in dataclasses.fields(SFTConfig)}
+    owners = {
+        key: ", ".join(name for name, kind in OBJECTIVES.items() if key in kind.Options.model_fields)
+        for key in training
+        if key not in taken
+    }
+    found = [f"training_config: `{key}` is for `objective: {names}`" for key, names in owners.items() if names]
+    if found:
+        raise ConfigError([f"{one}, and this run's objective is sft" for one in found])
 
 
 def _without_dropout(peft: Mapping[str, Any], objective: Objective, notes: list[str]) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def move_to_model(training: Mapping[str, Any], model: Mapping[str, Any]) -> tupl
     if not isinstance(keywords, Mapping):
         raise ValueError(f"training_config.{INIT}: it should be a dictionary (given: {keywords!r})")
     for key, value in keywords.items():
-        name = OTHER_NAMES.get(key, key)
+        name = OTHER_NAMES.get(str(key), str(key))
         if name in moved or key in moved:
             logger.warning("training_config.%s: %s has no effect: model.%s says it", INIT, key, name)
         else:

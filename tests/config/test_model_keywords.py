@@ -111,3 +111,58 @@ def test_settings_of_the_training_go_there(caplog: pytest.LogCaptureFixture) -> 
 def test_what_the_training_says_itself_is_kept(caplog: pytest.LogCaptureFixture, key: str) -> None:
     assert config_of({"max_seq_length": 512}, **{key: 256}).training_config == {key: 256}
     assert f"model.max_seq_length has no effect: training_config.{key} says it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("training", "data", "loss_on", "words"),
+    [
+        ({"assistant_only_loss": True}, {}, "assistant", "taken as data.loss_on: assistant"),
+        ({"assistant_only_loss": False}, {}, "assistant", "data.loss_on: all trains on every token"),
+        ({"completion_only_loss": True}, {}, "assistant", "taken as data.loss_on: assistant"),
+        ({"completion_only_loss": False}, {}, "all", "taken as data.loss_on: all"),
+        ({"completion_only_loss": False, "assistant_only_loss": False}, {}, "all", "taken as data.loss_on: all"),
+        ({"completion_only_loss": "false"}, {}, "all", "taken as data.loss_on: all"),
+        ({"completion_only_loss": False, "assistant_only_loss": True}, {}, "assistant", "taken as data.loss_on: assis"),
+        ({"completion_only_loss": False}, {"loss_on": "last"}, "last", "no effect, data.loss_on: last says"),
+        ({"assistant_only_loss": True}, {"loss_on": "last"}, "last", "no effect, data.loss_on: last says"),
+        ({"assistant_only_loss": None}, {}, "assistant", ""),
+    ],
+)
+def test_trls_switches_of_the_loss_are_taken_with_a_line_each(
+    caplog: pytest.LogCaptureFixture, training: dict[str, Any], data: dict[str, Any], loss_on: str, words: str
+) -> None:
+    config = make_config({"training_config": training, "data": data})
+    assert (config.data.loss_on, config.training_config) == (loss_on, {})
+    assert words in caplog.text
+    assert len(caplog.records) == sum(value is not None for value in training.values())
+
+
+def test_switches_of_the_loss_that_contradict_are_refused() -> None:
+    both = {"training_config": {"assistant_only_loss": True}, "data": {"loss_on": "all"}}
+    with pytest.raises(ConfigError, match=r"assistant_only_loss is true, and data\.loss_on is all; keep one"):
+        make_config(both)
+    with pytest.raises(ConfigError, match=r"completion_only_loss: it should be true or false \(given: 'perhaps'\)"):
+        make_config({"training_config": {"completion_only_loss": "perhaps"}})
+
+
+def test_keywords_of_trls_model_go_to_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    keywords = {"torch_dtype": torch.float32, "attn_implementation": "eager", "device_map": "cpu"}
+    config = make_config({"model": "here", "training_config": {"model_init_kwargs": keywords}})
+    assert (config.model.path, config.model.dtype, config.model.device) == ("here", "float32", "cpu")
+    assert (config.model.attn_implementation, config.training_config) == ("eager", {})
+    assert "training_config.model_init_kwargs: attn_implementation is taken as model.attn_impl" in caplog.text
+
+
+def test_what_the_model_says_itself_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    given = {"model": {"dtype": "float32"}, "training_config": {"model_init_kwargs": {"torch_dtype": "bfloat16"}}}
+    assert make_config(given).model.dtype == "float32"
+    assert "model_init_kwargs: torch_dtype has no effect: model.dtype says it" in caplog.text
+    with pytest.raises(ConfigError, match="model_init_kwargs: it should be a dictionary"):
+        make_config({"training_config": {"model_init_kwargs": "bf16"}})
+
+
+def test_an_object_that_is_long_to_print_is_not_printed_whole() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config({"model": {"path": torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(9)])}})
+    assert str(caught.value).endswith("…, a Sequential)")
+    assert len(str(caught.value)) < 300

@@ -114,7 +114,7 @@ def test_functions_that_can_not_be_had_are_told_together(functions: str, tmp_pat
     metrics = [{"name": f"m{i}", "function": place} for i, place in enumerate(places)]
     with pytest.raises(ConfigError) as caught:
         open_metrics(EvaluationSection(metrics=metrics))
-    words = ["there is no function `none`", "it takes 1 arguments", "no such file: gone.py", "nowhere_to_be_found"]
+    words = ["there is no function `none`", "it takes 1 argument", "no such file: gone.py", "nowhere_to_be_found"]
     assert len(caught.value.problems) == 5
     for problem, word in zip(caught.value.problems, [*words, "No module named"], strict=True):
         assert word in problem

@@ -143,7 +143,7 @@ def test_what_cannot_be_used_is_refused_with_its_place(compute: Any, told: str) 
 def test_a_function_of_another_script_is_not_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="__main__:compute: a script or a notebook gave this function"):
         opened("__main__:compute")
-    with pytest.raises(ConfigError, match="it takes 1 arguments; write it as compute"):
+    with pytest.raises(ConfigError, match="it takes 1 argument; write it as compute"):
         opened(lambda answers: 1.0)
 
 

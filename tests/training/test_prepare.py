@@ -134,3 +134,21 @@ def test_a_prepared_run_says_why_it_is_plain(chats: Path, tmp_path: Path) -> Non
     engine = prepare_run(settle(config)).engine
     assert engine.fast is None
     assert engine.reason == "training_config.neftune_noise_alpha"
+
+
+@pytest.mark.parametrize(
+    ("engine", "packing", "words"),
+    [
+        ("plain", None, "data.packing: `tokens` has no effect: the plain engine takes chats one by one"),
+        ("fast", False, "training_config: `packing: false` has no effect: data.packing is `tokens`"),
+        ("fast", None, None),
+    ],
+)
+def test_packing_that_does_not_happen_or_is_asked_for_twice_is_named(
+    chats: Path, tmp_path: Path, engine: str, packing: bool | None, words: str | None
+) -> None:
+    tree = tiny_config(chats, tmp_path / "run").model_dump()
+    tree |= {"engine": engine, "data": {**tree["data"], "packing": "tokens"}}
+    tree["training_config"] |= {} if packing is None else {"packing": packing}
+    told = [note for note in prepare_run(settle(make_config(tree))).settings.notes if "packing" in note]
+    assert [note[: len(words or "")] for note in told] == ([words] if words else [])

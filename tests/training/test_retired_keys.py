@@ -84,10 +84,14 @@ def test_only_a_causal_language_model_is_trained(task: str) -> None:
     assert read_settings({"task_type": None}, {}).peft["task_type"] == "CAUSAL_LM"
 
 
-def test_a_loss_on_everything_is_not_overlooked() -> None:
-    with pytest.raises(ConfigError, match=r"`completion_only_loss` is not used here; use data\.loss_on"):
-        read_settings({}, {"completion_only_loss": False})
-    assert read_settings({}, {"completion_only_loss": None, "assistant_only_loss": False}).notes == []
+def test_trls_own_way_of_cutting_is_named_though_it_is_trls_default() -> None:
+    for value in ("keep_start", "keep_end"):
+        notes = read_settings({}, {"truncation_mode": value}).notes
+        assert notes == [
+            "training_config: `truncation_mode` has no effect: data.overlong says what becomes of a chat over "
+            "max_length; answers are never cut"
+        ]
+    assert read_settings({}, {"truncation_mode": None, "padding_free": False, "pad_token": None}).notes == []
 
 
 def test_what_only_the_plain_engine_reads_is_named() -> None:

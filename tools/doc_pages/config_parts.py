@@ -14,7 +14,7 @@ from doc_pages.filling import cell, table
 from doc_pages.words import said
 from phinetune.config.data import OtherSplit, WeightedFile
 from phinetune.config.judge import JudgeMetric
-from phinetune.config.model_keywords import NOT_USED, OF_DATA, OF_TRAINING, OTHER_NAMES, REFUSED
+from phinetune.config.model_keywords import INIT, NOT_USED, OF_DATA, OF_LOSS, OF_TRAINING, OTHER_NAMES, REFUSED
 from phinetune.config.own_metrics import CustomMetric
 from phinetune.config.row_forms import ALL_FORMS
 from phinetune.config.run import SHORTHANDS, RunConfig
@@ -71,14 +71,32 @@ def retired_keys(language: str) -> str:
 
     told = [(f"training_config.{key}", retired.note) for key, retired in RETIRED_TRAINING.items()]
     told += [(f"peft_config.{key}", retired.note) for key, retired in UNSLOTH_PEFT.items()]
-    told += [(f"training_config.{key}", note) for key, note in (*ELSEWHERE.items(), *IDLE_TRAINING.items())]
+    told += [(f"training_config.{key}", note) for key, note in OF_LOSS.items()]
+    told += [(f"training_config.{INIT}", "its keys are taken as keys of `model`")]
+    told += [(f"training_config.{key}", f"refused: {note}") for key, note in ELSEWHERE.items()]
+    told += [(f"training_config.{key}", note) for key, note in IDLE_TRAINING.items()]
     told += [(f"peft_config.{key}", note) for key, note in IDLE_PEFT.items()]
     return _told(told, language)
+
+
+# Keywords whose value decides, so that a function translates them.
+BY_VALUE = (
+    ("load_in_4bit", "taken as `model.quantization: nf4`"),
+    ("load_in_8bit", "taken as `model.quantization: int8`"),
+    (
+        "quantization_config",
+        "taken as `model.quantization`: the object, or a dictionary; what differs from NF4 gets a line",
+    ),
+    ("device_map", "taken as `model.device` where it names one device; `auto` has no effect"),
+    ("use_flash_attention_2", "taken as `model.attn_implementation`"),
+    ("token", "refused: set the environment variable HF_TOKEN"),
+)
 
 
 def model_keywords(language: str) -> str:
     """Keywords of `from_pretrained` in the section `model`, and what becomes of each."""
     told = [(f"model.{key}", f"taken as `model.{now}`") for key, now in OTHER_NAMES.items()]
+    told += [(f"model.{key}", what) for key, what in BY_VALUE]
     told += [(f"model.{key}", f"taken as `training_config.{now}`") for key, now in OF_TRAINING.items()]
     told += [(f"training_config.{key}", f"taken as `data.{now}`") for key, now in OF_DATA.items()]
     told += [(f"model.{key}", f"no effect: {why}") for key, why in NOT_USED.items()]

@@ -182,6 +182,69 @@ OF_DATA: Mapping[str, str] = {
 }
 
 
+# Keys of SFTConfig that say on which tokens the loss falls, which is `data.loss_on` here.
+OF_LOSS: Mapping[str, str] = {
+    "assistant_only_loss": "taken as data.loss_on: assistant where it is true; false is TRL's default, and a line says "
+    "that data.loss_on: all asks for every token",
+    "completion_only_loss": "taken as data.loss_on: assistant where it is true, and as all where it is false",
+}
+INIT = "model_init_kwargs"  # SFTConfig's keywords for `from_pretrained`
+
+
+def move_losses(training: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sections, with TRL's two switches of the loss as `data.loss_on`.
+
+    Raises:
+        ValueError: they ask for the answers alone, and `data.loss_on` for every token.
+    """
+    kept, moved = dict(training), dict(data)
+    given = {key: kept.pop(key) for key in OF_LOSS if key in kept}
+    asked = {key: str(value).lower() for key, value in given.items() if value is not None}
+    answers = [key for key, value in asked.items() if value == "true"]
+    everything = asked.get("completion_only_loss") == "false" and not answers
+    own = moved.get("loss_on")
+    if answers and own == "all":
+        raise ValueError(f"training_config.{answers[0]} is true, and data.loss_on is all; keep one of them")
+    for key, value in asked.items():
+        if value not in ("true", "false"):
+            raise ValueError(f"training_config.{key}: it should be true or false (given: {given[key]!r})")
+        logger.warning("training_config.%s: %s", key, _loss_told(value, everything, own))
+    if everything and own is None:
+        moved["loss_on"] = "all"
+    return kept, moved
+
+
+def _loss_told(value: str, everything: bool, own: str | None) -> str:
+    """What becomes of one of the two switches, for the log."""
+    if own is not None:
+        return f"no effect, data.loss_on: {own} says where the loss falls"
+    if everything:
+        return "taken as data.loss_on: all, every token is trained on"
+    if value == "true":
+        return "taken as data.loss_on: assistant, the answers are trained on"
+    return "no effect, the answers are trained on; data.loss_on: all trains on every token"
+
+
+def move_to_model(training: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sections, with the keywords of `model_init_kwargs` as keys of `model`. What `model` says itself is kept.
+
+    Raises:
+        ValueError: it is no dictionary.
+    """
+    kept, moved = dict(training), dict(model)
+    keywords = kept.pop(INIT, None) or {}
+    if not isinstance(keywords, Mapping):
+        raise ValueError(f"training_config.{INIT}: it should be a dictionary (given: {keywords!r})")
+    for key, value in keywords.items():
+        name = OTHER_NAMES.get(str(key), str(key))
+        if name in moved or key in moved:
+            logger.warning("training_config.%s: %s has no effect: model.%s says it", INIT, key, name)
+        else:
+            moved[name] = value
+            logger.warning("training_config.%s: %s is taken as model.%s", INIT, key, name)
+    return kept, moved
+
+
 def move_to_data(training: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both sections, with the keywords of `training` that say where answers begin as keys of `data`. What `data` says
     itself is kept.

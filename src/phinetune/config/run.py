@@ -17,7 +17,16 @@ from phinetune.config.data import DataSection
 from phinetune.config.engine import EngineSection
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.config.model import ModelSection
-from phinetune.config.model_keywords import OF_DATA, OF_TRAINING, move_to_data, move_to_training
+from phinetune.config.model_keywords import (
+    INIT,
+    OF_DATA,
+    OF_LOSS,
+    OF_TRAINING,
+    move_losses,
+    move_to_data,
+    move_to_model,
+    move_to_training,
+)
 from phinetune.config.objective import ObjectiveSection
 from phinetune.config.section import Section, joined_message
 from phinetune.config.yaml_text import read_yaml
@@ -59,14 +68,7 @@ class RunConfig(Section):
             if isinstance(value.get(section), (str, Path, list)):
                 short = value[section]
                 value[section] = {key: short if isinstance(short, list) else str(short)}
-        model, training = value.get("model"), value.get("training_config") or {}
-        if isinstance(model, Mapping) and isinstance(training, Mapping) and OF_TRAINING.keys() & model.keys():
-            value["model"], value["training_config"] = move_to_training(model, training)
-            training = value["training_config"]
-        data = value.get("data") or {}
-        if isinstance(data, Mapping) and isinstance(training, Mapping) and OF_DATA.keys() & training.keys():
-            value["training_config"], value["data"] = move_to_data(training, data)
-        return value
+        return _moved(value)
 
     @model_validator(mode="after")
     def _bf16_means_the_weights(self) -> RunConfig:
@@ -79,6 +81,24 @@ class RunConfig(Section):
     def output_dir(self) -> Path:
         """The folder of the run: `training_config.output_dir`, or `DEFAULT_FOLDER` if it is not set."""
         return Path(self.training_config.get("output_dir") or DEFAULT_FOLDER)
+
+
+# Keys of scripts that stand in one section and belong into another: whence, whither, the keys, and what moves them.
+MOVES = (
+    ("model", "training_config", OF_TRAINING, move_to_training),
+    ("training_config", "model", (INIT,), move_to_model),
+    ("training_config", "data", OF_DATA, move_to_data),
+    ("training_config", "data", OF_LOSS, move_losses),
+)
+
+
+def _moved(sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections, with what stands in the wrong one where it belongs."""
+    for source, target, keys, move in MOVES:
+        kept, moved = sections.get(source) or {}, sections.get(target) or {}
+        if isinstance(kept, Mapping) and isinstance(moved, Mapping) and any(key in kept for key in keys):
+            sections[source], sections[target] = move(kept, moved)
+    return sections
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -171,8 +191,14 @@ def _sentence(where: str, problems: Sequence[Any]) -> str:
     if _names_a_kind(problem["loc"]):
         path = [*path[:2], *(str(part) for part in problem["loc"][2:] if isinstance(part, int))]
     message = joined_message([one["msg"] for one in problems])
-    given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
+    given = "" if problem["type"] == "value_error" else f" (given: {_shown(problem['input'])})"
     return f"{where}: {'.'.join(path)}: {message}{given}"
+
+
+def _shown(value: Any) -> str:
+    """A value that was given, in a line; an object that is long to print by its kind."""
+    told = repr(value)
+    return told if len(told) <= 200 else f"{told[:160]}…, a {type(value).__name__}"
 
 
 def _section_at(path: Sequence[str]) -> type[Section]:

@@ -59,8 +59,12 @@ def _found(metric: CustomMetric, *forms: str) -> tuple[Callable[..., Any], int]:
             raise ConfigError(f"evaluation.metrics: {place}: there is no function `{attribute}` in {source}")
     arguments = _arguments(function)
     if arguments not in (2, 3):
+        counted = "1 argument" if arguments == 1 else f"{arguments} arguments"
+        trainers = (
+            " (no logits are kept, so a trainer's `compute_metrics` has to be rewritten)" if arguments == 1 else ""
+        )
         raise ConfigError(
-            f"evaluation.metrics: {place}: it takes {arguments} arguments; write it as {' or '.join(forms)}"
+            f"evaluation.metrics: {place}: it takes {counted}; write it as {' or '.join(forms)}{trainers}"
         )
     return function, arguments
 

@@ -10,7 +10,9 @@ from phinetune.training.value_rules import plain_name
 # Keys that no engine reads here, and why.
 SCORED = "held-out chats are scored batch by batch in the model's dtype, and no logits are kept"
 ROWS = "rows are read and encoded as the section `data` says"
+CUT = "data.overlong says what becomes of a chat over max_length; answers are never cut"
 IDLE_TRAINING: Mapping[str, str] = {
+    "auto_find_batch_size": "`phinetune plan` finds a batch that fits; a run never changes its own",
     "batch_eval_metrics": SCORED,
     "bf16_full_eval": SCORED,
     "dataset_kwargs": ROWS,
@@ -19,6 +21,8 @@ IDLE_TRAINING: Mapping[str, str] = {
     "do_eval": "training_config.eval_strategy says when held-out chats are scored",
     "do_predict": "training_config.eval_strategy says when held-out chats are scored",
     "do_train": "`phinetune train` always trains",
+    "enable_jit_checkpoint": "on SIGTERM and on Ctrl-C a run always saves a checkpoint",
+    "eos_token": "stop tokens are found in the chat template",
     "eval_accumulation_steps": SCORED,
     "eval_do_concat_batches": SCORED,
     "eval_packing": SCORED,
@@ -30,14 +34,19 @@ IDLE_TRAINING: Mapping[str, str] = {
     "length_column_name": ROWS,
     "local_rank": "the launcher says which process this is",
     "logging_nan_inf_filter": "engine.on_nonfinite says what becomes of a loss that is not finite",
+    "pad_token": "padding is masked by length, so its token does not matter",
+    "padding_free": "the fast engine pads nothing, and the plain one pads",
     "parallelism_config": "each process trains on one device with the whole model",
     "prediction_loss_only": SCORED,
     "remove_unused_columns": ROWS,
     "router_aux_loss_coef": "Phi-3 has no router",
     "shuffle_dataset": "training_config.train_sampling_strategy says in which order rows are drawn",
+    "truncation_mode": CUT,
     "trust_remote_code": "only transformers' own classes are used",
     "use_cache": "training needs no cache; model.use_cache is for answers",
 }
+# Keys of which the library's default is not what happens here: a line tells of that value, too.
+UNLIKE = ("truncation_mode",)
 IDLE_PEFT: Mapping[str, str] = {
     "auto_mapping": "the model is always a Phi-3",
     "base_model_name_or_path": "the section `model` names the base",
@@ -130,7 +139,7 @@ def leave_out_idle(
         else:
             kept[key] = value
             continue
-        if value is not None and value != defaults.get(key):
+        if value is not None and (key in UNLIKE or value != defaults.get(key)):
             notes.append(f"{where}: `{key}` has no effect: {why}")
     return kept
 

@@ -6,27 +6,30 @@ in one dictionary. Here the knobs move to the section `objective`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from trl import SFTConfig
 
 from phinetune.config.objective import ObjectiveSection
 from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError
+from phinetune.training.idle_keys import CUT
 from phinetune.training.objectives.objective import Objective
-from phinetune.training.objectives.registry import make_objective, objective_kind
+from phinetune.training.objectives.registry import OBJECTIVES, make_objective, objective_kind
 
 ONCE = "the reference is always computed once, before the first step"
-PROMPTS = "data.overlong says what becomes of a chat over max_length; answers are never cut"
 START = "the reference is the model as it stands when the run starts"
 # Keys that do nothing here, and why.
 IDLE: Mapping[str, str] = {
     "precompute_ref_log_probs": ONCE,
     "precompute_ref_batch_size": ONCE,
     "precompute_ref_eval_batch_size": ONCE,
-    "max_prompt_length": PROMPTS,
-    "max_completion_length": PROMPTS,
-    "max_target_length": PROMPTS,
-    "truncation_mode": PROMPTS,
+    "max_prompt_length": CUT,
+    "max_completion_length": CUT,
+    "max_target_length": CUT,
+    "truncation_mode": CUT,
     "padding_value": "nothing is padded",
     "label_pad_token_id": "nothing is padded",
     "is_encoder_decoder": "a Phi-3 is a decoder",
@@ -37,6 +40,7 @@ IDLE: Mapping[str, str] = {
     "ref_model_init_kwargs": START,
     "ref_model_mixup_alpha": "it is for `sync_ref_model`",
     "ref_model_sync_steps": "it is for `sync_ref_model`",
+    "tools": "a row's own tools go to the template",
     "use_logits_to_keep": "logits are only computed where there is a label",
     "use_liger_loss": "phinetune brings its own kernels",
     "base_model_attribute_name": "phinetune brings its own kernels",
@@ -61,6 +65,7 @@ def with_objective_keys(config: RunConfig) -> tuple[RunConfig, Objective, list[s
     """
     kind = objective_kind(config.objective)
     if kind.kind == "sft":
+        _refuse_others(config.training_config)
         return config, make_objective(config.objective), []
     training, knobs = dict(config.training_config), config.objective.options
     problems: list[str] = []
@@ -89,6 +94,23 @@ def with_objective_keys(config: RunConfig) -> tuple[RunConfig, Objective, list[s
         "objective": section,
     }
     return config.model_copy(update=changed), objective, notes
+
+
+def _refuse_others(training: Mapping[str, Any]) -> None:
+    """Refuse the knobs of preference objectives beside `sft`, which has none.
+
+    Raises:
+        ConfigError: there are some; it names the objectives that have each.
+    """
+    taken = {field.name for field in dataclasses.fields(SFTConfig)}
+    owners = {
+        key: ", ".join(name for name, kind in OBJECTIVES.items() if key in kind.Options.model_fields)
+        for key in training
+        if key not in taken
+    }
+    found = [f"training_config: `{key}` is for `objective: {names}`" for key, names in owners.items() if names]
+    if found:
+        raise ConfigError([f"{one}, and this run's objective is sft" for one in found])
 
 
 def _without_dropout(peft: Mapping[str, Any], objective: Objective, notes: list[str]) -> dict[str, Any]:

@@ -181,7 +181,8 @@ def prepare_rows(settled: SettledRun) -> PreparedRun:
     settled = replace(settled, config=config, settings=settings)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
     _check_engine(objective, engine)
-    settings = replace(settings, notes=[*settings.notes, *_spread_notes(settings, config, engine)])
+    notes = [*_spread_notes(settings, config, engine), *_packing_notes(settings, config, engine)]
+    settings = replace(settings, notes=[*settings.notes, *notes])
     args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)
     settings = replace(settings, notes=[*settings.notes, *rehearse(settings, args, shape)])
     check_trained_parts(settings, config.model, shape, device, dtype)
@@ -286,6 +287,20 @@ def _spread_notes(settings: Settings, config: RunConfig, engine: EngineChoice) -
     if processes.count() == 1:
         return ["training_config: `fsdp` has no effect: there is one process (`phinetune train --nproc N` starts N)"]
     return [f"FSDP2: each of {processes.count()} processes keeps a part of each decoder layer"]
+
+
+def _packing_notes(settings: Settings, config: RunConfig, engine: EngineChoice) -> list[str]:
+    """A line where `data.packing: tokens` and the rest of the configuration do not go together."""
+    if config.data.packing != "tokens":
+        return []
+    if engine.fast is None and not settings.training.get("packing"):
+        return [
+            "data.packing: `tokens` has no effect: the plain engine takes chats one by one "
+            "(`training_config.packing: true` is TRL's own packing)"
+        ]
+    if settings.training.get("packing") is False:
+        return ["training_config: `packing: false` has no effect: data.packing is `tokens`"]
+    return []
 
 
 def _check_engine(objective: Objective, engine: EngineChoice) -> None:

@@ -102,19 +102,10 @@ UNSLOTH_PARTS: dict[str, Any] = {
     "qat_scheme": None,
 }
 
-# Keys of SFTConfig that are not used here, and what to use in their place.
+# Keys of SFTConfig that would change what is learnt and are refused, and what to use in their place.
 ELSEWHERE = {
-    "auto_find_batch_size": "`phinetune plan` finds a batch that fits; a run never changes its own",
-    "enable_jit_checkpoint": "on SIGTERM and on Ctrl-C a run always saves a checkpoint",
-    "model_init_kwargs": "use the section `model`",
-    "dataset_text_field": "use the section `data`",
-    "completion_only_loss": "use data.loss_on",
-    "assistant_only_loss": "use data.loss_on",
+    "dataset_text_field": "name the column of the texts: data.columns: {text: NAME}",
     "chat_template_path": "the checkpoint's own template is used; model.tokenizer names another",
-    "eos_token": "stop tokens are found in the chat template",
-    "pad_token": "padding is masked by length, so its token does not matter",
-    "padding_free": "use `packing`",
-    "truncation_mode": "use data.overlong",
 }
 
 

@@ -48,7 +48,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen, not be replaced by a mean
 }
 PEFT_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
-FALSE_ASKS = {"completion_only_loss"}  # keys of which false asks for something; null would not
 COMPILED = ("torch_compile_backend", "torch_compile_mode")  # each of them turns `torch_compile` on
 # What the fast engine does in a way of its own, and the knob for it.
 PLAIN_ONLY = {
@@ -151,7 +150,7 @@ def _read_training(given: Mapping[str, Any], problems: list[str], notes: list[st
     """`training_config` without retired keys, checked, and without what has no effect."""
     defaults = _defaults(SFTConfig) | TRAINING_DEFAULTS
     for key, value in given.items():
-        if key in ELSEWHERE and value not in (None, defaults[key]) and (value is not False or key in FALSE_ASKS):
+        if key in ELSEWHERE and value not in (None, defaults[key]):
             problems.append(f"training_config: `{key}` is not used here; {ELSEWHERE[key]}")
     given = {key: value for key, value in given.items() if key not in ELSEWHERE}
     if "torch_compile" not in given:
@@ -254,7 +253,8 @@ def make_training_args(
     try:
         args = _sft_config(given)
     except Exception as error:  # the libraries raise errors of any class for a bad value
-        raise ConfigError(f"{_refused_key(given)}: {reason_of(error)}") from error
+        reason = reason_of(error)
+        raise ConfigError(f"{_refused_key(given, reason)}: {reason}") from error
     return one_gpu(args)
 
 
@@ -265,16 +265,19 @@ def _sft_config(given: Mapping[str, Any]) -> SFTConfig:
         return SFTConfig(**given)
 
 
-def _refused_key(given: Mapping[str, Any]) -> str:
-    """The key of `training_config` that is refused alone, too; the whole dictionary if only the combination is."""
+def _refused_key(given: Mapping[str, Any], reason: str) -> str:
+    """The key of `training_config` that is refused alone for this reason; the whole dictionary if only the combination
+    is.
+    """
     of_the_machine = {key: given[key] for key in ("output_dir", "use_cpu", "bf16") if key in given}
     for key in given:
         if key in of_the_machine:
             continue
         try:
             _sft_config({**of_the_machine, key: given[key]})
-        except Exception:
-            return f"training_config.{key}"
+        except Exception as error:
+            if reason_of(error) == reason:
+                return f"training_config.{key}"
     return "training_config"
 
 

@@ -125,7 +125,7 @@ def broken_rule(key: str, value: Any) -> str | None:
     Args:
         value: of the type that the key takes.
     """
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
         return _broken_range(key, value)

@@ -255,3 +255,13 @@ def test_a_plan_counts_all_rows_of_the_reference_once() -> None:
     speed = Speed(100, {}, 0.0, 0.0, forward=(0.5, 0.25))
     assert speed.reference(layers=4, tokens=1000) == 10 * (4 * 0.5 + 0.25)
     assert Speed(100, {}, 0.0, 0.0).reference(layers=4, tokens=1000) == 0
+
+
+def test_knobs_of_preferences_beside_sft_are_told_whose_they_are(tmp_path: Path) -> None:
+    given = sections(tmp_path / "run", beta=0.1, loss_weights=[1.0]) | {"objective": "sft"}
+    with pytest.raises(ConfigError) as caught:
+        settle(make_config(given))
+    assert caught.value.problems == [
+        "training_config: `beta` is for `objective: dpo, orpo, simpo, kto`, and this run's objective is sft",
+        "training_config: `loss_weights` is for `objective: dpo`, and this run's objective is sft",
+    ]

@@ -12,11 +12,11 @@ import pytest
 
 from helpers import TINY, chat, write_jsonl
 from phinetune.config.run import make_config
+from phinetune.data.check.findings import KINDS
 from phinetune.errors import RunError
 from phinetune.liveness import this_process
 from phinetune.serving.job_config import chosen_numbers, final_config, first_config, save_interval
 from phinetune.serving.job_metrics import Tail, as_csv, read_entries
-from phinetune.data.check.findings import KINDS
 from phinetune.serving.job_queue import PROGRAM, what_lacks, why_wait
 from phinetune.serving.job_request import JobRequest
 from phinetune.serving.settings import ServerSettings

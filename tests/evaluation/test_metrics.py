@@ -14,7 +14,7 @@ from phinetune.config.evaluation import EvaluationSection
 from phinetune.errors import ConfigError, RunError
 from phinetune.evaluation.metrics import open_metrics
 
-WORDS = "the a cat dog sat lay on under mat table é 東京 don't runs, fast. 7".split(" ")  # noqa: SIM905
+WORDS = "the a cat dog sat lay on under mat table é naïve don't runs, fast. 7".split(" ")  # noqa: SIM905
 
 
 def texts(seed: int, count: int = 60) -> list[str]:
@@ -48,6 +48,21 @@ def test_equal_answers_score_a_hundred_and_disjoint_ones_nothing(name: str) -> N
     same = ["The cat sat on the mat.", "On the mat it sat today."]
     assert mean(name, same, same) == pytest.approx(100, abs=1e-9)
     assert mean(name, ["aaa aaa aaa aaa"], ["zzz zzz zzz zzz"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "rouge1", "rouge2"),
+    [
+        ("工单：帐篷 / 漏水", "工单：帐篷 / 漏水", 100, 100),
+        ("退款", "退货", 50, 0),
+        ("用 Phi-3 训练", "用 phi-3 训练", 100, 100),
+        ("テント", "帐篷", 0, 0),
+        ("", "帐篷", 0, 0),
+    ],
+)
+def test_rouge_counts_chinese_by_characters(answer: str, reference: str, rouge1: float, rouge2: float) -> None:
+    assert mean("rouge1", [answer], [reference]) == pytest.approx(rouge1)
+    assert mean("rouge2", [answer], [reference]) == pytest.approx(rouge2)
 
 
 def test_exact_match_leaves_white_space_at_the_ends_aside() -> None:

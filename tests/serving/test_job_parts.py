@@ -12,6 +12,7 @@ import pytest
 
 from helpers import TINY, chat, write_jsonl
 from phinetune.config.run import make_config
+from phinetune.data.check.findings import KINDS
 from phinetune.errors import RunError
 from phinetune.liveness import this_process
 from phinetune.serving.job_config import chosen_numbers, final_config, first_config, save_interval
@@ -145,6 +146,24 @@ def test_a_file_is_looked_at_line_by_line(tmp_path: Path, rows: list[Any], form:
     assert (found["form"], [one["line"] for one in found["problems"]]) == (form, wrong)
     assert str(tmp_path) not in json.dumps(found)
     assert look_at_file({"path": str(path), "rows": 0, "model": {"path": TINY}})["problems"] or not rows
+
+
+def test_what_is_wrong_with_a_line_is_of_a_kind(tmp_path: Path) -> None:
+    """The page says the kind in its own language."""
+    path = tmp_path / "file-1.jsonl"
+    lines = [json.dumps(chat("Hi", "Hello!")), "{“messages”: 1}", "[]", '{"问题": "?"}', json.dumps(PAIR)]
+    path.write_bytes("\n".join([*lines, ""]).encode() + "你好\n".encode("gbk"))
+    found = look_at_file({"path": str(path), "rows": 10, "model": {"path": TINY}})
+    kinds = {one["line"]: one["kind"] for one in found["problems"]}
+    assert kinds == {2: "no_json", 3: "no_object", 4: "form", 5: "mixed_forms", 6: "encoding"}
+    found = look_at_file({"path": str(path), "rows": 2, "model": {"path": TINY}})
+    assert [one["kind"] for one in found["problems"]] == ["too_many_rows"]
+    path.write_text("\n".join([lines[0], '{"messages": [{"role": "user", "content": "a"}]}', '{"messages": []}']))
+    found = look_at_file({"path": str(path), "rows": 10, "model": {"path": TINY}})
+    assert {one["kind"] for one in found["problems"]} <= set(KINDS)
+    path.write_text("")
+    found = look_at_file({"path": str(path), "rows": 10, "model": {"path": TINY}})
+    assert [one["kind"] for one in found["problems"]] == ["nothing"]
 
 
 def test_work_that_fails_is_told_and_the_next_is_done(tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def router(state: ServerState) -> APIRouter:
         with state.store.together():
             job = jobs.using(row["id"])
             if job:
-                raise ApiError(409, f"{row['id']} is being trained on by {job['id']}; cancel that job first.")
+                message = f"{row['id']} is being trained on by {job['id']}; cancel that job first."
+                raise ApiError(409, message, code="file_in_use")
             state.store.write("DELETE FROM files WHERE id = ?", [row["id"]])
         file_place(state.folder, row["id"], row["purpose"]).unlink(missing_ok=True)
         return {"id": row["id"], "object": "file", "deleted": True}
@@ -174,7 +175,9 @@ async def _take_in(file: UploadFile, place: Path, most: int) -> int:
         while piece := await file.read(PIECE):
             size += len(piece)
             if size > most:
-                raise ApiError(413, f"The file is larger than the {most:,} bytes that this server takes.")
+                raise ApiError(
+                    413, f"The file is larger than the {most:,} bytes that this server takes.", code="too_large"
+                )
             await asyncio.to_thread(target.write, piece)
         await asyncio.to_thread(_sync, target)
     await asyncio.to_thread(sync_folder, place.parent)
@@ -213,7 +216,7 @@ def _look(state: ServerState, place: Path) -> dict[str, Any]:
         raise _bad_file([{"line": 1, "message": text.replace(str(place), "the file")} for text in error.problems],
                         len(error.problems)) from None  # fmt: skip
     except WorkFailed as error:
-        raise ApiError(400, f"The file could not be looked at: {error}.", param="file") from None
+        raise ApiError(400, f"The file could not be looked at: {error}.", code="look_failed", param="file") from None
     if found["problems"]:
         raise _bad_file(found["problems"], found["count"])
     return found

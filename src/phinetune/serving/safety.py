@@ -115,7 +115,8 @@ class Guard:
             sealed = method in SAFE_METHODS or matches(headers.get(CSRF_HEADER, ""), csrf_token(cookie, self.state.key))
             if sealed:
                 return
-            raise ApiError(403, "The page's token (X-CSRF-Token) is missing or wrong; load the page again.")
+            message = "The page's token (X-CSRF-Token) is missing or wrong; load the page again."
+            raise ApiError(403, message, code="csrf_failed")
         message = (
             "You didn't provide an API key. Provide it in an Authorization header using Bearer auth "
             "(i.e. Authorization: Bearer YOUR_KEY)."

@@ -40,12 +40,12 @@ def look_at_file(request: Mapping[str, Any]) -> Answer:
         request: the file's `path`, the most `rows` it may have, and the section `model` of the base.
 
     Returns:
-        `form`, `rows`, `problems` (line and message each, the first ones), `count` of all problems, and `notes`.
+        `form`, `rows`, `problems` (line, message and kind each, the first ones), `count` of all problems, and `notes`.
     """
     path = Path(request["path"])
     form, rows, problems = _read_lines(path, int(request["rows"]))
     if problems or form is None:
-        told = problems or [{"line": 1, "message": "the file holds no row"}]
+        told = problems or [{"line": 1, "message": "the file holds no row", "kind": "nothing"}]
         return {"form": form, "rows": rows, "problems": told[:SHOWN], "count": len(told), "notes": []}
     found = _checked(path, form, request["model"])
     fatal = [one for one in found if one["kind"] in FATAL and one["spoils"]]
@@ -63,31 +63,41 @@ def _read_lines(path: Path, most: int) -> tuple[str | None, int, list[Answer]]:
                 continue
             rows += 1
             if rows > most:
-                return form, rows, [{"line": number, "message": f"more than {most:,} rows", "code": "too_many_rows"}]
+                return (
+                    form,
+                    rows,
+                    [_problem(number, f"more than {most:,} rows", "too_many_rows") | {"code": "too_many_rows"}],
+                )
             found, problem = _form_of(line)
             form = form or found
             if problem is None and found != form:
-                problem = f"a {found} row among {form} rows; a file holds rows of one form"
+                problem = f"a {found} row among {form} rows; a file holds rows of one form", "mixed_forms"
             if problem:
-                problems.append({"line": number, "message": problem})
+                problems.append(_problem(number, *problem))
     return form, rows, problems
 
 
-def _form_of(line: bytes) -> tuple[str | None, str | None]:
-    """The form of a line's row, or what is wrong with it."""
+def _problem(line: int, message: str, kind: str) -> Answer:
+    """What is wrong with a line. The page says the kind in its own language."""
+    return {"line": line, "message": message, "kind": kind}
+
+
+def _form_of(line: bytes) -> tuple[str | None, tuple[str, str] | None]:
+    """The form of a line's row, or what is wrong with it and of which kind that is."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return None, f"not UTF-8 text ({error.reason})"
+        return None, (f"not UTF-8 text ({error.reason})", "encoding")
     except (ValueError, RecursionError) as error:
-        return None, f"no JSON ({reason_of(error, 80)})"
+        return None, (f"no JSON ({reason_of(error, 80)})", "no_json")
     if not isinstance(row, dict):
-        return None, f"expected a JSON object, found {type(row).__name__}"
+        return None, (f"expected a JSON object, found {type(row).__name__}", "no_object")
     found = next((name for name, keys in FORMS.items() if all(key in row for key in keys)), None)
     if found:
         return found, None
     forms = "; ".join(" and ".join(f"`{key}`" for key in keys) for keys in FORMS.values())
-    return None, f"its keys are {', '.join(f'`{key}`' for key in list(row)[:6]) or 'none'}; a row has {forms}"
+    keys = ", ".join(f"`{key}`" for key in list(row)[:6]) or "none"
+    return None, (f"its keys are {keys}; a row has {forms}", "form")
 
 
 def _checked(path: Path, form: str, model: Mapping[str, Any]) -> list[Answer]:
@@ -102,7 +112,7 @@ def _checked(path: Path, form: str, model: Mapping[str, Any]) -> list[Answer]:
 def _line(place: Mapping[str, str], finding: Mapping[str, Any], path: Path) -> Answer:
     number = place["where"].rpartition(":")[2]
     detail = (place["detail"] or finding["what"]).replace(str(path), "the file")
-    return {"line": int(number) if number.isdigit() else 1, "message": detail}
+    return _problem(int(number) if number.isdigit() else 1, detail, finding["kind"])
 
 
 def plan_job(request: Mapping[str, Any]) -> Answer:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import chat
+from phinetune.serving.page.words import words_of
 from phinetune.serving.state import ServerState
 from reporting.browser import LOW_CONTRAST, Browser, chromium
 from serving.page.page_helpers import TUNED, offer_run, whole_server
@@ -142,6 +144,41 @@ def test_from_a_file_to_compared_answers_without_a_command(browser: Browser, ser
     assert state.store.rows("SELECT * FROM exports") == []
     assert browser.console() == []
     assert [one for one in browser.requests() if not one.startswith(url)] == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_what_goes_wrong_is_told_in_chinese(browser: Browser, served: Served, tmp_path: Path, theme: str) -> None:
+    """A wrong key, a file that is none, and a queue that is full; on a phone, above the server's own words."""
+    state, url = served
+    table, hand = words_of("zh").table, Hand(browser)
+    browser.open(f"{url}/", theme, 390)
+    browser.driver.delete_all_cookies()
+    browser.driver.add_cookie({"name": "phinetune_language", "value": "zh"})
+    browser.open(f"{url}/#key=wrong", theme, 390)
+    assert "Incorrect key" in hand.find("#message p", table["problem.invalid_api_key"]).text
+
+    browser.open(f"{url}/#key={KEY}", theme, 390)
+    hand.find("#drop")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(json.dumps(ROWS[0]).encode() + '\n{“messages”: 3}\n{"a": "<b>"}\n'.encode() + "好\n".encode("gbk"))
+    browser.driver.find_element("css selector", "#file").send_keys(str(bad))
+    rows = {2: "problem.no_json", 3: "finding.form", 4: "finding.encoding"}
+    for key in rows.values():
+        assert "\n" in hand.find("#problems td.long", table[key]).text
+    assert browser.overflow() <= 0
+    assert browser.run(LOW_CONTRAST) == []
+
+    keep_file(state, f"file-{theme}")
+    settings = state.settings
+    state.settings = replace(settings, limits=replace(settings.limits, jobs=0))
+    try:
+        browser.open(f"{url}/page/train?file=file-{theme}", theme, 390)
+        hand.press("#start")
+        assert "jobs wait already" in hand.find("#message p", table["problem.rate_limit_exceeded"]).text
+    finally:
+        state.settings = settings
+        browser.driver.delete_all_cookies()
+    assert [line for line in browser.console() if not any(code in line for code in ("400", "401", "429"))] == []
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

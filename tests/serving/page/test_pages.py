@@ -14,6 +14,7 @@ from openai import OpenAI
 from phinetune.serving.ids import now
 from phinetune.serving.page.rendering import OWN, POLICY
 from phinetune.serving.page.routes import STATIC
+from phinetune.serving.page.words import words_of
 from phinetune.serving.sessions import new_session
 from phinetune.serving.state import ServerState
 from serving.page.page_helpers import Visitor, offer_run
@@ -109,6 +110,23 @@ def test_every_page_comes_in_both_languages_and_loads_its_own_files_alone(served
         status, shown, _ = visitor.see(f"/phinetune/parts/{part}")
         assert status == 200
         assert loaded_by(shown["text"]) == []
+
+
+def test_a_job_that_failed_is_told_in_the_pages_language_and_the_servers(served: Served) -> None:
+    state, client = served
+    error = json.dumps({"code": "insufficient_memory", "message": "it needs 9 <GB>", "param": None})
+    state.store.update("jobs", "ftjob-one", error=error)
+    try:
+        for part in ("jobs", "jobs/ftjob-one"):
+            english, chinese = (
+                Visitor(client, language).see(f"/phinetune/parts/{part}")[1]["text"] for language in ("en", "zh")
+            )
+            assert '<p class="flag">it needs 9 &lt;GB&gt;</p>' in english
+            assert f"{words_of('zh').table['problem.insufficient_memory']}\nit needs 9 &lt;GB&gt;</p>" in chinese
+    finally:
+        state.store.update("jobs", "ftjob-one", error=None)
+    missing = Visitor(client, "zh").see("/page/jobs/ftjob-none")[1]["text"]
+    assert words_of("zh").table["problem.fine_tune_not_found"] in missing
 
 
 def test_its_files_are_public_and_no_others_are(served: Served) -> None:

@@ -18,6 +18,7 @@ from phinetune.serving.page.words import NAMES, pick_language, words_of
 from phinetune.serving.work import FORMS
 
 FINDINGS = ("finding.", "advice.")  # in other languages than that of data/check/findings.py
+PROBLEMS = "problem."  # in other languages than the server's own, by the codes of its errors
 # Keys that are put together of a beginning and a value.
 TOGETHER = {
     "form.": FORMS,
@@ -51,7 +52,7 @@ def said() -> set[str]:
 
 @pytest.mark.parametrize("language", NAMES)
 def test_a_language_has_the_keys_that_are_used_and_no_others(language: str) -> None:
-    table = {key: text for key, text in words_of(language).table.items() if not key.startswith(FINDINGS)}
+    table = {key: text for key, text in words_of(language).table.items() if not key.startswith((*FINDINGS, PROBLEMS))}
     assert set(table) == said()
     assert all(text == text.strip() and text for text in table.values())
 
@@ -68,6 +69,21 @@ def test_languages_put_the_same_values_in() -> None:
 def test_every_finding_has_a_title_and_advice_in_chinese() -> None:
     table = words_of("zh").table
     assert {key for key in table if key.startswith(FINDINGS)} == {start + kind for start in FINDINGS for kind in KINDS}
+
+
+def test_errors_are_told_in_chinese_above_the_servers_own_sentence() -> None:
+    chinese, english = words_of("zh"), words_of("en")
+    told = chinese.problem("insufficient_disk", "20 GB are free")
+    assert told == f"{chinese.table['problem.insufficient_disk']}\n20 GB are free"
+    assert english.problem("insufficient_disk", "20 GB are free") == "20 GB are free"
+    assert chinese.problem(None, "What?") == chinese.problem("new", "What?") == "What?"
+
+
+def test_each_error_in_chinese_is_one_that_the_server_tells() -> None:
+    source = "".join(place.read_text(encoding="utf-8") for place in OWN.parent.rglob("*.py"))
+    codes = {key.removeprefix(PROBLEMS) for key in words_of("zh").table if key.startswith(PROBLEMS)}
+    assert {code for code in codes if f'"{code}"' not in source} == set()
+    assert not [key for key in words_of("en").table if key.startswith(PROBLEMS)]
 
 
 @pytest.mark.parametrize(

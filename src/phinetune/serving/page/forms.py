@@ -111,10 +111,11 @@ class Setting(BaseModel):
 
 
 class Planned(BaseModel):
-    """What a job will take: bytes, seconds, steps; `lacks` says what this machine will never have for it."""
+    """What a job will take: bytes, seconds, steps; `lacks` says what this machine will never have for it, and which."""
 
     fits: bool
     lacks: str | None
+    lacks_code: str | None
     memory: int
     free_memory: int
     on_cpu: bool

@@ -74,6 +74,7 @@ class Looks:
         return Planned(
             **{**made, "fits": made["fits"] and lacks is None},
             lacks=lacks[1] if lacks else None,
+            lacks_code=lacks[0] if lacks else None,
             hyperparameters=chosen_numbers(final, request),
             learning_rate=final["training_config"].get(RATE),
         )
@@ -112,6 +113,6 @@ class Looks:
             message = told.replace(f"{self._state.folder}/", "")
             raise ApiError(400, message, code="invalid_training_file", param="training_file") from None
         except WorkFailed as error:
-            raise ApiError(503, f"The look failed: {error}. Try again.", "server_error") from None
+            raise ApiError(503, f"The look failed: {error}. Try again.", "server_error", "look_failed") from None
         finally:
             self._places.release()

@@ -42,7 +42,7 @@ def router(state: ServerState) -> APIRouter:
         try:
             return make(request)
         except ApiError as error:
-            return whole_page(request, state, "missing.html", error.status, told=error.message)
+            return whole_page(request, state, "missing.html", error.status, code=error.code, told=error.message)
 
     def page(path: str, template: str, see: Callable[[Request], dict[str, Any]]) -> None:
         def answer(request: Request) -> Response:

@@ -37,7 +37,8 @@ def _aside(place: Path, share: float) -> set[bytes]:
     with place.open("rb") as file:
         digests = sorted({_digest(line) for line in file if line.strip()})
     if len(digests) < 2:
-        raise ApiError(400, "The file has one row, or equal ones alone; none can be kept aside.", param="file_id")
+        message = "The file has one row, or equal ones alone; none can be kept aside."
+        raise ApiError(400, message, code="too_few_rows", param="file_id")
     return set(digests[: min(len(digests) - 1, max(1, round(share * len(digests))))])
 
 

@@ -87,7 +87,7 @@ def _job(state: ServerState, row: Row) -> dict[str, Any]:
         **{key: row[key] for key in keys},
         "kind": JobRequest.model_validate_json(row["request"]).kind,
         "files": [_file_name(state, row[key]) for key in ("training_file", "validation_file") if row[key]],
-        "error": json.loads(row["error"])["message"] if row["error"] else None,
+        "error": json.loads(row["error"]) if row["error"] else None,
         "done": row["told_step"],
         "steps": steps if isinstance(steps, int) else None,
         "left": max(0, finish - time.time()) if finish else None,

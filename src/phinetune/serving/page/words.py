@@ -29,6 +29,11 @@ class Words:
     def has(self, key: str) -> bool:
         return key in self.table
 
+    def problem(self, code: str | None, message: str) -> str:
+        """What is wrong in this language, if it has words for the code, above the server's own sentence."""
+        own = self.table.get(f"problem.{code}")
+        return f"{own}\n{message}" if own else message
+
     @property
     def tag(self) -> str:
         """The language's tag for HTML."""

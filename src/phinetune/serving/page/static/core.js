@@ -8,6 +8,13 @@ const page = (() => {
 
   const say = (key, values = {}) => words[key].replace(/\{(\w+)\}/g, (all, name) => values[name] ?? all);
 
+  // What is wrong in the page's language, if it has words for it, above the server's own sentence.
+  function inWords({ message, code, type, kind }) {
+    const key = [code, kind, type].find((one) => words[`problem.${one}`] || words[`finding.${one}`]);
+    const own = words[`problem.${key}`] ?? (key && `${words[`finding.${key}`]}。${words[`advice.${key}`]}。`);
+    return own ? `${own}\n${message}` : message;
+  }
+
   class Refused extends Error {
     constructor(text, details = {}) {
       super(text);
@@ -30,7 +37,8 @@ const page = (() => {
     if (answer.ok) return answer;
     if (answer.status === 401 && token) location.assign("/");
     const told = await answer.json().catch(() => ({}));
-    throw new Refused(told.error?.message ?? say("error.status", { status: answer.status }), told.error);
+    const text = told.error ? inWords(told.error) : say("error.status", { status: answer.status });
+    throw new Refused(text, told.error);
   }
 
   function tell(text) {
@@ -138,5 +146,5 @@ const page = (() => {
     if (!part.hasAttribute("data-here")) renew(part);
     if (part.dataset.every) keepRenewing(part);
   }
-  return { say, send, tell, busy, fill, renew, renewAll, element, Refused };
+  return { say, inWords, send, tell, busy, fill, renew, renewAll, element, Refused };
 })();

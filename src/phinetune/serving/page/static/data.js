@@ -18,9 +18,9 @@
   function showProblems(error) {
     const lines = error.details.lines ?? [];
     if (!lines.length) return page.tell(error.message);
-    const rows = lines.map(({ line, message }) => {
+    const rows = lines.map((one) => {
       const row = document.createElement("tr");
-      row.append(page.element("td", line, "number"), page.element("td", message, "long"));
+      row.append(page.element("td", one.line, "number"), page.element("td", page.inWords(one), "long"));
       return row;
     });
     problems.querySelector("tbody").replaceChildren(...rows);

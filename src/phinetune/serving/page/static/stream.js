@@ -22,7 +22,7 @@ const stream = (() => {
     for await (const data of events(reply.body)) {
       if (data === "[DONE]") break;
       const part = JSON.parse(data);
-      if (part.error) throw new page.Refused(part.error.message, part.error);
+      if (part.error) throw new page.Refused(page.inWords(part.error), part.error);
       const choice = part.choices[0];
       if (choice?.delta?.content) onText(choice.delta.content);
       reason = choice?.finish_reason ?? reason;

@@ -6,6 +6,7 @@ import logging
 
 from phinetune import processes
 from phinetune.engine.generate import check_prompts
+from phinetune.errors import ModelError
 from phinetune.evaluation.answering import fixed_question, questions_of
 from phinetune.evaluation.countable import check_classes, check_countable, names_metrics, sorts, without_numbers
 from phinetune.evaluation.judge import check_judges
@@ -24,7 +25,10 @@ def look_at_settings(settled: SettledRun) -> Metrics:
         PhinetuneError: a metric can't be had, a judge's key is missing, or the run could not be pushed.
     """
     if settled.settings.push:
-        check_can_push(settled.settings.push.token)
+        try:
+            check_can_push(settled.settings.push.token)
+        except ModelError as error:
+            raise ModelError([f"training_config.push_to_hub: {problem}" for problem in error.problems]) from error
     check_judges(settled.config.evaluation)
     return open_metrics(settled.config.evaluation)
 

@@ -86,7 +86,7 @@ def test_without_a_token_or_offline_it_does_not_begin(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(PhinetuneError, match="no access token"):
+    with pytest.raises(PhinetuneError, match=r"^training_config\.push_to_hub: no access token"):
         way(with_hub(chats, tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PhinetuneError, match="HF_HUB_OFFLINE is set"):

@@ -149,7 +149,7 @@ def tried(config: RunConfig, folder: Path, shape: Any) -> None:
         ("training_config.optim_args", "momentum", "training_config.optim_args: it should be options with their"),
         ("training_config.optim_args", "momentum=0.9,nesterov", "such as `momentum=0.9,nesterov=true`"),
         ("training_config.max_length", "many", "max_length: it should be a valid integer (given: 'many')"),
-        ("peft_config.target_modules", 5, "peft_config.target_modules: it should be a valid "),
+        ("peft_config.target_modules", 5, "it should be a valid list, or a valid string (given: 5)"),
         ("peft_config.r", 0, "it should be 1 or more"),
         ("peft_config.lora_dropout", 1.0, "it should be at least 0 and less than 1"),
         ("peft_config.lora_alpha", -16, "it should be more than 0"),

@@ -57,6 +57,7 @@ def joined_message(messages: Sequence[str]) -> str:
         messages: pydantic's, at least one.
     """
     told = [re.sub(r", (unable to|got a) .*", "", message.removeprefix("Value error, ")) for message in messages]
+    told.sort()  # the order of a union's kinds is that in which some library first wrote it
     rest = [message.removeprefix("Input should be ") for message in told[1:]]
     return ", or ".join(dict.fromkeys([told[0], *rest]))
 

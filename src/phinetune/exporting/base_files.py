@@ -69,7 +69,7 @@ def open_base(section: ModelSection) -> BaseFiles:
     if weights.packed:
         check_readable(section.path)
         dtypes = {str(weights.dtypes[name]).removeprefix("torch.") for name in weights.packed}
-        logger.info("%s: its weights are in nf4; they are turned back into %s", base.path, ", ".join(sorted(dtypes)))
+        logger.warning("%s: its weights are in nf4; they are turned back into %s", base.path, ", ".join(sorted(dtypes)))
         del config.quantization_config  # of the files, and not of `weights`
     return BaseFiles(base, folder, weights, config, tokenizer, generation)
 

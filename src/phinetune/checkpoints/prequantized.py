@@ -111,9 +111,8 @@ def is_double(config: ModelConfig) -> bool:
 def _tree(config: ModelConfig) -> Mapping[str, Any]:
     """The `quantization_config` of a model's configuration; empty if it has none."""
     given = getattr(config, "quantization_config", None) or {}
-    if hasattr(given, "to_dict"):  # of a model that is loaded
-        given = given.to_dict()
-    return given if isinstance(given, dict) else {"quant_method": str(given)}
+    tree: Mapping[str, Any] = given if isinstance(given, dict) else given.to_dict()  # of a model that is loaded
+    return tree
 
 
 def check_packed(

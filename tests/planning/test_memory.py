@@ -25,6 +25,7 @@ from phinetune.engine.packing import pack
 from phinetune.engine.segments import read_segments
 from phinetune.planning import memory as planning_memory
 from phinetune.planning.memory import MicroBatch, optimizer_bytes, predict
+from phinetune.planning.probe import two_layers
 from phinetune.planning.sizes import Sizes, count_sizes
 from phinetune.training.settings import make_lora_config, read_settings
 
@@ -171,3 +172,4 @@ def test_a_checkpoint_in_nf4_is_counted_as_its_files_are(bits: dict[str, Any], t
     sizes = count_sizes(shape, held_as(section, shape), SETTINGS, torch.float32)
     assert sizes.weights == pytest.approx(base_bytes(load_base(section).model.requires_grad_(False)), rel=1e-3)
     assert sizes.expanded == 4 * 64 * 96
+    assert two_layers(section, shape).quantization == "nf4"  # its time is measured so, too

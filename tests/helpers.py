@@ -131,3 +131,29 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     if broken:
         raise DataError(at_most(broken))
     return rows
+
+
+def nf4_checkpoint(folder: Path, family: str, **bits: Any) -> Path:
+    """A tiny checkpoint that bitsandbytes quantised and transformers wrote; its embeddings, norms and head in float32.
+
+    Args:
+        family: `phi3`, `llama` or `mistral`.
+        bits: of transformers' `BitsAndBytesConfig`.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from phinetune.checkpoints.random_shapes import byte_tokenizer
+    from phinetune.engine.families import CONFIGS, transformers_class
+
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = CONFIGS[family](**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **bits}
+    torch.manual_seed(0)
+    whole, kind = folder.with_name(f"{folder.name}-whole"), transformers_class(config)
+    kind._from_config(config, dtype=torch.float32).save_pretrained(whole)
+    quantised = kind.from_pretrained(whole, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**settings))
+    quantised.save_pretrained(folder)
+    byte_tokenizer(320).save_pretrained(folder)
+    return folder

@@ -182,11 +182,6 @@ def test_a_head_that_is_not_tied_may_not_be_missing(folder: Path) -> None:
     assert f"missing: {HEAD}" in refusal(folder)
 
 
-def test_a_quantised_checkpoint_is_refused_by_its_configuration(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    assert "(quantization_config: bitsandbytes); give the 16-bit checkpoint" in refusal(folder)
-
-
 @pytest.mark.parametrize("wrong", [{"num_attention_heads": 0}, {"pad_token_id": 4000}, {"hidden_act": "swish9"}])
 def test_a_configuration_that_makes_no_model_is_refused(folder: Path, wrong: dict[str, Any]) -> None:
     edit_config(folder, **wrong)

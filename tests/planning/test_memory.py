@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 
+from helpers import nf4_checkpoint
 from phinetune.checkpoints.load import load_base
+from phinetune.checkpoints.prequantized import held_as
 from phinetune.checkpoints.tokenizer import open_config
 from phinetune.config.model import ModelSection
 from phinetune.engine.activation_memory import SLACK, LayerSizes, Level
@@ -22,6 +25,7 @@ from phinetune.engine.packing import pack
 from phinetune.engine.segments import read_segments
 from phinetune.planning import memory as planning_memory
 from phinetune.planning.memory import MicroBatch, optimizer_bytes, predict
+from phinetune.planning.probe import two_layers
 from phinetune.planning.sizes import Sizes, count_sizes
 from phinetune.training.settings import make_lora_config, read_settings
 
@@ -51,7 +55,8 @@ def base_bytes(model: Any) -> int:
     for weight in list(found):
         state = getattr(weight, "quant_state", None)
         if state is not None:
-            found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+            found += [state.absmax, state.code]
+            found += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
         if getattr(weight, "SCB", None) is not None:
             found.append(weight.SCB)
     return tensor_bytes(found)
@@ -154,3 +159,17 @@ def test_the_peak_has_logits_or_a_layer_at_work() -> None:
     whole = parts.weights + parts.adapter + parts.optimizer + parts.activations
     assert parts.total == whole + max(parts.layer, parts.logits) == parts.to_dict()["total"]
     assert planning_memory.Parts(1, 2, 3, 4, 5, 6).total == 16
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "bits", [{}, {"bnb_4bit_use_double_quant": False}, {"llm_int8_skip_modules": ["lm_head", "mlp.up_proj"]}]
+)
+def test_a_checkpoint_in_nf4_is_counted_as_its_files_are(bits: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    section = ModelSection(path=str(nf4_checkpoint(tmp_path / "base", "llama", **bits)), dtype="float32")
+    shape = open_config(section)
+    sizes = count_sizes(shape, held_as(section, shape), SETTINGS, torch.float32)
+    assert sizes.weights == pytest.approx(base_bytes(load_base(section).model.requires_grad_(False)), rel=1e-3)
+    assert sizes.expanded == 4 * 64 * 96
+    assert two_layers(section, shape).quantization == "nf4"  # its time is measured so, too

@@ -18,6 +18,7 @@ from phinetune.engine.scoring import Score, score_rows
 from phinetune.errors import DataError
 from phinetune.exporting.base_files import trained_dtype
 from phinetune.exporting.merge.merge import Merge, merge_run, record_losses
+from phinetune.exporting.merge.merged import SIXTEEN_BIT
 from phinetune.screen.console import Console, say, stderr
 from phinetune.screen.merge import show_losses
 
@@ -41,7 +42,7 @@ def merge(
         out: a folder that is not there yet, or empty.
         dtype: float32, bfloat16 or float16; None keeps the dtype of the base's files.
         base: `16bit`, or for a run trained with `model.quantization` `quantized`: merge into what is left of the
-            base's weights after that.
+            base's weights after that. A base whose files are quantised has these weights alone.
         score: measure base, adapter and merged model on the run's held-out chats, where it has any.
         console: where to print; standard error if left out.
         device: where they are measured.
@@ -103,7 +104,7 @@ def _scorer(config: RunConfig, held_out: ChatSet) -> Callable[[Any], Score]:
 def _why_not_scored(config: RunConfig, made: Merge, device: str) -> str | None:
     if config.data.eval is None and config.data.test is None:
         return "no held-out chats are recorded for this run"
-    quantized = config.model.quantization != "none"
+    quantized = config.model.quantization != "none" or made.record["base_weights"] != SIXTEEN_BIT
     widths = [1 if quantized else trained_dtype(config.model).itemsize, made.dtype.itemsize]
     needed = SCORING_ROOM * made.size / made.dtype.itemsize * max(widths)
     free = free_bytes(pick_device(device))

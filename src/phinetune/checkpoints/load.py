@@ -21,7 +21,8 @@ from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.adapter_values import MOST_LAYERS
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.model_types import config_class
-from phinetune.checkpoints.quantize import is_quantized, keep_packing, quantization_config
+from phinetune.checkpoints.prequantized import as_it_is, held_as, own_form
+from phinetune.checkpoints.quantize import cast_others, keep_packing, kind_of, quantization_config, scales_of
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.tokenizer_files import check_template, check_tokenizer_files, check_vocabulary
 from phinetune.checkpoints.weight_files import fingerprint, lazy_tensors
@@ -102,9 +103,10 @@ def load_base(section: ModelSection, *, fast: bool = True, tokenizer: PreTrained
         model, base, tokenizer = _load_checkpoint(section, dtype, fast, device, tokenizer)
     model.generation_config = with_stop_ids(model.generation_config, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
-    precision = str(dtype) if section.quantization == "none" else f"{section.quantization}, products in {dtype}"
+    kind = kind_of(model)
+    precision = str(dtype) if kind == "none" else f"{kind}, products in {dtype}"
     logger.info("model %s: %s on %s, attention %s", base.path, precision, device, section.attn_implementation)
-    if not is_quantized(model):
+    if kind == "none":
         model.to(device)  # type: ignore[arg-type]
     return Loaded(model.eval(), tokenizer, base, device)
 
@@ -134,11 +136,12 @@ def _load_checkpoint(
     """Model, base and tokenizer of a checkpoint. All that is small is read and checked before the weights."""
     folder, revision = find_folder(section.path, section.revision)
     config = read_config(folder)
+    section = section.model_copy(update={"quantization": held_as(section, config)})
     check_checkpoint(folder, config)
     base = base_in(folder, section.path, revision)
     tokenizer = tokenizer or load_tokenizer(section, base, config)
     model = _read_model(folder, config, section, dtype, fast, device)
-    check_numbers(model.named_parameters(), str(folder))
+    check_numbers([*model.named_parameters(), *scales_of(model)], str(folder))
     # PEFT writes this name into adapter_config.json. A hub id must stay there, not this machine's cache folder.
     name = section.path if revision else str(folder)
     model.config._name_or_path = model.name_or_path = name
@@ -204,7 +207,11 @@ def _read_model(
     with ExitStack() as files:
         if section.quantization != "none":
             source = {"pretrained_model_name_or_path": None, "state_dict": lazy_tensors(folder, files)}
-            source["quantization_config"] = quantization_config(section.quantization, dtype)
+            wanted = quantization_config(section.quantization, dtype)
+            if own_form(config, str(folder)) == "none":
+                source["quantization_config"] = wanted
+            else:
+                config.quantization_config = as_it_is(folder, config, wanted)
             if device.type != "cpu":
                 source["device_map"] = {"": device}
         with told_as(ModelError, f"{section.path}: could not be loaded"):
@@ -218,6 +225,7 @@ def _read_model(
     if section.quantization != "none":
         model.generation_config = read_generation(folder, config)
         keep_packing(model)
+        cast_others(model, dtype)
     return model
 
 

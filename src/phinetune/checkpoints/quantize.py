@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from phinetune.errors import ModelError
 
@@ -52,9 +54,33 @@ def why_no_dora(kind: str, device: torch.device) -> str | None:
     return "on a CPU, PEFT loses the scales of an int8 base under DoRA; take nf4, an unquantised base, or LoRA"
 
 
+def kind_of(model: Any) -> str:
+    """How a model's linear layers hold their weights: `none`, `nf4` or `int8`."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "nf4"
+    return "int8" if getattr(model, "is_loaded_in_8bit", False) else "none"
+
+
 def is_quantized(model: Any) -> bool:
     """Whether a model's linear layers hold their weights in 4 or 8 bits."""
-    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+    return kind_of(model) != "none"
+
+
+def scales_of(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The scales of a model's 4-bit weights, by the names that bitsandbytes gives them. They are no parameters."""
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and state.nested:
+            yield f"{name}.nested_absmax", state.state2.absmax
+        elif state is not None:
+            yield f"{name}.absmax", state.absmax
+
+
+def cast_others(model: Any, dtype: torch.dtype) -> None:
+    """Cast what is not quantised. If the files hold quantised weights, transformers leaves the others as they are."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def keep_packing(model: Any) -> None:

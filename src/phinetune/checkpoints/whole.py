@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from phinetune.checkpoints.packed_weights import packed_weights, unpacked_view
+from phinetune.checkpoints.prequantized import check_packed, own_form
+from phinetune.checkpoints.target_modules import linear_layers
 from phinetune.checkpoints.weight_files import HeldTensor, held_tensors, unreadable_dtypes
 from phinetune.engine.families import ModelConfig, plain_model
 from phinetune.errors import ModelError, at_most, told_as
@@ -49,8 +52,8 @@ OTHER_FORMS = (
     ),
     (
         r"\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+|SCB|weight_format)$",
-        "the weights are quantised by bitsandbytes already; give the 16-bit checkpoint, and model.quantization: nf4 or "
-        "int8",
+        "the weights are quantised by bitsandbytes already, and config.json does not say so or the form is not nf4; "
+        "take the config.json that belongs to them, or the 16-bit checkpoint and model.quantization: nf4 or int8",
     ),
     (
         r"\.(qweight|qzeros|g_idx|scales)$",
@@ -75,15 +78,14 @@ WRAPPERS = {
 def check_whole(folder: Path, config: ModelConfig) -> None:
     """Make sure that a checkpoint's files hold the tensors that its configuration describes.
 
-    Of the files only the headers are read. The output head may be missing if it is tied to the embedding.
+    Of the files only the headers are read. The output head may be missing if it is tied to the embedding. Linear layers
+    may be quantised already, if config.json says so and the form is one that is read.
 
     Raises:
         ModelError: the files are damaged, or tensors are missing, unknown, of another shape or quantised. The error
             names them, and the form of the model that they belong to if it is a known one.
     """
-    check_not_quantized(folder, config)
-    held = {name: tensor for name, tensor in held_tensors(folder).items() if not HARMLESS.search(name)}
-    wanted = expected_shapes(folder, config)
+    held, wanted = _held_and_wanted(folder, config)
     tied = bool(config.tie_word_embeddings)
     missing = [name for name in wanted if name not in held and not (tied and _twin(name) in held)]
     unknown = [name for name in held if name not in wanted]
@@ -102,6 +104,18 @@ def check_whole(folder: Path, config: ModelConfig) -> None:
     raise ModelError(
         [f"{folder}: the weights don't fit its config.json:", *hints, *named, *([] if hints else [REMEDY])]
     )
+
+
+def _held_and_wanted(folder: Path, config: ModelConfig) -> tuple[dict[str, HeldTensor], dict[str, tuple[int, ...]]]:
+    """The tensors of the files, as if none were packed, and the shapes of those that the configuration describes."""
+    form = own_form(config, str(folder / "config.json"))
+    held = {name: tensor for name, tensor in held_tensors(folder).items() if not HARMLESS.search(name)}
+    model = meta_model(str(folder / "config.json"), config)
+    if form != "none":
+        packed = packed_weights(held, str(folder))
+        check_packed(packed, held, linear_layers(model), str(folder))
+        held = unpacked_view(held, packed)
+    return held, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_numbers(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
@@ -125,32 +139,6 @@ def check_numbers(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     if problems:
         lead = f"{where}: these weights hold values that are no numbers:"
         raise ModelError([lead, *at_most(problems, SHOWN), NUMBERS_REMEDY])
-
-
-def check_not_quantized(folder: Path, config: ModelConfig) -> None:
-    """Make sure that the weights of a checkpoint are not quantised already.
-
-    Raises:
-        ModelError: its configuration says that they are.
-    """
-    found = getattr(config, "quantization_config", None)
-    if not found:
-        return
-    method = found.get("quant_method", "of an unknown kind") if isinstance(found, dict) else found
-    raise ModelError(
-        f"{folder / 'config.json'}: the weights are quantised already (quantization_config: {method}); give the 16-bit "
-        "checkpoint (the name without `-bnb-4bit`), and model.quantization: nf4 or int8 to hold it in fewer bits"
-    )
-
-
-def expected_shapes(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a configuration's model, by transformers' names.
-
-    Raises:
-        ModelError: no model can be made of this configuration.
-    """
-    model = meta_model(str(folder / "config.json"), config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def meta_model(where: str, config: ModelConfig) -> PreTrainedModel:

@@ -29,7 +29,7 @@ class ModelSection(Section):
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none",
         description="hold the decoder's linear layers in 4 bits (nf4: QLoRA, double quantisation) or 8 bits (int8); "
-        "needs phinetune[quant]",
+        "needs phinetune[quant]; none: as the checkpoint has them",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
         "sdpa", description="attention of transformers' own model"

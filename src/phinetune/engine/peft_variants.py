@@ -110,7 +110,7 @@ def refused_starts(peft: Mapping[str, Any], quantization: str) -> list[str]:
 
     Args:
         peft: the keys of a `LoraConfig`.
-        quantization: `model.quantization`.
+        quantization: how the base is held.
     """
     name = peft.get("init_lora_weights", True)
     start = find_start(name)
@@ -125,8 +125,8 @@ def refused_starts(peft: Mapping[str, Any], quantization: str) -> list[str]:
         problems.append(f"{given} can't be had: {start.refused}; or leave the key out")
     elif quantization != "none" and not start.quantized:
         problems.append(
-            f"{given} computes with the base's own weights, and model.quantization: {quantization} rounds them; take "
-            "true or gaussian, or load the base unquantised"
+            f"{given} computes with the base's own weights, and {quantization} rounds them; take true or gaussian, or "
+            "a base that is not quantised"
         )
     return problems + [
         f"peft_config.{key} belongs to `init_lora_weights: {owner}`, which is not set; leave the key out"

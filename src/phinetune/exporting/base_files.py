@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -22,11 +23,14 @@ from phinetune.checkpoints.load import (
     read_generation,
     with_stop_ids,
 )
+from phinetune.checkpoints.prequantized import check_readable
 from phinetune.checkpoints.target_modules import linear_layers
 from phinetune.config.model import ModelSection
 from phinetune.engine.families import ModelConfig, plain_model
 from phinetune.errors import ModelError
 from phinetune.exporting.merge.weights import FolderWeights, MemoryWeights, QuantizedWeights, Weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,13 @@ def open_base(section: ModelSection) -> BaseFiles:
     base = base_in(folder, section.path, revision)
     tokenizer = load_tokenizer(section, base, config)
     generation = with_stop_ids(read_generation(folder, config), tokenizer)
-    return BaseFiles(base, folder, FolderWeights(folder), config, tokenizer, generation)
+    weights = FolderWeights(folder)
+    if weights.packed:
+        check_readable(section.path)
+        dtypes = {str(weights.dtypes[name]).removeprefix("torch.") for name in weights.packed}
+        logger.warning("%s: its weights are in nf4; they are turned back into %s", base.path, ", ".join(sorted(dtypes)))
+        del config.quantization_config  # of the files, and not of `weights`
+    return BaseFiles(base, folder, weights, config, tokenizer, generation)
 
 
 def _open_random(section: ModelSection) -> BaseFiles:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from phinetune.checkpoints.prequantized import held_as
 from phinetune.planning.setup import Setup
 
 SMALLEST_LENGTH = 256  # tokens; with less, hardly any chat would stay whole
@@ -46,7 +47,7 @@ def _kinds(run: Setup) -> Iterator[list[Changes]]:
     yield list(_shorter(int(run.lengths.max())))
     if run.dtype == torch.float32:
         yield [{"model.dtype": "bfloat16"}]
-    if run.config.model.quantization == "none" and find_spec("bitsandbytes"):
+    if held_as(run.config.model, run.shape) == "none" and find_spec("bitsandbytes"):
         yield [{"model.quantization": "nf4"}]
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from phinetune.checkpoints import random_shapes
 from phinetune.checkpoints.load import load_base
+from phinetune.checkpoints.prequantized import held_as
 from phinetune.checkpoints.target_modules import matched_targets, trainable_parameters
 from phinetune.config.model import ModelSection
 from phinetune.engine.activation_memory import Level
@@ -120,13 +121,14 @@ def _for_every_layer(settings: Settings, shape: ModelConfig) -> Settings:
 
 
 def two_layers(section: ModelSection, config: ModelConfig) -> ModelSection:
-    """The section `model` for a model of this shape with two layers and random weights."""
+    """The section `model` for a model of this shape with two layers and random weights, held as that one is."""
     known = type(config)().to_dict()
     drop = ("architectures", "transformers_version", "dtype", "_name_or_path", "auto_map", "layer_types")
     sizes = {key: value for key, value in config.to_diff_dict().items() if key in known and key not in drop}
     shape = {**sizes, "model_type": config.model_type, "num_hidden_layers": 2}
     text = yaml.safe_dump(shape, default_flow_style=True, width=1 << 30).strip()
-    return section.model_copy(update={"path": random_shapes.PREFIX + text, "revision": None, "tokenizer": None})
+    held = {"quantization": held_as(section, config), "revision": None, "tokenizer": None}
+    return section.model_copy(update={"path": random_shapes.PREFIX + text, **held})
 
 
 def _step(model: nn.Module, batch: dict[str, Any], objective: Objective, device: torch.device) -> None:

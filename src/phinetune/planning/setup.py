@@ -10,6 +10,7 @@ import torch
 from trl import SFTConfig
 
 from phinetune.checkpoints.device import pick_device, pick_dtype
+from phinetune.checkpoints.prequantized import held_as
 from phinetune.config.run import RunConfig
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.device_memory import free_bytes
@@ -70,7 +71,7 @@ class Setup:
 
     def need(self) -> Need:
         """What the run takes with the fast engine."""
-        sizes = count_sizes(self.shape, self.config.model.quantization, self.settings, self.dtype)
+        sizes = count_sizes(self.shape, held_as(self.config.model, self.shape), self.settings, self.dtype)
         steps = count_steps(self.lengths, self.args, self.config.data.streaming)
         batch = MicroBatch(steps.largest, self.objective.labels(steps.largest, self.share))
         setting, dropout = self.config.engine.activation_memory, bool(self.settings.peft.get("lora_dropout"))

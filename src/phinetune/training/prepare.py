@@ -21,7 +21,7 @@ from phinetune.chats.encoder import make_encoder
 from phinetune.chats.tagged_text import tags_of
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import check_checkpoint
-from phinetune.checkpoints.quantize import check_quantization
+from phinetune.checkpoints.prequantized import held_as
 from phinetune.checkpoints.tokenizer import open_config, open_tokenizer
 from phinetune.checkpoints.tokenizer_files import check_vocabulary
 from phinetune.config.model import ModelSection
@@ -181,7 +181,10 @@ def prepare_rows(settled: SettledRun) -> PreparedRun:
     settled = replace(settled, config=config, settings=settings)
     engine = choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
     _check_engine(objective, engine)
-    notes = [*_spread_notes(settings, config, engine), *_packing_notes(settings, config, engine)]
+    notes = [
+        *_spread_notes(settings, held_as(config.model, shape), engine),
+        *_packing_notes(settings, config, engine),
+    ]
     settings = replace(settings, notes=[*settings.notes, *notes])
     args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)
     settings = replace(settings, notes=[*settings.notes, *rehearse(settings, args, shape)])
@@ -259,21 +262,23 @@ def _ground(run: PreparedRun) -> Ground:
 
 def _check_base(model: ModelSection, tokenizer: PreTrainedTokenizerBase, shape: ModelConfig) -> None:
     check_vocabulary(tokenizer, shape, model.tokenizer or model.path)
-    check_quantization(model.quantization)
+    held_as(model, shape)
     folder = Path(model.path).expanduser()
     if folder.is_dir():  # a hub id's weights are not here yet
         check_checkpoint(folder, shape)
 
 
-def _spread_notes(settings: Settings, config: RunConfig, engine: EngineChoice) -> list[str]:
+def _spread_notes(settings: Settings, kind: str, engine: EngineChoice) -> list[str]:
     """A line for the log of a run that asks for FSDP.
+
+    Args:
+        kind: how the base is held.
 
     Raises:
         ConfigError: this base can't be spread.
     """
     if not settings.spread:
         return []
-    kind = config.model.quantization
     if kind == "int8":
         raise ConfigError(
             "training_config.fsdp: int8 layers of bitsandbytes hold their weights and scales apart from their "

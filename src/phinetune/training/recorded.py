@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 
+from phinetune.checkpoints.prequantized import held_as
 from phinetune.config.places import with_absolute_places
 from phinetune.data.prepare.cache import tokenizer_digest
 from phinetune.data.prepare.chat_sets import ChatSet
@@ -74,7 +75,9 @@ def settings_of(prepared: PreparedRun) -> Record:
     filled = bool(fast.fill) if fast else args.packing
     packing = f"tokens, {prepared.settings.max_length} a row" if filled else "conversations"
     tree = {
-        "model": config.model.model_dump() | {"dtype": str(prepared.dtype), "device": prepared.device.type},
+        "model": config.model.model_dump()
+        | {"dtype": str(prepared.dtype), "device": prepared.device.type}
+        | {"quantization": held_as(config.model, prepared.shape)},
         "data": config.data.model_dump() | {"packing": packing},
         "peft_config": _peft(prepared),
         "training_config": args.to_dict(),
@@ -120,7 +123,7 @@ def _layers(numbers: Sequence[int]) -> str:
 def _versions(prepared: PreparedRun) -> Mapping[str, str]:
     installed = describe_environment(prepared.args)
     optimizer = str(getattr(prepared.args.optim, "value", prepared.args.optim))
-    quantised = prepared.config.model.quantization != "none" or BITSANDBYTES.match(optimizer)
+    quantised = held_as(prepared.config.model, prepared.shape) != "none" or BITSANDBYTES.match(optimizer)
     return {
         name: installed[name] for name in (*LIBRARIES, *(["bitsandbytes"] if quantised else [])) if name in installed
     }

@@ -9,7 +9,7 @@ from phinetune.checkpoints.starter import REQUIREMENT
 from phinetune.exporting.hub.card import described_base, front_matter
 from phinetune.exporting.hub.card_usage import merged_usage
 from phinetune.exporting.hub.markdown import code, plain
-from phinetune.exporting.merge.merged import SIXTEEN_BIT
+from phinetune.exporting.merge.merged import OWN_NF4, SIXTEEN_BIT
 
 MEANING = {
     "base": "the base alone, as the adapter was trained on it",
@@ -42,7 +42,9 @@ def write_merged_card(
 
 def _what_it_is(record: Mapping[str, Any]) -> str:
     base, weights = record["base"], record["base_weights"]
-    quantised = "" if weights == SIXTEEN_BIT else f", whose weights were quantised to {weights} and turned back first"
+    quantised = {SIXTEEN_BIT: "", OWN_NF4: ", whose nf4 weights were turned back first"}.get(
+        weights, f", whose weights were quantised to {weights} and turned back first"
+    )
     origin = f" The starter is SmolLM2-135M-Instruct ({REQUIREMENT})." if base["path"] == "starter" else ""
     return (
         f"A Phi-3 in {record['dtype']}: {described_base(base)}{quantised}, with the LoRA adapter "

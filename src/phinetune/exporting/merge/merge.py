@@ -27,6 +27,7 @@ from phinetune.exporting.hub.merged_card import write_merged_card
 from phinetune.exporting.merge.merged import (
     MERGED_FILE,
     OUTPUT_DTYPES,
+    OWN_NF4,
     SHARD_BYTES,
     SIXTEEN_BIT,
     MergedCheckpoint,
@@ -70,10 +71,9 @@ class Merge:
     def report(self) -> list[str]:
         """What to tell the user."""
         base = self.record["base"]["path"]
-        quantised = (
-            ""
-            if self.record["base_weights"] == SIXTEEN_BIT
-            else f", quantised to {self.record['base_weights']} and back"
+        weights = self.record["base_weights"]
+        quantised = {SIXTEEN_BIT: "", OWN_NF4: ", whose nf4 weights were turned back"}.get(
+            weights, f", quantised to {weights} and back"
         )
         changed, count = self.tensors
         lines = [

@@ -17,7 +17,9 @@ from torch import Tensor
 from phinetune.checkpoints.adapter_fit import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phinetune.checkpoints.adapters import check_base, read_adapter_config
 from phinetune.checkpoints.foreign_adapters import peft_folder
+from phinetune.checkpoints.load import read_shape
 from phinetune.checkpoints.opened import recorded_config
+from phinetune.checkpoints.prequantized import own_form
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.whole import EMBED, HEAD
 from phinetune.config.model import ModelSection
@@ -33,6 +35,7 @@ MERGED_FILE = "merged.json"  # `phinetune merge` writes it beside the weights
 SHARD_BYTES = 1_000_000_000
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIXTEEN_BIT = "16bit"  # the base's own weights, not quantised
+OWN_NF4 = "own nf4"  # the base's own weights, which its files hold in nf4
 
 
 class MergedCheckpoint:
@@ -47,7 +50,8 @@ class MergedCheckpoint:
         generation_config: the base's, with every id that ends a turn.
         adapter: PEFT's configuration of the adapter.
         source: the folder of the adapter.
-        base_weights: `16bit`, or how the base was quantised before the merge (`nf4`, `int8`).
+        base_weights: `16bit`; how the base was quantised before the merge (`nf4`, `int8`); or `own nf4` of a base whose
+            files are quantised.
         untied: whether the base's embedding and head are one tensor and the merged model's are two.
     """
 
@@ -178,7 +182,8 @@ def open_merged(
 
     Args:
         dtype: float32, bfloat16 or float16; None keeps the dtype of the base's files.
-        base: `16bit`, or `quantized`: merge into the weights that QLoRA trains on, quantised and turned back.
+        base: `16bit`, or `quantized`: merge into the weights that QLoRA trains on, quantised and turned back. Of a base
+            whose files are quantised, both are what the files hold, turned back.
 
     Raises:
         ModelError: there is no adapter, it belongs to another base, it can't be merged, or it is merged already.
@@ -192,7 +197,7 @@ def open_merged(
     files = open_base(section)
     check_base(files.base, source)
     _check_not_merged(files.folder, source)
-    if kind != SIXTEEN_BIT:
+    if kind not in (SIXTEEN_BIT, OWN_NF4):
         files = quantized(files, kind, trained_dtype(section))
     return MergedCheckpoint(source, files, wanted, kind)
 
@@ -207,14 +212,16 @@ def _wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _base_weights(base: str, section: ModelSection, source: Path) -> str:
-    """16bit, nf4 or int8.
+    """The `base_weights` of the `MergedCheckpoint`.
 
     The adapter of another tool has no record of how its base was quantised. For these it is nf4, as in QLoRA.
     """
+    if base not in (SIXTEEN_BIT, "quantized"):
+        raise ModelError(f"base `{base}`: an adapter is merged into the base's {SIXTEEN_BIT} or its quantized weights")
+    if own_form(read_shape(section), section.path) == "nf4":
+        return OWN_NF4
     if base == SIXTEEN_BIT:
         return SIXTEEN_BIT
-    if base != "quantized":
-        raise ModelError(f"base `{base}`: an adapter is merged into the base's {SIXTEEN_BIT} or its quantized weights")
     if section.quantization != "none":
         return section.quantization
     if RunFolder(source).is_run or RunFolder(source.parent).is_run:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from phinetune.checkpoints.packed_weights import packed_weights, unpacked_view
 from phinetune.checkpoints.weight_files import DTYPES, held_tensors, read_tensor, unreadable_dtypes
 from phinetune.errors import ModelError, at_most
 
@@ -27,9 +28,12 @@ class Weights(Protocol):
 
 
 class FolderWeights:
-    """The safetensors files in a checkpoint's folder.
+    """The safetensors files in a checkpoint's folder. Weights that are there in NF4 are unpacked when they are read.
 
     `get` opens the file again for each tensor: what was read through a handle stays in memory until the handle closes.
+
+    Attributes:
+        packed: the names of the weights that are there in NF4.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +42,10 @@ class FolderWeights:
         Raises:
             ModelError: files are missing or damaged, or weights have a dtype that is not in `DTYPES`.
         """
-        self._held = held_tensors(folder)
+        held = held_tensors(folder)
+        self._packed = packed_weights(held, str(folder))
+        self._held = unpacked_view(held, self._packed)
+        self.packed = frozenset(self._packed)
         problems = unreadable_dtypes(self._held)
         if problems:
             raise ModelError([f"{folder}: {problem}" for problem in at_most(problems, 8)])
@@ -46,6 +53,8 @@ class FolderWeights:
         self.dtypes: Mapping[str, torch.dtype] = {name: DTYPES[held.dtype] for name, held in self._held.items()}
 
     def get(self, name: str) -> Tensor:
+        if name in self._packed:
+            return self._packed[name].unpacked()
         return read_tensor(self._held[name], name)
 
 

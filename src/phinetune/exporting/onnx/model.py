@@ -27,6 +27,7 @@ from phinetune.exporting.base_files import open_base
 from phinetune.exporting.checkpoint_source import is_adapter
 from phinetune.exporting.longrope import attention_factor, is_longrope, rope
 from phinetune.exporting.merge.merge import merge_run
+from phinetune.exporting.merge.weights import FolderWeights
 from phinetune.exporting.onnx import chat as onnx_chat
 from phinetune.files import staged_folder, write_text
 from phinetune.logs import quiet_libraries
@@ -83,6 +84,11 @@ def _folder_for_builder(run: str, place: Path, kind: str) -> tuple[Path, PreTrai
         merge_run(run, place / "merged", dtype="float32" if kind == "f32" else None)
         run = str(place / "merged")
     files = open_base(make_config({"model": {"path": run}}).model)
+    if isinstance(files.weights, FolderWeights) and files.weights.packed:
+        raise ModelError(
+            f"{run}: its weights are in nf4, and the builder of --to onnx does not read these; give the 16-bit "
+            "checkpoint"
+        )
     if files.folder is None:
         raise ModelError(f"{run}: is made in memory, but --to onnx needs a folder; give a run, a folder or a hub id")
     head = getattr(files.config, "head_dim", None) or files.config.hidden_size // files.config.num_attention_heads

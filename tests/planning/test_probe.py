@@ -13,7 +13,7 @@ from phinetune.planning import probe
 def test_the_first_round_is_never_counted(
     monkeypatch: pytest.MonkeyPatch, first: float, later: float, rounds: int
 ) -> None:
-    """On a fresh machine the first round compiles the kernels. A plan of 2 hours came of it where 12 minutes were due."""
+    """A fresh machine compiles the kernels in it. A plan of two hours came of that, where 12 minutes were due."""
     monkeypatch.setattr(probe, "LONG", 0.02)
     waits: list[float] = []
 

@@ -39,7 +39,7 @@ def test_a_sound_file_ends_with_what_to_do_next(run: Any, tmp_path: Path, capsys
     file = write_jsonl(tmp_path / "a.jsonl", SOUND)
     assert run("check", file) == 0
     out = capsys.readouterr().out
-    assert f"{file}: 5 rows (5 messages): 5 kept" in out
+    assert f"{file}: 5 rows (5 as messages): 5 kept" in out
     assert "Nothing stands out." in out
     assert out.splitlines()[-1] == f"Next: phinetune data preview {file}"
 
@@ -125,7 +125,7 @@ def test_a_configuration_gives_files_lengths_and_held_out_chats(
     config = config_for(train, tmp_path, eval=str(held))
     assert run("check", "--config", config) == 1
     out = capsys.readouterr().out
-    assert "6 rows (6 messages): 6 kept, 1 cut to fit" in out
+    assert "6 rows (6 as messages): 6 kept, 1 cut to fit" in out
     assert f"{train}:1: held out at {held}:1" in out
     assert (
         run("check", train, "--held-out", write_jsonl(tmp_path / "o.jsonl", [chat("x", "y")]), "--config", config) == 0
@@ -203,6 +203,8 @@ def test_columns_are_proposed_and_written_as_a_configuration_that_runs(
     out = capsys.readouterr().out
     assert "      user │ Wie weit ist 1?\n assistant │ 1 Meilen.\n" in out
     assert out.splitlines()[-1] == f"Next: phinetune data check --config {config}; phinetune train {config}"
+    assert "  eval: 0.25\n" in config.read_text()
+    assert "epochs" not in config.read_text()  # a rule chooses them, by the number of rows
     assert cli_helpers.run(monkeypatch, "data", "check", "--config", config, *tiny) == 0
     assert "columns not used: Nr (20)" in capsys.readouterr().out
     steps = ["--set", "training_config.max_steps=1", "--set", f"training_config.output_dir={tmp_path / 'run'}"]

@@ -88,7 +88,7 @@ def test_a_run_measures_base_and_tuned_and_keeps_it(tiny_run: Path) -> None:
     assert sum(part["rows"] for part in kept["by_tag"].values()) == kept["rows"]
     assert 0 < kept["answers"] <= kept["rows"]
     assert "## Kept of the base" in (tiny_run / "README.md").read_text()
-    assert "Kept: neutral chats" in (tiny_run / "report.html").read_text()
+    assert "What was kept: neutral chats" in (tiny_run / "report.html").read_text()
 
 
 def test_the_base_of_a_run_has_the_loss_of_the_plain_model(tiny_run: Path) -> None:

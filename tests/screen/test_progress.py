@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import TrainerState
 
 from phinetune.cpu_share import Usage
@@ -46,8 +48,28 @@ def test_on_a_terminal_there_is_one_line_that_moves() -> None:
     text = screen.getvalue()
     assert "5/10" in text
     assert "loss 2.5000  lr 1.00e-03  99 tokens/s" in text
-    assert "0s left" in text
+    assert re.search(r" \ds left", text)
     assert "step 5/10" not in text  # no log lines besides
+
+
+def test_on_a_narrow_terminal_the_time_left_is_whole_beside_others() -> None:
+    cores = float(os.cpu_count() or 1)
+    screen = io.StringIO()
+    line = ProgressLine(Console(file=screen, force_terminal=True, width=100), usages(*[cores] * 5).__next__)
+    state = TrainerState(max_steps=144, is_world_process_zero=True)
+    line.on_train_begin(ALONE, state, None)  # type: ignore[arg-type]
+    for step in range(1, 6):
+        state.global_step = step
+        line.on_log(None, state, None, logs={"loss": 2.5, "learning_rate": 1e-3, "tokens_per_s": 20.0})  # type: ignore[arg-type]
+        line.on_step_end(None, state, None)  # type: ignore[arg-type]
+    screen.truncate(0)
+    line._progress.refresh()  # type: ignore[union-attr]
+    shown = Text.from_ansi(screen.getvalue()).plain
+    line.on_train_end(None, state, None)  # type: ignore[arg-type]
+    assert "5/144" in shown
+    assert "s left" in shown
+    assert "bus" in shown
+    assert len(shown.splitlines()) == 1
 
 
 def test_it_says_that_others_use_the_processor_while_they_do() -> None:

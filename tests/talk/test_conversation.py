@@ -145,11 +145,15 @@ def talk(conversation: Conversation, console: Console, *lines: str) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
+def test_a_new_conversation_has_nothing_to_see(conversation: Conversation, console: Console) -> None:
+    assert "now talking to the base model\n" in talk(conversation, console, "/base")
+
+
 def test_commands(conversation: Conversation, console: Console) -> None:
     shown = talk(conversation, console, "Hi", "/base", "Hi", "/base", "/reset", "/nonsense", "/help", "", "/exit", "Hi")
     assert shown.count("tuned> ") == 1
     assert shown.count("base> ") == 1
-    assert "now talking to the base model" in shown
+    assert "now talking to the base model; it sees what was said so far, and /reset starts anew" in shown
     assert "now talking to the tuned model" in shown
     assert "no such command: /nonsense" in shown
     assert conversation.turns == []

@@ -42,6 +42,12 @@ def test_a_held_out_loss_that_rises_is_overfitted_and_the_best_step_is_named() -
     assert kinds(held_out=[(25, 1.0), (50, 0.80), (75, 0.81)]) == ["sound"]  # within 2%
 
 
+def test_a_held_out_loss_near_0_that_hardly_moves_is_sound() -> None:
+    """A run whose answers were all right to the letter was called underfitted: 0.00016 had become 0.00015."""
+    assert kinds(held_out=[(36, 0.0117), (72, 0.0002), (108, 0.00016), (144, 0.00015)]) == ["sound"]
+    assert kinds(held_out=[(36, 0.0117), (72, 0.0002), (108, 0.00015), (144, 0.00016)]) == ["sound"]
+
+
 def test_a_held_out_loss_that_still_falls_is_underfitted() -> None:
     falling = [(25, 2.0), (50, 1.5), (75, 1.2), (100, 1.0)]
     assert kinds(held_out=falling) == ["underfitted"]

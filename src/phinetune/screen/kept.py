@@ -17,7 +17,7 @@ def show_kept(kept: Mapping[str, Any] | None, console: Console) -> None:
     if not kept:
         return
     asked = f", {kept['answers']} answered" if kept["answers"] else ""
-    say(console, f"Kept: {kept['rows']} neutral chats{asked} (took {kept['share']:.0%} of the evaluation):")
+    say(console, f"What was kept, on {kept['rows']} neutral chats{asked} (took {kept['share']:.0%} of the evaluation):")
     table = Table()
     table.add_column("")
     for name in ("rows", "loss, base", "loss, tuned"):

@@ -36,6 +36,13 @@ class TimeLeft(ProgressColumn):
         return Text("time left —" if left is None else f"{spell_seconds(left)} left", style="cyan")
 
 
+class Others(ProgressColumn):
+    """The other programs that disturb. On a narrow terminal this part is cut, and neither the bar nor the time left."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["busy"], no_wrap=True, overflow="ellipsis")
+
+
 class ProgressLine(TrainerCallback):
     """Loss, learning rate, tokens/s and time left; a line a log step where there is no terminal.
 
@@ -46,7 +53,7 @@ class ProgressLine(TrainerCallback):
     def __init__(self, console: Console, usage: Callable[[], Usage] = Usage.now) -> None:
         self.console, self._read_usage = console, usage
         self._progress: Progress | None = None
-        self._numbers = ""
+        self._numbers = self._busy = ""
         self._began = 0.0
         self._first_step = 0
         self._usage: Usage | None = None  # None: the run has several processes, which would take each other for others
@@ -64,10 +71,13 @@ class ProgressLine(TrainerCallback):
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
             TimeLeft(),
+            Others(),
             console=self.console,
             transient=True,
         )
-        self._progress.add_task("training", total=state.max_steps, completed=state.global_step, numbers="", left=None)
+        self._progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step, numbers="", left=None, busy=""
+        )
         self._progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -76,6 +86,7 @@ class ProgressLine(TrainerCallback):
                 self._progress.task_ids[0],
                 completed=state.global_step,
                 numbers=self._numbers,
+                busy=self._busy,
                 left=self._seconds_left(state),
             )
 
@@ -90,13 +101,12 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            self._numbers = spell_logs(logs) + self._company(state)
+            self._numbers, self._busy = spell_logs(logs), self._company(state)
             if self._progress is None:
                 left = self._seconds_left(state)
-                tail = "" if left is None else f"  {spell_seconds(left)} left"
-                self.console.print(
-                    f"step {state.global_step}/{state.max_steps}  {self._numbers}{tail}", highlight=False
-                )
+                parts = [self._numbers, self._busy, "" if left is None else f"{spell_seconds(left)} left"]
+                line = "  ".join(filter(None, [f"step {state.global_step}/{state.max_steps}", *parts]))
+                self.console.print(line, highlight=False)
         elif "eval_loss" in logs:
             place = f"step {state.global_step}/{state.max_steps}"
             self.console.print(f"{place}  held-out {spell_evaluation(logs)}", highlight=False)
@@ -119,7 +129,7 @@ class ProgressLine(TrainerCallback):
         if company.disturbs != self._disturbed:
             self._disturbed = company.disturbs
             self._began, self._first_step = time.monotonic(), state.global_step
-        return f"  busy: {company.describe()}" if company.disturbs else ""
+        return f"busy: {company.describe()}" if company.disturbs else ""
 
     def _seconds_left(self, state: TrainerState) -> float | None:
         done = state.global_step - self._first_step

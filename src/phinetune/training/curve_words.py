@@ -20,6 +20,7 @@ ROSE = 1.1  # the same, as a factor, from which it rose
 BY_HEART = 0.1  # nats; a training loss below it is near 0
 BY_HEART_FACTOR = 5.0  # the held-out loss must be so many times as large
 BY_HEART_LEAST = 0.3  # nats; and at least this
+LEAST_CHANGE = 0.005  # nats; a held-out loss near 0 that moves by less has neither risen nor fallen
 FEW_ROWS = 50
 FEWEST_ENTRIES = 8  # logged training losses, before anything is said of their course
 SHOWN_SPIKES = 3
@@ -141,7 +142,7 @@ def _overfitted(course: Course) -> Words | None:
         return None
     step, best = min(course.held_out, key=lambda one: one[1])
     last_step, last = course.held_out[-1]
-    if last <= (1 + RISE) * best:
+    if last - best <= max(RISE * best, LEAST_CHANGE):
         return None
     kept = (
         f"The checkpoint of step {step:,} is kept."
@@ -156,7 +157,8 @@ def _underfitted(course: Course) -> Words | None:
     if len(course.held_out) < 3:
         return None
     (before, higher), (last, lower) = course.held_out[-2:]
-    if lower > (1 - STILL_FALLING) * higher or lower > min(loss for _, loss in course.held_out):
+    least = max(STILL_FALLING * higher, LEAST_CHANGE)
+    if higher - lower < least or lower > min(loss for _, loss in course.held_out):
         return None
     return Words(
         "underfitted",

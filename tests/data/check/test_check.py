@@ -205,7 +205,7 @@ def test_languages_are_counted_and_odd_answers_found(tmp_path: Path) -> None:
 def test_the_screen_shows_the_whole_at_a_glance(tmp_path: Path, console: Any) -> None:
     show_check(check(mixed(tmp_path), max_length=100), console)
     shown = console.file.getvalue()
-    assert "6 rows (3 messages, 1 alpaca, 1 text): 4 kept, 1 cut to fit, 2 dropped" in shown
+    assert "6 rows (3 as messages, 1 as alpaca, 1 as text): 4 kept, 1 cut to fit, 2 dropped" in shown
     wanted = (
         "tokens a row",
         "rows by trainable tokens",

@@ -38,7 +38,7 @@ def test_the_report_counts_rows_and_tokens(chats: Path) -> None:
     assert report.trainable_tokens == sum(label != -100 for row in made.train.encoded for label in row.labels)
     assert report.longest == max(len(row.input_ids) for row in made.train.encoded)
     assert made.held_out is None
-    assert "12 rows (12 messages): 12 kept" in report.lines()[0]
+    assert "12 rows (12 as messages): 12 kept" in report.lines()[0]
 
 
 def test_a_set_without_a_known_form_has_no_empty_brackets() -> None:

@@ -248,7 +248,7 @@ def test_rows_are_checked_and_shown(
     command = ("data", "check", weighed, "--set", f"model.path={TINY}", "--set", "objective.kind=weighted")
     assert run_cli(monkeypatch, *command) == 0
     out = capsys.readouterr().out
-    assert "12 rows (12 messages): 12 kept" in out
+    assert "12 rows (12 as messages): 12 kept" in out
     assert "not used" not in out
 
 

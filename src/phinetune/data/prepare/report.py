@@ -117,7 +117,7 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report in sentences, for a person to read."""
-        forms = ", ".join(f"{count} {form}" for form, count in self.forms.most_common())
+        forms = ", ".join(f"{count} as {form}" for form, count in self.forms.most_common())
         forms = f" ({forms})" if forms else ""
         dropped = f", {sum(self.dropped.values())} dropped" if self.dropped else ""
         cut = f", {self.cut} cut to fit" if self.cut else ""

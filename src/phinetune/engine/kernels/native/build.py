@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from phinetune.errors import reason_of
 from phinetune.files import disk_trouble, staged_folder, write_text
 from phinetune.home import cache_folder
+from phinetune.waits import tell_wait
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def _make(target: Path, first_use: Callable[[Path], None]) -> None:
     for remains in target.parent.glob(f".{target.name}.partial-*"):  # of a process that was killed
         shutil.rmtree(remains, ignore_errors=True)
     tool = compiler()
-    logger.info("compiling the kernels for this processor with %s; once, about 10 s", tool)
+    tell_wait(logger, f"compiling the kernels for this processor with {tool}; once, about 10 s")
     with staged_folder(target) as stage:
         stage.chmod(0o755)
         reason = _compile(command(tool, stage / LIBRARY)) or _failure(first_use, stage)

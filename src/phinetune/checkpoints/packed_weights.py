@@ -90,15 +90,7 @@ def _packed_weight(name: str, parts: Mapping[str, HeldTensor]) -> PackedWeight:
     if "" not in parts:
         raise ValueError(f"its {STATE} is there, and the weight is not")
     state = _read_state(parts[STATE])
-    count = math.prod(state["shape"])
-    blocks = -(-count // state["blocksize"])
-    wanted: dict[str, tuple[str, int]] = {"": ("U8", -(-count // 2)), "quant_map": ("F32", CODES)}
-    if "nested_blocksize" in state:
-        wanted["absmax"] = ("U8", blocks)
-        wanted["nested_absmax"] = ("F32", -(-blocks // state["nested_blocksize"]))
-        wanted["nested_quant_map"] = ("F32", NESTED_CODES)
-    else:
-        wanted["absmax"] = ("F32", blocks)
+    wanted = _wanted_parts(state)
     extra = [end for end in parts if end not in wanted and end != STATE]
     if extra:
         raise ValueError(f"its {STATE} says nothing of {', '.join(extra)}")
@@ -111,6 +103,20 @@ def _packed_weight(name: str, parts: Mapping[str, HeldTensor]) -> PackedWeight:
             raise ValueError(f"{words} is {math.prod(one.shape):,} of {one.dtype}, and must be {size:,} of {dtype}")
     logical = dataclasses.replace(parts[""], dtype=NAMES[state["dtype"]], shape=tuple(state["shape"]))
     return PackedWeight(name, logical, dict(parts))
+
+
+def _wanted_parts(state: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """The dtype and the number of elements of each tensor that holds a weight, by the end of its name."""
+    count = math.prod(state["shape"])
+    blocks = -(-count // state["blocksize"])
+    codes = {"": ("U8", -(-count // 2)), "quant_map": ("F32", CODES)}
+    if "nested_blocksize" not in state:
+        return codes | {"absmax": ("F32", blocks)}
+    nested = {
+        "nested_absmax": ("F32", -(-blocks // state["nested_blocksize"])),
+        "nested_quant_map": ("F32", NESTED_CODES),
+    }
+    return codes | {"absmax": ("U8", blocks)} | nested
 
 
 def _read_state(held: HeldTensor) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def test_on_a_terminal_there_is_one_line_that_moves() -> None:
     text = screen.getvalue()
     assert "5/10" in text
     assert "loss 2.5000  lr 1.00e-03  99 tokens/s" in text
-    assert re.search(r" \ds left", text)
+    assert re.search(r"\b\ds left", Text.from_ansi(text).plain)
     assert "step 5/10" not in text  # no log lines besides
 
 

@@ -113,7 +113,7 @@ FILES: list[tuple[str, Write, str, str]] = [
     ("too many cells, later", raw("a.csv", b'prompt,completion\n"a\nb",c\nd,e,f\n'), "broken", "a.csv:4"),
     ("open quote", raw("a.csv", b'prompt,completion\na,b\n"c,d\n'), "broken", "a.csv:3"),
     ("missing cell", raw("a.csv", b"prompt,completion\na,b\nc\n"), "broken", "a.csv:3"),
-    ("semicolons in a CSV", raw("a.csv", b"prompt;completion\na;b\n"), "broken", "a.csv:1"),
+    ("missing cell among semicolons", raw("a.csv", b"prompt;completion\na;b\nc\n"), "broken", "a.csv:3"),
     ("truncated Parquet", parquet(GOOD, -40), "broken", "a.parquet"),
     ("JSON Lines named Parquet", raw("a.parquet", lines()), "broken", "a.parquet"),
     ("folder with a broken file", folder_of(a=lines(), b=lines(b"{")), "broken", "b.jsonl:3"),

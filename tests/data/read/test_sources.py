@@ -129,12 +129,33 @@ def test_a_pattern_stands_for_the_files_whose_names_it_fits(tmp_path: Path) -> N
         read(Path(none))
 
 
-def test_columns_set_apart_by_another_sign_are_told_with_what_to_do(tmp_path: Path) -> None:
-    for name, header, words in (
-        ("a.csv", "q\ta\nx\ty\n", "name it .tsv"),
-        ("b.csv", "q;a\nx;y\n", "save the file with commas"),
-        ("c.tsv", "q,a\nx,y\n", "name the file .csv"),
-    ):
-        (tmp_path / name).write_text(header)
-        (broken,) = read(tmp_path / name)
-        assert words in broken.problem  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "q\ta\nx, y\tz\n", "tabs"),
+        ("b.csv", "q;a\nx, y;z\n", "semicolons"),
+        ("b2.csv", '"q";"a"\r\n"x, y";z\r\n', "semicolons"),
+        ("c.tsv", 'q,a\n"x, y",z\n', "commas"),
+        ("d.csv", "q|a\nx, y|z\n", "bars"),
+        ("e.csv", "sep=;\nq;a\nx, y;z\n", "semicolons"),
+        ("f.csv", 'sep=,\r\nq,a\r\n"x, y",z\r\n', ""),
+        ("g.csv", "sep=^\nq^a\nx, y^z\n", "`^`"),
+    ],
+)
+def test_columns_may_be_set_apart_by_another_sign_and_a_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, text: str, words: str
+) -> None:
+    """Excel writes semicolons into a .csv in many countries."""
+    (tmp_path / name).write_text(text, newline="")
+    line = 3 if text.startswith("sep=") else 2
+    assert read(tmp_path / name) == [Row(f"{tmp_path / name}:{line}", {"q": "x, y", "a": "z"})]
+    told = [f"{tmp_path / name}: its columns are set apart by {words}"] if words else []
+    assert caplog.messages == told
+
+
+def test_another_sign_in_a_column_s_name_is_only_a_sign(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.csv").write_text('"one; two",b\nx;y,z\n')
+    assert read(tmp_path / "a.csv") == [Row(f"{tmp_path / 'a.csv'}:2", {"one; two": "x;y", "b": "z"})]
+    (tmp_path / "b.csv").write_text('"one; two"\nx;y\n')
+    assert read(tmp_path / "b.csv") == [Row(f"{tmp_path / 'b.csv'}:2", {"one; two": "x;y"})]
+    assert not caplog.messages

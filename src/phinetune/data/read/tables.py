@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,9 @@ from phinetune.data.read.row import Broken, Row
 
 logger = logging.getLogger(__name__)
 
+SIGNS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
+SEP = re.compile(r"sep=(.)\r?\n?")  # Excel's own first line, which says what sets columns apart
+QUOTED = re.compile('"[^"]*"')
 MISSING: Any = object()  # stands where a row of a CSV file has no cell
 
 
@@ -29,37 +34,52 @@ def read_tsv(path: Path) -> Iterator[Row | Broken]:
     return _separated(path, "\t")
 
 
-def _separated(path: Path, sign: str) -> Iterator[Row | Broken]:
+def _separated(path: Path, own: str) -> Iterator[Row | Broken]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, restval=MISSING, delimiter=sign)
-        line = 1
-        try:
-            problem = _other_separator(reader.fieldnames or [], sign) or _named_twice(reader.fieldnames or [])
-            if problem:
-                yield Broken(f"{path}:1", problem)
-                return
-            line = reader.line_num + 1
-            for fields in reader:
-                if fields.pop(None, None) is not None:
-                    yield Broken(f"{path}:{line}", "more cells than the header has columns")
-                elif MISSING in fields.values():
-                    yield Broken(f"{path}:{line}", "fewer cells than the header has columns")
-                else:
-                    yield Row(f"{path}:{line}", {k: v or None for k, v in fields.items()})
-                line = reader.line_num + 1
-        except csv.Error as error:
-            yield Broken(f"{path}:{line}", f"broken {'CSV' if sign == ',' else 'TSV'}: {error}")
+        first = file.readline()
+        told = SEP.fullmatch(first)
+        sign, above = (told[1], 1) if told else (_sign(first, own), 0)
+        if sign != own:
+            logger.warning("%s: its columns are set apart by %s", path, SIGNS.get(sign, f"`{sign}`"))
+        lines = file if told else itertools.chain([first], file)
+        reader = csv.DictReader(lines, strict=True, restval=MISSING, delimiter=sign)
+        yield from _below_names(path, reader, above, "TSV" if own == "\t" else "CSV")
 
 
-def _other_separator(header: Sequence[str], own: str) -> str | None:
-    signs = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
-    if len(header) != 1 or (found := next((sign for sign in signs if sign in header[0] and sign != own), None)) is None:
-        return None
-    if own == "\t":
-        return f"the columns are set apart by {signs[found]}, not by tabs; name the file .csv" if found == "," else None
-    name = "save the file with commas" + (", or name it .tsv" if found == "\t" else "")
-    return f"the columns are set apart by {signs[found]}; {name}"
+def _below_names(path: Path, reader: csv.DictReader[str], above: int, kind: str) -> Iterator[Row | Broken]:
+    """The rows of a table.
+
+    Args:
+        above: lines of the file before the reader's first one.
+        kind: what an error calls the file.
+    """
+    line = above + 1
+    try:
+        problem = _named_twice(reader.fieldnames or [])
+        if problem:
+            yield Broken(f"{path}:{line}", problem)
+            return
+        line = above + reader.line_num + 1
+        for fields in reader:
+            if fields.pop(None, None) is not None:
+                yield Broken(f"{path}:{line}", "more cells than the header has columns")
+            elif MISSING in fields.values():
+                yield Broken(f"{path}:{line}", "fewer cells than the header has columns")
+            else:
+                yield Row(f"{path}:{line}", {k: v or None for k, v in fields.items()})
+            line = above + reader.line_num + 1
+    except csv.Error as error:
+        yield Broken(f"{path}:{line}", f"broken {kind}: {error}")
+
+
+def _sign(first: str, own: str) -> str:
+    """What stands between the columns' names: the sign of the file's kind, or another where that is not there.
+
+    Excel writes semicolons in a .csv where numbers have a comma.
+    """
+    names = QUOTED.sub("", first)
+    return own if own in names else next((sign for sign in SIGNS if sign in names), own)
 
 
 def _named_twice(header: Sequence[str]) -> str | None:

@@ -48,10 +48,11 @@ def test_train_then_everything_else(
     out = capsys.readouterr().out
     assert "exact match %" in out
     assert f"See how it went: {folder / 'report.html'}" in out
-    assert out.rstrip().splitlines()[-3:] == [
+    assert out.rstrip().splitlines()[-4:] == [
         f"  phinetune chat {folder}",
         f'  phinetune generate {folder} --prompt "…"',
         f"  phinetune evaluate {folder} --data FILE",
+        f"  phinetune export {folder} --to ollama",
     ]
 
     assert run(monkeypatch, "evaluate", folder, "--data", tmp_path / "x.jsonl") == 2

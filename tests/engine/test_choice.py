@@ -15,8 +15,6 @@ from phinetune.engine import phi3
 from phinetune.engine.choice import FAST_VALUES, EngineChoice, choose_engine, model_class
 from phinetune.training.settings import read_settings
 
-NOT_INSTALLED = {"use_liger_kernel"}  # a run refuses it where its library is missing, as it is here
-
 
 def choose(
     training: dict[str, Any],
@@ -26,10 +24,9 @@ def choose(
     **sections: Any,
 ) -> EngineChoice:
     config = make_config({"peft_config": peft, "training_config": training, **sections})
-    settings = read_settings(peft, {key: value for key, value in training.items() if key not in NOT_INSTALLED})
+    settings = read_settings(peft, training)
     shape = shape or parse_shape(TINY)
-    values = settings.training | {key: value for key, value in training.items() if key in NOT_INSTALLED}
-    return choose_engine(config, values, settings.peft, settings.max_length, dtype, shape)
+    return choose_engine(config, settings.training, settings.peft, settings.max_length, dtype, shape)
 
 
 def reason(training: dict[str, Any], peft: dict[str, Any], dtype: torch.dtype = torch.float32, **more: Any) -> Any:
@@ -45,7 +42,6 @@ def reason(training: dict[str, Any], peft: dict[str, Any], dtype: torch.dtype = 
         ({"label_smoothing_factor": 0.1}, {}, "training_config.label_smoothing_factor"),
         ({"neftune_noise_alpha": 5.0}, {}, "training_config.neftune_noise_alpha"),
         ({"activation_offloading": True}, {}, "training_config.activation_offloading"),
-        ({"use_liger_kernel": True}, {}, "training_config.use_liger_kernel"),
         ({"fp16": True}, {}, "training_config.fp16"),
         ({"packing": True, "packing_strategy": "wrapped"}, {}, "training_config.packing_strategy"),
         ({"bf16": True}, {}, "training_config.bf16 over torch.float32 weights"),
@@ -71,10 +67,11 @@ def test_the_plain_engine_can_be_asked_for() -> None:
     [
         ({}, {}),
         ({k: v for k, v in GUIDE_TRAINING.items() if k != "bf16"}, GUIDE_PEFT),
+        ({"use_liger_kernel": True}, {}),
         ({"loss_type": "nll", "packing": True, "label_smoothing_factor": 0.0, "fp16": False, "bf16": False}, {}),
         ({}, {"use_dora": True, "lora_bias": False, "modules_to_save": ["lm_head"], "use_rslora": True}),
     ],
-    ids=["nothing given", "guide", "defaults given", "variants that a layer answers for"],
+    ids=["nothing given", "guide", "liger", "defaults given", "variants that a layer answers for"],
 )
 def test_all_else_is_fast(training: dict[str, Any], peft: dict[str, Any]) -> None:
     assert reason(training, peft) is None

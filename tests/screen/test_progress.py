@@ -75,7 +75,7 @@ def test_on_a_narrow_terminal_the_time_left_is_whole_beside_others() -> None:
 def test_it_says_that_others_use_the_processor_while_they_do() -> None:
     cores = float(os.cpu_count() or 1)
     screen = io.StringIO()
-    line = ProgressLine(Console(file=screen, width=120), usages(0.0, cores, 0.0).__next__)
+    line = ProgressLine(Console(file=screen, width=40), usages(0.0, cores, 0.0).__next__)
     state = TrainerState(max_steps=10, is_world_process_zero=True)
     line.on_train_begin(ALONE, state, None)  # type: ignore[arg-type]
     threads = torch.get_num_threads()

@@ -136,7 +136,6 @@ def tried(config: RunConfig, folder: Path, shape: Any) -> None:
         ("training_config.report_to", "wandv", "did you mean `wandb`?"),
         ("training_config.debug", "underflow", "did you mean `underflow_overflow`?"),
         ("training_config.output_dir", "", "it should not be empty"),
-        ("training_config.use_liger_kernel", True, "liger-kernel is not installed"),
         ("training_config.deepspeed", {"zero_optimization": {"stage": 2}}, "deepspeed is not installed"),
         ("training_config.dataloader_num_workers", 10**6, "it should be from 0 to 256"),
         ("training_config.ddp_timeout", 10**12, "it should be from 1 to 100000000 seconds"),

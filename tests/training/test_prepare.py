@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from phinetune.api.plan import plan_config
 from phinetune.api.train import train_config
 from phinetune.checkpoints.load import Loaded
 from phinetune.config.run import RunConfig, make_config
-from phinetune.errors import PhinetuneError
+from phinetune.errors import ConfigError, PhinetuneError
 from phinetune.training.prepare import prepare_run, settle
 
 
@@ -152,3 +153,16 @@ def test_packing_that_does_not_happen_or_is_asked_for_twice_is_named(
     tree["training_config"] |= {} if packing is None else {"packing": packing}
     told = [note for note in prepare_run(settle(make_config(tree))).settings.notes if "packing" in note]
     assert [note[: len(words or "")] for note in told] == ([words] if words else [])
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_liger_is_asked_for_on_the_plain_engine_alone(chats: Path, tmp_path: Path) -> None:
+    config = tiny_config(chats, tmp_path / "run")
+    config.training_config["use_liger_kernel"] = True
+    made = prepare_run(settle(config))
+    assert made.engine.fast
+    assert not made.args.use_liger_kernel
+    assert [note for note in made.settings.notes if "`use_liger_kernel` is for the plain engine" in note]
+    config.engine.kind = "plain"
+    with pytest.raises(ConfigError, match=r"use_liger_kernel: liger-kernel is not installed"):
+        prepare_run(settle(config))

@@ -95,7 +95,12 @@ def test_trls_own_way_of_cutting_is_named_though_it_is_trls_default() -> None:
 
 
 def test_what_only_the_plain_engine_reads_is_named() -> None:
-    given = {"gradient_checkpointing": True, "torch_compile_mode": "default", "pad_to_multiple_of": 8}
+    given = {
+        "gradient_checkpointing": True,
+        "torch_compile_mode": "default",
+        "pad_to_multiple_of": 8,
+        "use_liger_kernel": True,
+    }
     lines = not_for_the_fast_engine(read_settings({}, given))
     assert [line.split("`")[1] for line in lines] == list(given)
     assert lines[0].endswith("the fast one goes by engine.activation_memory")

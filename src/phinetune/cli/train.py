@@ -103,5 +103,6 @@ def say_next(made: Run, command: str, again: str = " --resume") -> None:
         f"  {program()} chat {path}",
         f'  {program()} generate {path} --prompt "…"',
         f"  {program()} evaluate {path} --data FILE",
+        f"  {program()} export {path} --to ollama",
     ]
     say(stdout(), lines)

@@ -30,7 +30,6 @@ FAST_VALUES: dict[str, tuple[Any, ...]] = {
     "label_smoothing_factor": (0.0,),
     "neftune_noise_alpha": (None,),
     "activation_offloading": (False,),
-    "use_liger_kernel": (False,),
     "fp16": (False,),
     "packing_strategy": ("bfd",),
     "deepspeed": (None,),

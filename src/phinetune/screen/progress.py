@@ -106,7 +106,7 @@ class ProgressLine(TrainerCallback):
                 left = self._seconds_left(state)
                 parts = [self._numbers, self._busy, "" if left is None else f"{spell_seconds(left)} left"]
                 line = "  ".join(filter(None, [f"step {state.global_step}/{state.max_steps}", *parts]))
-                self.console.print(line, highlight=False)
+                self.console.print(line, highlight=False, soft_wrap=True)
         elif "eval_loss" in logs:
             place = f"step {state.global_step}/{state.max_steps}"
             self.console.print(f"{place}  held-out {spell_evaluation(logs)}", highlight=False)

@@ -49,7 +49,13 @@ from phinetune.training.objective_keys import with_objective_keys
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.rehearsal import rehearse
 from phinetune.training.replay import check_replay, with_replay
-from phinetune.training.settings import Settings, make_training_args, not_for_the_fast_engine, read_settings
+from phinetune.training.settings import (
+    Settings,
+    check_plain,
+    make_training_args,
+    not_for_the_fast_engine,
+    read_settings,
+)
 from phinetune.training.steps import Steps, check_full_batch, count_steps, row_lengths
 from phinetune.training.trained_parts import check_trained_parts
 from phinetune.training.warm_start import settle_adapter, with_adapters_base
@@ -186,6 +192,8 @@ def prepare_rows(settled: SettledRun) -> PreparedRun:
         *_packing_notes(settings, config, engine),
     ]
     settings = replace(settings, notes=[*settings.notes, *notes])
+    if engine.fast is None:
+        check_plain(settings)
     args = make_training_args(settings, config.output_dir, device, dtype, fast=engine.fast is not None)
     settings = replace(settings, notes=[*settings.notes, *rehearse(settings, args, shape)])
     check_trained_parts(settings, config.model, shape, device, dtype)

@@ -56,6 +56,8 @@ PLAIN_ONLY = {
     "torch_compile_backend": "engine.compile",
     "torch_compile_mode": "engine.compile",
     "pad_to_multiple_of": "data.packing",
+    "use_liger_kernel": "kernels of its own",
+    "liger_kernel_config": "kernels of its own",
 }
 
 
@@ -161,8 +163,6 @@ def _read_training(given: Mapping[str, Any], problems: list[str], notes: list[st
     training = checked("training_config", SFTConfig, active, RETIRED_TRAINING.keys(), problems)
     notes += overruled(training)
     _optimizer(training, problems, notes)
-    if training.get("use_liger_kernel") and not find_spec("liger_kernel"):
-        problems.append("training_config.use_liger_kernel: liger-kernel is not installed; leave the key out")
     if training.get("deepspeed") and not find_spec("deepspeed"):
         problems.append("training_config.deepspeed: deepspeed is not installed; pip install deepspeed")
     if training.get("learning_rate") == 0:
@@ -279,6 +279,16 @@ def _refused_key(given: Mapping[str, Any], reason: str) -> str:
             if reason_of(error) == reason:
                 return f"training_config.{key}"
     return "training_config"
+
+
+def check_plain(settings: Settings) -> None:
+    """Make sure that the plain engine has the libraries that the settings name.
+
+    Raises:
+        ConfigError: liger-kernel is not installed.
+    """
+    if settings.training.get("use_liger_kernel") and not find_spec("liger_kernel"):
+        raise ConfigError("training_config.use_liger_kernel: liger-kernel is not installed; leave the key out")
 
 
 def not_for_the_fast_engine(settings: Settings) -> list[str]:

@@ -29,7 +29,7 @@ def test_the_demo_of_preferences_goes_on_from_its_first_half() -> None:
 
 
 @pytest.mark.parametrize(("answers", "gained"), [("true", "exact match 0% → 0%."), ("false", ".")])
-def test_the_demo_ends_with_its_gain_and_three_commands(
+def test_the_demo_ends_with_its_gain_and_what_comes_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answers: str, gained: str
 ) -> None:
     settings = [f"model.path={TINY!r}", "training_config.max_steps=2", f"evaluation.generate={answers}"]
@@ -39,5 +39,5 @@ def test_the_demo_ends_with_its_gain_and_three_commands(
     lines = capsys.readouterr().out.rstrip().splitlines()
     (gain,) = [line for line in lines if line.startswith("Gained on 80 held-out chats: loss ")]
     assert gain.endswith(gained)
-    assert [line.split()[1] for line in lines[-3:]] == ["chat", "generate", "evaluate"]
+    assert [line.split()[1] for line in lines[-4:]] == ["chat", "generate", "evaluate", "export"]
     assert load_config(tmp_path / "run" / "config.yaml").training_config["max_steps"] == 2

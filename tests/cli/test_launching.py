@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,22 @@ from phinetune.errors import RunError
 from phinetune.launched import LAUNCHER, REPORTS, Report
 
 STOPPED = 75
+STARTED: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing of a launcher around, and nothing left behind: a run of a test that failed would train on for hours."""
     for name in ("RANK", "WORLD_SIZE", REPORTS, LAUNCHER):
         monkeypatch.delenv(name, raising=False)
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
 
 
 def test_only_a_run_of_several_processes_is_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -104,7 +114,7 @@ def test_processes_name_the_program_that_the_user_called(monkeypatch: pytest.Mon
 
 
 def start(config: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "phinetune", "train", str(config), "--nproc", "2", *more],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -112,6 +122,8 @@ def start(config: Path, *more: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:

@@ -136,6 +136,30 @@ def test_a_ctrl_c_while_a_run_stops_for_its_time_is_the_first_one() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_signal_that_comes_while_processes_ask_one_another_stops_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was lost: what had been asked before it came was the answer, and overwrote it."""
+    args, state = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(epoch=1.0, global_step=3, max_steps=9)
+    stop, control = StopRequest(), TrainerControl()
+    with stop.listening():
+
+        def ask(wish: bool) -> bool:
+            if state.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return wish
+
+        monkeypatch.setattr("phinetune.processes.any_of", ask)
+        stop.on_step_end(args, state, control)
+        assert not control.should_training_stop
+        stop.on_epoch_end(args, state, control)
+        assert not control.should_save  # this process alone would
+        state.global_step = 4
+        stop.on_step_end(args, state, control)
+    assert control.should_training_stop
+    assert control.should_save
+
+
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     """As under `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

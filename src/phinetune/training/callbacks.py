@@ -210,7 +210,8 @@ class StopRequest(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._took("step")
-        self.requested = processes.any_of(self.requested or self._is_late())  # so all stop after the same step
+        # So all stop after the same step. A signal that comes while they ask one another counts at the next step.
+        self.requested = processes.any_of(self._signalled or self.requested or self._is_late())
         if self.requested:
             control.should_training_stop = True
             control.should_save = True
@@ -218,9 +219,10 @@ class StopRequest(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Where the run stops inside an epoch, nothing is done that belongs to the epoch's end.
 
-        At the epoch's end it is saved again, after what is logged and evaluated there.
+        At the epoch's end it is saved again, after what is logged and evaluated there. A signal that came since the
+        last step is for the next one: the other processes do not know of it yet.
         """
-        if self.requested and state.global_step < state.max_steps:
+        if self.requested and control.should_training_stop and state.global_step < state.max_steps:
             whole = _ends_an_epoch(state)
             control.should_log &= whole
             control.should_evaluate &= whole
@@ -288,7 +290,8 @@ class Pause(StopRequest):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         super().on_step_end(args, state, control)
-        self.race.requested |= self.requested  # a signal, or the end of the time
+        if self.requested:  # a signal, or the end of the time
+            self.race.requested = True
         if state.global_step == self.at:
             if self.before:
                 self.before(state.global_step)

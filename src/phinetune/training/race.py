@@ -202,7 +202,8 @@ class Race:
             logger.warning("candidate %d: %s", one.number, error)
             scorer.write(math.inf)
             return
-        self.stop.requested |= pause.asked
+        if pause.asked:
+            self.stop.requested = True
         if stage.to_the_end and not made.stopped:  # the run's best checkpoint is loaded by now
             scorer(rung.steps)
         scorer.trainer = None

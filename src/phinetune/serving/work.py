@@ -63,11 +63,8 @@ def _read_lines(path: Path, most: int) -> tuple[str | None, int, list[Answer]]:
                 continue
             rows += 1
             if rows > most:
-                return (
-                    form,
-                    rows,
-                    [_problem(number, f"more than {most:,} rows", "too_many_rows") | {"code": "too_many_rows"}],
-                )
+                too_many = _problem(number, f"more than {most:,} rows", "too_many_rows")
+                return form, rows, [too_many | {"code": "too_many_rows"}]
             found, problem = _form_of(line)
             form = form or found
             if problem is None and found != form:

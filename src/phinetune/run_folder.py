@@ -239,8 +239,8 @@ class RunFolder:
         if self.is_finished and training.get("stopped_early"):
             raise RunError(
                 f"output_dir {self.path}: the run has stopped early at step {training.get('steps')}, as "
-                "evaluation.early_stopping_patience asks, and is finished; to train on all the same, set another "
-                "patience and give --resume --changed"
+                "evaluation.early_stopping_patience or a callback asked, and is finished; to train on all the same, "
+                "set another patience, or leave the callback out, and give --resume --changed"
             )
 
     def tidy(self) -> None:

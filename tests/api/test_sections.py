@@ -15,9 +15,10 @@ from phinetune.errors import ConfigError
 
 def test_every_argument_of_a_trainer_is_told_apart() -> None:
     train: Any = phinetune.train
+    refused = {key: instead for key, instead in OF_TRAINERS.items() if key != "callbacks"}  # it takes them
     with pytest.raises(ConfigError) as caught:
-        train("starter", **dict.fromkeys(OF_TRAINERS))
-    told = [f"train: it takes no `{key}`: {instead}" for key, instead in OF_TRAINERS.items()]
+        train("starter", **dict.fromkeys(refused))
+    told = [f"train: it takes no `{key}`: {instead}" for key, instead in refused.items()]
     assert caught.value.problems == told
 
 

@@ -33,8 +33,7 @@ OF_TRAINERS: Mapping[str, str] = {
     "data_collator": "data['loss_on'] and data['response'] say what is trained on",
     "compute_metrics": "evaluation['metrics'] takes a function of answers and references (docs/metrics.md)",
     "preprocess_logits_for_metrics": "no logits are kept; evaluation['metrics'] takes functions of answers",
-    "callbacks": "there is no hook for them; metrics.jsonl of the run has every logged step, training_config.report_to "
-    "sends it on, and evaluation['early_stopping_patience'] stops",
+    "callbacks": "`train` takes them, for one run",
     "optimizers": "training_config.optim and lr_scheduler_type name them",
     "optimizer_cls_and_kwargs": "training_config.optim and optim_args name it",
     "compute_loss_func": "`objective` says what a run trains for",

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from phinetune import processes
 from phinetune.api.before import look_at_rows, look_at_settings
 from phinetune.api.race import Raced, race, race_folder
@@ -47,6 +49,7 @@ from phinetune.screen.settings import show_settings
 from phinetune.training.best_checkpoint import needs_answers
 from phinetune.training.callbacks import StopRequest
 from phinetune.training.curve_words import Words, curve_words, read_course
+from phinetune.training.given_callbacks import Callback, made_callbacks
 from phinetune.training.hub_wish import HubWish
 from phinetune.training.library_errors import disk_told
 from phinetune.training.prepare import PreparedRun, SettledRun, as_it_began, prepare_run, settle
@@ -86,6 +89,7 @@ def train(
     overwrite: bool = False,
     changed: bool = False,
     max_time: float | str | None = None,
+    callbacks: Sequence[Callback] = (),
     console: Console | None = None,
 ) -> Run:
     """Fine-tune a Phi-3 on chats, compare it with its base, and leave a run in `training_config["output_dir"]`.
@@ -104,6 +108,9 @@ def train(
         changed: with `resume`, go on although something that decides the result has changed; it is recorded.
         max_time: stop with a checkpoint before so much time is over, counted from this call: seconds, or a text such
             as `2h30m`.
+        callbacks: transformers' `TrainerCallback`s, told of each step, log, evaluation and checkpoint. One that sets
+            `control.should_training_stop` ends the run; what it has learnt by then is compared with its base. Of
+            several processes each calls its own, and all must decide alike. With a race they see the steps after it.
         console: where to print; standard error if left out.
 
     Raises:
@@ -119,7 +126,13 @@ def train(
         engine=engine,
     )
     return train_config(
-        config, console or stderr(), resume=resume, overwrite=overwrite, changed=changed, max_time=max_time
+        config,
+        console or stderr(),
+        resume=resume,
+        overwrite=overwrite,
+        changed=changed,
+        max_time=max_time,
+        callbacks=made_callbacks(callbacks),
     )
 
 
@@ -155,12 +168,14 @@ def train_config(
     overwrite: bool = False,
     changed: bool = False,
     max_time: float | str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     progress: Console | None = None,
     on_trained: Callable[[TrainedRun], None] = lambda trained: None,
 ) -> Run:
     """`train` for a validated configuration. Of several processes the main one prints to `console` and writes.
 
     Args:
+        callbacks: see `train`.
         progress: where the steps are shown; `console` if left out.
         on_trained: is given a run that was trained to its end, with its model, before its results are written.
     """
@@ -179,7 +194,8 @@ def train_config(
         with processes.main_first():  # the others look at a folder that is tidy
             place = open_place(config, resume=resume, overwrite=overwrite, changed=changed)
         try:
-            return _train_at(place, settled, metrics, console, stop, raced, progress or console, on_trained)
+            told = Told(progress or console, callbacks, on_trained)
+            return _train_at(place, settled, metrics, console, stop, raced, told)
         except BaseException:
             if processes.is_main():
                 with suppress(OSError):
@@ -217,6 +233,20 @@ def finish_raced(raced: Raced, settled: SettledRun, console: Console, stop: Stop
         return _train_at(place, settled, metrics, console, stop, raced)
 
 
+@dataclass(frozen=True)
+class Told:
+    """Who is told how a run goes.
+
+    Attributes:
+        steps_on: where the steps are shown.
+        callbacks, on_trained: see `train_config`.
+    """
+
+    steps_on: Console
+    callbacks: Sequence[TrainerCallback] = ()
+    on_trained: Callable[[TrainedRun], None] = lambda trained: None
+
+
 def _train_at(
     place: RunPlace,
     settled: SettledRun,
@@ -224,8 +254,7 @@ def _train_at(
     console: Console,
     stop: StopRequest,
     raced: Raced | None = None,
-    steps_on: Console | None = None,
-    on_trained: Callable[[TrainedRun], None] = lambda trained: None,
+    told: Told | None = None,
 ) -> Run:
     """All of a run that happens while its folder is locked."""
     prepared = raced.prepared() if raced else prepare_run(*_begun(place, settled))
@@ -235,13 +264,14 @@ def _train_at(
         show_data(prepared.chats, prepared.tokenizer, console)
         show_settings(prepared.choices, console)
         _show_judges(prepared, console)
-    progress, reference = ProgressLine(steps_on or console), ReferenceProgress(console)
+    told = told or Told(console)
+    progress, reference = ProgressLine(told.steps_on), ReferenceProgress(console)
     try:
         trained = train_run(
             prepared,
             place,
             look=_look(prepared, metrics),
-            callbacks=[progress],
+            callbacks=[progress, *told.callbacks],
             on_start=lambda model: show_targets(model, console),
             on_reference=reference,
             stop=stop,
@@ -251,7 +281,7 @@ def _train_at(
         progress.close()
         reference.close()
     if not trained.stopped:
-        on_trained(trained)
+        told.on_trained(trained)
     with disk_told(place.folder.path):
         run = _finish(trained, metrics, console)
     if settled.settings.push and processes.is_main() and not run.stopped:

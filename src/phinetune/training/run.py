@@ -167,8 +167,10 @@ def train_run(
         on_start(trainer.peft_model)
         began = time.perf_counter()
         _train(trainer, own.stop, place)
-    stopped = own.stop.requested and trainer.state.global_step < trainer.state.max_steps
+    before_its_end = trainer.state.global_step < trainer.state.max_steps
+    stopped = own.stop.requested and before_its_end
     summary = _summary(trainer, own, time.perf_counter() - began) | {"changed": facts["changed"]}
+    summary["stopped_early"] |= before_its_end and not stopped  # a given callback's wish
     if reference.seconds:
         summary["reference_seconds"] = round(sum(reference.seconds), 2)
     trainer.peft_model.eval()

@@ -153,6 +153,25 @@ def test_columns_may_be_set_apart_by_another_sign_and_a_line_says_so(
     assert caplog.messages == told
 
 
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        ("How do I return boots?,Within 30 days.", "How do I return boots?"),
+        ("怎么退货？,三十天内。", "怎么退货？"),
+        (f"{'boots ' * 20},fine", f"{'boots ' * 10}…"),
+        ("prompt,completion", None),
+        ("Question?,First answer", None),
+    ],
+)
+def test_a_first_line_that_looks_like_a_row_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str, told: str | None
+) -> None:
+    """A table without a line of names would lose its first row in silence."""
+    (tmp_path / "a.csv").write_text(f"{first}\nx,y\n", encoding="utf-8")
+    assert len(read(tmp_path / "a.csv")) == 1
+    assert [f"`{told}` looks like a row's words" in message for message in caplog.messages] == [True] * bool(told)
+
+
 def test_another_sign_in_a_column_s_name_is_only_a_sign(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.csv").write_text('"one; two",b\nx;y,z\n')
     assert read(tmp_path / "a.csv") == [Row(f"{tmp_path / 'a.csv'}:2", {"one; two": "x;y", "b": "z"})]

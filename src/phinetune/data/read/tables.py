@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 SIGNS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 SEP = re.compile(r"sep=(.)\r?\n?")  # Excel's own first line, which says what sets columns apart
+SENTENCE = re.compile(r"(\s.*[.?!]|[。？！])\s*$")  # an end of one, after more than a word
+LONGEST_NAME = 60
 QUOTED = re.compile('"[^"]*"')
 MISSING: Any = object()  # stands where a row of a CSV file has no cell
 
@@ -60,6 +62,7 @@ def _below_names(path: Path, reader: csv.DictReader[str], above: int, kind: str)
         if problem:
             yield Broken(f"{path}:{line}", problem)
             return
+        _warn_of_a_row(path, reader.fieldnames or [])
         line = above + reader.line_num + 1
         for fields in reader:
             if fields.pop(None, None) is not None:
@@ -85,6 +88,18 @@ def _sign(first: str, own: str) -> str:
 def _named_twice(header: Sequence[str]) -> str | None:
     twice = [name for name, count in Counter(header).items() if count > 1]
     return f"two columns are named `{twice[0]}`, and only one could be read; rename one" if twice else None
+
+
+def _warn_of_a_row(path: Path, header: Sequence[str]) -> None:
+    """Tell of a first line that is read as names of columns and looks like a row: it has a sentence."""
+    sentence = next((name for name in header if SENTENCE.search(name) or len(name) > LONGEST_NAME), None)
+    if sentence:
+        logger.warning(
+            "%s: the first line is read as the names of the columns; `%s` looks like a row's words. If it is a row, put "
+            "a line of names above it, for example `prompt` and `completion`",
+            path,
+            sentence if len(sentence) <= LONGEST_NAME else f"{sentence[:LONGEST_NAME]}…",
+        )
 
 
 def can_read_sheets() -> bool:
@@ -132,6 +147,7 @@ def _below_header(path: Path, lines: Iterator[Sequence[Any]]) -> Iterator[Row | 
             if problem:
                 yield Broken(where, problem)
                 return
+            _warn_of_a_row(path, header)
             continue
         unnamed = [place for place, cell in enumerate(cells) if cell is not None and not (header + [""] * place)[place]]
         if unnamed:

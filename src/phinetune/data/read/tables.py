@@ -95,7 +95,7 @@ def _warn_of_a_row(path: Path, header: Sequence[str]) -> None:
     sentence = next((name for name in header if SENTENCE.search(name) or len(name) > LONGEST_NAME), None)
     if sentence:
         logger.warning(
-            "%s: the first line is read as the names of the columns; `%s` looks like a row's words. If it is a row, put "
+            "%s: the first line is read as the names of the columns; `%s` looks like a row's words. If it is one, put "
             "a line of names above it, for example `prompt` and `completion`",
             path,
             sentence if len(sentence) <= LONGEST_NAME else f"{sentence[:LONGEST_NAME]}…",

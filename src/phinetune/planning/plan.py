@@ -12,6 +12,7 @@ from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.choice import EngineChoice
 from phinetune.planning.disk import checkpoint_bytes, free_disk
+from phinetune.planning.evaluations import Evaluations, evaluations_of
 from phinetune.planning.fitting_settings import Changes, nearest_fitting
 from phinetune.planning.memory import OPTIMIZERS, Parts, optimizer_name
 from phinetune.planning.probe import Speed, measure, sample_batch
@@ -39,6 +40,7 @@ class Plan:
         seconds: the time of the run without evaluations; None if it was not measured.
         reference_seconds: how much of it the log-probabilities of a reference take, which are computed once before the
             first step; 0 for an objective without one. A run that finds them kept from an earlier one spares this time.
+        evaluations: how often held-out chats are scored, how long that takes on top, and what is compared at the end.
         disk: bytes of the adapter and the checkpoints.
         free_disk: bytes that are free where the run will be written.
         fits: whether memory and disk are enough.
@@ -58,6 +60,7 @@ class Plan:
     layers: list[int]
     seconds: float | None
     reference_seconds: float | None
+    evaluations: Evaluations
     disk: int
     free_disk: int
     fits: bool
@@ -93,7 +96,7 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
     disk, room = checkpoint_bytes(setup.args, need.sizes, need.steps), free_disk(prepared.config.output_dir)
     refused = refused_place(prepared.config)
     enough_memory = need.memory.total <= setup.free
-    reference = speed.reference(len(need.levels), _reference_tokens(prepared)) if speed else None
+    reference = speed.reading(len(need.levels), _reference_tokens(prepared)) if speed else None
     return Plan(
         data=prepared.chats.train.report.to_dict(),
         parameters=need.sizes.parameters,
@@ -104,6 +107,7 @@ def plan_prepared(prepared: PreparedRun, *, probe: bool = True) -> Plan:
         layers=[sum(level is kind for level in need.levels) for kind in Level],
         seconds=_seconds(speed, need) + (reference or 0.0) if speed else None,
         reference_seconds=reference,
+        evaluations=evaluations_of(prepared, need.steps, speed, len(need.levels)),
         disk=disk,
         free_disk=room,
         fits=enough_memory and disk <= room,
@@ -132,7 +136,9 @@ def _seconds(speed: Speed, need: Need) -> float:
 
 
 def _reference_tokens(prepared: PreparedRun) -> int:
-    """Tokens of all rows whose log-probabilities a reference gives."""
+    """Tokens of all rows whose log-probabilities a reference gives; 0 for an objective without one."""
+    if not prepared.objective.reference:
+        return 0
     held_out = prepared.chats.held_out
     more = prepared.objective.row_tokens(held_out.lengths()).sum() if held_out else 0
     return int(prepared.lengths.sum() + more)

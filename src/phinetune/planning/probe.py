@@ -40,14 +40,14 @@ class Speed:
         layer: the time of one layer's forward and backward, by what the layer keeps.
         rest: the time of everything but the layers: embedding, head and loss.
         a_parameter: the time that a step of the optimizer takes per parameter.
-        forward: the time of one layer's forward, and of the forward of the rest, where a reference is computed.
+        forward: the time of one layer's forward, and of the forward of the rest.
     """
 
     tokens: int
     layer: dict[Level, float]
     rest: float
     a_parameter: float
-    forward: tuple[float, float] | None = None
+    forward: tuple[float, float]
 
     def batch(self, levels: Sequence[Level], tokens: float) -> float:
         """The time in seconds of a micro-batch with this number of tokens.
@@ -57,9 +57,9 @@ class Speed:
         """
         return (self.rest + sum(self.layer[level] for level in levels)) * tokens / self.tokens
 
-    def reference(self, layers: int, tokens: float) -> float:
-        """The time in seconds that a reference takes for this number of tokens; 0 for an objective without one."""
-        layer, rest = self.forward or (0.0, 0.0)
+    def reading(self, layers: int, tokens: float) -> float:
+        """The time in seconds of a forward alone for this number of tokens, as a reference or an evaluation is."""
+        layer, rest = self.forward
         return (rest + layers * layer) * tokens / self.tokens
 
 
@@ -99,10 +99,8 @@ def measure(prepared: PreparedRun, rows: Sequence[dict[str, Any]], levels: Seque
     one_layer = step_seconds([Level.KEEP])
     # Beside other programs, two layers of a small model may take less time than one.
     layer = {level: max(0.0, step_seconds([level, Level.KEEP]) - one_layer) for level in sorted({Level.KEEP, *levels})}
-    forward = None
-    if objective.reference:
-        one, two = forward_seconds(1), forward_seconds(2)
-        forward = (max(0.0, two - one), max(0.0, 2 * one - two))
+    one, two = forward_seconds(1), forward_seconds(2)
+    forward = (max(0.0, two - one), max(0.0, 2 * one - two))
     decoder.layers = both_layers
     rest = max(0.0, one_layer - layer[Level.KEEP])
     a_parameter = _optimizer(trained) / trainable_parameters(model)[0]
@@ -140,7 +138,7 @@ def _step(model: nn.Module, batch: dict[str, Any], objective: Objective, device:
 
 @torch.no_grad()
 def _forward(model: nn.Module, batch: dict[str, Any], device: torch.device) -> None:
-    """What a reference takes of a micro-batch."""
+    """What a reference or an evaluation takes of a micro-batch."""
     model(**batch)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

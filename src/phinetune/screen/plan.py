@@ -8,6 +8,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.table import Table
 
+from phinetune.planning.evaluations import Evaluations
 from phinetune.planning.fitting_settings import Changes
 from phinetune.planning.plan import Plan
 from phinetune.screen.settings import show_settings
@@ -63,6 +64,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
                 f"reference: about {timedelta(seconds=round(reference))} of it, once; none if an earlier run kept "
                 "that of the same rows and weights"
             )
+    yield from _evaluations(plan.evaluations)
     if plan.busy:
         yield f"busy: {plan.busy}"
     yield f"disk: {plan.disk / 1e9:.2f} GB of checkpoints, {plan.free_disk / 1e9:.1f} GB free"
@@ -79,6 +81,16 @@ def _sentences(plan: Plan) -> Iterator[str]:
         yield from (f"  {as_options(changes)}" for changes in plan.nearest)
     elif "memory" in short:
         yield "No change of batch, length or quantisation is enough; take a smaller model or another machine."
+
+
+def _evaluations(made: Evaluations) -> Iterator[str]:
+    if made.count:
+        times = "once" if made.count == 1 else f"{made.count} times"
+        took = "" if made.seconds is None else f", about {timedelta(seconds=round(made.seconds))} more"
+        yield f"evaluations: the held-out chats are scored {times} while it trains{took}"
+    if made.compared:
+        answered = f", with {made.answered:,} answers of each" if made.answered else ""
+        yield f"comparison: after training, base and tuned on {made.compared:,} chats{answered}; not in the time"
 
 
 def _needs(plan: Plan) -> list[tuple[str, int, int]]:

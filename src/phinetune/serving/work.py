@@ -113,7 +113,7 @@ def _line(place: Mapping[str, str], finding: Mapping[str, Any], path: Path) -> A
 
 
 def plan_job(request: Mapping[str, Any]) -> Answer:
-    """What `plan` says of a job: memory in bytes, seconds, steps, and the settings that rules chose.
+    """What `plan` says of a job: memory in bytes, seconds with evaluations, steps, and the settings that rules chose.
 
     Args:
         request: the run's `config` as nested dictionaries.
@@ -128,7 +128,7 @@ def plan_job(request: Mapping[str, Any]) -> Answer:
     chosen = {one.key.rpartition(".")[2]: one.value for one in made.settings if not one.given}
     return {
         "memory": made.memory.total,
-        "seconds": made.seconds,
+        "seconds": None if made.seconds is None else made.seconds + (made.evaluations.seconds or 0.0),
         "steps": made.steps.count,
         "rows": made.data.get("kept"),
         "chosen": {**chosen, **({"system": "fold"} if fold else {})},

@@ -253,8 +253,7 @@ def test_it_is_planned_by_its_own_loss(kind: str, tmp_path: Path) -> None:
 
 def test_a_plan_counts_all_rows_of_the_reference_once() -> None:
     speed = Speed(100, {}, 0.0, 0.0, forward=(0.5, 0.25))
-    assert speed.reference(layers=4, tokens=1000) == 10 * (4 * 0.5 + 0.25)
-    assert Speed(100, {}, 0.0, 0.0).reference(layers=4, tokens=1000) == 0
+    assert speed.reading(layers=4, tokens=1000) == 10 * (4 * 0.5 + 0.25)
 
 
 def test_knobs_of_preferences_beside_sft_are_told_whose_they_are(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ less and as many more), the rule's own choice, and a race's. The figure is the l
 its evaluations, which is that of the checkpoint that the run keeps. The base is loaded once, and the rows of
 a set are prepared once.
 
+The rows that are made here have answers that can't be told for certain, as people's rows do: somebody's guess, a synonym.
+A loss that could fall to nothing would differ by large shares between runs that are all perfect.
+
 Each figure is written to the results file when it is there. A run that was stopped goes on with what is missing, so the
 table can be made in pieces (`--minutes`). The rule's choice is a point of the grid by itself.
 """
@@ -63,7 +66,7 @@ def arithmetic(draw: random.Random) -> list[Row]:
 
 
 def classes(draw: random.Random) -> list[Row]:
-    """Sorting messages to a helpdesk into four classes."""
+    """Sorting messages to a helpdesk into four classes, by people of whom one in seven sorts otherwise."""
     kinds = {
         "billing": ["I was charged twice", "The invoice is wrong", "My card was refused", "I want a refund"],
         "login": ["I can't sign in", "My password is not accepted", "The code never comes", "I am locked out"],
@@ -71,38 +74,52 @@ def classes(draw: random.Random) -> list[Row]:
         "other": ["Do you have a shop in Bern", "Who writes your blog", "Are you hiring", "I like your colours"],
     }
     ends = ["", " since Monday.", ", please help.", " again!", " and nobody answers.", "; what now?", ", as last year."]
-    rows = [chat(f"{text}{end}", kind) for kind, texts in kinds.items() for text in texts for end in ends]
-    return draw.sample(rows, 100)
+    texts = [(f"{text}{end}", kind) for kind, texts in kinds.items() for text in texts for end in ends]
+    return [
+        chat(text, kind if draw.random() < 6 / 7 else draw.choice(list(kinds)))
+        for text, kind in draw.sample(texts, 100)
+    ]
 
 
 def as_json(draw: random.Random) -> list[Row]:
-    """Notes of orders as JSON."""
+    """Notes of orders as JSON; how urgent one is was somebody's guess."""
     people, things = ["Ana", "Bo", "Cem", "Dina", "Eli"], ["tent", "lamp", "rope", "stove", "boots"]
     rows = []
     for _ in range(130):
         who, what, count, day = draw.choice(people), draw.choice(things), draw.randint(1, 9), draw.randint(1, 28)
         note = f"{who} would like {count} of the {what}, by the {day}th."
-        rows.append(chat(note, json.dumps({"name": who.lower(), "item": what, "count": count, "day": day})))
+        urgency = draw.choices(["low", "normal", "high"], [6, 3, 1] if day > 10 else [1, 3, 6])[0]
+        record = {"name": who.lower(), "item": what, "count": count, "day": day, "urgency": urgency}
+        rows.append(chat(note, json.dumps(record)))
     return rows
 
 
 def translation(draw: random.Random) -> list[Row]:
-    """Short sentences from English to German."""
-    who = {"The child": "Das Kind", "The dog": "Der Hund", "My sister": "Meine Schwester", "The baker": "Der Bäcker"}
-    does = {"sees": "sieht", "buys": "kauft", "paints": "malt", "loses": "verliert", "finds": "findet"}
-    what = {
-        "a red car": "ein rotes Auto",
-        "the bread": "das Brot",
-        "an old book": "ein altes Buch",
-        "a key": "einen Schlüssel",
+    """Short sentences from English to German, by several translators: most words have two."""
+    who = {
+        "The child": ["Das Kind", "Das Kleine"],
+        "The dog": ["Der Hund"],
+        "My sister": ["Meine Schwester"],
+        "The baker": ["Der Bäcker", "Der Bäckermeister"],
     }
-    rows = [
-        chat(f"{a} {b} {c}.", f"{who[a]} {does[b]} {what[c]}.")
-        for a in who
-        for b in does
-        for c in what
-    ]  # fmt: skip
-    return draw.sample(rows, 76)
+    does = {
+        "sees": ["sieht", "erblickt"],
+        "buys": ["kauft", "erwirbt"],
+        "paints": ["malt"],
+        "loses": ["verliert", "verlegt"],
+        "finds": ["findet", "entdeckt"],
+    }
+    what = {
+        "a red car": ["ein rotes Auto", "einen roten Wagen"],
+        "the bread": ["das Brot"],
+        "an old book": ["ein altes Buch", "einen alten Band"],
+        "a key": ["einen Schlüssel"],
+    }
+    sentences = [(a, b, c) for a in who for b in does for c in what]
+    return [
+        chat(f"{a} {b} {c}.", f"{draw.choice(who[a])} {draw.choice(does[b])} {draw.choice(what[c])}.")
+        for a, b, c in draw.sample(sentences, 76)
+    ]
 
 
 SETS: dict[str, Callable[[random.Random], list[Row]]] = {

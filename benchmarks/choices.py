@@ -8,8 +8,8 @@ less and as many more), the rule's own choice, and a race's. The figure is the l
 its evaluations, which is that of the checkpoint that the run keeps. The base is loaded once, and the rows of
 a set are prepared once.
 
-The rows that are made here have answers that can't be told for certain, as people's rows do: somebody's guess, a synonym.
-A loss that could fall to nothing would differ by large shares between runs that are all perfect.
+The rows that are made here have answers that can't be told for certain, as people's rows do: somebody's guess, a
+synonym. A loss that could fall to nothing would differ by large shares between runs that are all perfect.
 
 Each figure is written to the results file when it is there. A run that was stopped goes on with what is missing, so the
 table can be made in pieces (`--minutes`). The rule's choice is a point of the grid by itself.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import io
 import json
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import phinetune
 from cli.cli_helpers import run
 from helpers import chat, tiny_config, write_jsonl
 from phinetune.cli.app import main
@@ -25,9 +28,10 @@ def config_file(chats: Path, tmp_path: Path) -> Path:
     return file
 
 
-def test_help_needs_no_heavy_import() -> None:
+def without_heavy_imports(option: str) -> str:
+    """What the program prints with this option alone."""
     code = (
-        "import sys; sys.argv = ['phinetune', '--help']\n"
+        f"import sys; sys.argv = ['phinetune', '{option}']\n"
         "from phinetune.cli.app import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy', 'trl', 'peft'} & set(sys.modules)\n"
@@ -35,9 +39,21 @@ def test_help_needs_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_needs_no_heavy_import() -> None:
+    shown = without_heavy_imports("--help")
     verbs = ("train", "evaluate", "generate", "chat", "demo", "convert", "push", "report", "watch", "config")
     for verb in verbs:
-        assert verb in done.stdout
+        assert verb in shown
+
+
+def test_the_versions_that_a_report_of_a_fault_needs_are_one_line() -> None:
+    line = without_heavy_imports("--version")
+    assert line.startswith(f"phinetune {phinetune.__version__} (Python {platform.python_version()}, ")
+    for library in ("torch", "transformers", "peft", "trl"):
+        assert f"{library} {version(library)}" in line
 
 
 def test_train_then_everything_else(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -30,6 +31,7 @@ from phinetune.errors import LOST_PROCESS, PhinetuneError, RunError, is_lost, is
 from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
 from phinetune.terminal_text import visible
+from phinetune.version import versions
 
 LIBRARIES = 2_000_000_000  # bytes of address space that torch, transformers and datasets take by themselves
 
@@ -43,6 +45,21 @@ app.add_typer(data.app, name="data")
 # In the order of the help.
 for verb in (report, train, tune, plan, curve, evaluate, talk, merge, combine, export, push, convert, serve, config):
     app.add_typer(verb.app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the versions, and end.")
+    ] = False,
+) -> None:
+    """Takes what stands before a verb."""
 
 
 def main() -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 from transformers import TrainingArguments
 
-from phinetune.version import VERSION
-
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+from phinetune.version import VERSION, library_versions
 
 
 def describe_environment(args: TrainingArguments) -> dict[str, str]:
@@ -28,7 +25,7 @@ def describe_environment(args: TrainingArguments) -> dict[str, str]:
         "system": platform.platform(),
         "Python": platform.python_version(),
         "phinetune": VERSION,
-        **{name: installed for name in LIBRARIES if (installed := _version(name))},
+        **library_versions(),
     }
 
 
@@ -44,10 +41,3 @@ def _processor() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine()
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None

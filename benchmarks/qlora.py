@@ -33,7 +33,7 @@ from benchmarks.fresh import measure
 from benchmarks.machine import machine
 from benchmarks.store import Book, Part, Row
 from benchmarks.train import HEADINGS, cells
-from benchmarks.worker import LORA
+from benchmarks.whole_run import LORA
 from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.adapters import ADAPTER_WEIGHTS, BASE_FILE
 from phinetune.checkpoints.load import Base

@@ -3,7 +3,7 @@
     python -m benchmarks.train [--only starter,shape,peak,prefix,chats,whole] [--dtype bfloat16] [--quick]
 
 Writes benchmarks/results/train/*.json and train.md. Tokens are real ones: padding does not count. "share of peak" is
-useful work (see `benchmarks.worker.useful`; recomputation does not count) over the best rate of a matrix product,
+useful work (see `benchmarks.one_step.useful`; recomputation does not count) over the best rate of a matrix product,
 in the same dtype or in float32, whichever is faster here; measured beside it.
 """
 

@@ -35,38 +35,27 @@ parser.add_argument(
 )
 options = parser.parse_args()
 
-SYSTEM = "Answer for Trailhead Outfitters: a friendly line, then JSON."
 
-
-def bundled(name: str, count: int) -> list[tuple[str, str]]:
-    """Customers' messages of the demo, and the answers that the shop wants."""
+def bundled(name: str, count: int) -> list[list[Any]]:
+    """Chats of the demo with customers of a shop, each the messages up to the last answer, which is the shop's."""
     lines = files("phinetune.demo_data").joinpath(f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    chats = [{turn["role"]: turn["content"] for turn in json.loads(line)["messages"]} for line in lines[:count]]
-    return [(chat["user"], chat["assistant"]) for chat in chats]
+    return [json.loads(line)["messages"] for line in lines[:count]]
 
 
-def messages_for(question: str) -> list[Any]:
-    """The turns before an answer."""
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
-
-
-def as_jsonl(examples: list[tuple[str, str]]) -> BytesIO:
+def as_jsonl(chats: list[list[Any]]) -> BytesIO:
     """One chat a line, as the API wants them."""
-    rows = [{"messages": [*messages_for(asked), {"role": "assistant", "content": said}]} for asked, said in examples]
-    return BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
+    return BytesIO("".join(json.dumps({"messages": chat}) + "\n" for chat in chats).encode())
 
 
-def exact(client: OpenAI, model: str, examples: list[tuple[str, str]]) -> float:
-    """How many answers are the shop's, letter for letter, in percent. Eight are asked for at a time."""
+def exact(client: OpenAI, model: str, chats: list[list[Any]]) -> float:
+    """How many last answers are the shop's, letter for letter, in percent. Eight are asked for at a time."""
 
-    def is_right(example: tuple[str, str]) -> bool:
-        answer = client.chat.completions.create(
-            model=model, messages=messages_for(example[0]), temperature=0, max_tokens=80
-        )
-        return (answer.choices[0].message.content or "").strip() == example[1].strip()
+    def is_right(chat: list[Any]) -> bool:
+        answer = client.chat.completions.create(model=model, messages=chat[:-1], temperature=0, max_tokens=80)
+        return (answer.choices[0].message.content or "").strip() == chat[-1]["content"].strip()
 
     with ThreadPoolExecutor(8) as pool:
-        return 100 * sum(pool.map(is_right, examples)) / len(examples)
+        return 100 * sum(pool.map(is_right, chats)) / len(chats)
 
 
 def wait_for(client: OpenAI, job: str) -> Any:
@@ -108,7 +97,7 @@ tuned = time.monotonic() - began
 print(f"{done.fine_tuned_model}: {done.trained_tokens:,} tokens trained, {tuned:.0f} s since the beginning")
 
 print(client.chat.completions.create(
-    model=done.fine_tuned_model, messages=messages_for(held_out[0][0]), temperature=0, max_tokens=80
+    model=done.fine_tuned_model, messages=held_out[0][:-1], temperature=0, max_tokens=80
 ).choices[0].message.content)  # fmt: skip
 rate = exact(client, done.fine_tuned_model, held_out)
 base = exact(client, options.model, held_out[:8])

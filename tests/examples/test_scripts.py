@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from make_example_data import texts
 
+import phinetune
 from examples.example_helpers import EXAMPLES
 from helpers import GUIDE_PEFT, GUIDE_TRAINING, TINY
 from phinetune.config.model import ModelSection
@@ -65,6 +66,9 @@ def test_the_course_by_openais_client(examples: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("All as said: ")
     assert "The job has successfully completed" in done.stdout
     assert "ft:tiny:phinetune:trailhead:" in done.stdout
+    (uploaded,) = (tmp_path / "server" / "files").glob("*.jsonl")
+    rows = (Path(phinetune.__file__).parent / "demo_data" / "train.jsonl").read_text().splitlines()[:16]
+    assert [json.loads(row) for row in uploaded.read_text().splitlines()] == [json.loads(row) for row in rows]
 
 
 def test_the_samples_dictionaries_are_the_model_cards() -> None:

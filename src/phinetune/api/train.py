@@ -89,7 +89,7 @@ def train(
     overwrite: bool = False,
     changed: bool = False,
     max_time: float | str | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] | None = None,
     console: Console | None = None,
 ) -> Run:
     """Fine-tune a Phi-3 on chats, compare it with its base, and leave a run in `training_config["output_dir"]`.

@@ -11,12 +11,14 @@ from phinetune.errors import ConfigError
 Callback = TrainerCallback | type[TrainerCallback]
 
 
-def made_callbacks(given: Sequence[Callback]) -> list[TrainerCallback]:
+def made_callbacks(given: Sequence[Callback] | None) -> list[TrainerCallback]:
     """The callbacks as objects: a class is called without arguments, as transformers' trainer does.
 
     Raises:
         ConfigError: one is no `TrainerCallback`, or its class wants arguments.
     """
+    if given is None:  # as transformers' trainer takes it
+        return []
     if not isinstance(given, (list, tuple)):
         raise ConfigError(f"callbacks: a list of transformers.TrainerCallback, not a `{type(given).__name__}`")
     made, problems = [], []

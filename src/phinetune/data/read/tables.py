@@ -92,7 +92,7 @@ def _named_twice(header: Sequence[str]) -> str | None:
 
 def _warn_of_a_row(path: Path, header: Sequence[str]) -> None:
     """Tell of a first line that is read as names of columns and looks like a row: it has a sentence."""
-    sentence = next((name for name in header if SENTENCE.search(name) or len(name) > LONGEST_NAME), None)
+    sentence = next((name for name in header if len(name) > LONGEST_NAME or SENTENCE.search(name)), None)
     if sentence:
         logger.warning(
             "%s: the first line is read as the names of the columns; `%s` looks like a row's words. If it is one, put "

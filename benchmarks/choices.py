@@ -66,7 +66,7 @@ def arithmetic(draw: random.Random) -> list[Row]:
 
 
 def classes(draw: random.Random) -> list[Row]:
-    """Sorting messages to a helpdesk into four classes, by people of whom one in seven sorts otherwise."""
+    """Sorting messages to a helpdesk into four classes, by people who sort one in nine otherwise."""
     kinds = {
         "billing": ["I was charged twice", "The invoice is wrong", "My card was refused", "I want a refund"],
         "login": ["I can't sign in", "My password is not accepted", "The code never comes", "I am locked out"],

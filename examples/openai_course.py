@@ -4,7 +4,7 @@ Shows the whole way with the official client, unmodified: chats as JSONL, `files
 epochs, seed and suffix, `list_events`, `retrieve` until the job has ended, then the tuned model's answers to chats that
 it has not seen, counted by exact match as `phinetune demo` counts them.
 
-Needs `pip install openai 'phinetune[serve]'`. Takes about three minutes on two CPU cores with the starter.
+Needs `pip install openai 'phinetune[serve]'`. Takes three to eight minutes on two CPU cores with the starter.
 
     phinetune serve                       # in one terminal; it prints the two lines for the other one
     export OPENAI_BASE_URL=http://127.0.0.1:8686/v1

@@ -20,6 +20,9 @@ def test_every_argument_of_a_trainer_is_told_apart() -> None:
         train("starter", **dict.fromkeys(refused))
     told = [f"train: it takes no `{key}`: {instead}" for key, instead in refused.items()]
     assert caught.value.problems == told
+    tune: Any = phinetune.tune
+    with pytest.raises(ConfigError, match="tune: it takes no `callbacks`: `train` takes them, for one run"):
+        tune("starter", callbacks=[])
 
 
 def test_an_argument_that_nobody_knows_is_pythons_own_error() -> None:

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "src" / "phinetune" / "demo_data"
 ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-HELD_OUT = 24
+HELD_OUT = 48  # a set; with half as many the best of twelve runs was partly luck
 Row = dict[str, Any]
 
 
@@ -47,13 +47,13 @@ def chat(question: str, answer: str) -> Row:
 def demo(draw: random.Random) -> list[Row]:
     """Answers of a shop: some of the demo's chats."""
     rows = [json.loads(line) for line in (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    return draw.sample(rows, 150)
+    return draw.sample(rows, 170)
 
 
 def alpaca(draw: random.Random) -> list[Row]:
     """Instructions with short answers, of ../shared/data."""
     rows = [row for row in json.loads(ALPACA.read_text(encoding="utf-8")) if len(row["output"]) < 300]
-    return draw.sample(rows, min(len(rows), 110))
+    return draw.sample(rows, min(len(rows), 130))
 
 
 def arithmetic(draw: random.Random) -> list[Row]:
@@ -74,10 +74,11 @@ def classes(draw: random.Random) -> list[Row]:
         "other": ["Do you have a shop in Bern", "Who writes your blog", "Are you hiring", "I like your colours"],
     }
     ends = ["", " since Monday.", ", please help.", " again!", " and nobody answers.", "; what now?", ", as last year."]
+    ends += [", I wrote twice.", " (see the picture).", ", thanks."]
     texts = [(f"{text}{end}", kind) for kind, texts in kinds.items() for text in texts for end in ends]
     return [
         chat(text, kind if draw.random() < 6 / 7 else draw.choice(list(kinds)))
-        for text, kind in draw.sample(texts, 100)
+        for text, kind in draw.sample(texts, 150)
     ]
 
 
@@ -85,7 +86,7 @@ def as_json(draw: random.Random) -> list[Row]:
     """Notes of orders as JSON; how urgent one is was somebody's guess."""
     people, things = ["Ana", "Bo", "Cem", "Dina", "Eli"], ["tent", "lamp", "rope", "stove", "boots"]
     rows = []
-    for _ in range(130):
+    for _ in range(150):
         who, what, count, day = draw.choice(people), draw.choice(things), draw.randint(1, 9), draw.randint(1, 28)
         note = f"{who} would like {count} of the {what}, by the {day}th."
         urgency = draw.choices(["low", "normal", "high"], [6, 3, 1] if day > 10 else [1, 3, 6])[0]
@@ -107,6 +108,7 @@ def translation(draw: random.Random) -> list[Row]:
         "buys": ["kauft", "erwirbt"],
         "paints": ["malt"],
         "loses": ["verliert", "verlegt"],
+        "carries": ["trägt"],
         "finds": ["findet", "entdeckt"],
     }
     what = {
@@ -114,11 +116,12 @@ def translation(draw: random.Random) -> list[Row]:
         "the bread": ["das Brot"],
         "an old book": ["ein altes Buch", "einen alten Band"],
         "a key": ["einen Schlüssel"],
+        "the picture": ["das Bild", "das Gemälde"],
     }
     sentences = [(a, b, c) for a in who for b in does for c in what]
     return [
         chat(f"{a} {b} {c}.", f"{draw.choice(who[a])} {draw.choice(does[b])} {draw.choice(what[c])}.")
-        for a, b, c in draw.sample(sentences, 76)
+        for a, b, c in draw.sample(sentences, 110)
     ]
 
 

@@ -25,6 +25,7 @@ from phinetune.files import remove
 from phinetune.liveness import this_process
 from phinetune.planning.plan import make_plan
 from phinetune.training import race as module
+from phinetune.training import stretches
 from phinetune.training.race_field import Wish
 from phinetune.training.study import OWNER, Study
 
@@ -94,7 +95,7 @@ def test_the_winner_of_a_race_is_the_run_with_its_rate_given(
 def test_a_race_that_was_killed_goes_on_and_comes_to_the_same(
     chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, str]
 ) -> None:
-    config, true, begun = config_of(chats, tmp_path / "run"), module.train_run, []
+    config, true, begun = config_of(chats, tmp_path / "run"), stretches.train_run, []
 
     def killed_once(run: Any, place: Any, **options: Any) -> Any:
         begun.append(run.config.output_dir.name)
@@ -102,7 +103,7 @@ def test_a_race_that_was_killed_goes_on_and_comes_to_the_same(
             raise Killed
         return true(run, place, **options)
 
-    monkeypatch.setattr(module, "train_run", killed_once)
+    monkeypatch.setattr(stretches, "train_run", killed_once)
     with pytest.raises(Killed):
         train_config(config, console)
     with pytest.raises(RunError, match="go on with --resume, or begin anew with --overwrite"):
@@ -189,6 +190,19 @@ def test_more_candidates_than_listed_are_looked_for_in_the_range(tmp_path: Path)
     assert rates[:2] == [1e-2, 5e-3]
     assert len(set(rates)) == 6
     assert all(1e-3 <= rate <= 1e-1 for rate in rates)
+
+
+def test_a_study_that_is_opened_again_looks_where_it_would_have_looked(tmp_path: Path) -> None:
+    def rates(path: Path, *, again: bool) -> list[float]:
+        study = study_of(path)
+        for number in range(5):
+            study = study_of(path) if again else study
+            one = study.ask()
+            study.report(one.number, 2, 1.0 + number)
+            study.drop(one.number)
+        return [one.values["learning_rate"] for one in study.candidates()]
+
+    assert rates(tmp_path / "a.db", again=True) == rates(tmp_path / "b.db", again=False)
 
 
 class OthersFirst(Study):

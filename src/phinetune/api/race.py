@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from phinetune import processes
+from phinetune.api.race_on_ray import field_on_ray
 from phinetune.checkpoints.load import find_base
+from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError, RunError
 from phinetune.files import remove
 from phinetune.reporting.render import write_tuned
@@ -27,7 +29,9 @@ from phinetune.training.candidate import SharedBase, candidate
 from phinetune.training.prepare import CHOSEN, PreparedRun, SettledRun, prepare_rows
 from phinetune.training.race import Race, move_winner
 from phinetune.training.race_field import Entry, Wish
+from phinetune.training.race_on_ray import RaceOnRay
 from phinetune.training.recorded import record_of
+from phinetune.training.stretches import CandidateTrainer, Stretch
 from phinetune.training.study import Candidate, Study, check_installed
 
 STUDY = "study.db"
@@ -84,11 +88,13 @@ def race(
     study: str | None = None,
     resume: bool,
     overwrite: bool,
+    on_ray: RunConfig | None = None,
 ) -> Raced:
     """Run a race, or go on with it, and make its winner the run in output_dir, as far as it has come.
 
     Args:
         study: a file or a URL for the numbers; None is a file in the race's folder.
+        on_ray: the run's configuration as it was given, to train the candidates on a Ray cluster; None: here.
         resume: go on with a race that is there.
         overwrite: replace the run in output_dir, and a race that is there.
 
@@ -104,13 +110,14 @@ def race(
     show_settings(entry.first.choices, console)
     say(console, entry.describe())
     _replace(folder, resume=resume, overwrite=overwrite)
-    held = _held(entry, folder, study, stop, console)
-    raced = Raced(folder, output, rows, held.base, machine=entry.machine)
-    try:
-        winner = held.run()
-    finally:
-        if any(one.scores for one in held.study.candidates()):
-            _write(held)
+    with field_on_ray(on_ray, console) as cluster:
+        held = _held(entry, folder, study, stop, console, cluster)
+        raced = Raced(folder, output, rows, held.trainer.base, machine=entry.machine)
+        try:
+            winner = held.run()
+        finally:
+            if any(one.scores for one in held.study.candidates()):
+                _write(held)
     show_race(held.to_tree(), console)
     raced.steps = max((max(one.scores, default=0) for one in held.study.candidates()), default=0)
     if winner is not None:
@@ -138,7 +145,9 @@ def _replace(folder: Path, *, resume: bool, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _held(entry: Entry, folder: Path, study: str | None, stop: StopRequest, console: Console) -> Race:
+def _held(
+    entry: Entry, folder: Path, study: str | None, stop: StopRequest, console: Console, cluster: Mapping[str, Any]
+) -> Race:
     first = entry.first
     opened = Study(
         study or str(folder / STUDY),
@@ -149,10 +158,13 @@ def _held(entry: Entry, folder: Path, study: str | None, stop: StopRequest, cons
         field=entry.field(record_of(first, find_base(first.config.model).fingerprint)),
         seed=int(first.args.seed),
     )
-    return Race(entry, opened, folder, stop, callbacks=partial(_told, console), on_change=_write)
+    callbacks = partial(_told, console)
+    trainer = CandidateTrainer(entry.rows, entry.machine, entry.part.places, folder, stop, callbacks)
+    kind = RaceOnRay if cluster else Race
+    return kind(entry, opened, folder, stop, trainer, _write, **cluster)
 
 
-def _told(console: Console, one: Candidate, run: PreparedRun, to: int) -> Sequence[TrainerCallback]:
+def _told(console: Console, one: Stretch, run: PreparedRun, to: int) -> Sequence[TrainerCallback]:
     """What is shown of a stretch of a candidate."""
     numbers = ", ".join(f"{key} {value:g}" for key, value in one.values.items())
     say(console, f"candidate {one.number}: {numbers}: to step {to} of {run.steps.count:,}")

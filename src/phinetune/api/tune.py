@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phinetune import ray_cluster
 from phinetune.api.race import race
 from phinetune.api.sections import DataValue, SectionValue, holds_data, make_sections
 from phinetune.api.train import Run, finish_raced, stopped_or
@@ -15,6 +16,7 @@ from phinetune.screen.console import Console, stderr
 from phinetune.training.callbacks import StopRequest
 from phinetune.training.prepare import NO_HELD_OUT, settle
 from phinetune.training.race_field import Wish
+from phinetune.training.race_on_ray import check_travels
 
 
 @holds_data
@@ -37,7 +39,8 @@ def tune(
 ) -> Run:
     """Try settings on the held-out rows, by successive halving, and keep the best as the run in output_dir.
 
-    A tune that was stopped goes on with the same call.
+    A tune that was stopped goes on with the same call. Where `RAY_ADDRESS` is set, its candidates train on that Ray
+    cluster, as many at a time as have room; the winner is finished here.
 
     Args:
         model, data, peft_config, training_config, evaluation, objective, engine: see `train`.
@@ -75,8 +78,12 @@ def tune_config(
     wish.check()
     if config.data.eval is None:
         raise ConfigError(f"tune: {NO_HELD_OUT}")
+    on_ray = config if ray_cluster.address() else None
+    if on_ray:
+        ray_cluster.check_installed()
+        check_travels(on_ray)
     settled, stop = settle(config), StopRequest()
-    raced = race(settled, wish, console, stop, study=study, resume=not overwrite, overwrite=overwrite)
+    raced = race(settled, wish, console, stop, study=study, resume=not overwrite, overwrite=overwrite, on_ray=on_ray)
     if raced.elsewhere:
         return Run(raced.folder, {"training": {"steps": raced.steps}, "elsewhere": raced.elsewhere}, False)
     run = stopped_or(raced)

@@ -211,7 +211,8 @@ class StopRequest(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._took("step")
         # So all stop after the same step. A signal that comes while they ask one another counts at the next step.
-        self.requested = processes.any_of(self._signalled or self.requested or self._is_late())
+        asked = self._signalled or self.requested or self.is_asked_elsewhere()
+        self.requested = processes.any_of(asked or self._is_late())
         if self.requested:
             control.should_training_stop = True
             control.should_save = True
@@ -236,6 +237,10 @@ class StopRequest(TrainerCallback):
         """Keep the time since the last look, if it is the longest one."""
         now = time.monotonic()
         self._longest[what], self._clock = max(self._longest[what], now - self._clock), now
+
+    def is_asked_elsewhere(self) -> bool:
+        """Whether the run is asked to stop by other means than a signal; looked at after each step."""
+        return False
 
     def _is_late(self) -> bool:
         """Whether one more step and a checkpoint might not end in time."""
@@ -287,6 +292,9 @@ class Pause(StopRequest):
         super().__init__()
         self.race, self.at, self.before, self.paused = race, at, before, False
         self._deadline = race._deadline
+
+    def is_asked_elsewhere(self) -> bool:
+        return self.race.is_asked_elsewhere()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         super().on_step_end(args, state, control)

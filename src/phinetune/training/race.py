@@ -7,7 +7,6 @@ Whatever stops a race, the study and the checkpoints are on disk, and the same c
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,28 +18,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Subset
-from transformers import TrainerCallback
-
 from phinetune.errors import RunError
-from phinetune.files import remove, write_text
+from phinetune.files import remove
 from phinetune.liveness import is_alive, is_on_this_host, named
 from phinetune.run_folder import CONFIG, RunFolder
 from phinetune.run_lock import LOCK, locked
 from phinetune.training import halving
-from phinetune.training.callbacks import Pause, StopRequest
-from phinetune.training.candidate import SharedBase, candidate
-from phinetune.training.finite import NotFiniteError
-from phinetune.training.halving import Decision, Rung
-from phinetune.training.prepare import CHOSEN, PreparedRun
+from phinetune.training.callbacks import StopRequest
+from phinetune.training.halving import Decision
 from phinetune.training.race_field import Entry, Stage
-from phinetune.training.run import RunPlace, open_place, train_run
+from phinetune.training.stretches import SCORES, CandidateTrainer, Stretch
 from phinetune.training.study import Candidate, Study
-from phinetune.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
-SCORES = "race-scores.json"  # of a candidate: its losses by steps, written before the checkpoint of that step
 WAIT = 2.0  # seconds between looks at what other processes do
 
 
@@ -53,7 +44,7 @@ class Race:
         study: where their numbers are kept.
         folder: where they are written.
         stop: ends the race before its end.
-        callbacks: of a candidate's trainer; called for each stretch with the step that it goes to.
+        trainer: trains the candidates.
         on_change: is told whenever something new is known.
     """
 
@@ -61,9 +52,8 @@ class Race:
     study: Study
     folder: Path
     stop: StopRequest
-    callbacks: Callable[[Candidate, PreparedRun, int], Sequence[TrainerCallback]] = lambda one, run, to: ()
+    trainer: CandidateTrainer
     on_change: Callable[[Race], None] = lambda race: None
-    base: SharedBase = field(default_factory=SharedBase)
     winners: list[int] = field(default_factory=list)
 
     def run(self) -> Candidate | None:
@@ -137,9 +127,19 @@ class Race:
                 with ExitStack() as held:
                     if self._locks(number, held):
                         self.study.take_over(number)
-                        self._advance(known[number], stage, stage.rungs[rung])
+                        one = self.stretch(known[number], stage, rung)
+                        self.report(one, self.trainer.advance(one))
                         return True
         return False
+
+    def stretch(self, one: Candidate, stage: Stage, rung: int) -> Stretch:
+        """What a candidate trains next."""
+        return Stretch(one.number, one.values, stage.rungs[rung].steps, stage.to_the_end)
+
+    def report(self, one: Stretch, loss: float | None) -> None:
+        """Tell the study what came of a stretch; None is nothing, since it was stopped."""
+        if loss is not None:
+            self.study.report(one.number, one.steps, loss)
 
     def _is_ours(self, one: Candidate) -> bool:
         """Whether this process may train a candidate: it began it, or the process that did has ended on this host."""
@@ -167,51 +167,7 @@ class Race:
 
     def place(self, number: int) -> Path:
         """The folder of a candidate."""
-        return self.folder / f"candidate-{number}"
-
-    def prepared(self, one: Candidate, place: Path) -> PreparedRun:
-        """The run of a candidate in its folder, with what it chose when it began."""
-        recorded = RunFolder(place).read_start().get(CHOSEN) or self.entry.machine
-        return candidate(self.entry.rows, one.values, place, recorded)
-
-    def _advance(self, one: Candidate, stage: Stage, rung: Rung) -> None:
-        """Train a candidate up to a look, and report its loss there."""
-        place = self.place(one.number)
-        known = read_scores(place)
-        if str(rung.steps) not in known:
-            self._train(one, place, stage, rung)
-            known = read_scores(place)
-        if str(rung.steps) in known:
-            self.study.report(one.number, rung.steps, known[str(rung.steps)])
-
-    def _train(self, one: Candidate, place: Path, stage: Stage, rung: Rung) -> None:
-        run = self.prepared(one, place)
-        scorer = Scorer(self.entry, place, rung.steps)
-        pause = Pause(self.stop, run.steps.count, None) if stage.to_the_end else Pause(self.stop, rung.steps, scorer)
-        loaded = self.base.take(run)
-        try:
-            made = train_run(
-                run,
-                self._opened(run, place),
-                stop=pause,
-                loaded=loaded,
-                on_trainer=scorer.attach,
-                callbacks=self.callbacks(one, run, pause.at),
-            )
-        except NotFiniteError as error:
-            logger.warning("candidate %d: %s", one.number, error)
-            scorer.write(math.inf)
-            return
-        if pause.asked:
-            self.stop.requested = True
-        if stage.to_the_end and not made.stopped:  # the run's best checkpoint is loaded by now
-            scorer(rung.steps)
-        scorer.trainer = None
-        self.base.give_back(run, loaded, made.model)
-
-    def _opened(self, run: PreparedRun, place: Path) -> RunPlace:
-        begun = bool(RunFolder(place).checkpoints())
-        return open_place(run.config, resume=begun, overwrite=not begun)
+        return self.trainer.place(number)
 
     @cached_property
     def _cost(self) -> dict[str, Any]:
@@ -274,39 +230,6 @@ def _told(one: Candidate) -> str:
         return "(not begun)"
     steps = max(one.scores)
     return f"{one.scores[steps]:.4f} (step {steps})"
-
-
-@dataclass
-class Scorer:
-    """Scores a candidate on the part of the held-out rows that decides, and keeps the number beside its checkpoint."""
-
-    entry: Entry
-    place: Path
-    steps: int
-    trainer: RunTrainer | None = None
-
-    def attach(self, trainer: RunTrainer) -> None:
-        """Take the trainer of the stretch that begins."""
-        self.trainer = trainer
-
-    def __call__(self, step: int) -> None:
-        assert self.trainer is not None
-        rows: Any = self.trainer.eval_dataset
-        places = self.entry.part.places
-        self.write(self.trainer.score(rows if places is None else Subset(rows, places))["loss"])
-
-    def write(self, loss: float) -> None:
-        """Keep a loss, whatever becomes of this process."""
-        write_text(self.place / SCORES, json.dumps({**read_scores(self.place), str(self.steps): loss}))
-
-
-def read_scores(place: Path) -> dict[str, float]:
-    """The losses of a candidate by steps. Where a checkpoint is missing, its steps are done again, to the bit."""
-    try:
-        found: dict[str, float] = json.loads((place / SCORES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def move(source: Path, target: Path) -> None:

@@ -92,10 +92,13 @@ class Study:
             )
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
-        """The listed values, then those of optuna's TPE sampler."""
+        """The listed values, then those of optuna's TPE sampler.
+
+        It is seeded anew for each candidate, so that a study that was stopped comes to the values of one that was not.
+        """
         import optuna
 
-        listed = self.listed
+        listed, seed = self.listed, self.seed
 
         class Listed(optuna.samplers.TPESampler):
             """The listed values of a candidate, by its number."""
@@ -106,9 +109,10 @@ class Study:
             def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
                 if trial.number in listed:
                     return listed[trial.number][param_name]
-                return super().sample_independent(study, trial, param_name, param_distribution)
+                fresh = optuna.samplers.TPESampler(seed=seed + trial.number, n_startup_trials=1)
+                return fresh.sample_independent(study, trial, param_name, param_distribution)
 
-        return Listed(seed=self.seed, n_startup_trials=1)
+        return Listed()
 
     def candidates(self) -> list[Candidate]:
         """All candidates, by number."""

@@ -47,7 +47,7 @@ def connected() -> Iterator[Any]:
 
     own = not ray.is_initialized()
     if own:
-        _check_reached()
+        check_reached()
         with told_as(ConfigError, f"{ADDRESS}={address()}"):
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
     try:
@@ -57,7 +57,7 @@ def connected() -> Iterator[Any]:
             ray.shutdown()
 
 
-def _check_reached() -> None:
+def check_reached() -> None:
     """Make sure that something listens there: Ray itself waits for many minutes.
 
     Raises:

@@ -36,13 +36,14 @@ class ServerProcess:
         key: of the folder, as each start printed it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, at_once: int | None = 1) -> None:
         self.folder, self.key, self.url = folder, "", ""
+        self._at_once = ["--at-once", str(at_once)] if at_once else []
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> OpenAI:
         """Start it; a client of it, as its own lines say."""
-        words = ["serve", "--model", f"tiny={TINY}", "--port", "0", "--at-once", "1", "--folder", str(self.folder)]
+        words = ["serve", "--model", f"tiny={TINY}", "--port", "0", *self._at_once, "--folder", str(self.folder)]
         with (self.folder.parent / "server.log").open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "phinetune", *words], stdout=subprocess.PIPE, stderr=log, text=True

@@ -1,50 +1,80 @@
-"""The process that trains a job: started, found again by another server, stopped."""
+"""The processes that train jobs on this machine: started, found again by another server, stopped."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from phinetune.liveness import is_alive
-from phinetune.serving.child_processes import called_with, spawn
+from phinetune.liveness import is_alive, process_record
+from phinetune.serving.child_processes import called_with, kill, spawn
 from phinetune.serving.job_places import JobPlaces
+from phinetune.serving.job_queue import what_lacks, why_wait
+from phinetune.serving.job_runner import Ended, Record
+from phinetune.serving.settings import ServerSettings
+from phinetune.serving.store import Row
 
-STOPPED = 75  # the exit status of a run that stopped with a checkpoint; see `phinetune.cli.train`
-USERS_MISTAKE = 2
 TOLD = 4000  # letters of a job's log that are read for what went wrong
 
 
-def start(places: JobPlaces, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Train a job, or go on with it. The process outlives the server."""
-    resume = ["--resume"] if places.run.is_run else []
-    return spawn("phinetune", ["train", str(places.config), *resume], places.log, places.config.parent, environment)
+class JobsHere:
+    """Trains jobs on this machine, as many at a time as its processors and its memory allow.
+
+    A record, as `start` returns it, is that of a process (`phinetune.liveness`).
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, job: Row, places: JobPlaces, environment: Mapping[str, str]) -> Record:
+        """Train a job, or go on with it. The process outlives the server."""
+        arguments = train_arguments(places)
+        child = spawn("phinetune", arguments, places.log, places.config.parent, environment)
+        self._children[child.pid] = child
+        return process_record(child.pid)
+
+    def find(self, configs: Iterable[Path]) -> Mapping[Path, Record]:
+        """The processes that train with some of these configurations, whoever started them."""
+        return called_with(configs, "train")
+
+    def ended(self, process: Record) -> Ended | None:
+        """How a process ended; None if it still runs."""
+        child = self._children.get(int(process["pid"]))
+        if (child is None or child.poll() is None) and is_alive(process):
+            return None
+        return Ended(self._children.pop(child.pid).wait() if child else None)
+
+    def waits(self, process: Record) -> str | None:
+        """What a job that was started waits for: nothing."""
+        return None
+
+    def ask_to_stop(self, process: Record) -> None:
+        """Let a run finish its step, save and stop. One that does not train yet ends at once."""
+        if is_alive(process):
+            with suppress(ProcessLookupError):
+                os.kill(int(process["pid"]), signal.SIGTERM)
+
+    def kill(self, process: Record) -> None:
+        """End a run at once."""
+        kill(process)
+
+    def why_wait(self, job: Row, others: Sequence[Row]) -> str | None:
+        """What a queued job waits for; None if it can start."""
+        return why_wait(job, others, self._settings)
+
+    def what_lacks(self, plan: Mapping[str, Any]) -> tuple[str, str] | None:
+        """What this machine will never have for a job, as an error's code and message; None if it has all."""
+        return what_lacks(plan)
 
 
-def running_jobs(configs: Iterable[Path]) -> dict[Path, dict[str, Any]]:
-    """The processes that train with some of these configurations, whoever started them."""
-    return called_with(configs, "train")
-
-
-def ask_to_stop(process: Mapping[str, Any]) -> None:
-    """Let a run finish its step, save and stop. One that does not train yet ends at once."""
-    if is_alive(process):
-        with suppress(ProcessLookupError):
-            os.kill(int(process["pid"]), signal.SIGTERM)
-
-
-def memory_of(process: Mapping[str, Any]) -> int:
-    """Bytes that a process has in memory; 0 if it is gone."""
-    try:
-        return int(psutil.Process(int(process["pid"])).memory_info().rss)
-    except psutil.Error:
-        return 0
+def train_arguments(places: JobPlaces) -> list[str]:
+    """What `phinetune` is called with to train a job, or to go on with it."""
+    return ["train", str(places.config), *(["--resume"] if places.run.is_run else [])]
 
 
 def last_errors(log: Path) -> list[str]:

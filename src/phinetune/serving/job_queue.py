@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 
-from phinetune.serving.job_process import memory_of
 from phinetune.serving.settings import ServerSettings
 from phinetune.serving.store import Row
 
@@ -28,14 +27,22 @@ def what_lacks(plan: Mapping[str, Any]) -> tuple[str, str] | None:
     Args:
         plan: as `phinetune.serving.work.plan_job` returned it.
     """
-    if plan["disk"] > plan["free_disk"]:
-        needs = f"its checkpoints take {plan['disk'] / 1e9:.1f} GB, and {plan['free_disk'] / 1e9:.1f} GB are free"
-        return "insufficient_disk", needs
+    lacking = what_disk_lacks(plan)
+    if lacking:
+        return lacking
     total = psutil.virtual_memory().total
     if plan["on_cpu"] and plan["memory"] + PROGRAM > total:
         need = (plan["memory"] + PROGRAM) / 1e9
         return "insufficient_memory", f"it needs {need:.1f} GB of memory, and this machine has {total / 1e9:.1f} GB"
     return None
+
+
+def what_disk_lacks(plan: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The same for the disk alone."""
+    if plan["disk"] <= plan["free_disk"]:
+        return None
+    needs = f"its checkpoints take {plan['disk'] / 1e9:.1f} GB, and {plan['free_disk'] / 1e9:.1f} GB are free"
+    return "insufficient_disk", needs
 
 
 def why_wait(job: Row, others: Sequence[Row], settings: ServerSettings) -> str | None:
@@ -54,6 +61,14 @@ def why_wait(job: Row, others: Sequence[Row], settings: ServerSettings) -> str |
     if need <= free:
         return None
     return f"it needs {need / 1e9:.1f} GB of memory, and {max(0, free) / 1e9:.1f} GB are free"
+
+
+def memory_of(process: Mapping[str, Any]) -> int:
+    """Bytes that a process has in memory; 0 if it is gone."""
+    try:
+        return int(psutil.Process(int(process["pid"])).memory_info().rss)
+    except psutil.Error:
+        return 0
 
 
 def _named(jobs: Sequence[Row]) -> str:

@@ -15,6 +15,11 @@ ENDED = (SUCCEEDED, FAILED, CANCELLED)
 OPEN = (VALIDATING, QUEUED, RUNNING, PAUSED)
 
 
+def shown_status(job: Row) -> str:
+    """The status as people see it: a job that was started and still waits for its place is queued."""
+    return QUEUED if job["status"] == RUNNING and job["waits_for"] else str(job["status"])
+
+
 class JobTable:
     """The jobs of a store."""
 

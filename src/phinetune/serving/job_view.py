@@ -7,6 +7,7 @@ from typing import Any
 
 from phinetune.serving.catalogue import OWNER
 from phinetune.serving.job_request import JobRequest
+from phinetune.serving.job_table import shown_status
 from phinetune.serving.store import Row
 
 
@@ -24,7 +25,7 @@ def show_job(job: Row) -> dict[str, Any]:
         "fine_tuned_model": job["fine_tuned_model"],
         "organization_id": OWNER,
         "result_files": json.loads(job["result_files"]),
-        "status": job["status"],
+        "status": shown_status(job),
         "validation_file": job["validation_file"],
         "training_file": job["training_file"],
         "hyperparameters": supervised,

@@ -9,25 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import threading
 import time
 from typing import Any
 
 import yaml
 
-from phinetune.errors import PhinetuneError
+from phinetune import ray_cluster
+from phinetune.errors import PhinetuneError, RunError
 from phinetune.files import write_text
-from phinetune.liveness import is_alive, process_record
-from phinetune.serving import job_process
-from phinetune.serving.child_processes import kill
 from phinetune.serving.job_config import chosen_numbers, final_config, first_config
 from phinetune.serving.job_end import succeed
 from phinetune.serving.job_places import JobPlaces
+from phinetune.serving.job_process import JobsHere, last_errors
 from phinetune.serving.job_progress import Progress
-from phinetune.serving.job_queue import what_lacks, why_wait
 from phinetune.serving.job_request import JobRequest
+from phinetune.serving.job_runner import STOPPED, USERS_MISTAKE, JobRunner, Record
 from phinetune.serving.job_table import CANCELLED, OPEN, QUEUED, RUNNING, VALIDATING, JobTable
+from phinetune.serving.jobs_on_ray import KEY, JobsOnRay
 from phinetune.serving.state import ServerState
 from phinetune.serving.store import Row
 from phinetune.serving.workshop import WorkFailed, Workshop
@@ -47,7 +46,8 @@ class JobKeeper:
     def __init__(self, state: ServerState, workshop: Workshop) -> None:
         self.state, self.workshop = state, workshop
         self.jobs = JobTable(state.store)
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        here = JobsHere(state.settings)
+        self.runners: tuple[JobRunner, ...] = (JobsOnRay(state.settings), here) if ray_cluster.address() else (here,)
         self._progress: dict[str, Progress] = {}
         self._asked: dict[str, float] = {}
         self._stop, self._news = threading.Event(), threading.Event()
@@ -81,8 +81,22 @@ class JobKeeper:
     def adopt(self) -> None:
         """Record processes that were started in the moment in which a server was killed."""
         lone = {self.places(job).config: job for job in self.jobs.in_states(*OPEN, CANCELLED) if not job["process"]}
-        for config, process in job_process.running_jobs(lone).items():
-            self.state.store.update("jobs", lone[config]["id"], process=json.dumps(process))
+        for runner in self.runners:
+            for config, process in runner.find(lone).items():
+                self.state.store.update("jobs", lone[config]["id"], process=json.dumps(process))
+
+    @property
+    def runner(self) -> JobRunner:
+        """What trains the jobs that are started now."""
+        return self.runners[0]
+
+    def _runner_of(self, process: Record) -> JobRunner:
+        """What trains a job that was started before."""
+        wanted = JobsOnRay if KEY in process else JobsHere
+        found = next((one for one in self.runners if isinstance(one, wanted)), None)
+        if found is None:
+            raise RunError(f"a job trains on a Ray cluster, and {ray_cluster.ADDRESS} does not say where that is")
+        return found
 
     def _rounds(self, work: Any) -> None:
         while not self._stop.is_set():
@@ -110,7 +124,7 @@ class JobKeeper:
     def _plan(self, job: Row) -> None:
         first, request = first_config(job, self.state.folder), JobRequest.model_validate_json(job["request"])
         made = self.workshop.do("plan", {"config": first}, PLAN_S)
-        lacking = what_lacks(made)
+        lacking = self.runner.what_lacks(made)
         if lacking:
             self.jobs.fail(job["id"], *lacking)
             return
@@ -140,7 +154,7 @@ class JobKeeper:
         for job in self.jobs.in_states(QUEUED):
             if job["process"] or self._stop.is_set():
                 continue
-            reason = why_wait(job, self.jobs.with_process(), self.state.settings)
+            reason = self.runner.why_wait(job, self.jobs.with_process())
             if reason:
                 self.jobs.wait(job, reason)
                 break  # first come, first served
@@ -148,16 +162,25 @@ class JobKeeper:
 
     def _watch(self, job: Row) -> None:
         process = json.loads(job["process"])
-        child = self._children.get(job["id"])
-        if (child is not None and child.poll() is not None) or not is_alive(process):
-            self._ended(job)
+        runner = self._runner_of(process)
+        ended = runner.ended(process)
+        if ended is not None:
+            self._ended(job, ended.status)
         elif job["status"] == RUNNING:
+            self._tell_waiting(job, runner.waits(process))
             self._look(job)
         elif job["status"] == CANCELLED:
-            kill(process)
+            runner.kill(process)
         elif time.monotonic() - self._asked.get(job["id"], -ASK_AGAIN_S) >= ASK_AGAIN_S:  # paused, or resumed already
             self._asked[job["id"]] = time.monotonic()
-            job_process.ask_to_stop(process)
+            runner.ask_to_stop(process)
+
+    def _tell_waiting(self, job: Row, reason: str | None) -> None:
+        """Keep what a job waits for that was started."""
+        if reason:
+            self.jobs.wait(job, reason)
+        elif job["waits_for"]:
+            self.state.store.update("jobs", job["id"], waits_for=None)
 
     def _look(self, job: Row) -> None:
         progress = self._progress.setdefault(job["id"], Progress(self.state, self.places(job), self.jobs))
@@ -173,15 +196,17 @@ class JobKeeper:
             if not self.jobs.move(job["id"], RUNNING, only_from=[QUEUED], waits_for=None, estimated_finish=finish):
                 return
             self.jobs.say(job["id"], message)
-        child = job_process.start(places, _wandb_environment(job))
-        self._children[job["id"]] = child
+        try:
+            process = self.runner.start(job, places, _wandb_environment(job))
+        except RunError as error:
+            if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING]):
+                self.jobs.wait(job, str(error))
+            return
         self._asked.pop(job["id"], None)
-        self.state.store.update("jobs", job["id"], process=json.dumps(process_record(child.pid)))
+        self.state.store.update("jobs", job["id"], process=json.dumps(process))
 
-    def _ended(self, job: Row) -> None:
+    def _ended(self, job: Row, status: int | None = None) -> None:
         """What becomes of a job whose process is gone."""
-        child = self._children.pop(job["id"], None)
-        status = child.wait() if child else None
         places = self.places(job)
         self._look(job)
         self._progress.pop(job["id"], None)
@@ -195,12 +220,12 @@ class JobKeeper:
 
     def _go_on(self, job: Row, status: int | None, places: JobPlaces) -> None:
         """Put a job whose process ended early back into the queue, or give it up."""
-        if status == job_process.USERS_MISTAKE:
-            told = job_process.last_errors(places.log) or ["the run stopped; the server's log names the reason"]
+        if status == USERS_MISTAKE:
+            told = last_errors(places.log) or ["the run stopped; the server's log names the reason"]
             logger.warning("%s: %s", job["id"], "; ".join(told))
             self.jobs.fail(job["id"], "training_failed", _hidden("; ".join(told), self))
             return
-        if status == job_process.STOPPED:
+        if status == STOPPED:
             deaths, why = job["deaths"], "was asked to stop from outside"
         else:
             deaths, why = job["deaths"] + 1, "ended unexpectedly" + (f" (status {status})" if status else "")

@@ -15,7 +15,7 @@ from phinetune.serving.catalogue import FINE_TUNED
 from phinetune.serving.files import FINE_TUNE
 from phinetune.serving.job_places import JobPlaces
 from phinetune.serving.job_request import JobRequest
-from phinetune.serving.job_table import ENDED, RUNNING
+from phinetune.serving.job_table import ENDED, RUNNING, shown_status
 from phinetune.serving.page.exports import OFFERED, SUCCEEDED, ExportPlaces, show_export
 from phinetune.serving.page.vote_routes import count_votes, show_vote
 from phinetune.serving.state import ServerState
@@ -85,6 +85,7 @@ def _job(state: ServerState, row: Row) -> dict[str, Any]:
     keys = ("id", "status", "model", "created_at", "finished_at", "waits_for", "suffix", "base_id", "fine_tuned_model")
     return {
         **{key: row[key] for key in keys},
+        "status": shown_status(row),
         "kind": JobRequest.model_validate_json(row["request"]).kind,
         "files": [_file_name(state, row[key]) for key in ("training_file", "validation_file") if row[key]],
         "error": json.loads(row["error"]) if row["error"] else None,

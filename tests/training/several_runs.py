@@ -1,7 +1,7 @@
 """Trains tiny models, one after the other, as a launcher's processes: `torchrun several_runs.py RUNS.json`.
 
-A run is `{"chats", "folder", "training"}` and, if it needs them, `engine`, `model`, `objective`, `quantization`,
-`resume`, `changed`.
+A run is `{"chats", "folder", "training"}` and, if it needs them, `dtype`, `engine`, `model`, `objective`,
+`quantization`, `resume`, `changed`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from phinetune.screen.console import stdout
 def configured(run: dict[str, Any]) -> RunConfig:
     """The configuration of a run."""
     config = tiny_config(Path(run["chats"]), Path(run["folder"]), **run["training"])
-    config.model.device, config.model.dtype = "cpu", "float32"
+    config.model.device, config.model.dtype = "cpu", run.get("dtype", "float32")
     config.model.path = run.get("model", config.model.path)
     config.model.quantization = run.get("quantization", "none")
     config.engine.kind = run.get("engine", "fast")

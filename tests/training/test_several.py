@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from training.several_runs import configured
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
+ADAPTER = "adapter_model.safetensors"
 # Three steps of four rows, whoever computes them. The rows are of unlike length, so that dealing them matters.
 STEPS = {"max_steps": 3, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps"}
 STEPS |= {"save_steps": 1}
@@ -92,7 +94,7 @@ class Place:
         """Losses alike to 1e-4 and adapters to 1e-3, both relative; and the same files."""
         for key in ("loss", "grad_norm", "eval_loss"):
             assert self.metrics(name, key) == pytest.approx(self.metrics(wanted, key), rel=1e-4), (name, key)
-        ours, theirs = (load_file(self.path / one / "adapter_model.safetensors") for one in (name, wanted))
+        ours, theirs = (load_file(self.path / one / ADAPTER) for one in (name, wanted))
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
             assert float((ours[key] - tensor).norm()) <= 1e-3 * float(tensor.norm()), (name, key)
@@ -115,6 +117,7 @@ def place(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) 
             place.run("one", ONE),
             place.run("one-dpo", ONE, place.pairs, objective=DPO),
             place.run("one-nf4", ONE, quantization="nf4", model=str(place.base)),
+            place.run("one-bf16", ONE, dtype="bfloat16"),
         ):
             train_config(configured(run), silent())
     return place
@@ -139,6 +142,8 @@ def two(place: Place, four: str) -> str:
         place.run("two-fsdp-dpo", TWO, place.pairs, objective=DPO, training=FSDP),
         place.run("two-fsdp-nf4", TWO, quantization="nf4", model=str(place.base), training=FSDP),
         place.run("two-fsdp-plain", TWO, engine="plain", training=FSDP),
+        place.run("two-bf16", TWO, dtype="bfloat16"),
+        place.run("two-fsdp-bf16", TWO, dtype="bfloat16", training=FSDP),
     ]
     return launch(2, place.path, runs)
 
@@ -185,3 +190,16 @@ def test_a_spread_base_says_so_and_is_saved_as_any(place: Place, two: str) -> No
     assert "FSDP2: each of 2 processes keeps a part of each decoder layer" in told
     assert "processes: 2" in told
     assert torch.load(place.path / "two-fsdp" / "checkpoint-3" / "optimizer.pt", weights_only=True)["state"]
+
+
+@pytest.mark.parametrize("name", ["two-bf16", "two-fsdp-bf16"])
+def test_a_base_in_bf16_trains_the_same_but_for_its_rounding(place: Place, two: str, name: str) -> None:
+    """As near to float32 as one process in bf16 is: rows lie otherwise in a step, so they are rounded otherwise."""
+    exact, one, ours = (np.array(place.metrics(run, "loss")) for run in ("one", "one-bf16", name))
+    assert np.abs(ours - exact).max() <= 2 * np.abs(one - exact).max()
+    exact, one, ours = (
+        torch.cat([tensor.flatten() for _, tensor in sorted(load_file(place.path / run / ADAPTER).items())])
+        for run in ("one", "one-bf16", name)
+    )
+    assert not torch.equal(one, exact), "they are rounded at all"
+    assert float((ours - exact).norm()) <= 2 * float((one - exact).norm())

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from helpers import chat
 from phinetune.errors import ConfigError, RunError
 from phinetune.serving.job_places import JobPlaces
+from phinetune.serving.job_table import CANCELLED, RUNNING, JobTable, shown_status
 from phinetune.serving.jobs_on_ray import JobsOnRay, command
+from phinetune.serving.keeper import JobKeeper
 from phinetune.serving.settings import ServerSettings
 from ray_nodes import two_nodes
-from serving.serving_helpers import ServerProcess, until
+from serving.serving_helpers import ServerProcess, threaded, until
 from serving.test_serve import lines, process_of
 
 ROWS = [chat(f"Say {i}", f"It is {i}.") for i in range(32)]
@@ -146,6 +148,21 @@ def test_a_cluster_that_does_not_answer_ends_no_job(
         server.shutdown()
         server.server_close()
     assert caplog.text.count("ftjob-1: the Ray cluster does not answer") == 1
+
+
+def test_a_job_on_a_cluster_that_the_server_was_not_told_of_waits_until_it_is_cancelled(tmp_path: Path) -> None:
+    with threaded(tmp_path) as (state, _):
+        job = {"id": "ftjob-1", "created_at": 1, "request": "{}", "model": "tiny", "base": "{}", "base_id": "tiny"}
+        rest = {"suffix": "", "seed": 1, "training_file": "file-1", "process": '{"ray": "ftjob-1-abc"}'}
+        state.store.insert("jobs", {**job, **rest, "status": RUNNING})
+        keeper, table = JobKeeper(state, state.workshop), JobTable(state.store)
+        keeper.round()
+        (left,) = table.in_states(RUNNING)
+        assert left["waits_for"] == "it trains on a Ray cluster, and RAY_ADDRESS does not say where that is"
+        assert shown_status(left) == "queued"
+        table.move("ftjob-1", CANCELLED, only_from=[RUNNING])
+        keeper.round()
+        assert table.with_process() == []
 
 
 def test_a_nodes_shell_runs_this_python_with_any_folder(tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ class JobRunner(Protocol):
     """Starts jobs and knows what became of them."""
 
     def start(self, job: Row, places: JobPlaces, environment: Mapping[str, str]) -> Record:
-        """Train a job, or go on with it, whatever becomes of this server."""
+        """Train a job, or go on with it, whatever becomes of this server.
+
+        Raises:
+            PhinetuneError: it can't be started now.
+        """
 
     def find(self, configs: Iterable[Path]) -> Mapping[Path, Record]:
         """What trains with some of these configurations, whoever started it."""

@@ -59,7 +59,7 @@ class JobsOnRay:
         """Hand a job to Ray, unless it has it already.
 
         Raises:
-            RunError: the cluster does not take it now.
+            PhinetuneError: the cluster does not take it now.
         """
         with told_as(RunError, "the Ray cluster does not take it now"):
             return self.find([places.config]).get(places.config) or self._submit(job, places, environment)
@@ -83,7 +83,7 @@ class JobsOnRay:
         wanted = {str(path): path for path in configs}
         known = self._ask("its jobs", self._client.list_jobs) if wanted else []
         found: dict[Path, Record] = {}
-        for one in known if isinstance(known, list) else []:
+        for one in known or []:
             path = wanted.get((one.metadata or {}).get(CONFIG, ""))
             if path is not None and not one.status.is_terminal():
                 found[path] = {KEY: one.submission_id}
@@ -126,8 +126,8 @@ class JobsOnRay:
     def what_lacks(self, plan: Mapping[str, Any]) -> tuple[str, str] | None:
         """What no node of the cluster will ever have for a job."""
         lacking = what_disk_lacks(plan)
-        nodes = self._ask("its nodes", self._nodes)
-        if lacking or not isinstance(nodes, list) or not plan["on_cpu"] or share_of(nodes, on_gpus=True).gpus:
+        nodes = [node for node in self._ask("its nodes", self._nodes) or [] if node.get("CPU", 0) >= 1]
+        if lacking or not nodes or not plan["on_cpu"] or share_of(nodes, on_gpus=True).gpus:
             return lacking
         need, most = plan["memory"] + PROGRAM, max(node.get("memory", 0) for node in nodes)
         if need <= most:
@@ -149,21 +149,26 @@ class JobsOnRay:
     def _info(self, process: Record) -> Any:
         """What Ray knows of a job; `UNKNOWN` if it does not know it, None if it can't be asked."""
         id = process[KEY]
-        return self._ask(id, lambda: self._client.get_job_info(id))
+        return self._ask(id, lambda: self._client.get_job_info(id), unknown=UNKNOWN)
 
-    def _ask(self, what: str, call: Callable[[], Any]) -> Any:
-        """What the cluster answers. One that can't be reached now is no end of its jobs."""
+    def _ask(self, what: str, call: Callable[[], Any], unknown: Any = None) -> Any:
+        """What the cluster answers; None if it can't be reached now, which is no end of its jobs.
+
+        Args:
+            unknown: stands for its answer that it does not know what it is asked for.
+        """
         try:
             answer = call()
         except Exception as error:  # of whatever class Ray has for it
-            return UNKNOWN if "404" in str(error) else self._unreachable(what, error)
+            if "status code 404" in str(error):
+                return unknown
+            if what not in self._told:
+                kind = type(error).__name__
+                logger.warning("%s: the Ray cluster does not answer (%s); it is asked again", what, kind)
+            self._told.add(what)
+            return None
         self._told.discard(what)
         return answer
-
-    def _unreachable(self, what: str, error: Exception) -> None:
-        if what not in self._told:
-            logger.warning("%s: the Ray cluster does not answer (%s); it is asked again", what, type(error).__name__)
-        self._told.add(what)
 
 
 def command(places: JobPlaces) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from phinetune import ray_cluster
-from phinetune.errors import PhinetuneError, RunError
+from phinetune.errors import PhinetuneError
 from phinetune.files import write_text
+from phinetune.ray_cluster import ADDRESS
 from phinetune.serving.job_config import chosen_numbers, final_config, first_config
 from phinetune.serving.job_end import succeed
 from phinetune.serving.job_places import JobPlaces
@@ -90,13 +91,10 @@ class JobKeeper:
         """What trains the jobs that are started now."""
         return self.runners[0]
 
-    def _runner_of(self, process: Record) -> JobRunner:
-        """What trains a job that was started before."""
+    def _runner_of(self, process: Record) -> JobRunner | None:
+        """What trains a job that was started before; None if it is a cluster that this server was not told of."""
         wanted = JobsOnRay if KEY in process else JobsHere
-        found = next((one for one in self.runners if isinstance(one, wanted)), None)
-        if found is None:
-            raise RunError(f"a job trains on a Ray cluster, and {ray_cluster.ADDRESS} does not say where that is")
-        return found
+        return next((one for one in self.runners if isinstance(one, wanted)), None)
 
     def _rounds(self, work: Any) -> None:
         while not self._stop.is_set():
@@ -163,6 +161,9 @@ class JobKeeper:
     def _watch(self, job: Row) -> None:
         process = json.loads(job["process"])
         runner = self._runner_of(process)
+        if runner is None:
+            self._leave(job)
+            return
         ended = runner.ended(process)
         if ended is not None:
             self._ended(job, ended.status)
@@ -174,6 +175,13 @@ class JobKeeper:
         elif time.monotonic() - self._asked.get(job["id"], -ASK_AGAIN_S) >= ASK_AGAIN_S:  # paused, or resumed already
             self._asked[job["id"]] = time.monotonic()
             runner.ask_to_stop(process)
+
+    def _leave(self, job: Row) -> None:
+        """What becomes of a job on a cluster that this server was not told of: it waits, until somebody cancels it."""
+        if job["status"] == CANCELLED:
+            self.state.store.update("jobs", job["id"], process=None)
+        else:
+            self.jobs.wait(job, f"it trains on a Ray cluster, and {ADDRESS} does not say where that is")
 
     def _tell_waiting(self, job: Row, reason: str | None) -> None:
         """Keep what a job waits for that was started."""
@@ -198,7 +206,7 @@ class JobKeeper:
             self.jobs.say(job["id"], message)
         try:
             process = self.runner.start(job, places, _wandb_environment(job))
-        except RunError as error:
+        except PhinetuneError as error:
             if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING]):
                 self.jobs.wait(job, str(error))
             return

@@ -51,6 +51,7 @@ class JobsOnRay:
 
         with told_as(ConfigError, f"{ADDRESS}={ray_cluster.address()}"):
             self._client: Any = JobSubmissionClient(ray_cluster.address())
+        logger.info("jobs train on the Ray cluster that %s names: %s", ADDRESS, ray_cluster.address())
         self._settings = settings
         self._told: set[str] = set()
         self._asked: dict[str, float] = {}

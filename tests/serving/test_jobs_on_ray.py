@@ -163,6 +163,8 @@ def test_a_job_on_a_cluster_that_the_server_was_not_told_of_waits_until_it_is_ca
         table.move("ftjob-1", CANCELLED, only_from=[RUNNING])
         keeper.round()
         assert table.with_process() == []
+        (told,) = state.store.rows("SELECT message FROM events WHERE level = 'warn'")
+        assert told["message"] == "The job may still train on a Ray cluster that this server was not told of"
 
 
 def test_a_nodes_shell_runs_this_python_with_any_folder(tmp_path: Path) -> None:

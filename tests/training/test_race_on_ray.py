@@ -91,10 +91,12 @@ def test_a_worker_that_is_killed_and_a_tune_that_is_stopped_lose_nothing(
     chats: Path, tmp_path: Path, alone: Path, cluster: str
 ) -> None:
     config = config_of(chats, tmp_path / "run")
-    killed = threading.Thread(target=_kill_a_worker, args=(tmp_path / "run-tune",))
-    killed.start()
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_worker, args=(killed,))
+    killer.start()
     run = tune_config(config, WISH, Console(file=io.StringIO()))
-    killed.join()
+    killer.join()
+    assert killed, "a worker was killed"
     assert_same(run.path, alone)
 
     config = config_of(chats, tmp_path / "stopped")
@@ -117,11 +119,11 @@ def _workers() -> list[psutil.Process]:
     return [one for one in psutil.process_iter(["cmdline"]) if "ray::candidate" in " ".join(one.info["cmdline"] or [])]
 
 
-def _kill_a_worker(folder: Path) -> None:
-    _wait_for(lambda: (folder / "candidate-0" / "metrics.jsonl").exists() or (folder / "candidate-0").exists())
+def _kill_a_worker(killed: list[int]) -> None:
     _wait_for(_workers)
     for worker in _workers()[:1]:
         worker.kill()
+        killed.append(worker.pid)
 
 
 def _stop_this(folder: Path) -> None:

@@ -179,7 +179,10 @@ class JobKeeper:
     def _leave(self, job: Row) -> None:
         """What becomes of a job on a cluster that this server was not told of: it waits, until somebody cancels it."""
         if job["status"] == CANCELLED:
-            self.state.store.update("jobs", job["id"], process=None)
+            told = "The job may still train on a Ray cluster that this server was not told of"
+            with self.state.store.together():
+                self.state.store.update("jobs", job["id"], process=None)
+                self.jobs.say(job["id"], told, "warn")
         else:
             self.jobs.wait(job, f"it trains on a Ray cluster, and {ADDRESS} does not say where that is")
 

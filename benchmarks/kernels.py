@@ -1,4 +1,4 @@
-"""The element-wise kernels: torch's operators, torch.compile and the native ones, beside the rate of a plain copy.
+"""The element-wise kernels and the product of few rows, beside torch's, torch.compile's and the rate of a plain copy.
 
     python -m benchmarks.kernels [--threads 2] [--rounds 7] [--only rms_norm,swiglu]
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from phinetune.engine.kernels import cross_entropy, norm, rotary, swiglu
+from phinetune.engine.kernels import cross_entropy, few_rows, norm, rotary, swiglu
 from phinetune.engine.kernels.native.operator import Operator, chosen, native_form
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,6 +86,11 @@ def learned(kind: torch.dtype) -> Given:
     return logits, labels, torch.ones(LABELS), *found
 
 
+def answered(kind: torch.dtype) -> Given:
+    """A token of each of eight answers, and the weight of gate and up."""
+    return draw(8, WIDTH, kind=kind), draw(2 * MLP, WIDTH, kind=kind), torch.zeros(8, 2 * MLP, dtype=kind)
+
+
 # The kernel, what it is given, and the large tensors that it reads and those that it writes.
 CASES: dict[str, tuple[Operator, Callable[[torch.dtype], Given], tuple[int, ...]]] = {
     "norm": (norm._forward, normed, (0, 4)),
@@ -96,6 +101,7 @@ CASES: dict[str, tuple[Operator, Callable[[torch.dtype], Given], tuple[int, ...]
     "SwiGLU backward": (swiglu._backward, activations_gradient, (0, 1, 2)),
     "rotation": (rotary._rotate_, rotated, (0, 0)),
     "cross-entropy": (cross_entropy._cross_entropy_, scored, (0,)),
+    "product of 8 rows": (few_rows._few_rows, answered, (1,)),
     "cross-entropy and gradient": (cross_entropy._cross_entropy_, learned, (0, 0)),
 }
 
@@ -129,6 +135,7 @@ def compiled_form(name: str) -> Callable[..., None] | None:
             logits.copy_((log_p.exp() - hot.float()) * weights[:, None])
 
     return {
+        "few_rows": lambda x, weight, out: out.copy_(x @ weight.t()),
         "rms_norm": forward,
         "rms_norm_backward": backward,
         "swiglu": lambda gate_up, out: out.copy_(swiglu._activated(gate_up)),

@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from phinetune.engine.attention_plan import Heads
 from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.examples import common_prefix
+from phinetune.engine.kernels.few_rows import in_step
 from phinetune.engine.kernels.rotary import rotate_
+from phinetune.engine.packed_layers import called
 from phinetune.engine.packed_model import PackedCausalLM, rope_limit
 from phinetune.engine.segments import SHORTEST_SHARED
 
@@ -239,9 +241,10 @@ class _Batch:
         Returns:
             the next tokens, shape (live).
         """
-        states = self.core.model.step(chosen, self._step_attention())
-        self.column += 1
-        return self._choose(states)
+        with in_step():
+            states = self.core.model.step(chosen, self._step_attention())
+            self.column += 1
+            return self._choose(states)
 
     def _step_attention(self) -> _StepAttention:
         window = self.heads.window
@@ -254,9 +257,7 @@ class _Batch:
 
     def _choose(self, states: Tensor) -> Tensor:
         """The likeliest next token for each hidden state."""
-        head: Any = self.core.get_output_embeddings()
-        chosen: Tensor = head(states).argmax(-1)
-        return chosen
+        return called(self.core.get_output_embeddings(), states).argmax(-1)
 
 
 def _shared(rows: Sequence[list[int]]) -> int:

@@ -24,6 +24,7 @@ from phinetune.engine.activation_memory import Level
 from phinetune.engine.attention_plan import AttentionRun, Heads
 from phinetune.engine.families import FUSED
 from phinetune.engine.kernels.attention import attention
+from phinetune.engine.kernels.matmul import linear
 from phinetune.engine.kernels.norm import rms_norm
 from phinetune.engine.kernels.recompute import recomputed
 from phinetune.engine.kernels.swiglu import swiglu
@@ -106,12 +107,20 @@ class PackedMLP(nn.Module):
         activate = functools.partial(swiglu, compile=self.compile_ops)
         active = activate(gate_up)
         with _recomputed_if(rebuild, active, activate, gate_up):
-            return self.down_proj(active)  # type: ignore[no-any-return]
+            return called(self.down_proj, active)
 
 
 def _side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """The outputs of layers over the same rows, side by side."""
-    return layers[0](x) if len(layers) == 1 else torch.cat([layer(x) for layer in layers], dim=-1)
+    made = [called(layer, x) for layer in layers]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+
+def called(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer makes of x. Without a graph, a plain linear layer's product is that of `matmul.linear`."""
+    if torch.is_grad_enabled() or type(layer) is not nn.Linear or _is_hooked(layer):
+        return layer(x)  # type: ignore[no-any-return]
+    return linear(x, layer.weight, layer.bias)
 
 
 class PackedAttention(nn.Module):
@@ -147,7 +156,7 @@ class PackedAttention(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         qkv = _side_by_side(self.inputs, hidden_states)
         out = packed.attend(self.layer_idx or 0, qkv, self.heads)
-        return self.o_proj(out if rows is None else out.index_select(0, rows))
+        return called(self.o_proj, out if rows is None else out.index_select(0, rows))
 
     @property
     def heads(self) -> Heads:

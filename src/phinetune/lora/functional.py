@@ -70,6 +70,11 @@ def lora_linear(
         adapter_input = None if adapter_input is None else adapter_input.to(kind)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     seen = None if adapter_input is None else adapter_input.reshape(rows.shape)
+    if spans is None and isinstance(weight, Tensor) and matmul.takes_few(rows, weight):
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        out = matmul.linear(rows, weight, bias)
+        out.addmm_(torch.mm(rows if seen is None else seen, a.t()), b.t(), alpha=scaling)
+        return out.view(*x.shape[:-1], len(weight))
     reader = _block_reader(rows, weight, spans)
     kind = x.dtype if reader is None else matmul.product_dtype(x)
     if lora_A.dtype != kind or lora_B.dtype != kind:
@@ -78,7 +83,7 @@ def lora_linear(
         out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
     else:
         out = lora_linear_by_blocks(rows, reader, bias, lora_A, lora_B, scaling, seen)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])  # type: ignore[no-any-return]
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
 
 
 def _block_reader(x: Tensor, weight: Tensor | BlockReader, spans: Sequence[Span] | None) -> BlockReader | None:

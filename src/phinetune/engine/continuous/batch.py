@@ -1,12 +1,13 @@
 """Conversations that are answered together, and what each step computes for them.
 
 A conversation waits, is read (its prompt, a piece a step), and is answered (a token a step). Each step has one token of
-every conversation that is answered and up to `PIECE` tokens of prompts, so that a long prompt holds nobody up.
+every conversation that is answered, and so many tokens of prompts that nobody waits long for the next one.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,12 +22,15 @@ from phinetune.engine.continuous.prefixes import Kind, PrefixStore, as_ids, shar
 from phinetune.engine.continuous.requests import AnswerStream, Ended, Reason, Request, Token
 from phinetune.engine.continuous.shelves import Layout, RowCache, Shelf, Shelves, place_size
 from phinetune.engine.continuous.step import PiecePart, ShelfPart, Step, compute
+from phinetune.engine.kernels.few_rows import in_step
+from phinetune.engine.packed_layers import called
 from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.segments import SHORTEST_SHARED
 
 logger = logging.getLogger(__name__)
 
-PIECE = 256  # prompt tokens a step
+LEAST_READ, MOST_READ = 64, 256  # prompt tokens a step
+STEP_S = 0.25  # seconds that a step with prompts may take: who is answered waits so long for a token
 LOOKED_AT = 64  # waiting conversations that are compared with those that are read
 
 
@@ -67,6 +71,18 @@ class Row:
         return len(self.tokens) - len(self.request.prompt)
 
 
+@dataclass
+class Pace:
+    """How many prompt tokens a step reads: as many as this machine computes in `STEP_S`."""
+
+    tokens: int = field(default_factory=lambda: MOST_READ)
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A step with so many tokens took so long. One with few tokens says little: reading the weights is its time."""
+        if tokens >= LEAST_READ:
+            self.tokens = max(LEAST_READ, min(MOST_READ, int(tokens / seconds * STEP_S)))
+
+
 class Batch:
     """All conversations of an engine. Not for several threads at once.
 
@@ -75,6 +91,7 @@ class Batch:
         most_rows: how many conversations are read and answered together.
         waiting, reading, answering: the conversations; the one that came first stands first.
         taken, read, reused: tokens so far: of all answers, of prompts that were computed, and of prompts that were not.
+        pace: how many prompt tokens a step reads.
     """
 
     def __init__(self, core: Any, adapters: Mapping[str, Adapter], most_rows: int, most_bytes: int) -> None:
@@ -86,6 +103,7 @@ class Batch:
         self.reading: list[Row] = []
         self.answering: list[Row] = []
         self.taken = self.read = self.reused = 0
+        self.pace = Pace()
         self._start_over()
 
     def _start_over(self) -> None:
@@ -140,15 +158,20 @@ class Batch:
         pieces = list(self._pieces())
         if not self.answering and not pieces:
             return False
+        began = time.perf_counter()
         step, rows = self._plan(pieces)
-        states = compute(self.core, step)
+        with in_step():
+            states = compute(self.core, step)
+            logits = self._logits(states)
         for row, count in pieces:
             row.computed += count
             self.read += count
         for row in self.answering:
             row.computed += 1
         if rows:
-            self._append(rows, self._logits(states))
+            self._append(rows, logits)
+        if pieces:
+            self.pace.note(len(step.ids), time.perf_counter() - began)
         return True
 
     def fail(self, error: BaseException) -> None:
@@ -167,9 +190,7 @@ class Batch:
         self._start_over()
 
     def _logits(self, states: Tensor) -> Tensor:
-        head: Any = self.core.get_output_embeddings()
-        logits: Tensor = head(states)
-        return logits
+        return called(self.core.get_output_embeddings(), states)
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in (*self.reading, *self.answering) if row.stream.is_cancelled]:
@@ -228,7 +249,7 @@ class Batch:
 
     def _pieces(self) -> Iterator[tuple[Row, int]]:
         """What is read of which prompts in this step, the oldest first."""
-        left = PIECE
+        left = self.pace.tokens
         for row in self.reading:
             count = min(left, len(row.tokens) - row.computed)
             if not count:

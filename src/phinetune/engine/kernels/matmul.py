@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phinetune.engine.kernels import few_rows
+
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 BLOCK_ELEMENTS = 3 << 21  # elements of a weight that are converted at a time: 24 MB in float32
 MAX_ROWS = 4096  # most rows of x that are multiplied at a time, and most rows of a block of a weight
@@ -33,6 +35,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of `x` are computed: its own, or float32 where float32 is faster."""
     converts = x.dtype in HALF_DTYPES and x.device.type == "cpu" and is_slower_than_float32(x.dtype)
     return torch.float32 if converts else x.dtype
+
+
+def takes_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of `x`, shape (rows, in), is that of a few rows (`kernels.few_rows`), which has no graph."""
+    is_fast = x.dtype in HALF_DTYPES and product_dtype(x) is x.dtype
+    return few_rows.takes(x, weight, few_rows.MOST_WHERE_FAST if is_fast else few_rows.MOST)
 
 
 def goes_through_float32(x: Tensor) -> bool:
@@ -132,7 +140,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         kind = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if weight.requires_grad or weight.dtype != x.dtype or not goes_through_float32(rows):
+    if takes_few(rows, weight):
+        made = few_rows.few_rows(rows, weight)
+        return (made if bias is None else made.add_(bias)).view(*x.shape[:-1], len(weight))
+    trains = weight.requires_grad and torch.is_grad_enabled()
+    if trains or weight.dtype != x.dtype or not goes_through_float32(rows):
         return torch.nn.functional.linear(x, weight, bias)
     return linear_by_blocks(x, functools.partial(read_blocks, weight), weight.shape[0], bias)
 

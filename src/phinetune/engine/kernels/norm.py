@@ -26,8 +26,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, compile: bool = False) ->
     Returns:
         shape (..., width).
     """
-    rows = rows_of(x)
-    out: Tensor = _RMSNorm.apply(rows, weight, eps, compile and not _forward.is_native(x))  # type: ignore[no-untyped-call]
+    rows, compile = rows_of(x), compile and not _forward.is_native(x)
+    out: Tensor
+    if torch.is_grad_enabled():
+        out = _RMSNorm.apply(rows, weight, eps, compile)  # type: ignore[no-untyped-call]
+    else:  # a step of an answer has so little to compute that a node of a graph would be a good part of it
+        out, _ = _computed(rows, weight, eps, compile)
     return out if x.dim() == 2 else out.view(x.shape)
 
 
@@ -52,13 +56,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compile: bool) -> Tensor:
         ctx.compile = compile
-        if compile:
-            out, scale = compiled(_normed)(x, weight, eps)
-        else:
-            out, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
-            _forward(x, None, _read(weight, x), eps, out, scale, None)
+        out, scale = _computed(x, weight, eps, compile)
         ctx.save_for_backward(x, weight, scale)
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,6 +93,15 @@ class _AddRMSNorm(torch.autograd.Function):
             _grad_of_weight(grad, total, weight, scale) if needs_weight else None,
             None,
         )
+
+
+def _computed(x: Tensor, weight: Tensor, eps: float, compile: bool) -> tuple[Tensor, Tensor]:
+    """The norm, shape (rows, width), and the factor of each row."""
+    if compile:
+        return compiled(_normed)(x, weight, eps)  # type: ignore[no-any-return]
+    out, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    _forward(x, None, _read(weight, x), eps, out, scale, None)
+    return out, scale
 
 
 def _grad_of_x(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Tensor | None) -> Tensor:

@@ -23,7 +23,8 @@ def swiglu(gate_up: Tensor, *, compile: bool = False) -> Tensor:
     Returns:
         shape (..., width).
     """
-    out: Tensor = _SwiGLU.apply(rows_of(gate_up), compile and not _forward.is_native(gate_up))  # type: ignore[no-untyped-call]
+    rows, compile = rows_of(gate_up), compile and not _forward.is_native(gate_up)
+    out: Tensor = _SwiGLU.apply(rows, compile) if torch.is_grad_enabled() else _computed(rows, compile)  # type: ignore[no-untyped-call]
     return out if gate_up.dim() == 2 else out.view(*gate_up.shape[:-1], out.shape[1])
 
 
@@ -34,11 +35,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, compile: bool) -> Tensor:
         ctx.compile = compile
         ctx.save_for_backward(gate_up)
-        if compile:
-            return compiled(_activated)(gate_up)  # type: ignore[no-any-return]
-        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        _forward(gate_up, out)
-        return out
+        return _computed(gate_up, compile)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -48,6 +45,14 @@ class _SwiGLU(torch.autograd.Function):
         out = torch.empty_like(gate_up)
         _backward(rows_of(grad), gate_up, out)
         return out, None
+
+
+def _computed(gate_up: Tensor, compile: bool) -> Tensor:
+    if compile:
+        return compiled(_activated)(gate_up)  # type: ignore[no-any-return]
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    _forward(gate_up, out)
+    return out
 
 
 def _forward_by_torch(gate_up: Tensor, out: Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phinetune.engine.kernels import attention_trees, cross_entropy, norm, rotary, swiglu
+from phinetune.engine.kernels import attention_trees, cross_entropy, few_rows, norm, rotary, swiglu
 from phinetune.engine.kernels.native import operator
 from phinetune.engine.kernels.native.operator import Operator, chosen, rows_of
 
@@ -110,6 +110,14 @@ def test_swiglu_and_its_backward(rows: int, width: int, dtype: torch.dtype) -> N
     gate_up, grad, d_gate_up = wide(rows, 2 * width, 0), wide(rows, width, 1), wide(rows, 2 * width, 2)
     compare(swiglu._forward, (2 * gate_up, wide(rows, width, 3)), (1,), dtype)
     compare(swiglu._backward, (grad, 2 * gate_up, d_gate_up), (2,), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("rows", [0, 1, 5, 9, 63])
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (7, 4), (33, 3), (130, 8), (3072, 5)])
+def test_few_rows(rows: int, width: int, out: int, dtype: torch.dtype) -> None:
+    x, weight = wide(rows, width, 0), (wide(out, width, 1) / width**0.5).bfloat16().double()
+    compare(few_rows._few_rows, (x, weight, wide(rows, out, 2)), (2,), dtype)
 
 
 @each_dtype

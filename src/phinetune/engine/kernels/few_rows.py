@@ -1,0 +1,70 @@
+"""The product of a few rows with a weight: each step of answers takes one with every weight.
+
+Its time is that of reading the weight from memory. torch's own products of 2 to some 60 rows take several times as long
+on many processors; the native form reads the weight once. It rounds in another order. So only steps of answers take it:
+scoring computes as training does, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from phinetune.engine.kernels.native.operator import Operator, drawn, rows_of
+
+MOST = 63  # rows; from 64 on, products of half precision go through float32 by blocks, and those of float32 are fast
+MOST_WHERE_FAST = 8  # where the processor has products of half precision, which need fewer rows to be fast
+
+
+class _Here(threading.local):
+    """Whether this thread computes a step of answers."""
+
+    steps = False
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def in_step() -> Iterator[None]:
+    """What this thread computes meanwhile is a step of answers."""
+    before, _here.steps = _here.steps, True
+    try:
+        yield
+    finally:
+        _here.steps = before
+
+
+def takes(x: Tensor, weight: Tensor, most: int) -> bool:
+    """Whether a step of answers is computed, and `few_rows` has a form of its own for these and for so many rows.
+
+    Args:
+        x: shape (rows, in).
+        weight: shape (out, in).
+    """
+    if not _here.steps or not 0 < len(x) <= most or torch.is_grad_enabled() or x.device.type != "cpu":
+        return False
+    return x.dtype == weight.dtype and weight.stride(-1) == 1 and _few_rows.is_native(x)
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """`x Wᵀ`, shape (rows, out), for x of shape (rows, in) and a weight of shape (out, in)."""
+    out = x.new_empty(len(x), len(weight))
+    _few_rows(rows_of(x), weight, out)
+    return out
+
+
+def _by_torch(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    torch.mm(x, weight.t(), out=out)
+
+
+def _sample(kind: torch.dtype) -> tuple[Tensor, ...]:
+    x, weight = drawn((MOST_WHERE_FAST, 2048), (2048, 2048), kind=kind)
+    return x, weight / 2048**0.5, x.new_empty(len(x), len(weight))
+
+
+_few_rows = Operator("few_rows", _by_torch, _sample)

@@ -41,7 +41,7 @@ def test_the_updates_are_pefts(tmp_path: Path, lora: dict[str, Any]) -> None:
     assert len(found) == (1 if lora is SOME else 8)
     for where, update in wanted.items():
         assert torch.equal(found[where].a, update.a)
-        assert torch.equal(found[where].b, update.b)
+        assert torch.equal(found[where].b_t, update.b_t)
         assert found[where].scaling == update.scaling
 
 

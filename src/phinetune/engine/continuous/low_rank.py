@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.engine.families import input_names
-from phinetune.engine.kernels.matmul import linear
+from phinetune.engine.kernels.low_rank import Update, add_low_rank_
+from phinetune.engine.kernels.matmul import linear, takes_few
 from phinetune.engine.lora_layers import only_adapter
 from phinetune.errors import ModelError
 from phinetune.lora.functional import lora_linear
@@ -41,12 +42,12 @@ class LowRank:
     """One layer's update.
 
     Attributes:
-        a, b: shapes (r, in) and (out, r), in the base's dtype.
+        a, b_t: A and B transposed, shapes (r, in) and (r, out), in the base's dtype.
         scaling: alpha / r, or alpha / √r.
     """
 
     a: Tensor
-    b: Tensor
+    b_t: Tensor
     scaling: float
 
 
@@ -80,17 +81,16 @@ def _product(x: Tensor, module: Any, where: tuple[int, str], spans: Sequence[Spa
     if type(module) is not nn.Linear:  # quantised: its class knows its product
         return _add(module(x), x, where, spans)
     only = spans[0].adapter.get(where) if len(spans) == 1 and spans[0].adapter else None
-    if only:
-        return lora_linear(x, module.weight, module.bias, only.a, only.b, only.scaling)
+    if only and not takes_few(x, module.weight):
+        return lora_linear(x, module.weight, module.bias, only.a, only.b_t.t(), only.scaling)
     return _add(linear(x, module.weight, module.bias), x, where, spans)
 
 
 def _add(out: Tensor, x: Tensor, where: tuple[int, str], spans: Sequence[Span]) -> Tensor:
-    for span in spans:
-        update = span.adapter.get(where) if span.adapter else None
-        if update:
-            rows = slice(span.start, span.stop)
-            out[rows].addmm_(x[rows] @ update.a.t(), update.b.t(), alpha=update.scaling)
+    found = ((span.adapter.get(where), span) for span in spans if span.adapter)
+    updates = [Update(one.a, one.b_t, one.scaling, span.start, span.stop) for one, span in found if one]
+    if updates:
+        add_low_rank_(out, x, updates)
     return out
 
 
@@ -136,7 +136,7 @@ def read_updates(model: Any, weights: Mapping[str, Tensor] | None = None) -> Ada
                     else getattr(module, side)[name].weight.detach()
                     for side in ("lora_A", "lora_B")
                 )
-                found[number, place] = LowRank(a, b, module.scaling[name])
+                found[number, place] = LowRank(a, b.t().contiguous(), module.scaling[name])
                 others.discard(names[module])
     if others:
         first = sorted(others)[0]
@@ -150,6 +150,8 @@ def read_updates(model: Any, weights: Mapping[str, Tensor] | None = None) -> Ada
 def on_device(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Adapter:
     """The updates in the base's dtype, on its device."""
     return {
-        where: LowRank(update.a.to(device, dtype).contiguous(), update.b.to(device, dtype).contiguous(), update.scaling)
+        where: LowRank(
+            update.a.to(device, dtype).contiguous(), update.b_t.to(device, dtype).contiguous(), update.scaling
+        )
         for where, update in adapter.items()
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phinetune.engine.kernels import attention_trees, cross_entropy, few_rows, norm, rotary, swiglu
+from phinetune.engine.kernels import attention_trees, cross_entropy, few_rows, low_rank, norm, rotary, swiglu
 from phinetune.engine.kernels.native import operator
 from phinetune.engine.kernels.native.operator import Operator, chosen, rows_of
 
@@ -121,6 +121,24 @@ def test_few_rows(rows: int, width: int, out: int, dtype: torch.dtype) -> None:
 
 
 @each_dtype
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (7, 4), (33, 130), (130, 3072)])
+def test_updates_of_adapters_with_other_ranks_tokens_and_none(width: int, out: int, dtype: torch.dtype) -> None:
+    """Token 2 has no adapter, the last adapter has no token."""
+    ranks, starts, stops = [1, 5, 16, 3], [0, 3, 4, 7], [2, 4, 7, 7]
+    a = [(wide(rank, width, rank) / width**0.5).bfloat16().double() for rank in ranks]
+    b_t, scalings = [wide(rank, out, rank + 20) for rank in ranks], [0.5, 1.0, 2.0, 1.0]
+    made = []
+    for run, kind in ((operator.native_form("add_low_rank_"), dtype), (low_rank._by_torch, torch.float64)):
+        given = [cast(wide(8, size, seed), kind) for size, seed in ((out, 50), (width, 51))]
+        matrices = [[cast(one, kind) for one in side] for side in (a, b_t)]
+        run(*given, *matrices, scalings, starts, stops)
+        made.append(given[0].double())
+    size = 3e-6 if dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(made[0], made[1], rtol=size, atol=size)
+    assert torch.equal(made[0][[2, 7]], cast(wide(8, out, 50), dtype).double()[[2, 7]])
+
+
+@each_dtype
 @pytest.mark.parametrize("half", [1, 4, 7, 16, 24, 48])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -206,6 +224,20 @@ def test_what_would_be_read_past_its_end_is_refused() -> None:
             run(x, None, weight, 1e-5, wrong, scale, None)
     with pytest.raises(RuntimeError, match="phinetune: "):
         run(x, x, weight, 1e-5, torch.empty(4, 8), scale, None)
+    product = operator.native_form("few_rows")
+    for wrong in (torch.empty(4, 9), torch.empty(4, 8).bfloat16(), torch.empty(8, 4).t()):
+        with pytest.raises(RuntimeError, match="phinetune: "):
+            product(x, torch.empty(8, 8), wrong)
+    add, a, b_t = operator.native_form("add_low_rank_"), torch.empty(2, 8), torch.empty(2, 9)
+    add(torch.empty(4, 9), x, [a], [b_t], [1.0], [0], [4])
+    for others in (
+        ([a], [b_t], [1.0], [0], [5]),
+        ([a], [b_t], [1.0], [-1], [4]),
+        ([a], [a], [1.0], [0], [4]),
+        ([a], [b_t], [], [0], [4]),
+    ):
+        with pytest.raises(RuntimeError, match="phinetune: "):
+            add(torch.empty(4, 9), x, *others)
     with pytest.raises(RuntimeError, match="phinetune: "):
         run(x, None, weight, 1e-5, torch.empty(4, 8), torch.empty(3), None)
 

@@ -4,6 +4,7 @@
 #include "attend_backward.h"
 #include "cross_entropy.h"
 #include "few_rows.h"
+#include "low_rank.h"
 #include "norm.h"
 #include "rotary.h"
 #include "swiglu.h"
@@ -22,6 +23,8 @@ STABLE_TORCH_LIBRARY(phinetune, m) {
   m.def("attend_backward(Tensor grad, Tensor qkv, Tensor segments, int heads, int kv_heads, int size, float scaling, "
         "int window, Tensor out, Tensor log_sums, Tensor(a!) d_qkv) -> ()");
   m.def("few_rows(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("add_low_rank_(Tensor(a!) out, Tensor x, Tensor[] a, Tensor[] b, float[] scalings, int[] starts, int[] stops) "
+        "-> ()");
   m.def("multiplies_bfloat16() -> bool");
   m.def("spread(Tensor logits, Tensor labels, Tensor log_probs, Tensor(a!) entropy, Tensor(b!) mean) -> ()");
 }
@@ -35,6 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
   m.impl("cross_entropy_", TORCH_BOX(&phinetune::cross_entropy_));
   m.impl("attend", TORCH_BOX(&phinetune::attend));
   m.impl("attend_backward", TORCH_BOX(&phinetune::attend_backward));
+  m.impl("add_low_rank_", TORCH_BOX(&phinetune::add_low_rank_));
   m.impl("few_rows", TORCH_BOX(&phinetune::few_rows));
   m.impl("spread", TORCH_BOX(&phinetune::spread));
 }

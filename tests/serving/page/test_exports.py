@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+from rich.console import Console
 
+from exporting.hub.hub_helpers import USER, point_at, serve_hub
+from helpers import TINY, tiny_config
+from phinetune.api.train import train_config
+from phinetune.config.model import ModelSection
 from phinetune.exporting.targets import TARGETS
 from phinetune.liveness import this_process
 from phinetune.serving.page import export_work
@@ -110,6 +115,62 @@ def test_an_export_is_written_by_a_process_of_its_own_and_downloaded(served: Ser
     assert visitor.do("DELETE", f"{PATH}/{first['id']}")[0] == 200
     assert not ExportPlaces(state.folder, first["id"]).own.exists()
     assert visitor.see(f"{PATH}/{first['id']}")[0] == 404
+
+
+def test_a_folder_for_ollama_is_written_and_downloaded(served: Served) -> None:
+    assert "Modelfile" in _downloaded(served, TUNED, "ollama", "q8_0")
+
+
+def test_a_folder_for_onnx_is_written_and_downloaded(served: Served, chats: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")  # there is none for Python 3.10
+    wider = ModelSection(path=TINY.replace("heads: 4", "heads: 2"))  # it takes heads of 16 features
+    run = served[0].folder / "runs" / "ftjob-bcdefg"
+    config = tiny_config(chats, run, max_steps=1).model_copy(update={"model": wider})
+    train_config(config, Console(file=io.StringIO()))
+    name = TUNED.replace("abcdef", "bcdefg")
+    served[0].models.add(name, wider.model_dump(), run, run.name)
+    assert {"genai_config.json", "model.onnx"} <= _downloaded(served, name, "onnx", "f32")
+
+
+def _downloaded(served: Served, model: str, target: str, kind: str) -> set[str]:
+    """Names in the folder that an export has written."""
+    visitor = Visitor(served[1])
+    done = _kept(served[0], visitor, {"model": model, "target": target, "type": kind})
+    assert done["status"] == "succeeded", done["error"]
+    assert done["written"]["commands"]
+    packed, _ = visitor.download(f"{PATH}/{done['id']}/content")
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        return {Path(name).name for name in archive.getnames()}
+
+
+def test_a_model_is_pushed_by_the_environments_token(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with serve_hub() as hub:
+        point_at(hub, monkeypatch, tmp_path / "home")
+        visitor = Visitor(served[1])
+        asked = {"model": TUNED, "target": "push", "repo": f"{USER}/mine", "private": True}
+        done = _kept(served[0], visitor, asked)
+        assert done["status"] == "succeeded", done["error"]
+        assert done["written"]["url"] == f"{hub.url}/{USER}/mine"
+        assert hub.repos[f"{USER}/mine"].private
+        assert {"adapter_model.safetensors", "README.md"} <= set(hub.repos[f"{USER}/mine"].files)
+        refused = _kept(served[0], visitor, {**asked, "repo": "bob/mine"})
+        assert refused["status"] == "failed"
+        assert "bob/mine" in refused["error"]
+    assert visitor.see(f"{PATH}/{done['id']}/content")[0] == 404  # it lies on the hub, and nowhere else
+
+
+def _kept(state: ServerState, visitor: Visitor, asked: dict[str, Any]) -> dict[str, Any]:
+    """An export that was asked for, after its process has ended."""
+    status, made, *_ = visitor.do("POST", PATH, asked)
+    assert status == 200, made
+    keeper = ExportKeeper(state)
+    keeper.start()
+    try:
+        return until(lambda: _ended(visitor, made["id"]))
+    finally:
+        keeper.close()
 
 
 def _ended(visitor: Visitor, id: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -183,11 +184,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--every", type=float, default=12.0, help="mean seconds between two kills")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end the day after so long, with its checks")
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="serve-soak-"))
     server = ServerProcess(folder / "server")
     day = Day(server, server.start(), random.Random(given.seed))
     print(f"seed {given.seed}, {folder}", flush=True)
+    started = time.monotonic()
     try:
         for number in range(1, given.kills + 1):
             until = time.monotonic() + day.draw.expovariate(1 / given.every)
@@ -196,6 +199,9 @@ def main() -> None:
                 time.sleep(day.draw.random() * 0.5)
             day.kill()
             print(f"kill {number}: {day.kills}, {len(day.jobs)} jobs, {len(day.files)} files", flush=True)
+            if time.monotonic() - started > 60 * given.minutes:
+                print(f"the day ends after {given.minutes:g} minutes", flush=True)
+                break
         print(json.dumps(day.end(3600)))
     finally:
         server.kill()

@@ -15,9 +15,10 @@ struct Update {
   float scaling;
 };
 
-// hidden = scaling x A^T in float32, shape (tokens, most); one thread computes one row of A for all tokens of an adapter.
+// hidden = scaling x A^T in float32, shape (tokens, most). A thread computes a row of A for all tokens of an adapter.
 template <typename T>
-inline void project(const std::vector<Update<T>>& updates, int64_t most, int64_t width, const Rows<T>& x, float* hidden) {
+inline void project(
+    const std::vector<Update<T>>& updates, int64_t most, int64_t width, const Rows<T>& x, float* hidden) {
   const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, width));
   torch::stable::parallel_for(0, static_cast<int64_t>(updates.size()) * most, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -34,7 +35,8 @@ inline void project(const std::vector<Update<T>>& updates, int64_t most, int64_t
 
 // out += hidden B^T; one thread computes neighbouring features for all tokens.
 template <typename T>
-inline void expand(const std::vector<Update<T>>& updates, int64_t most, const float* hidden, const Rows<T>& out, int64_t features) {
+inline void expand(
+    const std::vector<Update<T>>& updates, int64_t most, const float* hidden, const Rows<T>& out, int64_t features) {
   const int64_t blocks = (features + LANES - 1) / LANES;
   torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (LANES * most)), [&](int64_t begin, int64_t end) {
     for (const Update<T>& update : updates) {

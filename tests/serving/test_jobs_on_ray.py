@@ -150,7 +150,10 @@ def test_a_cluster_that_does_not_answer_ends_no_job(
     assert caplog.text.count("ftjob-1: the Ray cluster does not answer") == 1
 
 
-def test_a_job_on_a_cluster_that_the_server_was_not_told_of_waits_until_it_is_cancelled(tmp_path: Path) -> None:
+def test_a_job_on_a_cluster_that_the_server_was_not_told_of_waits_until_it_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # the other tests' nodes may be there
     with threaded(tmp_path) as (state, _):
         job = {"id": "ftjob-1", "created_at": 1, "request": "{}", "model": "tiny", "base": "{}", "base_id": "tiny"}
         rest = {"suffix": "", "seed": 1, "training_file": "file-1", "process": '{"ray": "ftjob-1-abc"}'}

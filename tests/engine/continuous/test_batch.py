@@ -48,8 +48,7 @@ class Setting:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read in several pieces, and conversations outgrow their shelves."""
-    monkeypatch.setattr(batching, "LEAST_READ", 11)
-    monkeypatch.setattr(batching, "MOST_READ", 11)
+    monkeypatch.setattr(batching, "PIECE", 11)
     monkeypatch.setattr(shelves, "SMALLEST", 8)
 
 
@@ -163,28 +162,3 @@ def test_probabilities_limits_and_bias() -> None:
     assert shy.count(50) == 1
     narrow = answer(answered(setting.batch(), [Request(prompt, 6, temperature=1.0, top_p=1e-6)])[0])
     assert narrow == greedy
-
-
-def test_a_slow_machine_reads_prompts_in_smaller_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step may take so long; here it takes longer than that with any prompt, so the least is read."""
-    monkeypatch.setattr(batching, "MOST_READ", 30)
-    setting = Setting(next(iter(SHAPES)))
-    prompt = some_prompts((76,), shared=0)[0]
-    read = {}
-    for name, seconds in (("slow", 1e-9), ("fast", 1e9)):
-        monkeypatch.setattr(batching, "STEP_S", seconds)
-        batch, sizes = setting.batch(), []
-        row = Row(Request(prompt, 2), AnswerStream())
-        batch.add(row)
-        while row.stream.end is None:
-            before = batch.read
-            batch.step()
-            sizes.append(batch.read - before)
-        read[name] = sizes
-    assert read == {"slow": [30, 11, 11, 11, 11, 2, 0], "fast": [30, 30, 16, 0]}
-
-
-def test_a_step_of_few_tokens_says_nothing_of_the_pace() -> None:
-    pace = batching.Pace(11)
-    pace.note(batching.LEAST_READ - 1, 1e-9)
-    assert pace.tokens == 11

@@ -1,13 +1,12 @@
 """Conversations that are answered together, and what each step computes for them.
 
 A conversation waits, is read (its prompt, a piece a step), and is answered (a token a step). Each step has one token of
-every conversation that is answered, and so many tokens of prompts that nobody waits long for the next one.
+every conversation that is answered and up to `PIECE` tokens of prompts, so that a long prompt holds nobody up.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,8 +28,9 @@ from phinetune.engine.segments import SHORTEST_SHARED
 
 logger = logging.getLogger(__name__)
 
-LEAST_READ, MOST_READ = 64, 256  # prompt tokens a step
-STEP_S = 0.25  # seconds that a step with prompts may take: who is answered waits so long for a token
+PIECE = (
+    256  # prompt tokens a step; with fewer, reading the weights each step costs more than others' shorter wait gives
+)
 LOOKED_AT = 64  # waiting conversations that are compared with those that are read
 
 
@@ -71,18 +71,6 @@ class Row:
         return len(self.tokens) - len(self.request.prompt)
 
 
-@dataclass
-class Pace:
-    """How many prompt tokens a step reads: as many as this machine computes in `STEP_S`."""
-
-    tokens: int = field(default_factory=lambda: MOST_READ)
-
-    def note(self, tokens: int, seconds: float) -> None:
-        """A step with so many tokens took so long. One with few tokens says little: reading the weights is its time."""
-        if tokens >= LEAST_READ:
-            self.tokens = max(LEAST_READ, min(MOST_READ, int(tokens / seconds * STEP_S)))
-
-
 class Batch:
     """All conversations of an engine. Not for several threads at once.
 
@@ -91,7 +79,6 @@ class Batch:
         most_rows: how many conversations are read and answered together.
         waiting, reading, answering: the conversations; the one that came first stands first.
         taken, read, reused: tokens so far: of all answers, of prompts that were computed, and of prompts that were not.
-        pace: how many prompt tokens a step reads.
     """
 
     def __init__(self, core: Any, adapters: Mapping[str, Adapter], most_rows: int, most_bytes: int) -> None:
@@ -103,7 +90,6 @@ class Batch:
         self.reading: list[Row] = []
         self.answering: list[Row] = []
         self.taken = self.read = self.reused = 0
-        self.pace = Pace()
         self._start_over()
 
     def _start_over(self) -> None:
@@ -158,7 +144,6 @@ class Batch:
         pieces = list(self._pieces())
         if not self.answering and not pieces:
             return False
-        began = time.perf_counter()
         step, rows = self._plan(pieces)
         with in_step():
             states = compute(self.core, step)
@@ -170,8 +155,6 @@ class Batch:
             row.computed += 1
         if rows:
             self._append(rows, logits)
-        if pieces:
-            self.pace.note(len(step.ids), time.perf_counter() - began)
         return True
 
     def fail(self, error: BaseException) -> None:
@@ -249,7 +232,7 @@ class Batch:
 
     def _pieces(self) -> Iterator[tuple[Row, int]]:
         """What is read of which prompts in this step, the oldest first."""
-        left = self.pace.tokens
+        left = PIECE
         for row in self.reading:
             count = min(left, len(row.tokens) - row.computed)
             if not count:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phinetune.engine.kernels.few_rows import MOST
 from phinetune.engine.kernels.native.operator import Operator, drawn
+
+FEW = 8  # tokens of an adapter; with more, torch's products are faster than one call is cheap
 
 
 class Update(NamedTuple):
@@ -38,8 +39,8 @@ def add_low_rank_(out: Tensor, x: Tensor, updates: Sequence[Update]) -> None:
         out: shape (tokens, out).
         x: the layer's input, shape (tokens, in), of the same dtype as all the matrices.
     """
-    few = [update for update in updates if update.stop - update.start <= MOST]
-    many = [update for update in updates if update.stop - update.start > MOST]
+    few = [update for update in updates if update.stop - update.start <= FEW]
+    many = [update for update in updates if update.stop - update.start > FEW]
     for run, some in ((_add_low_rank_, few), (_by_torch, many)):
         if some:
             a, b_t, scalings, starts, stops = (list(part) for part in zip(*some, strict=True))

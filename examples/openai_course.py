@@ -4,8 +4,8 @@ Shows the whole way with the official client, unmodified: chats as JSONL, `files
 epochs, seed and suffix, `list_events`, `retrieve` until the job has ended, then the tuned model's answers to chats that
 it has not seen, counted by exact match as `phinetune demo` counts them.
 
-Needs `pip install openai 'phinetune[serve]'`. With the starter it takes four minutes on two CPU cores with AVX2, and six
-with all 420 chats.
+Needs `pip install openai 'phinetune[serve]'`. With the starter it takes four minutes on two CPU cores with AVX2,
+and six with all 420 chats.
 
     phinetune serve                       # in one terminal; it prints the two lines for the other one
     export OPENAI_BASE_URL=http://127.0.0.1:8686/v1

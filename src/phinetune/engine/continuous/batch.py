@@ -28,9 +28,7 @@ from phinetune.engine.segments import SHORTEST_SHARED
 
 logger = logging.getLogger(__name__)
 
-PIECE = (
-    256  # prompt tokens a step; with fewer, reading the weights each step costs more than others' shorter wait gives
-)
+PIECE = 256  # prompt tokens a step; every step reads all the weights, so fewer tokens would make prompts slow
 LOOKED_AT = 64  # waiting conversations that are compared with those that are read
 
 

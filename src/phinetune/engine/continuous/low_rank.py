@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.engine.families import input_names
-from phinetune.engine.kernels.low_rank import Update, add_low_rank_
+from phinetune.engine.kernels.low_rank import LowRank, add_low_rank_
 from phinetune.engine.kernels.matmul import linear, takes_few
 from phinetune.engine.lora_layers import only_adapter
 from phinetune.errors import ModelError
@@ -35,20 +35,6 @@ class Places:
         """In models of a configuration."""
         names = input_names(config)
         return cls(tuple(f"self_attn.{name}" for name in names.attention), tuple(f"mlp.{name}" for name in names.mlp))
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One layer's update.
-
-    Attributes:
-        a, b_t: A and B transposed, shapes (r, in) and (r, out), in the base's dtype.
-        scaling: alpha / r, or alpha / √r.
-    """
-
-    a: Tensor
-    b_t: Tensor
-    scaling: float
 
 
 # The updates of one adapter, by the layer's number and the place in it. What it leaves as it is has no entry.
@@ -88,9 +74,7 @@ def _product(x: Tensor, module: Any, where: tuple[int, str], spans: Sequence[Spa
 
 def _add(out: Tensor, x: Tensor, where: tuple[int, str], spans: Sequence[Span]) -> Tensor:
     found = ((span.adapter.get(where), span) for span in spans if span.adapter)
-    updates = [Update(one.a, one.b_t, one.scaling, span.start, span.stop) for one, span in found if one]
-    if updates:
-        add_low_rank_(out, x, updates)
+    add_low_rank_(out, x, [(one, span.start, span.stop) for one, span in found if one])
     return out
 
 

@@ -3,48 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from phinetune.engine.kernels.native.operator import Operator, drawn
 
-FEW = 8  # tokens of an adapter; with more, torch's products are faster than one call is cheap
+FEW = 8  # tokens of an adapter; from more on, torch's products gain more than calls cost
 
 
-class Update(NamedTuple):
-    """scaling · (x Aᵀ) Bᵀ (LoRA, Hu et al. 2021, section 4.1) for some tokens.
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's update: scaling · (x Aᵀ) Bᵀ (LoRA, Hu et al. 2021, section 4.1).
 
     Attributes:
-        a: shape (r, in).
+        a: shape (r, in), in the base's dtype.
         b_t: B transposed, shape (r, out). Its rows are read from beginning to end.
         scaling: alpha / r, or alpha / √r.
-        start, stop: the tokens.
     """
 
     a: Tensor
     b_t: Tensor
     scaling: float
-    start: int
-    stop: int
 
 
-def add_low_rank_(out: Tensor, x: Tensor, updates: Sequence[Update]) -> None:
-    """Add the updates to a layer's output.
+# A layer's update, and the tokens [start, stop) that it is for.
+Part = tuple[LowRank, int, int]
+
+
+def add_low_rank_(out: Tensor, x: Tensor, parts: Sequence[Part]) -> None:
+    """Add updates to a layer's output.
 
     One call computes those of few tokens, whose time would be that of calls. Those of many are torch's products.
 
     Args:
         out: shape (tokens, out).
         x: the layer's input, shape (tokens, in), of the same dtype as all the matrices.
+        parts: no token is in two of them.
     """
-    few = [update for update in updates if update.stop - update.start <= FEW]
-    many = [update for update in updates if update.stop - update.start > FEW]
+    few = [part for part in parts if part[2] - part[1] <= FEW]
+    many = [part for part in parts if part[2] - part[1] > FEW]
     for run, some in ((_add_low_rank_, few), (_by_torch, many)):
         if some:
-            a, b_t, scalings, starts, stops = (list(part) for part in zip(*some, strict=True))
-            run(out, x, a, b_t, scalings, starts, stops)
+            updates, starts, stops = zip(*some, strict=True)
+            a, b_t, scalings = zip(*((one.a, one.b_t, one.scaling) for one in updates), strict=True)
+            run(out, x, list(a), list(b_t), list(scalings), list(starts), list(stops))
 
 
 def _by_torch(

@@ -57,8 +57,8 @@ inline void few_tile(
 
 template <int64_t N, typename T, int64_t... M>
 inline void few_tile_of(
-    int64_t rows, std::integer_sequence<int64_t, M...>, int64_t width, const float* x, Rows<const T> weight, int64_t first,
-    Rows<T> out, int64_t row, int64_t ahead) {
+    int64_t rows, std::integer_sequence<int64_t, M...>, int64_t width, const float* x, Rows<const T> weight,
+    int64_t first, Rows<T> out, int64_t row, int64_t ahead) {
   ((rows == M + 1 ? few_tile<M + 1, N>(width, x, weight, first, out, row, ahead) : void()), ...);
 }
 

@@ -1,5 +1,7 @@
 """One CUDA GPU: the tests marked `device`, then TRL + PEFT, TRL + Liger and this engine on Phi-3 mini's whole shape.
 
+After them DPO beside TRL's trainer, and answers beside transformers' `generate`, on the same shape.
+
     pip install 'phinetune[quant]' pytest liger-kernel      # Liger only if it is to be measured
     python -m benchmarks.device [--seconds 480] [--tiny] [--skip-tests]
 
@@ -17,11 +19,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,16 @@ WAYS: dict[str, tuple[str, Row]] = {
     "TRL + PEFT, its default (checkpointing)": ("trl", {"checkpointing": True}),
 }
 OURS = "phinetune"
-HEADINGS = ("", "tokens/s", "ms a step", "peak GB", "first loss", "× TRL + PEFT", "besides")
+PREFERRED = {
+    "TRL, its default": "trl-default",
+    "TRL, reference computed once, no checkpointing": "trl-best",
+    OURS: "ours",
+}
+PAIRS, TINY_PAIRS = 64, 2
+BYTES_A_WORD = 3.7  # of the pairs' sentences; the tokenizer of a random model takes bytes
+AT_ONCE, TINY_AT_ONCE = (8, 64), (2,)
+ANSWER, TINY_ANSWER = 64, 4  # tokens
+HEADINGS = ("", "tokens/s", "ms a step", "peak GB", "first loss", "× the first", "besides")
 
 
 def tests(deadline: Deadline) -> list[Row]:
@@ -96,18 +108,55 @@ def trained(
     return rows
 
 
+def preferred(config: Phi3Config, device: str, count: int, deadline: Deadline) -> list[Row]:
+    """DPO, batch 8, on the same pairs: prompts of about 300 tokens, answers of about 100."""
+    common = {"model": str(saved(config, device)), "count": count, "batch": 8, "device": device}
+    rows = []
+    for name, way in PREFERRED.items():
+        found = measure("dpo", deadline, way=way, tokens_a_word=BYTES_A_WORD, **common)
+        if "losses" in found:
+            losses = found.pop("losses")
+            found |= {"first_loss": losses[0], "last_loss": losses[-1], "step_seconds": 8 * found["a_pair"]}
+            found["times"] = rows[0]["step_seconds"] / found["step_seconds"] if rows and "a_pair" in rows[0] else None
+        rows.append({"what": name, **found})
+    return rows
+
+
+def answered(config: Phi3Config, device: str, counts: Sequence[int], limit: int, deadline: Deadline) -> list[Row]:
+    """Greedy answers to prompts of 20 to 100 tokens, all together, under a new LoRA; no token ends an answer."""
+    common = {"model": str(saved(config, device)), "limit": limit, "dtype": "bfloat16", "device": device}
+    rows: list[Row] = []
+    for count in counts:
+        prompts = [[(7 * i + 3 * j) % 250 + 3 for j in range(20 + 80 * i // max(counts))] for i in range(count)]
+        file = Path(tempfile.mkdtemp()) / "prompts.json"
+        file.write_text(json.dumps(prompts))
+        made: list[Row] = []
+        for way in ("transformers", OURS):
+            found = measure("generate", deadline, way=way, prompts=str(file), endless=True, **common)
+            if "answers" in found:
+                found["step_seconds"] = found["seconds"] / limit
+                found["last"] = found.pop("answers")
+            if made and "last" in made[0] and "last" in found:
+                found["times"] = made[0]["seconds"] / found["seconds"]
+                found["same"] = sum(a == b for a, b in zip(made[0]["last"], found["last"], strict=True)) / count
+            made.append({"what": f"{count} together, {way}", **found})
+        rows += [{key: value for key, value in row.items() if key != "last"} for row in made]
+    return rows
+
+
 def cells(row: Row) -> list[str]:
     """A row as text, in the order of `HEADINGS`."""
     if "failed" in row or "passed" in row:
         return [row["what"], "", "", "", "", "", row.get("failed") or row["said"]]
+    besides = f"{row['same']:.0%} of the answers the same" if "same" in row else ""
     return [
         row["what"],
-        f"{row['tokens_per_s']:,.0f}",
+        f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "",
         f"{1e3 * row['step_seconds']:,.0f}",
         f"{row.get('device_gb', row['peak_gb']):.1f}",
-        f"{row['first_loss']:.4f}",
+        f"{row['first_loss']:.4f}" if "first_loss" in row else "",
         f"{row['times']:.2f}" if row.get("times") else "",
-        f"last loss {row['last_loss']:.4f}",
+        f"last loss {row['last_loss']:.4f}" if "last_loss" in row else besides,
     ]
 
 
@@ -115,6 +164,10 @@ def meaning(name: str, part: Part) -> str:
     """What a part of this benchmark is."""
     if name == "tests":
         return tests.__doc__ or ""
+    if name == "dpo":
+        return f"{part['shape']} in bfloat16. {preferred.__doc__}"
+    if name == "answers":
+        return f"{part['shape']} in bfloat16. {answered.__doc__}"
     steps, chats, length = part["sizes"]
     kind = "in NF4" if name == "nf4" else "in bfloat16"
     memory = "the most that torch held on the device" if "cuda" in part["machine"] else "resident memory at its largest"
@@ -148,6 +201,9 @@ def run(tiny: bool, deadline: Deadline, book: Book, say: Callable[[Any], None], 
             keep(name, [{"what": "NF4", "failed": "bitsandbytes is not installed (phinetune[quant])"}])
         else:
             keep(name, trained(config, device, quantization, sizes, deadline))
+    keep("dpo", preferred(config, device, TINY_PAIRS if tiny else PAIRS, deadline))
+    counts, limit = (TINY_AT_ONCE, TINY_ANSWER) if tiny else (AT_ONCE, ANSWER)
+    keep("answers", answered(config, device, counts, limit, deadline))
     return written
 
 

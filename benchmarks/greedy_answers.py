@@ -21,6 +21,7 @@ def generate(
     batch: int | None = None,
     adapter: bool = True,
     endless: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Greedy answers to prompts, the model under a new LoRA unless told otherwise.
 
@@ -38,7 +39,7 @@ def generate(
     from phinetune.engine.lora_layers import use_fused_layers
 
     ours = way == "phinetune"
-    loaded = load_base(ModelSection(path=model, dtype=dtype), fast=ours)
+    loaded = load_base(ModelSection(path=model, dtype=dtype, device=device), fast=ours)
     answering: Any = loaded.model
     if adapter:
         lora = LoraConfig(**LORA)
@@ -69,9 +70,7 @@ def _by_transformers(
     pad = model.generation_config.pad_token_id
     for first in range(0, len(asked), batch or len(asked)):
         part = asked[first : first + (batch or len(asked))]
-        width = max(map(len, part))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in part])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part])
+        ids, mask = (torch.tensor(rows, device=model.device) for rows in _padded(part, pad))
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -80,10 +79,17 @@ def _by_transformers(
             pad_token_id=pad,
             eos_token_id=sorted(stops),
         )
-        for row in out[:, width:].tolist():
+        for row in out[:, ids.shape[1] :].tolist():
             end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
             answers.append(row[:end])
     return answers
+
+
+def _padded(prompts: list[list[int]], pad: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids and mask of one width; what is filled up stands to the left."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    return ids, [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
 
 
 def llama(gguf: str, prompts: str, limit: int) -> dict[str, Any]:

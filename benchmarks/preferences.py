@@ -44,16 +44,17 @@ KINDS = {
 TRIED, SAMPLE = (1, 8), 16  # batches for TRL's best setting, and how many pairs they are tried on
 
 
-def pairs(count: int, salt: int = 0) -> list[dict[str, Any]]:
-    """Pairs in TRL's form, made of sentences of no meaning; about a token a word.
+def pairs(count: int, salt: int = 0, tokens_a_word: float = 1.0) -> list[dict[str, Any]]:
+    """Pairs in TRL's form, made of sentences of no meaning.
 
     Args:
         salt: makes other prompts of the same length, so that a reference kept by an earlier run is not found again.
+        tokens_a_word: of the model's tokenizer; the starter's takes about one.
     """
     words = ["the", "of", "and", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are", "as", "with"]
 
     def text(seed: int, tokens: int) -> str:
-        return " ".join(words[(seed * 7 + i * i + i * seed) % len(words)] for i in range(tokens))
+        return " ".join(words[(seed * 7 + i * i + i * seed) % len(words)] for i in range(round(tokens / tokens_a_word)))
 
     return [
         {
@@ -65,7 +66,7 @@ def pairs(count: int, salt: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def ours(count: int, batch: int = 8) -> dict[str, Any]:
+def ours(rows: list[dict[str, Any]], batch: int, model: str, device: str) -> dict[str, Any]:
     """This engine, from the loaded model to the end of the epoch."""
     from phinetune.config.run import make_config
     from phinetune.training.prepare import prepare_run, settle
@@ -73,10 +74,10 @@ def ours(count: int, batch: int = 8) -> dict[str, Any]:
 
     folder = Path(tempfile.mkdtemp())
     file = folder / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in pairs(count, int(time.time()))))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(
         {
-            "model": {"path": "starter", "dtype": "bfloat16"},
+            "model": {"path": model, "dtype": "bfloat16", "device": device},
             "data": {"train": str(file)},
             "objective": "dpo",
             "peft_config": LORA,
@@ -97,7 +98,7 @@ def ours(count: int, batch: int = 8) -> dict[str, Any]:
     }
 
 
-def trl(count: int, batch: int, *, best: bool) -> dict[str, Any]:
+def trl(rows: list[dict[str, Any]], batch: int, model: str, device: str, *, best: bool) -> dict[str, Any]:
     """TRL's trainer, from its start to the end of the epoch; with the reference where it is computed before."""
     import torch
     from datasets import Dataset
@@ -107,16 +108,17 @@ def trl(count: int, batch: int, *, best: bool) -> dict[str, Any]:
 
     from phinetune.checkpoints.starter import ensure_starter
 
-    folder = str(ensure_starter())
+    folder = str(ensure_starter()) if model == "starter" else model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    placed: dict[str, Any] = {"device_map": {"": 0}} if device == "cuda" else {}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa", **placed)
     args = DPOConfig(
         tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
         gradient_checkpointing=not best,
         precompute_ref_log_probs=best,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=True,
         report_to=[],
         disable_tqdm=True,
@@ -124,9 +126,9 @@ def trl(count: int, batch: int, *, best: bool) -> dict[str, Any]:
     )
     began, cpu = time.perf_counter(), time.process_time()  # the reference is computed while the trainer is made
     trainer = DPOTrainer(
-        model,
+        loaded,
         args=args,
-        train_dataset=Dataset.from_list(pairs(count, int(time.time()))),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
     )
@@ -140,12 +142,20 @@ def trl(count: int, batch: int, *, best: bool) -> dict[str, Any]:
     return {"seconds": done - made + reference, "cpu_seconds": cpu, "reference_seconds": reference, "losses": losses}
 
 
-def one(kind: str, count: int, batch: int | None) -> Row:
-    """One measurement in this process."""
-    batch = batch or 8
-    row = ours(count, batch) if kind == "ours" else trl(count, batch, best=kind == "trl-best")
+def one(
+    way: str, count: int, batch: int, model: str = "starter", device: str = "cpu", tokens_a_word: float = 1.0
+) -> Row:
+    """One measurement in this process. On a CUDA device the memory is the most that torch held there."""
+    import torch
+
+    rows = pairs(count, int(time.time()), tokens_a_word)
+    given = (rows, batch, model, device)
+    made = ours(*given) if way == "ours" else trl(*given, best=way == "trl-best")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {"kind": kind, "pairs": count, "batch": batch, **row, "a_pair": row["seconds"] / count, "peak_gb": peak}
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e9
+    about = {"kind": way, "pairs": count, "batch": batch}
+    return {**about, **made, "a_pair": made["seconds"] / count, "peak_gb": peak}
 
 
 def fresh(kind: str, count: int, batch: int) -> Row:
@@ -215,7 +225,7 @@ def main() -> None:
     cli.add_argument("--pairs", type=int, default=64)
     cli.add_argument("--only", default=",".join(KINDS))
     cli.add_argument("--one", choices=KINDS)
-    cli.add_argument("--batch", type=int)
+    cli.add_argument("--batch", type=int, default=8)
     given = cli.parse_args()
     if given.one:
         print(json.dumps(one(given.one, given.pairs, given.batch)))

@@ -2,8 +2,8 @@
 
 Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
 one step of made-up tokens, by either engine), `gemm` (the best rates of matrix products), `generate` (greedy answers
-to prompts, by transformers or by this project), `llama` (by llama.cpp), `merge` (an adapter into its base), `copy`
-(that base's folder).
+to prompts, by transformers or by this project), `llama` (by llama.cpp), `dpo` (TRL's DPOTrainer or this project),
+`merge` (an adapter into its base), `copy` (that base's folder).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.greedy_answers import generate, llama
 from benchmarks.one_step import step
+from benchmarks.preferences import one as dpo
 from benchmarks.whole_run import PEAKS, peak_gb, phinetune, trl
 
 
@@ -69,6 +70,7 @@ KINDS = {
     "copy": copy,
     "generate": generate,
     "llama": llama,
+    "dpo": dpo,
 }
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     last = peak_gb()
     if PEAKS:
         result |= {**PEAKS, "training_gb": last}
-    result["peak_gb"] = max(last, *PEAKS.values()) if PEAKS else last
+    result.setdefault("peak_gb", max(last, *PEAKS.values()) if PEAKS else last)
     print(json.dumps(result))
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phinetune.config.run import RunConfig, make_config
 from phinetune.data.read.any_source import read_first
 from phinetune.data.read.row import Row
@@ -13,6 +15,8 @@ from phinetune.errors import DataError, at_most
 from phinetune.training.prepare import PreparedRun, as_it_began, prepare_run, settle
 from phinetune.training.run import RunPlace, TrainedRun, open_place, train_run
 
+# Where the tests behind docs/reference/support.md compute.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = "random:{layers: 2, hidden_size: 32, intermediate_size: 64, heads: 4, kv_heads: 2, vocab: 300}"
 

@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional as F
 
-from engine.engine_helpers import LORA, Step, assert_same, distance, make_pair, make_rows, trained_gradients, windowed
+from engine.engine_helpers import LORA, assert_same, distance, make_pair, make_rows, one_by_one, packed, windowed
 from phinetune.checkpoints.load import load_base
 from phinetune.config.model import ModelSection
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.engine.greedy_decode import decode
 from phinetune.engine.lora_layers import use_fused_layers
-from phinetune.engine.packing import pack
 
 pytestmark = pytest.mark.device
 LENGTHS = (5, 33, 70, 2, 64, 66, 31, 130)
@@ -32,32 +30,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def plain_step(model: Any, rows: list[Encoded]) -> Step:
-    """transformers and PEFT, each row in a forward of its own."""
-    model.zero_grad()
-    device = next(model.parameters()).device
-    count = sum(label != IGNORED for row in rows for label in row.labels[1:])
-    loss, correct = 0.0, 0
-    for row in rows:
-        ids, labels = torch.tensor([row.input_ids], device=device), torch.tensor(row.labels[1:], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        part = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / count
-        part.backward()
-        loss += part.item()
-        correct += int((logits.argmax(-1) == labels).sum())
-    return Step(loss, correct, count, trained_gradients(model))
-
-
-def packed_step(model: Any, rows: list[Encoded], *, share: bool = False) -> Step:
-    """The engine, all rows as one packed row, moved as the trainer moves it."""
-    model.zero_grad()
-    device = next(model.parameters()).device
-    out = model(**{key: tensor.to(device) for key, tensor in pack(rows, share=share).items()})
-    loss = out.nll / out.count
-    loss.backward()
-    return Step(loss.item(), round(out.correct.item()), round(out.count.item()), trained_gradients(model))
-
-
 @pytest.mark.parametrize("share", [False, True], ids=["alone", "shared beginning"])
 def test_loss_and_gradients_in_float32(device: torch.device, share: bool) -> None:
     pair = make_pair(windowed())
@@ -65,15 +37,15 @@ def test_loss_and_gradients_in_float32(device: torch.device, share: bool) -> Non
     rows = make_rows(LENGTHS)
     if share:
         rows = [Encoded([*start.input_ids, *r.input_ids], [IGNORED] * 20 + r.labels) for r in rows]
-    found, wanted = packed_step(pair.fast.to(device), rows, share=share), plain_step(pair.plain.to(device), rows)
+    found, wanted = packed(pair.fast.to(device), rows, share=share), one_by_one(pair.plain.to(device), rows)
     assert_same(found, wanted, loss=1e-5, gradients=1e-4 if device.type == "cpu" else 1e-3)
 
 
 def test_bfloat16_is_no_farther_from_float32_than_the_plain_path(device: torch.device) -> None:
     rows = make_rows(LENGTHS)
-    exact = plain_step(make_pair(windowed()).plain.to(device), rows)
+    exact = one_by_one(make_pair(windowed()).plain.to(device), rows)
     half = make_pair(windowed(), torch.bfloat16)
-    found, plain = packed_step(half.fast.to(device), rows), plain_step(half.plain.to(device), rows)
+    found, plain = packed(half.fast.to(device), rows), one_by_one(half.plain.to(device), rows)
     assert abs(found.loss - exact.loss) <= 1.5 * abs(plain.loss - exact.loss) + 2e-3 * exact.loss
     off = {
         name: (distance(grad, exact.gradients[name]), distance(plain.gradients[name], exact.gradients[name]))
@@ -97,7 +69,7 @@ def test_loss_and_gradients_over_a_base_in_nf4(device: torch.device) -> None:
             if theirs.requires_grad:
                 ours.copy_(theirs)
     rows = make_rows(LENGTHS)
-    assert_same(packed_step(models[True], rows), plain_step(models[False], rows), loss=1e-4, gradients=2e-3)
+    assert_same(packed(models[True], rows), one_by_one(models[False], rows), loss=1e-4, gradients=2e-3)
 
 
 def test_greedy_answers_are_transformers_own(device: torch.device) -> None:

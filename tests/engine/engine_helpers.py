@@ -139,6 +139,9 @@ class Pair:
     plain: PeftModel
     fast: PeftModel
 
+    def to(self, device: str) -> Pair:
+        return Pair(self.plain.to(device), self.fast.to(device))
+
 
 def make_pair(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, **lora: Any) -> Pair:
     """Both models, by default with one adapter on every linear layer."""
@@ -218,7 +221,7 @@ def _plain_step(model: PeftModel, batches: Sequence[tuple[Tensor, Tensor, Tensor
     model.zero_grad()
     count = sum(int((labels[:, 1:] != IGNORED).sum()) for _, _, labels in batches)
     loss, correct = 0.0, 0
-    for ids, mask, labels in batches:
+    for ids, mask, labels in ([part.to(model.device) for part in batch] for batch in batches):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         wanted = labels[:, 1:]
@@ -236,7 +239,7 @@ def packed(model: PeftModel, rows: Sequence[Encoded], *, share: bool = False) ->
 
 def packed_step(model: PeftModel, batch: dict[str, Tensor]) -> Step:
     model.zero_grad()
-    out = model(**batch)
+    out = model(**{name: part.to(model.device) for name, part in batch.items()})
     loss = out.nll / out.count
     loss.backward()
     return Step(loss.item(), round(out.correct.item()), round(out.count.item()), trained_gradients(model))

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from engine.engine_helpers import LIMIT, SHAPES, Pair, make_pair, windowed
-from helpers import TINY
+from helpers import DEVICE, TINY
 from phinetune.checkpoints.load import load_base
 from phinetune.config.model import ModelSection
 from phinetune.engine import greedy_decode as decoding
@@ -32,7 +32,7 @@ def by_transformers(model: PeftModel, prompts: Sequence[list[int]], limit: int, 
     """New tokens of each prompt, one call a prompt."""
     answers = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -54,7 +54,7 @@ def by_engine(pair: Pair, prompts: Sequence[list[int]], limit: int, stops: set[i
 @pytest.mark.parametrize("shared", [0, 20])
 def test_token_by_token_as_transformers(shape: str, shared: int) -> None:
     """Prompts below, at and past longrope's first limit, answers that cross it, and the window's length."""
-    pair = make_pair(SHAPES[shape]())
+    pair = make_pair(SHAPES[shape]()).to(DEVICE)
     prompts = some_prompts(shared=shared)
     endless = by_transformers(pair.plain, prompts, 24, set())
     assert by_engine(pair, prompts, 24, set()) == endless

@@ -24,6 +24,7 @@ from engine.engine_helpers import (
     qwen2,
     windowed_qwen2,
 )
+from helpers import DEVICE
 from phinetune.engine.activation_memory import LayerSizes, Level
 from phinetune.engine.choice import has_packed_form, model_class
 from phinetune.engine.families import ModelConfig, transformers_class
@@ -103,7 +104,7 @@ def test_half_precision_stays_close(shape: Shape) -> None:
 
 @shapes
 def test_greedy_answers_are_those_of_generate(shape: Shape) -> None:
-    pair = make_pair(shape())
+    pair = make_pair(shape()).to(DEVICE)
     prompts = [row.input_ids for row in make_rows((3, 20, LIMIT - 2, 40))]
     core: Any = pair.fast.get_base_model()
     # Past longrope's limit all keys rotate by other factors. Phi-3's `generate` computes them anew; Llama's keeps the
@@ -111,7 +112,7 @@ def test_greedy_answers_are_those_of_generate(shape: Shape) -> None:
     options: dict[str, Any] = {"use_cache": not rope_limit(core.config), "eos_token_id": 2, "do_sample": False}
     found = decode(core, prompts, stops={2}, limit=8)
     for prompt, answer in zip(prompts, found, strict=True):
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=DEVICE)
         made = pair.plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **options)
         assert answer == made[0, len(prompt) :].tolist()
 

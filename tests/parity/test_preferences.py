@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from helpers import TINY
+from helpers import DEVICE, TINY
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.load import load_base
 from phinetune.config.data import DataSection
@@ -33,7 +33,8 @@ from phinetune.training.objectives.registry import make_objective
 from phinetune.training.reference import with_reference
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-ARGS = {"report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
+ARGS = {"report_to": [], "use_cpu": DEVICE == "cpu", "bf16": False, "gradient_checkpointing": False}
+ARGS["disable_tqdm"] = True
 WORDS = "Count with me, as slowly and as carefully as you can, and never leave a number out. "
 
 
@@ -72,7 +73,7 @@ def ours(kind: str, *, share: bool = True, rows: Sequence[dict[str, Any]] = PAIR
         decides = {"kind": kind, "share": share, "rows": repr([data[i] for i in range(len(data))])}
         data = with_reference(model, data, objective.reference, collate, decides, loaded.tokenizer)
     move(model)
-    row = collate([data[i] for i in range(len(data))])
+    row = {name: part.to(DEVICE) for name, part in collate([data[i] for i in range(len(data))]).items()}
     made = objective.loss(model.train(), row)
     loss = (made.total / made.items).sum()
     loss.backward()
@@ -166,8 +167,8 @@ def test_dpos_reference_and_metrics_are_those_of_trl(dpo: DPOTrainer) -> None:
     dpo._metrics["train"].clear()
     dpo.compute_loss(dpo.model.train(), batch)
     _, _, metrics, references, _ = ours("dpo")
-    torch.testing.assert_close(references["ref_chosen_logps"], torch.as_tensor(chosen), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(references["ref_rejected_logps"], torch.as_tensor(rejected), atol=1e-5, rtol=1e-5)
+    for name, wanted in (("ref_chosen_logps", chosen), ("ref_rejected_logps", rejected)):
+        torch.testing.assert_close(references[name], torch.as_tensor(wanted, device=DEVICE), atol=1e-5, rtol=1e-5)
     theirs = {name: values[-1] for name, values in dpo._metrics["train"].items()}
     assert {name.replace("mean_", "") for name in theirs} - {"num_tokens"} == metrics.keys()
     for name, value in metrics.items():
@@ -205,7 +206,7 @@ def odd_batch(examples: Sequence[Encoded]) -> dict[str, Tensor]:
         batch[f"{side}_labels"] = torch.tensor(
             [[-100] * start + r.input_ids[start:] + [-100] * n for r, n, start in zip(rows, fill, starts, strict=True)]
         )
-    return batch
+    return {name: ids.to(DEVICE) for name, ids in batch.items()}
 
 
 def prompt_of(example: Encoded) -> int:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from engine.engine_helpers import assert_same, make_rows, one_by_one, packed
-from helpers import nf4_checkpoint, tiny_config, train_only
+from helpers import DEVICE, nf4_checkpoint, tiny_config, train_only
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.opened import open_model
 from phinetune.checkpoints.quantize import keep_packing
@@ -41,13 +41,13 @@ def theirs(folder: Path) -> Any:
 
 
 def section_of(folder: Path) -> ModelSection:
-    return ModelSection(path=str(folder), dtype="float32", device="cpu")
+    return ModelSection(path=str(folder), dtype="float32", device=DEVICE)
 
 
 @forms
 def test_logits_are_those_of_transformers(family: str, bits: dict[str, Any], tmp_path: Path) -> None:
     base = nf4_checkpoint(tmp_path / "base", family, **bits)
-    ids = torch.arange(5, 45)[None]
+    ids = torch.arange(5, 45, device=DEVICE)[None]
     with torch.no_grad():
         wanted = theirs(base)(ids).logits
         assert torch.equal(load_base(section_of(base), fast=False).model(ids).logits, wanted)
@@ -80,7 +80,7 @@ def test_a_runs_adapter_loads_in_peft_on_that_very_checkpoint(family: str, chats
     config = tiny_config(chats, tmp_path / "run")
     config.model = section_of(base)
     run = train_only(config)
-    ids = torch.arange(5, 45)[None]
+    ids = torch.arange(5, 45, device=DEVICE)[None]
     with torch.no_grad():
         wanted = PeftModel.from_pretrained(theirs(base), tmp_path / "run").eval()(ids).logits
         torch.testing.assert_close(run.model.eval()(ids).logits, wanted, rtol=1e-4, atol=1e-5)
@@ -115,4 +115,4 @@ def test_products_are_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
         model = load_base(section_of(base).model_copy(update={"dtype": "bfloat16"}), fast=fast).model
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8}
         assert model.model.layers[0].mlp.down_proj.compute_dtype == torch.bfloat16
-        assert model(torch.arange(5, 45)[None]).logits.dtype == torch.bfloat16
+        assert model(torch.arange(5, 45, device=DEVICE)[None]).logits.dtype == torch.bfloat16

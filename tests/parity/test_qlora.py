@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers import tiny_config, train_only, write_jsonl
+from helpers import DEVICE, tiny_config, train_only, write_jsonl
 from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.model import ModelSection
@@ -82,7 +82,12 @@ def test_pairs_over_four_bits_are_those_of_trl(tmp_path: Path, monkeypatch: pyte
     trainer = DPOTrainer(
         loaded.model,
         args=DPOConfig(
-            str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, **settings
+            str(tmp_path / "trl"),
+            report_to=[],
+            use_cpu=DEVICE == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            **settings,
         ),
         train_dataset=Dataset.from_list(pairs),
         processing_class=loaded.tokenizer,

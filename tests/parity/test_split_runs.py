@@ -14,8 +14,8 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from exporting.merge.merge_helpers import IDS, logits
-from helpers import chat, tiny_config, train_only, write_jsonl
+from exporting.merge.merge_helpers import logits
+from helpers import DEVICE, chat, tiny_config, train_only, write_jsonl
 from phinetune.api.evaluate import evaluate
 from phinetune.api.plan import plan_config
 from phinetune.checkpoints.load import load_base, read_config
@@ -36,7 +36,7 @@ PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 def checkpoint(family: str, folder: Path) -> Path:
     """A checkpoint of random weights, biases and norms included."""
-    loaded = load_base(ModelSection(path=f"random:{{model_type: {family}, {SIZES}}}", device="cpu"), fast=False)
+    loaded = load_base(ModelSection(path=f"random:{{model_type: {family}, {SIZES}}}", device=DEVICE), fast=False)
     with torch.no_grad():
         for i, weight in enumerate(loaded.model.parameters()):
             if weight.dim() == 1:
@@ -49,7 +49,7 @@ def checkpoint(family: str, folder: Path) -> Path:
 def config_for(base: Path, out: Path, **model: Any) -> RunConfig:
     rows = [chat(f"{i} and {i}? " + "Please. " * (i % 5), f"{2 * i} " * (1 + i % 3)) for i in range(12)]
     config = tiny_config(write_jsonl(out.with_suffix(".jsonl"), rows), out, max_steps=3)
-    config.model = ModelSection(path=str(base), dtype="float32", device="cpu", **model)
+    config.model = ModelSection(path=str(base), dtype="float32", device=DEVICE, **model)
     return config
 
 
@@ -72,7 +72,7 @@ def test_a_fast_run_is_the_plain_one_and_every_tool_reads_its_adapter(family: st
     untuned = logits(plain)
     wanted = logits(PeftModel.from_pretrained(plain, str(tmp_path / "fast")).eval())
     assert (wanted - untuned).abs().max() > 0.1
-    opened = open_model(tmp_path / "fast", dtype="float32", device="cpu")
+    opened = open_model(tmp_path / "fast", dtype="float32", device=DEVICE)
     torch.testing.assert_close(logits(opened.model), wanted, rtol=1e-4, atol=1e-5)
     merge_run(tmp_path / "fast", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -82,19 +82,19 @@ def test_a_fast_run_is_the_plain_one_and_every_tool_reads_its_adapter(family: st
 
 def test_transformers_own_logits_are_given_to_the_bit_by_the_plain_engine(tmp_path: Path) -> None:
     base = checkpoint("llama", tmp_path / "base")
-    ours = load_base(ModelSection(path=str(base), dtype="float32", device="cpu"), fast=False).model
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+    ours = load_base(ModelSection(path=str(base), dtype="float32", device=DEVICE), fast=False).model
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().to(DEVICE)
+    assert torch.equal(logits(ours), logits(theirs))
 
 
 def test_phi3_and_the_same_model_in_llamas_form_train_alike(tmp_path: Path) -> None:
     """Every part has an adapter of its own in Llama's form, so the runs differ; the base is the same model."""
     llama = checkpoint("llama", tmp_path / "llama")
-    split = load_base(ModelSection(path=str(llama), dtype="float32", device="cpu"), fast=False).model
+    split = load_base(ModelSection(path=str(llama), dtype="float32", device=DEVICE), fast=False).model
     shape = f"random:{{{SIZES}, rms_norm_eps: 1.0e-6, sliding_window: null}}"
-    fused = load_base(ModelSection(path=shape, dtype="float32", device="cpu"), fast=False).model
+    fused = load_base(ModelSection(path=shape, dtype="float32", device=DEVICE), fast=False).model
     fused.load_state_dict(fused_state_dict(split.state_dict()))
-    torch.testing.assert_close(fused(IDS).logits, split(IDS).logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(fused), logits(split), rtol=1e-5, atol=1e-6)
 
 
 def test_either_naming_is_taken_and_an_adapter_of_the_other_form_is_told_how_to_fit(tmp_path: Path) -> None:

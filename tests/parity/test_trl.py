@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from helpers import TINY, train_only, write_jsonl
+from helpers import DEVICE, TINY, train_only, write_jsonl
 from phinetune.checkpoints.load import load_base
 from phinetune.config.model import ModelSection
 from phinetune.config.run import make_config
@@ -53,7 +53,12 @@ def trl_losses(model: Any, tokenizer: Any, rows: list[dict[str, str]], folder: P
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            str(folder), per_device_train_batch_size=batch, report_to=[], use_cpu=True, disable_tqdm=True, **SETTINGS
+            str(folder),
+            per_device_train_batch_size=batch,
+            report_to=[],
+            use_cpu=DEVICE == "cpu",
+            disable_tqdm=True,
+            **SETTINGS,
         ),
         train_dataset=data,
         processing_class=tokenizer,

@@ -81,4 +81,4 @@ def _tie_adapters(model: PeftModel) -> None:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    return model(IDS, use_cache=False).logits.float()
+    return model(IDS.to(model.device), use_cache=False).logits.float().cpu()

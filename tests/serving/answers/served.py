@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from peft import LoraConfig, get_peft_model
 
-from helpers import TINY
+from helpers import DEVICE, TINY
 from phinetune.checkpoints.load import load_base
 from phinetune.config.model import ModelSection
 from phinetune.serving.answers import router
@@ -59,7 +59,7 @@ def serving(
     folder: Path, tiny: ModelSection | None = None, *, adapter: bool = True, gguf: str | None = None, **engine: Any
 ) -> Iterator[Served]:
     """A server while the context lasts."""
-    state = make_state(folder, tiny or ModelSection(path=TINY, dtype="float32", device="cpu"), adapter, gguf)
+    state = make_state(folder, tiny or ModelSection(path=TINY, dtype="float32", device=DEVICE), adapter, gguf)
     app = FastAPI()
     add_handlers(app)
     app.include_router(router(state, **engine))

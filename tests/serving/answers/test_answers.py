@@ -14,7 +14,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from helpers import TINY
+from helpers import DEVICE, TINY
 from phinetune.checkpoints.opened import open_model
 from phinetune.engine.generate import answer_prompts
 from serving.answers.served import TUNED, Served, serving
@@ -33,7 +33,7 @@ def greedy(served: Served) -> dict[str, str]:
     """What `generate` answers, by the model's name."""
     made = {}
     for name, path in (("tiny", TINY), (TUNED, str(served.state.folder / "runs" / "demo"))):
-        opened = open_model(path, dtype="float32", device="cpu")
+        opened = open_model(path, dtype="float32", device=DEVICE)
         prompt = opened.encoder.prompt_ids(opened.encoder.prepare(ASKED))
         made[name] = answer_prompts(opened.model, opened.loaded.tokenizer, [prompt], max_new_tokens=24)[0].text
     return made
@@ -285,7 +285,7 @@ def test_a_model_whose_files_are_gone_or_unfit_is_told(served: Served, tmp_path:
     from phinetune.config.model import ModelSection
     from serving.answers.served import write_adapter
 
-    tiny = ModelSection(path=TINY, dtype="float32", device="cpu")
+    tiny = ModelSection(path=TINY, dtype="float32", device=DEVICE)
     dora = write_adapter(served.state.folder / "runs" / "dora", tiny, use_dora=True)
     served.state.models.add("ft:tiny:phinetune:dora:x", tiny.model_dump(), dora, "ftjob-x")
     with pytest.raises(openai.InternalServerError, match="phinetune merge"):

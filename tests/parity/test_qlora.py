@@ -38,7 +38,9 @@ def losses(folder: Path) -> list[float]:
 def test_losses_are_those_of_the_plain_path(chats: Path, tmp_path: Path, kind: str) -> None:
     fast = trained(chats, tmp_path / "fast", kind, "fast")
     trained(chats, tmp_path / "plain", kind, "plain")
-    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    # On CUDA bitsandbytes multiplies int8 by inputs that it rounds to float16.
+    near = 1e-3 if (kind, DEVICE) == ("int8", "cuda") else 1e-4
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=near)
     assert {p.dtype for p in fast.model.parameters() if p.requires_grad} == {torch.float32}
 
 

@@ -40,7 +40,7 @@ def checkpoint(family: str, folder: Path) -> Path:
     with torch.no_grad():
         for i, weight in enumerate(loaded.model.parameters()):
             if weight.dim() == 1:
-                weight += torch.linspace(-0.3, 0.3, weight.numel()).roll(i)
+                weight += torch.linspace(-0.3, 0.3, weight.numel(), device=weight.device).roll(i)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder

@@ -249,7 +249,8 @@ class _Batch:
     def _step_attention(self) -> _StepAttention:
         window = self.heads.window
         seen = slice(0 if window is None else max(0, self.column + 1 - window), self.column + 1)
-        mask = self.mask[:, None, None, seen] if self.padded else None
+        # Copied: CUDA's attention reads a mask in words, which a window that begins at an odd column would cut.
+        mask = self.mask[:, None, None, seen].contiguous() if self.padded else None
         positions = self.column - self.start
         return _StepAttention(
             self.cache, len(self.live), self.column, seen, mask, self.cos[positions], self.sin[positions]

@@ -5,36 +5,33 @@
 The sizes are those of 1,024 tokens of Phi-3 mini. All forms write into memory that is there already, and each call
 takes other memory than the calls before it, so nothing lies in a cache. The forms take turns; times are medians. Bytes
 are those that must be read and written once; a copy's are counted likewise. `ATEN_CPU_CAPABILITY=avx2` measures another
-instruction set. Writes results/kernels.json and kernels.md, which keep what was measured on other processors.
+instruction set. Writes benchmarks/results/kernels/*.json and kernels.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.machine import machine
+from benchmarks.store import Book, Part, Row
 from phinetune.engine.kernels import cross_entropy, few_rows, norm, rotary, swiglu
 from phinetune.engine.kernels.native.operator import Operator, chosen, native_form
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS, LABELS, WIDTH, MLP, VOCABULARY = 1024, 256, 3072, 8192, 32064
 COLD = 192 << 20  # bytes between two uses of the same memory
 HEADINGS = (
     *("kernel", "dtype", "MB", "torch, ms", "compiled, ms", "native, ms"),
     *("× torch", "× compiled", "GB/s", "of a copy"),
 )
-Row = dict[str, Any]
 Given = tuple[Any, ...]
 
 
@@ -189,36 +186,12 @@ def cells(row: Row) -> list[str]:
     return [row["what"], row["dtype"], f"{row['mb']:.0f}", *ms, *ratios, f"{row['share_of_copy']:.0%}"]
 
 
-def write(rows: list[Row], about: dict[str, Any]) -> None:
-    """results/kernels.json, and kernels.md for people; other processors and instruction sets are kept."""
-    file = RESULTS / "kernels.json"
-    parts = json.loads(file.read_text())["parts"] if file.is_file() else {}
-    parts[f"{about['processor']}, {about['instructions']}, {about['threads']} threads"] = {
-        "machine": about,
-        "rows": rows,
-    }
-    file.write_text(json.dumps({"parts": parts}, indent=1) + "\n")
-    lines = ["# Element-wise kernels", "", "Written by `python -m benchmarks.kernels`, which says how."]
-    for title, part in sorted(parts.items()):
-        m = part["machine"]
-        lines += ["", f"## {title}", ""]
-        lines += [f"Measured {m['date']}, torch {m['torch']}. A copy moves {m['copy_gb_s']:.1f} GB/s.", ""]
-        lines += ["| " + " | ".join(HEADINGS) + " |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in part["rows"]]
-    (RESULTS / "kernels.md").write_text("\n".join(lines) + "\n")
+def meaning(name: str, part: Part) -> str:
+    """What a part of this benchmark is."""
+    return f"The sizes of 1,024 tokens of Phi-3 mini. A copy moves {part['machine']['copy_gb_s']:.1f} GB/s."
 
 
-def machine(threads: int, copies: float) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else "unknown processor",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads,
-        "torch": torch.__version__,
-        "copy_gb_s": copies / 1e9,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+BOOK = Book("kernels", "Element-wise kernels", HEADINGS, cells, meaning, words=HEADINGS[:2])
 
 
 def main() -> None:
@@ -234,17 +207,11 @@ def main() -> None:
     copies = copy_rate(given.rounds)
     names = given.only.split(",")
     rows = [measure(name, kind, given.rounds, copies) for kind in (torch.float32, torch.bfloat16) for name in names]
-    about = machine(given.threads, copies)
-    table = Table(title=f"{about['processor']}, {about['instructions']}; a copy moves {copies / 1e9:.1f} GB/s")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
-    for row in rows:
-        table.add_row(*cells(row))
+    about = {**machine("none"), "threads": given.threads, "copy_gb_s": copies / 1e9}
     console = Console(width=130)
-    console.print(table)
+    console.print(BOOK.table(f"{about['instructions']}; a copy moves {copies / 1e9:.1f} GB/s", rows))
     if names == list(CASES):
-        write(rows, about)
-        console.print(f"Wrote {RESULTS / 'kernels.md'} and kernels.json")
+        console.print(f"Wrote {' and '.join(map(str, BOOK.keep({'operators': {'machine': about, 'rows': rows}})))}")
 
 
 if __name__ == "__main__":

@@ -102,4 +102,5 @@ def measured(machine: Row) -> str:
     if "cuda" in machine:
         where = f"{machine['instructions']} ({machine['device_gb']:.0f} GB), CUDA {machine['cuda']}"
     about = "" if machine["dtype"] in ("none", "auto") else f", {machine['dtype']}"
-    return f"Measured {machine['date']} on {where}{about}."
+    beside = f" Beside it ran {machine['beside']}." if "beside" in machine else ""
+    return f"Measured {machine['date']} on {where}{about}.{beside}"

@@ -16,7 +16,7 @@ from benchmarks.store import RESULTS, Book, Row
 
 BENCHES = (
     *("train", "generate", "data", "plan", "qlora", "waiting", "quick", "device", "startup", "preferences"),
-    *("styles", "attention", "processes", "two_hosts"),
+    *("styles", "attention", "processes", "two_hosts", "kernels"),
 )
 
 

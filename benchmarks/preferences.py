@@ -214,7 +214,9 @@ def cells(row: Row) -> list[str]:
 def meaning(name: str, part: Part) -> str:
     """What a part of this benchmark is."""
     model = f" The model: {part['model']}." if "model" in part else ""
-    return f"DPO on pairs with prompts of about 300 tokens and answers of about 100: one epoch and the reference.{model}"
+    return (
+        f"DPO on pairs with prompts of about 300 tokens and answers of about 100: one epoch and the reference.{model}"
+    )
 
 
 BOOK = Book("preferences", "Preferences: DPO beside TRL's trainer", HEADINGS, cells, meaning)

@@ -12,7 +12,16 @@ import pytest
 import torch
 from transformers import Phi3Config
 
-from phinetune.engine.activation_memory import MAPPED, PLENTY, RESERVE, SLACK, ActivationMemory, LayerSizes, Level
+from phinetune.engine.activation_memory import (
+    MAPPED,
+    PLENTY,
+    PLENTY_SHARED,
+    RESERVE,
+    SLACK,
+    ActivationMemory,
+    LayerSizes,
+    Level,
+)
 from phinetune.engine.device_memory import LIBRARY_SPACE, _groups, _left_in_group, free_bytes, limits
 
 KEEP, CHEAP, LAYER = Level
@@ -160,6 +169,14 @@ def test_auto_keeps_what_is_cheap_only_where_memory_is_plenty() -> None:
     need = memory().needed(1000, [KEEP] * 4)
     assert memory(free=round(need / (1 - RESERVE)) + 2).choose(1000) == [CHEAP] * 4
     assert memory(free=round(need / PLENTY / (1 - RESERVE)) + 10).choose(1000) == [KEEP] * 4
+
+
+def test_memory_that_is_shared_is_never_plenty_beyond_a_fixed_amount() -> None:
+    of = ActivationMemory("auto", SIZES, LAYERS, WIDTH, HUGE, shared=True)
+    tokens = 1000 * PLENTY_SHARED // of.needed(1000, [KEEP] * 4)
+    assert of.choose(tokens - 1000) == memory().choose(tokens - 1000) == [KEEP] * 4
+    assert of.choose(2 * tokens) == [CHEAP] * 4
+    assert memory().choose(2 * tokens) == [KEEP] * 4
 
 
 def test_auto_never_keeps_more_for_more_tokens() -> None:

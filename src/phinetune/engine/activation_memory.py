@@ -17,6 +17,8 @@ RESERVE = 0.15  # the share of the free memory that is left for temporary tensor
 # mini's shape that drops 29% of the activations, and a step takes less than a hundredth more time. If activations take
 # less than this share, there is little to drop, and time is worth more.
 PLENTY = 0.125
+# Where other programs and the files that the system holds share the memory, also no more bytes than this.
+PLENTY_SHARED = 1 << 30
 # The memory that the allocator holds for kept activations, divided by their size. glibc's allocator leaves gaps between
 # tensors of different lengths; benchmarks.plan measures a third. There are no gaps around tensors of at least MAPPED
 # bytes: glibc always maps these by themselves (mallopt(3), M_MMAP_THRESHOLD).
@@ -102,11 +104,15 @@ class ActivationMemory:
         layers: how many layers there are.
         width: bytes per element.
         free: bytes of free memory; `auto` takes what of it is not held in reserve.
+        shared: whether other programs share this memory, as they do a processor's.
     """
 
-    def __init__(self, setting: str | int, sizes: LayerSizes, layers: int, width: int, free: int) -> None:
+    def __init__(
+        self, setting: str | int, sizes: LayerSizes, layers: int, width: int, free: int, *, shared: bool = False
+    ) -> None:
         self.setting, self.sizes, self.layers, self.width = setting, sizes, layers, width
         self.free = int(free * (1 - RESERVE))
+        self.plenty = min(int(self.free * PLENTY), PLENTY_SHARED if shared else self.free)
         self._logged: Sequence[Level] | None = None
 
     def __call__(self, tokens: int) -> list[Level]:
@@ -145,7 +151,7 @@ class ActivationMemory:
     def _fitting(self, tokens: int) -> list[Level]:
         levels = [Level.KEEP] * self.layers
         if not self.sizes.dropout:
-            self._lower(levels, Level.CHEAP, tokens, int(self.free * PLENTY))
+            self._lower(levels, Level.CHEAP, tokens, self.plenty)
         self._lower(levels, Level.LAYER, tokens, self.free)
         return levels
 

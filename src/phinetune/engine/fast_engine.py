@@ -77,6 +77,7 @@ class FastEngine:
             len(decoder.layers),
             decoder.embed_tokens.weight.element_size(),
             _free_share(device) - trained * BYTES_A_TRAINED_PARAMETER,
+            shared=device.type == "cpu",
         )
 
 

@@ -77,7 +77,7 @@ def optimizer_bytes(name: str) -> int:
 
 
 def predict(
-    sizes: Sizes, step: MicroBatch, setting: str | int, dropout: bool, optimizer: str, free: int
+    sizes: Sizes, step: MicroBatch, setting: str | int, dropout: bool, optimizer: str, free: int, shared: bool = False
 ) -> tuple[Parts, list[Level]]:
     """The memory of a step by part, and what each layer keeps. The engine itself will choose the same.
 
@@ -86,6 +86,7 @@ def predict(
         dropout: whether LoRA dropout is on.
         optimizer: its name.
         free: bytes that the run may take.
+        shared: whether other programs share the memory, as they do a processor's.
     """
     vocabulary, hidden, width = sizes.config.vocab_size, sizes.config.hidden_size, sizes.width
     layers = ActivationMemory(
@@ -94,6 +95,7 @@ def predict(
         sizes.config.num_hidden_layers,
         width,
         free - sizes.weights - sizes.trainable * BYTES_A_TRAINED_PARAMETER,
+        shared=shared,
     )
     levels = layers.choose(step.tokens)
     chunk = min(step.labels, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary

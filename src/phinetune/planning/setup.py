@@ -75,7 +75,9 @@ class Setup:
         steps = count_steps(self.lengths, self.args, self.config.data.streaming)
         batch = MicroBatch(steps.largest, self.objective.labels(steps.largest, self.share))
         setting, dropout = self.config.engine.activation_memory, bool(self.settings.peft.get("lora_dropout"))
-        return Need(sizes, steps, *predict(sizes, batch, setting, dropout, optimizer_name(self.args), self.free))
+        shared = pick_device(self.config.model.device).type == "cpu"
+        name = optimizer_name(self.args)
+        return Need(sizes, steps, *predict(sizes, batch, setting, dropout, name, self.free, shared))
 
     def changed(self, changes: dict[str, Any]) -> Setup:
         """The run with other values for keys such as `training_config.max_length`. Longer rows count as cut to it.

@@ -14,7 +14,7 @@ import pytest
 from helpers import tiny_config
 from phinetune.errors import RunError
 from phinetune.manifest import write_manifest
-from phinetune.run_folder import RESUMABLE, RunFolder, told_changes
+from phinetune.run_folder import DEEPSPEED, OPTIMIZER, RESUMABLE, RunFolder, told_changes
 
 FILES = (*RESUMABLE, "rng_state.pth")
 
@@ -73,6 +73,17 @@ def test_only_whole_checkpoints_count_and_the_newest_is_resumed(tmp_path: Path) 
     (folder.path / "checkpoint-100" / RESUMABLE[-1]).unlink()
     assert [p.name for p in folder.checkpoints()] == ["checkpoint-9", "checkpoint-10"]
     assert folder.checkpoint_to_resume() == folder.path / "checkpoint-10"
+
+
+def test_what_deepspeeds_optimizer_knows_lies_elsewhere(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", checkpoints=(4, 8))
+    newest = folder.path / "checkpoint-8"
+    (newest / OPTIMIZER).unlink()
+    write_manifest(newest)
+    assert folder.checkpoint_to_resume() == folder.path / "checkpoint-4"
+    (newest / DEEPSPEED).write_text("global_step8")
+    write_manifest(newest)
+    assert folder.checkpoint_to_resume() == newest
 
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ REPORT = "report.html"
 MARK = "# A run of phinetune, its configuration with every value in force.\n"
 ADAPTER = "adapter_model.safetensors"
 # The files that a run needs to go on from a checkpoint. A checkpoint gets its name in one rename, when it is complete.
-RESUMABLE = (ADAPTER, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+OPTIMIZER = "optimizer.pt"
+RESUMABLE = (ADAPTER, OPTIMIZER, "scheduler.pt", "trainer_state.json")
+DEEPSPEED = "latest"  # names the folder in which DeepSpeed keeps what its optimizer knows, in place of OPTIMIZER
 RANDOM = "rng_state*.pth"  # one for each process; without it a run goes on with other numbers
 OWN_FILES = (
     CONFIG,
@@ -357,7 +359,8 @@ def told_changes(changed: Sequence[Mapping[str, Any]] | None) -> list[str]:
 
 def _lacking(checkpoint: Path) -> list[str]:
     """The files that a checkpoint lacks to be gone on from."""
-    lacking = [name for name in RESUMABLE if not (checkpoint / name).is_file()]
+    elsewhere = [OPTIMIZER] if (checkpoint / DEEPSPEED).is_file() else []
+    lacking = [name for name in RESUMABLE if name not in elsewhere and not (checkpoint / name).is_file()]
     return lacking if any(checkpoint.glob(RANDOM)) else [*lacking, RANDOM.replace("*", "")]
 
 

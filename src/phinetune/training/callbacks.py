@@ -165,7 +165,7 @@ class GradientCheck(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        if self._checked:
+        if self._checked or args.deepspeed:  # DeepSpeed has taken the step by now, and let the gradients go
             return
         self._checked = True
         grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]

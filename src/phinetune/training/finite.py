@@ -73,6 +73,8 @@ class FiniteSteps(TrainerCallback):
             return  # the loss scaler notices by itself, and applies nothing
         self.skipped.append(step)
         found = f"the gradients' norm became {self._norm}" if self._loss is None else f"the loss became {self._loss}"
+        if args.deepspeed:
+            raise NotFiniteError(self._told(f"{found} at step {step}, which DeepSpeed has applied, so the run stopped"))
         if not self.skips:
             raise NotFiniteError(self._told(f"{found} at step {step}, so nothing was applied and the run stopped"))
         check_finite(model, f"before step {step}", self._told)

@@ -24,6 +24,7 @@ from phinetune.checkpoints.named_modules import resolve_names, told_split
 from phinetune.errors import ConfigError, reason_of, told_as
 from phinetune.training.auto_settings import AUTO, AUTO_PEFT, AUTO_TRAINING, LENGTH_CAP, RACE
 from phinetune.training.checked_keys import checked
+from phinetune.training.deepspeed import wrong_with_deepspeed
 from phinetune.training.hub_wish import HubWish, take_wish
 from phinetune.training.idle_keys import IDLE_PEFT, IDLE_TRAINING, NEEDS_PEFT, NEEDS_TRAINING, leave_out_idle, overruled
 from phinetune.training.retired_keys import (
@@ -163,8 +164,7 @@ def _read_training(given: Mapping[str, Any], problems: list[str], notes: list[st
     training = checked("training_config", SFTConfig, active, RETIRED_TRAINING.keys(), problems)
     notes += overruled(training)
     _optimizer(training, problems, notes)
-    if training.get("deepspeed") and not find_spec("deepspeed"):
-        problems.append("training_config.deepspeed: deepspeed is not installed; pip install deepspeed")
+    problems += wrong_with_deepspeed(training.get("deepspeed"))
     if training.get("learning_rate") == 0:
         notes.append("training_config: `learning_rate: 0` leaves the adapter as it begins")
     return training

@@ -46,10 +46,14 @@ def test_kubeflows_own_models_take_the_train_job() -> None:
     assert tree["spec"]["trainer"].keys() <= known
 
 
-def test_skypilots_own_parser_takes_the_task() -> None:
-    sky = pytest.importorskip("sky", reason="skypilot is not installed")
-    task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
-    assert task.num_nodes == 2
+def test_skypilots_own_schemas_take_the_task() -> None:
+    """Its parser would also ask the network for the clouds' catalogues."""
+    schemas = pytest.importorskip("sky.utils.schemas", reason="skypilot is not installed")
+    tree, check = read("skypilot.yaml"), pytest.importorskip("sky.utils.common_utils").validate_schema
+    check(tree, schemas.get_task_schema(), "skypilot.yaml: ")
+    check(tree["resources"], schemas.get_resources_schema(), "skypilot.yaml: ")
+    with pytest.raises(ValueError, match="num_node"):
+        check({**tree, "num_node": 2}, schemas.get_task_schema(), "skypilot.yaml: ")
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "trainjob.yaml", "skypilot.yaml"])

@@ -35,8 +35,8 @@ CARD = "README.md"
 REPORT = "report.html"
 MARK = "# A run of phinetune, its configuration with every value in force.\n"
 ADAPTER = "adapter_model.safetensors"
-# The files that a run needs to go on from a checkpoint. A checkpoint gets its name in one rename, when it is complete.
 OPTIMIZER = "optimizer.pt"
+# The files that a run needs to go on from a checkpoint. A checkpoint gets its name in one rename, when it is complete.
 RESUMABLE = (ADAPTER, OPTIMIZER, "scheduler.pt", "trainer_state.json")
 DEEPSPEED = "latest"  # names the folder in which DeepSpeed keeps what its optimizer knows, in place of OPTIMIZER
 RANDOM = "rng_state*.pth"  # one for each process; without it a run goes on with other numbers

@@ -53,6 +53,12 @@ def test_the_ways_train_on_the_same_weights_and_rows(measured: Any) -> None:
     assert ours["last_loss"] == pytest.approx(theirs["last_loss"], rel=1e-3)
     assert ours["times"] == pytest.approx(theirs["step_seconds"] / ours["step_seconds"])
     assert liger == {"what": "TRL + Liger", "failed": "liger-kernel is not installed"}
+    default, _, ours = parts["dpo"]["rows"]
+    assert ours["first_loss"] == pytest.approx(default["first_loss"], rel=1e-3)
+    assert ours["times"] == pytest.approx(default["step_seconds"] / ours["step_seconds"])
+    theirs, ours = parts["answers"]["rows"]
+    assert ours["tokens"] == theirs["tokens"] == sum(device.TINY_AT_ONCE) * device.TINY_ANSWER
+    assert ours["times"] == pytest.approx(theirs["seconds"] / ours["seconds"])
     (nf4,) = parts["nf4"]["rows"]
     assert "bitsandbytes is not installed" in nf4["failed"]
 

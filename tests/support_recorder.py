@@ -1,6 +1,6 @@
 """`pytest --support-matrix FILE` runs the tests that support_claims.yaml names, alone, and writes how each ended.
 
-Where there is a CUDA device, a test counts if it used it.
+Where there is a CUDA device, a test counts if it used it, or failed.
 
 `python tools/write_docs.py --support FILE` makes docs/reference/support.md of it.
 """
@@ -49,7 +49,8 @@ class SupportRecorder:
                 item.user_properties.append((ON_CUDA, True))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if torch.cuda.is_available() and ON_CUDA not in dict(report.user_properties):
+        used = not torch.cuda.is_available() or ON_CUDA in dict(report.user_properties)
+        if not used and report.outcome != "failed":
             return
         if report.when != "call" and report.outcome == "passed":
             return

@@ -17,8 +17,8 @@ class EngineSection(Section):
     )
     activation_memory: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="what is recomputed in the backward to save memory: auto (as little as fits the free memory), "
-        "none, all layers, or the first N layers",
+        description="what is recomputed in the backward to save memory: auto (as little as fits the free memory; "
+        "on a processor the cheap parts of what is beyond 1 GiB, too), none, all layers, or the first N layers",
     )
     share_prefixes: bool = Field(True, description="compute a beginning that chats of a step share only once")
     compile: bool = Field(

@@ -74,7 +74,8 @@ class FiniteSteps(TrainerCallback):
         self.skipped.append(step)
         found = f"the gradients' norm became {self._norm}" if self._loss is None else f"the loss became {self._loss}"
         if args.deepspeed:
-            raise NotFiniteError(self._told(f"{found} at step {step}, which DeepSpeed has applied, so the run stopped"))
+            told = f"{found} at step {step}, which DeepSpeed has applied, so the run stopped"
+            raise NotFiniteError(self._told(told, may_skip=False))
         if not self.skips:
             raise NotFiniteError(self._told(f"{found} at step {step}, so nothing was applied and the run stopped"))
         check_finite(model, f"before step {step}", self._told)
@@ -96,9 +97,9 @@ class FiniteSteps(TrainerCallback):
         """
         check_finite(model, f"after step {step}", self._told)
 
-    def _told(self, found: str) -> str:
+    def _told(self, found: str, may_skip: bool = True) -> str:
         starts = " | ".join(repr(self.begins(row[:SHOWN_TOKENS])) for row in self._rows[:SHOWN_ROWS])
-        skip = "" if self.skips else "; engine.on_nonfinite: skip leaves such steps out"
+        skip = "" if self.skips or not may_skip else "; engine.on_nonfinite: skip leaves such steps out"
         rows = f". The step's rows began: {starts}" if starts else ""
         return f"{found}; earlier checkpoints are kept. {REMEDIES}{skip}{rows}"
 

@@ -70,18 +70,18 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gradient", [0.0, 1e-9])
-def test_an_adapter_without_gradient_is_noticed_at_the_first_step(gradient: float) -> None:
+def test_an_adapter_without_gradient_is_noticed_at_the_first_step(gradient: float, tmp_path: Path) -> None:
     """LoRA's B starts at zero and so A has no gradient yet: one tensor with any is enough."""
     model = torch.nn.Linear(2, 2)
     model.weight.grad, model.bias.grad = torch.zeros(2, 2), torch.full((2,), gradient)
-    check = GradientCheck()
+    check, args = GradientCheck(), TrainingArguments(str(tmp_path), use_cpu=True)
     if gradient:
-        check.on_pre_optimizer_step(None, None, None, model=model)  # type: ignore[arg-type]
+        check.on_pre_optimizer_step(args, None, None, model=model)  # type: ignore[arg-type]
         model.bias.grad.zero_()  # later steps are not looked at
-        check.on_pre_optimizer_step(None, None, None, model=model)  # type: ignore[arg-type]
+        check.on_pre_optimizer_step(args, None, None, model=model)  # type: ignore[arg-type]
     else:
         with pytest.raises(RunError, match="all zero at the first step"):
-            check.on_pre_optimizer_step(None, None, None, model=model)  # type: ignore[arg-type]
+            check.on_pre_optimizer_step(args, None, None, model=model)  # type: ignore[arg-type]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(chats: Path, tmp_path: Path) -> None:

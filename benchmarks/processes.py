@@ -36,7 +36,7 @@ BOOK = Book(
     lambda row: [row["name"], f"{row['tokens_per_s']:.0f}", f"{row['times']:.2f}"],
     lambda name, part: (
         f"{part['model']}, {part['steps']} steps of {ROWS} rows, each process on one core; the median of "
-        f"{part['repeats']} runs. The bar is {BAR} times."
+        f"{part['repeats']} pairs of runs. The bar is {BAR} times."
     ),
     words=("",),
 )
@@ -88,10 +88,14 @@ def measured(model: str, steps: int, repeats: int) -> Part:
         for processes, speeds in found.items():
             speeds.append(train(model, steps, processes))
             print(f"{processes}: {speeds[-1]:.0f} tokens/s", file=sys.stderr)
-    middle = {processes: statistics.median(speeds) for processes, speeds in found.items()}
     rows: list[Row] = [
-        {"name": f"{n} process{'es' * (n > 1)}", "tokens_per_s": middle[n], "times": middle[n] / middle[1], "all": all_}
-        for n, all_ in found.items()
+        {
+            "name": f"{n} process{'es' * (n > 1)}",
+            "tokens_per_s": statistics.median(speeds),
+            "times": statistics.median(speed / one for speed, one in zip(speeds, found[1], strict=True)),
+            "all": speeds,
+        }
+        for n, speeds in found.items()
     ]
     return {"machine": machine("auto"), "model": model, "steps": steps, "repeats": repeats, "rows": rows}
 

@@ -28,6 +28,19 @@ def test_each_process_gets_alike_many_tokens_in_a_step() -> None:
     assert max(batches) == 1010  # the longest row has the shortest one beside it
 
 
+def test_rows_change_places_where_dealing_the_longest_first_leaves_a_gap() -> None:
+    lengths, shape = np.array([8, 7, 6, 5, 4, 2]), StepShape(3, 2, 1)  # dealt: 8, 5, 4 and 7, 6, 2
+    order = balanced(range(6), lengths, shape)
+    assert sorted(int(lengths[rows].sum()) for rows in of_processes(order, shape)) == [16, 16]
+
+
+def test_the_fullest_of_many_processes_has_little_more_than_the_mean() -> None:
+    lengths, shape = np.random.default_rng(0).integers(10, 400, 64), StepShape(2, 16, 2)
+    order = balanced(range(64), lengths, shape)
+    found = [int(lengths[rows].sum()) for rows in of_processes(order, shape)]
+    assert max(found) <= 1.01 * sum(found) / 16  # dealt alone: 1.04
+
+
 @given(
     st.lists(st.integers(1, 400), min_size=1, max_size=60),
     st.integers(1, 4),

@@ -6,6 +6,7 @@ computes which row. Each step has the rows that it would have anyway, in another
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+CLOSE = 1.002  # times the mean: when the longest share is no longer, no more rows change places
 Lengths = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
@@ -46,7 +48,8 @@ def balanced(rows: Sequence[int], lengths: Lengths, shape: StepShape) -> list[in
     """The rows of a step in an order in which the processes get alike many tokens, and so do their micro-batches.
 
     The processes take micro-batches in turn. Long rows are dealt first, each to the process that has the fewest tokens
-    and room for it (Graham 1969, longest processing time first); within a process so again to its micro-batches.
+    and room for it (Graham 1969, longest processing time first). Then rows change places in pairs for as long as that
+    makes the longest share shorter. Within a process so again for its micro-batches.
     Rows that fill no micro-batch for every process stay where they are.
 
     Args:
@@ -65,14 +68,31 @@ def balanced(rows: Sequence[int], lengths: Lengths, shape: StepShape) -> list[in
 
 
 def _dealt(rows: Sequence[int], lengths: Lengths, hands: int, room: int) -> list[list[int]]:
-    """Rows dealt out to so many hands, each with room for so many; the hands with the most tokens first."""
+    """Rows dealt out to so many hands, as many to each as it has room for; the hands with the most tokens first."""
     dealt: list[list[int]] = [[] for _ in range(hands)]
-    tokens = [0] * hands
+    waiting = [(0, hand) for hand in range(hands)]  # a heap of those with room: their tokens, and which hand it is
     for row in sorted(rows, key=lambda row: -int(lengths[row])):
-        hand = min((i for i in range(hands) if len(dealt[i]) < room), key=lambda i: (tokens[i], i))
+        tokens, hand = heapq.heappop(waiting)
         dealt[hand].append(row)
-        tokens[hand] += int(lengths[row])
-    return dealt
+        if len(dealt[hand]) < room:
+            heapq.heappush(waiting, (tokens + int(lengths[row]), hand))
+    return _exchanged(np.array(dealt), lengths)
+
+
+def _exchanged(dealt: np.ndarray[tuple[int, int], np.dtype[np.int64]], lengths: Lengths) -> list[list[int]]:
+    """Hands, shape (hands, room), after exchanges of two rows; each takes some tokens from the hand with the most.
+
+    Both of its hands have fewer tokens after it than that one had before, so that exchanges come to an end.
+    """
+    while (tokens := lengths[dealt].sum(1)).max() > CLOSE * tokens.mean():
+        most = int(tokens.argmax())
+        gaps = lengths[dealt[most]][:, None, None] - lengths[dealt]  # tokens that go over: (room, hands, room)
+        fuller = np.maximum(tokens[most] - gaps, tokens[:, None] + gaps)  # of the two hands after the exchange
+        own, hand, other = np.unravel_index(fuller.argmin(), fuller.shape)
+        if fuller[own, hand, other] >= tokens[most]:
+            break
+        dealt[most, own], dealt[hand, other] = dealt[hand, other], dealt[most, own]
+    return dealt.tolist()
 
 
 class WithinSteps(Sampler[int]):

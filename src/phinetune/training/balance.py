@@ -68,7 +68,7 @@ def balanced(rows: Sequence[int], lengths: Lengths, shape: StepShape) -> list[in
 
 
 def _dealt(rows: Sequence[int], lengths: Lengths, hands: int, room: int) -> list[list[int]]:
-    """Rows dealt out to so many hands, as many to each as it has room for; the hands with the most tokens first."""
+    """Rows dealt out to so many hands, as many to each as it has room for, of alike many tokens."""
     dealt: list[list[int]] = [[] for _ in range(hands)]
     waiting = [(0, hand) for hand in range(hands)]  # a heap of those with room: their tokens, and which hand it is
     for row in sorted(rows, key=lambda row: -int(lengths[row])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from helpers import SHARED, TINY
 from phinetune.checkpoints import device as device_module
+from phinetune.checkpoints import load as load_module
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import Loaded, load_base, read_config
 from phinetune.config.model import ModelSection
@@ -75,6 +77,46 @@ def test_the_legacy_rope_type_su_is_longrope(folder: Path) -> None:
     config = load_base(ModelSection(path=str(folder))).model.config
     assert config.rope_parameters["rope_type"] == "longrope"
     assert config.rope_parameters["long_factor"] == [2.0] * 4
+
+
+def kinds(model: Any) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters()}
+
+
+@pytest.fixture
+def half_files(folder: Path, tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> ModelSection:
+    """The tiny model in bfloat16, on a machine that reads such weights as they lie, whether or not this is one."""
+    copy.deepcopy(tiny.model).bfloat16().save_pretrained(folder)
+    monkeypatch.setattr(load_module.few_rows, "reads_half", lambda: True)
+    return ModelSection(path=str(folder), dtype="float32", device="cpu")
+
+
+def test_weights_of_bfloat16_files_stay_so_to_answer(half_files: ModelSection) -> None:
+    half, whole = (load_base(half_files, half_stays=stays).model for stays in (True, False))
+    assert (kinds(half), kinds(whole)) == ({torch.float32, torch.bfloat16}, {torch.float32})
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, half.get_parameter(name).float())
+    assert torch.equal(half.model.rotary_emb.original_inv_freq, whole.model.rotary_emb.original_inv_freq)
+
+
+def test_where_a_weight_would_be_rounded_none_stays_in_half(half_files: ModelSection, tiny: Loaded) -> None:
+    for kind in (torch.float16, torch.float32):
+        copy.deepcopy(tiny.model).to(kind).save_pretrained(half_files.path)
+        assert kinds(load_base(half_files, half_stays=True).model) == {torch.float32}
+    model: Any = copy.deepcopy(tiny.model).bfloat16()
+    model.model.layers[1].mlp.down_proj.float()
+    model.save_pretrained(half_files.path)
+    assert kinds(load_base(half_files, half_stays=True).model) == {torch.float32}
+
+
+def test_other_products_and_other_processors_have_their_weights_as_ever(
+    half_files: ModelSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("bfloat16", "float16"):
+        section = half_files.model_copy(update={"dtype": kind})
+        assert kinds(load_base(section, half_stays=True).model) == {getattr(torch, kind)}
+    monkeypatch.setattr(load_module.few_rows, "reads_half", lambda: False)
+    assert kinds(load_base(half_files, half_stays=True).model) == {torch.float32}
 
 
 def test_stop_ids_that_a_checkpoint_forgot_are_added(folder: Path) -> None:

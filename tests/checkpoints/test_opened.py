@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from helpers import tiny_config, train_only
 from phinetune.api.held_out import held_out_chats
+from phinetune.checkpoints import load as load_module
+from phinetune.checkpoints.load import Loaded
 from phinetune.checkpoints.opened import open_model, opened_config
 from phinetune.errors import ModelError
 from phinetune.exporting.merge.merged import open_merged
@@ -43,3 +48,24 @@ def test_an_adapter_on_a_base_that_makes_no_model_is_refused_in_a_sentence(
     file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_act": "swish9"}))
     with pytest.raises(ModelError, match=r"no model can be made of it: .*swish9"):
         open_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("peft", "stays"),
+    [({}, True), ({"use_dora": True}, False), ({"init_lora_weights": "pissa"}, True)],  # saved is an update that adds
+    ids=["lora", "dora", "pissa"],
+)
+def test_a_base_lies_in_half_under_an_adapter_that_only_adds_to_it(
+    tiny: Loaded, folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peft: Any, stays: bool
+) -> None:
+    copy.deepcopy(tiny.model).bfloat16().save_pretrained(folder)
+    monkeypatch.setattr(load_module.few_rows, "reads_half", lambda: True)
+    config = tiny_config(chats, tmp_path / "run", max_steps=1)
+    config.model.path, config.model.dtype = str(folder), "float32"
+    config.peft_config |= peft
+    train_only(config)
+    for half_stays in (True, False):
+        model = open_model(tmp_path / "run", half_stays=half_stays).model
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        assert (torch.bfloat16 in kinds) == (stays and half_stays)
+        assert torch.float32 in kinds

@@ -79,7 +79,7 @@ def chat(
     sampling = Sampling(temperature, top_p, top_k)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: {max_new_tokens} is not 1 or more")
-    opened = open_model(path, opened_config(path, **model_options))
+    opened = open_model(path, opened_config(path, **model_options), half_stays=True)
     if seed is not None:
         torch.manual_seed(seed)
     return Conversation(opened, sampling, max_new_tokens, system)

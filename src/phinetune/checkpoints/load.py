@@ -25,11 +25,13 @@ from phinetune.checkpoints.prequantized import as_it_is, held_as, own_form
 from phinetune.checkpoints.quantize import cast_others, keep_packing, kind_of, quantization_config, scales_of
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.tokenizer_files import check_template, check_tokenizer_files, check_vocabulary
-from phinetune.checkpoints.weight_files import fingerprint, lazy_tensors
+from phinetune.checkpoints.weight_files import fingerprint, held_tensors, lazy_tensors
 from phinetune.checkpoints.whole import check_numbers, check_whole
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import model_class
 from phinetune.engine.families import ModelConfig
+from phinetune.engine.half_linear import lie_in_half
+from phinetune.engine.kernels import few_rows
 from phinetune.errors import ModelError, first_line, reason_of, told_as
 
 logger = logging.getLogger(__name__)
@@ -81,13 +83,21 @@ class Loaded:
     device: torch.device
 
 
-def load_base(section: ModelSection, *, fast: bool = True, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
+def load_base(
+    section: ModelSection,
+    *,
+    fast: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    half_stays: bool = False,
+) -> Loaded:
     """Load the model that `section` names and move it to its device. The model is in evaluation mode.
 
     Args:
         fast: load it as the class of `phinetune.engine.phi3`, which takes packed rows too, if that class supports this
             model's configuration.
         tokenizer: its tokenizer, if `open_tokenizer` has loaded it already.
+        half_stays: if the files are in bfloat16 and products in float32, let the weights of linear layers lie in
+            bfloat16 (`engine.half_linear`). Such a model answers; merged, it would be rounded.
 
     Raises:
         ModelError: the model can't be found or is of another family; its files are damaged, its weights are pickled,
@@ -100,11 +110,12 @@ def load_base(section: ModelSection, *, fast: bool = True, tokenizer: PreTrained
         model, base = _load_random(section, dtype, fast, device)
         tokenizer = tokenizer or load_tokenizer(section, base, random_shapes.parse_shape(section.path))
     else:
-        model, base, tokenizer = _load_checkpoint(section, dtype, fast, device, tokenizer)
+        model, base, tokenizer = _load_checkpoint(section, dtype, fast, device, tokenizer, half_stays)
     model.generation_config = with_stop_ids(model.generation_config, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
     kind = kind_of(model)
-    precision = str(dtype) if kind == "none" else f"{kind}, products in {dtype}"
+    held = str(model.get_output_embeddings().weight.dtype) if kind == "none" else kind
+    precision = held if held == str(dtype) else f"{held}, products in {dtype}"
     logger.info("model %s: %s on %s, attention %s", base.path, precision, device, section.attn_implementation)
     if kind == "none":
         model.to(device)  # type: ignore[arg-type]
@@ -132,6 +143,7 @@ def _load_checkpoint(
     fast: bool,
     device: torch.device,
     tokenizer: PreTrainedTokenizerBase | None,
+    half_stays: bool,
 ) -> tuple[PreTrainedModel, Base, PreTrainedTokenizerBase]:
     """Model, base and tokenizer of a checkpoint. All that is small is read and checked before the weights."""
     folder, revision = find_folder(section.path, section.revision)
@@ -140,12 +152,22 @@ def _load_checkpoint(
     check_checkpoint(folder, config)
     base = base_in(folder, section.path, revision)
     tokenizer = tokenizer or load_tokenizer(section, base, config)
-    model = _read_model(folder, config, section, dtype, fast, device)
+    stays = half_stays and section.quantization == "none" and _can_stay_half(folder, dtype, device)
+    model = _read_model(folder, config, section, torch.bfloat16 if stays else dtype, fast, device)
+    if stays:
+        lie_in_half(model)
     check_numbers([*model.named_parameters(), *scales_of(model)], str(folder))
     # PEFT writes this name into adapter_config.json. A hub id must stay there, not this machine's cache folder.
     name = section.path if revision else str(folder)
     model.config._name_or_path = model.name_or_path = name
     return model, base, tokenizer
+
+
+def _can_stay_half(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights can lie in bfloat16 without a loss under products in `dtype`, and are read fast so."""
+    if dtype != torch.float32 or device.type != "cpu" or not few_rows.reads_half():
+        return False
+    return all(tensor.dtype == "BF16" for tensor in held_tensors(folder).values())
 
 
 def read_shape(section: ModelSection) -> ModelConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from phinetune.chats.encoder import ChatEncoder, make_encoder
 from phinetune.chats.tagged_text import tags_of
@@ -20,6 +20,7 @@ from phinetune.checkpoints.small_files import what_to_do
 from phinetune.checkpoints.untouched import base_again, untouched_base
 from phinetune.config.model import ModelSection
 from phinetune.config.run import RunConfig, make_config
+from phinetune.engine.peft_variants import moves_the_base, not_converted
 from phinetune.errors import ModelError
 from phinetune.logs import quiet_libraries
 from phinetune.run_folder import CONFIG, RunFolder
@@ -50,13 +51,16 @@ class Opened:
         return base_again(self.model, self.loaded, self.config.model)
 
 
-def open_model(path: str | Path, config: RunConfig | None = None, **model_options: Any) -> Opened:
+def open_model(
+    path: str | Path, config: RunConfig | None = None, *, half_stays: bool = False, **model_options: Any
+) -> Opened:
     """Open a run, an adapter folder, or anything that `model.path` takes.
 
     A run keeps the data settings that it was trained with.
 
     Args:
         config: what `opened_config` returned for `path`. None: it is read now.
+        half_stays: see `load_base`; an adapter that does more than add to its base has its base as ever.
         model_options: keys of the section `model` that replace the recorded ones (`device`, `dtype`, …).
 
     Raises:
@@ -67,11 +71,17 @@ def open_model(path: str | Path, config: RunConfig | None = None, **model_option
     folder = peft_folder(path)
     # An adapter that can't be used is told before the base is loaded.
     adapter = usable_adapter(folder, config.model) if is_adapter(folder) else None
-    loaded = load_base(config.model, fast=config.engine.kind == "fast")
+    is_fast = config.engine.kind == "fast"
+    loaded = load_base(config.model, fast=is_fast, half_stays=half_stays and is_fast and _only_adds(adapter))
     data = config.data
     encoder = make_encoder(loaded.tokenizer, data.loss_on, data.system, tags_of(data))
     model = attach_adapter(loaded, folder, adapter) if adapter else loaded.model
     return Opened(loaded, model, encoder, config)
+
+
+def _only_adds(adapter: LoraConfig | None) -> bool:
+    """Whether the base's own weights are read and nothing else: s · B A is added to what they give."""
+    return adapter is None or not (moves_the_base(vars(adapter)) or not_converted(vars(adapter)))
 
 
 def opened_config(path: str | Path, **model_options: Any) -> RunConfig:

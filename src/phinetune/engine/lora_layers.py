@@ -10,8 +10,10 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
+from phinetune.engine.half_linear import HalfLinear
 from phinetune.engine.kernels.matmul import BlockReader, linear
 from phinetune.engine.side_by_side import SideBySide
+from phinetune.errors import ModelError
 from phinetune.lora.functional import Projection, lora_linear
 
 
@@ -32,6 +34,19 @@ class FusedLinear(Linear):
         a: Any = self.lora_A[name].weight
         b: Any = self.lora_B[name].weight
         return lora_linear(x, base.weight, base.bias, a, b, self.scaling[name], dropped(self, name, x))
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge as PEFT does.
+
+        Raises:
+            ModelError: the sums would be rounded, since the base lies in bfloat16.
+        """
+        if isinstance(self.base_layer, HalfLinear):
+            raise ModelError(
+                "this model was opened to answer, with its base in bfloat16, and merged weights would be rounded; "
+                "merge with `phinetune merge`, or take the model that `phinetune.load` gives"
+            )
+        super().merge(*args, **kwargs)
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
         """What the forward computes for a row of `dtype`, to be called outside of a graph; None if it can't be."""

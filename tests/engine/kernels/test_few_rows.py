@@ -27,13 +27,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     if not chosen():
         pytest.skip("no native kernels on this machine: the log says why")
     found: list[int] = []
-    native = operator.native_form("few_rows")
 
-    def run(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        found.append(len(x))
-        native(x, weight, out)
+    def counted(name: str) -> Any:
+        native = operator.native_form(name)
 
-    forms = {**chosen(), **{("few_rows", kind): run for kind in operator.DTYPES}}
+        def run(x: Tensor, weight: Tensor, out: Tensor) -> None:
+            found.append(len(x))
+            native(x, weight, out)
+
+        return run
+
+    names = ("few_rows", "few_rows_of_half")
+    forms = {**chosen(), **{(name, kind): counted(name) for name in names for kind in operator.DTYPES}}
     monkeypatch.setattr(operator, "chosen", lambda: forms)
     monkeypatch.setattr(matmul, "is_slower_than_float32", lambda dtype: True)
     return found

@@ -48,18 +48,35 @@ def takes(x: Tensor, weight: Tensor, most: int) -> bool:
     """
     if not _here.steps or not 0 < len(x) <= most or torch.is_grad_enabled() or x.device.type != "cpu":
         return False
-    return x.dtype == weight.dtype and weight.stride(-1) == 1 and _few_rows.is_native(x)
+    operator = _operator(x.dtype, weight.dtype)
+    return operator is not None and weight.stride(-1) == 1 and operator.is_native(x)
+
+
+def reads_half() -> bool:
+    """Whether products of float32 read a weight that lies in bfloat16 as it lies: half the memory, the same numbers."""
+    return _few_rows_of_half.is_native(torch.empty(0))
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """`x Wᵀ`, shape (rows, out), for x of shape (rows, in) and a weight of shape (out, in)."""
-    out = x.new_empty(len(x), len(weight))
-    _few_rows(rows_of(x), weight, out)
+    """`x Wᵀ`, shape (rows, out) in x's dtype, for x of shape (rows, in) and a weight of shape (out, in).
+
+    The weight is in x's dtype, or in bfloat16 where x is in float32.
+    """
+    out, operator = x.new_empty(len(x), len(weight)), _operator(x.dtype, weight.dtype)
+    assert operator is not None, (x.dtype, weight.dtype)
+    operator(rows_of(x), weight, out)
     return out
 
 
+def _operator(dtype: torch.dtype, held: torch.dtype) -> Operator | None:
+    """The operator for x of a dtype and a weight that is held in another or in the same; None if there is none."""
+    if held == dtype:
+        return _few_rows
+    return _few_rows_of_half if (dtype, held) == (torch.float32, torch.bfloat16) else None
+
+
 def _by_torch(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    torch.mm(x, weight.t(), out=out)
+    torch.mm(x, weight.to(x.dtype).t(), out=out)
 
 
 def _sample(kind: torch.dtype) -> tuple[Tensor, ...]:
@@ -67,4 +84,10 @@ def _sample(kind: torch.dtype) -> tuple[Tensor, ...]:
     return x, weight / 2048**0.5, x.new_empty(len(x), len(weight))
 
 
+def _sample_of_half(kind: torch.dtype) -> tuple[Tensor, ...]:
+    x, weight, out = _sample(kind)
+    return x, weight.bfloat16(), out
+
+
 _few_rows = Operator("few_rows", _by_torch, _sample)
+_few_rows_of_half = Operator("few_rows_of_half", _by_torch, _sample_of_half)

@@ -129,7 +129,7 @@ class Answerers:
 
     def _load(self, section: ModelSection, name: str) -> LoadedBase:
         quiet_libraries()
-        loaded = load_base(section)
+        loaded = load_base(section, half_stays=True)
         if not has_packed_form(loaded.model):
             raise ModelError(f"{section.path}: has no fast form, which answering several at once needs")
         loaded.model.requires_grad_(False)

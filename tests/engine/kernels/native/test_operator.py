@@ -120,6 +120,13 @@ def test_few_rows(rows: int, width: int, out: int, dtype: torch.dtype) -> None:
     compare(few_rows._few_rows, (x, weight, wide(rows, out, 2)), (2,), dtype)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 5, 63])
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (33, 3), (130, 8), (3072, 5)])
+def test_few_rows_of_half(rows: int, width: int, out: int) -> None:
+    x, weight = wide(rows, width, 0), (wide(out, width, 1) / width**0.5).bfloat16()
+    compare(few_rows._few_rows_of_half, (x, weight, wide(rows, out, 2)), (2,), torch.float32)
+
+
 @each_dtype
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (7, 4), (33, 130), (130, 3072)])
 def test_updates_of_adapters_with_other_ranks_tokens_and_none(width: int, out: int, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY(phinetune, m) {
   m.def("attend_backward(Tensor grad, Tensor qkv, Tensor segments, int heads, int kv_heads, int size, float scaling, "
         "int window, Tensor out, Tensor log_sums, Tensor(a!) d_qkv) -> ()");
   m.def("few_rows(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("few_rows_of_half(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("add_low_rank_(Tensor(a!) out, Tensor x, Tensor[] a, Tensor[] b, float[] scalings, int[] starts, int[] stops) "
         "-> ()");
   m.def("multiplies_bfloat16() -> bool");
@@ -40,6 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
   m.impl("attend_backward", TORCH_BOX(&phinetune::attend_backward));
   m.impl("add_low_rank_", TORCH_BOX(&phinetune::add_low_rank_));
   m.impl("few_rows", TORCH_BOX(&phinetune::few_rows));
+  m.impl("few_rows_of_half", TORCH_BOX(&phinetune::few_rows));
   m.impl("spread", TORCH_BOX(&phinetune::spread));
 }
 

@@ -27,6 +27,7 @@ from phinetune.engine.kernels import cross_entropy, few_rows, norm, rotary, swig
 from phinetune.engine.kernels.native.operator import Operator, chosen, native_form
 
 TOKENS, LABELS, WIDTH, MLP, VOCABULARY = 1024, 256, 3072, 8192, 32064
+HALF = "product of 8 rows, weight in bfloat16"  # of float32; of bfloat16 it is the product of 8 rows
 COLD = 192 << 20  # bytes between two uses of the same memory
 HEADINGS = (
     *("kernel", "dtype", "MB", "torch, ms", "compiled, ms", "native, ms"),
@@ -88,6 +89,12 @@ def answered(kind: torch.dtype) -> Given:
     return draw(8, WIDTH, kind=kind), draw(2 * MLP, WIDTH, kind=kind), torch.zeros(8, 2 * MLP, dtype=kind)
 
 
+def answered_in_half(kind: torch.dtype) -> Given:
+    """The same, with a weight that lies in bfloat16."""
+    x, weight, out = answered(kind)
+    return x, weight.bfloat16(), out
+
+
 # The kernel, what it is given, and the large tensors that it reads and those that it writes.
 CASES: dict[str, tuple[Operator, Callable[[torch.dtype], Given], tuple[int, ...]]] = {
     "norm": (norm._forward, normed, (0, 4)),
@@ -99,6 +106,7 @@ CASES: dict[str, tuple[Operator, Callable[[torch.dtype], Given], tuple[int, ...]
     "rotation": (rotary._rotate_, rotated, (0, 0)),
     "cross-entropy": (cross_entropy._cross_entropy_, scored, (0,)),
     "product of 8 rows": (few_rows._few_rows, answered, (1,)),
+    HALF: (few_rows._few_rows_of_half, answered_in_half, (1,)),
     "cross-entropy and gradient": (cross_entropy._cross_entropy_, learned, (0, 0)),
 }
 
@@ -133,6 +141,7 @@ def compiled_form(name: str) -> Callable[..., None] | None:
 
     return {
         "few_rows": lambda x, weight, out: out.copy_(x @ weight.t()),
+        "few_rows_of_half": lambda x, weight, out: out.copy_(x @ weight.to(x.dtype).t()),
         "rms_norm": forward,
         "rms_norm_backward": backward,
         "swiglu": lambda gate_up, out: out.copy_(swiglu._activated(gate_up)),
@@ -206,7 +215,9 @@ def main() -> None:
         raise SystemExit("no native kernels on this machine: the log says why")
     copies = copy_rate(given.rounds)
     names = given.only.split(",")
-    rows = [measure(name, kind, given.rounds, copies) for kind in (torch.float32, torch.bfloat16) for name in names]
+    kinds = (torch.float32, torch.bfloat16)
+    wanted = [(name, kind) for kind in kinds for name in names if name != HALF or kind == torch.float32]
+    rows = [measure(name, kind, given.rounds, copies) for name, kind in wanted]
     about = {**machine("none"), "threads": given.threads, "copy_gb_s": copies / 1e9}
     console = Console(width=130)
     console.print(BOOK.table(f"{about['instructions']}; a copy moves {copies / 1e9:.1f} GB/s", rows))

@@ -21,9 +21,12 @@ class HalfLinear(nn.Linear):
     """`x Wᵀ + b` for x and b in float32 and W in bfloat16, which is not trained. x gets its gradient."""
 
     def __init__(self, like: nn.Linear) -> None:
-        """Take over the weight of a layer in bfloat16, and its bias."""
+        """Take over the weight of a layer in bfloat16, and its bias.
+
+        They are copied: weights that are read in their own dtype lie in the file, which may be written to meanwhile.
+        """
         super().__init__(like.in_features, like.out_features, bias=like.bias is not None, device="meta")
-        self.weight = nn.Parameter(like.weight.detach(), requires_grad=False)
+        self.weight = nn.Parameter(like.weight.detach().clone(), requires_grad=False)
         if like.bias is not None:
             self.bias = nn.Parameter(like.bias.detach().float(), requires_grad=False)
 

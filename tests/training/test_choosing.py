@@ -96,6 +96,35 @@ def test_a_given_value_is_obeyed_and_one_far_from_its_rule_gets_a_line(hundred: 
     assert remarks(near) == {}
 
 
+@pytest.mark.parametrize(
+    ("peft", "training", "key", "words"),
+    [
+        ({"r": 64, "lora_alpha": 256}, {}, "lora_alpha", "some 8 times above the 32 that"),
+        ({"r": 64, "lora_alpha": 32, "use_rslora": True}, {}, "lora_alpha", "some 8 times above the 4 that"),
+        ({"r": 64, "lora_alpha": 32}, {}, "", ""),
+        ({"r": 2, "lora_alpha": 4}, {"learning_rate": 3e-3}, "", ""),  # who gives a rate has chosen both
+        ({}, {"gradient_accumulation_steps": 64}, "gradient_accumulation_steps", "64 rows a step are some 30 times"),
+        ({}, {"gradient_accumulation_steps": 4}, "", ""),
+        ({}, {"warmup_steps": 100}, "warmup_steps", "the learning rate still rises in 74% of 135 steps"),
+        ({}, {"warmup_steps": 500}, "warmup_steps", "the learning rate still rises in 100% of 135 steps"),
+        ({}, {"warmup_ratio": 0.9}, "warmup_steps", "the learning rate still rises in 90% of 135 steps"),
+        ({}, {"warmup_steps": 20}, "", ""),
+    ],
+)
+def test_other_values_far_from_their_rules_get_a_line(
+    hundred: Path, tmp_path: Path, peft: dict[str, Any], training: dict[str, Any], key: str, words: str
+) -> None:
+    told = remarks(prepared(hundred, tmp_path, peft=peft, **training))
+    assert list(told) == ([key] if key else [])
+    assert all(why.startswith(words) for why in told.values())
+
+
+def test_the_reason_for_a_batch_counts_what_a_step_really_has(hundred: Path, tmp_path: Path) -> None:
+    run = prepared(hundred, tmp_path, gradient_accumulation_steps=4)
+    (why,) = [one.why for one in run.choices if one.key.endswith("per_device_train_batch_size")]
+    assert why == "4 rows a step, as gradient_accumulation_steps is 4"
+
+
 def test_nothing_held_out_no_evaluations(hundred: Path, tmp_path: Path) -> None:
     run = prepared(hundred, tmp_path, held_out=None)
     assert (run.args.eval_strategy, run.args.load_best_model_at_end, run.args.save_steps) == ("no", False, 38)

@@ -26,12 +26,13 @@ from phinetune.checkpoints.quantize import cast_others, keep_packing, kind_of, q
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.tokenizer_files import check_template, check_tokenizer_files, check_vocabulary
 from phinetune.checkpoints.weight_files import fingerprint, held_tensors, lazy_tensors
-from phinetune.checkpoints.whole import check_numbers, check_whole
+from phinetune.checkpoints.whole import HARMLESS, check_numbers, check_whole
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import model_class
 from phinetune.engine.families import ModelConfig
 from phinetune.engine.half_linear import lie_in_half
 from phinetune.engine.kernels import few_rows
+from phinetune.engine.phi3 import missing_form
 from phinetune.errors import ModelError, first_line, reason_of, told_as
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ def _load_checkpoint(
     base = base_in(folder, section.path, revision)
     tokenizer = tokenizer or load_tokenizer(section, base, config)
     stays = half_stays and section.quantization == "none" and _can_stay_half(folder, dtype, device)
+    stays = stays and fast and not missing_form(config)  # PEFT's own layers would merge into them
     model = _read_model(folder, config, section, torch.bfloat16 if stays else dtype, fast, device)
     if stays:
         lie_in_half(model)
@@ -167,7 +169,7 @@ def _can_stay_half(folder: Path, dtype: torch.dtype, device: torch.device) -> bo
     """Whether weights can lie in bfloat16 without a loss under products in `dtype`, and are read fast so."""
     if dtype != torch.float32 or device.type != "cpu" or not few_rows.reads_half():
         return False
-    return all(tensor.dtype == "BF16" for tensor in held_tensors(folder).values())
+    return all(one.dtype == "BF16" for name, one in held_tensors(folder).items() if not HARMLESS.search(name))
 
 
 def read_shape(section: ModelSection) -> ModelConfig:

@@ -177,6 +177,20 @@ def _rank(work: _Work) -> None:
         rslora = bool(work.settings.peft.get("use_rslora"))
         alpha = rules.alpha(int(work.value("r")), rslora)
         work.take("lora_alpha", alpha, f"the learning rate's rule was fitted with {rules.ALPHA}, at any rank")
+    elif work.is_open("learning_rate"):
+        _tell_far_alpha(work)
+
+
+def _tell_far_alpha(work: _Work) -> None:
+    """The rule of the learning rate knows one scale of the update; another one is another rate."""
+    rank = int(work.value("r"))
+    wanted = rules.alpha(rank, bool(work.settings.peft.get("use_rslora")))
+    far = rules.times(float(work.value("lora_alpha")), wanted)
+    if far:
+        why = (
+            f"{far} the {wanted} that the learning rate's rule was fitted with at r: {rank}; give a learning_rate, too"
+        )
+        work.remark("lora_alpha", why)
 
 
 def _length(work: _Work) -> None:
@@ -202,19 +216,22 @@ def _batch(work: _Work) -> None:
         given = int(work.value("gradient_accumulation_steps"))
         share = max(1, wanted // given)
         micro, _ = rules.split_batch(share * ground.processes, ground.longest, ground.room, ground.processes)
-        work.take("per_device_train_batch_size", micro, why)
+        step = micro * given * ground.processes
+        work.take(
+            "per_device_train_batch_size", micro, f"{step} rows a step, as gradient_accumulation_steps is {given}"
+        )
+        _tell_large(work, "gradient_accumulation_steps", step, wanted)
     elif steps_open:
         work.take("gradient_accumulation_steps", 1, "per_device_train_batch_size says how many rows a step has")
     if not micro_open:
         step = work.value("per_device_train_batch_size") * work.value("gradient_accumulation_steps", 1)
-        _tell_large(work, step * ground.processes, wanted)
+        _tell_large(work, "per_device_train_batch_size", step * ground.processes, wanted)
 
 
-def _tell_large(work: _Work, step: int, wanted: int) -> None:
+def _tell_large(work: _Work, key: str, step: int, wanted: int) -> None:
     far = rules.times(step, wanted)
     if far and step > wanted:
-        why = f"{step} rows a step are {far} the rule's {wanted}; LoRA learns less in large steps"
-        work.remark("per_device_train_batch_size", why)
+        work.remark(key, f"{step} rows a step are {far} the rule's {wanted}; LoRA learns less in large steps")
 
 
 def _epochs(work: _Work) -> None:
@@ -246,6 +263,7 @@ def _rate(work: _Work, steps: int) -> None:
 
 def _warmup(work: _Work, steps: int) -> None:
     if not work.is_open("warmup_steps"):
+        _tell_long_warmup(work, steps)
         return
     if plain_name(work.value("lr_scheduler_type", "linear")) in ("constant", "greedy", "reduce_lr_on_plateau"):
         return
@@ -253,6 +271,13 @@ def _warmup(work: _Work, steps: int) -> None:
     short = f"a run of {steps:,} steps is short, and LoRA begins at no change"
     why = f"{rules.WARMUP_SHARE:.0%} of {steps:,} steps, {rules.LONGEST_WARMUP} at most" if wanted else short
     work.take("warmup_steps", wanted, why)
+
+
+def _tell_long_warmup(work: _Work, steps: int) -> None:
+    given = float(work.value("warmup_steps") or 0)
+    rising = given if given >= 1 else given * steps
+    if rising > steps / 2:
+        work.remark("warmup_steps", f"the learning rate still rises in {min(1, rising / steps):.0%} of {steps:,} steps")
 
 
 def _intervals(work: _Work, steps: Steps) -> None:

@@ -55,8 +55,8 @@ def takes(x: Tensor, weight: Tensor, most: int) -> bool:
 def reads_half() -> bool:
     """Whether products of float32 read a weight that lies in bfloat16 as it lies: half the memory, the same numbers.
 
-    torch has no such product, so its form in the trial converts the weight first. What wins against that alone may still
-    be slow; the native product of float32 has won against torch's own.
+    torch has no such product: its form in the trial converts the weight first. What wins against that may be slow all
+    the same, so the native product of float32 must have won against torch's own, too.
     """
     return all(operator.is_native(torch.empty(0)) for operator in (_few_rows, _few_rows_of_half))
 

@@ -6,18 +6,20 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from helpers import chat, write_jsonl
+from helpers import chat, tiny_config, write_jsonl
 from phinetune.api.evaluate import evaluate
+from phinetune.api.train import train_config
 from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.neutral.neutral_rows import shipped_prompts, shipped_rows
 from phinetune.engine.scoring import score_rows
 from phinetune.errors import DataError
 from phinetune.evaluation.bootstrap import Pairs, differences
-from phinetune.evaluation.kept import answered_rows, kept_sentence, neutral_rows, scored_places
+from phinetune.evaluation.kept import SHIPPED, answered_rows, kept_sentence, neutral_sets, scored_places
 from phinetune.metric_table import measures_of
 from phinetune.screen.console import Console
 
@@ -68,14 +70,59 @@ def test_what_the_loss_says(change: float, words: str) -> None:
     assert kept_sentence(found["loss"], 20).startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("tuned", "words"),
+    [
+        (
+            np.linspace(1, 2, 20) + np.tile([3.0, -2.9], 10),
+            "Can't be told: on 20 neutral chats the loss shows no clear",
+        ),
+        (np.full(20, np.nan), "Not finite: on 20 neutral chats"),
+    ],
+)
+def test_what_is_not_known_is_not_called_kept(tuned: np.ndarray[Any, Any], words: str) -> None:
+    (loss,) = measures_of(["loss"])
+    found = differences({"loss": (loss, Pairs(np.linspace(1, 2, 20), tuned, np.ones(20), np.ones(20)))}, 20)
+    assert kept_sentence(found["loss"], 20).startswith(words)
+
+
 def test_a_users_own_set_comes_first_and_a_broken_one_is_told(tmp_path: Path) -> None:
     own = write_jsonl(tmp_path / "ours.jsonl", [{**chat("Who are you?", "A shop."), "expect": "shop"}])
-    rows = neutral_rows(EvaluationSection(neutral=str(own)))
-    assert (rows[0].tag, rows[0].expect, len(rows)) == ("ours", "shop", 1 + len(shipped_rows()))
-    assert neutral_rows(EvaluationSection(neutral=False)) == []
+    sets = neutral_sets(EvaluationSection(neutral=str(own)))
+    assert list(sets) == [str(own), SHIPPED]
+    assert [(row.tag, row.expect) for row in sets[str(own)]] == [("ours", "shop")]
+    assert sets[SHIPPED] == list(shipped_rows())
+    assert neutral_sets(EvaluationSection(neutral=False)) == {}
     broken = write_jsonl(tmp_path / "broken.jsonl", [{"text": "no chat"}])
-    with pytest.raises(DataError, match=r"evaluation\.neutral"):
-        neutral_rows(EvaluationSection(neutral=[str(broken)]))
+    pattern = write_jsonl(tmp_path / "pattern.jsonl", [{**chat("a", "b"), "expect": "("}])
+    with pytest.raises(DataError, match=r"evaluation\.neutral") as caught:
+        neutral_sets(EvaluationSection(neutral=[str(broken), str(pattern), str(tmp_path / "none.jsonl")]))
+    told = str(caught.value)
+    assert "pattern.jsonl:1: expect: '(' is no pattern" in told
+    assert "none.jsonl" in told
+
+
+def test_a_set_that_is_not_there_is_told_before_the_training(chats: Path, tmp_path: Path, console: Console) -> None:
+    config = tiny_config(chats, tmp_path / "run", max_steps=1)
+    config.evaluation.enabled, config.evaluation.neutral = True, str(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        train_config(config, console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_large_set_of_ones_own_leaves_room_for_the_shipped_one(
+    tiny_run: Path, tmp_path: Path, console: Console, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = write_jsonl(tmp_path / "ours.jsonl", [chat(f"Who are you, {i}?", "A shop.") for i in range(600)])
+    with caplog.at_level("INFO"):
+        found = evaluate(tiny_run, evaluation={"neutral": str(own)}, record=False, console=console)
+    assert found.kept
+    rows = {tag: part["rows"] for tag, part in found.kept["by_tag"].items()}
+    assert rows.pop("ours") == 24
+    assert sum(rows.values()) == 24
+    assert found.kept["answers"] >= 6
+    assert "its first 500 chats are read" in caplog.text
+    assert "the first 24 of 500 chats are scored" in caplog.text
 
 
 def test_a_run_measures_base_and_tuned_and_keeps_it(tiny_run: Path) -> None:
@@ -87,7 +134,9 @@ def test_a_run_measures_base_and_tuned_and_keeps_it(tiny_run: Path) -> None:
     assert {"change", "low", "high", "verdict"} <= kept["differences"]["loss"].keys()
     assert sum(part["rows"] for part in kept["by_tag"].values()) == kept["rows"]
     assert 0 < kept["answers"] <= kept["rows"]
+    assert "Answers right: " in kept["text"]
     assert "## Kept of the base" in (tiny_run / "README.md").read_text()
+    assert "Answers right: " in (tiny_run / "README.md").read_text()
     assert "What was kept: neutral chats" in (tiny_run / "report.html").read_text()
 
 

@@ -39,6 +39,8 @@ def test_a_held_out_loss_that_rises_is_overfitted_and_the_best_step_is_named() -
         "The checkpoint of step 50 is kept."
     )
     assert "`load_best_model_at_end: true`" in text("overfitted", held_out=rising)
+    other = text("overfitted", held_out=rising, best_kept=70)
+    assert other.endswith("The checkpoint of step 70 is kept, the best by `metric_for_best_model`.")
     assert kinds(held_out=[(25, 1.0), (50, 0.80), (75, 0.81)]) == ["sound"]  # within 2%
 
 

@@ -10,6 +10,7 @@ from phinetune.errors import ModelError
 from phinetune.evaluation.answering import fixed_question, questions_of
 from phinetune.evaluation.countable import check_classes, check_countable, names_metrics, sorts, without_numbers
 from phinetune.evaluation.judge import check_judges
+from phinetune.evaluation.kept import neutral_sets
 from phinetune.evaluation.metrics import Metrics, open_metrics
 from phinetune.exporting.hub.push import check_can_push
 from phinetune.training.best_checkpoint import best_metric
@@ -22,7 +23,8 @@ def look_at_settings(settled: SettledRun) -> Metrics:
     """The metrics of answers, where they and the push at the end can be had.
 
     Raises:
-        PhinetuneError: a metric can't be had, a judge's key is missing, or the run could not be pushed.
+        PhinetuneError: a metric can't be had, a judge's key is missing, a set of neutral chats can't be read, or the
+            run could not be pushed.
     """
     if settled.settings.push:
         try:
@@ -30,6 +32,8 @@ def look_at_settings(settled: SettledRun) -> Metrics:
         except ModelError as error:
             raise ModelError([f"training_config.push_to_hub: {problem}" for problem in error.problems]) from error
     check_judges(settled.config.evaluation)
+    if settled.config.evaluation.enabled:
+        neutral_sets(settled.config.evaluation)
     return open_metrics(settled.config.evaluation)
 
 

@@ -24,7 +24,7 @@ from phinetune.errors import DataError, ModelError, RunError
 from phinetune.evaluation.compare import Comparison, compare
 from phinetune.evaluation.harness import TaskResult, open_tasks, run_tasks
 from phinetune.evaluation.judge import check_judges, judge_notices
-from phinetune.evaluation.kept import with_kept
+from phinetune.evaluation.kept import neutral_sets, with_kept
 from phinetune.evaluation.metrics import open_metrics
 from phinetune.files import write_text
 from phinetune.logs import quiet_libraries
@@ -79,7 +79,8 @@ def evaluate(
     open_config(config.model)  # a path without a model is told before all else
     options = _options(config.evaluation, evaluation or {}, console)
     check_judges(options)
-    metrics = open_metrics(options)  # functions that can't be had are told before anything slow begins
+    neutral_sets(options)  # what can't be had is told before anything slow begins
+    metrics = open_metrics(options)
     if tag:
         config.data.tag = tag
     if row:

@@ -5,6 +5,7 @@ The cost is a share of the evaluation's, but for a least number of rows without 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -25,12 +26,15 @@ from phinetune.data.neutral.neutral_rows import NeutralRow, shipped_rows
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.read.any_source import read_first
 from phinetune.data.read.messages import detect_form, to_messages
+from phinetune.engine.examples import Encoded
 from phinetune.engine.scoring import Score
 from phinetune.errors import DataError, RowError, at_most
-from phinetune.evaluation.bootstrap import Difference, Pairs, differences
+from phinetune.evaluation.bootstrap import NOT_FINITE, Difference, Pairs, differences
 from phinetune.evaluation.compare import Comparison, Side, sides_of
 from phinetune.evaluation.together import answer_together, score_together
 from phinetune.metric_table import Measure, measures_of
+
+logger = logging.getLogger(__name__)
 
 SHARE = 0.05  # of the evaluation's work, for the scored tokens and again for the answered ones: a tenth together
 LEAST_ROWS = 24  # are scored in any case
@@ -38,6 +42,8 @@ LEAST_ANSWERS = 6  # are given in any case, where prompts are answered at all
 ANSWER_TOKENS = 32  # most tokens of an answer: enough to see whether it is right
 ANSWER_FACTOR = 4  # what a token of an answer takes of what scoring one takes, roughly
 MOST_OWN = 500  # rows of a user's own set that are read
+SMALL_RISE = 0.1  # nats a token, a tenth more perplexity; a rise that may be larger is not called kept
+SHIPPED = ""  # the name of the set that comes with phinetune
 RIGHT = Measure("right", "answers right %", "{:.1f}", True)
 
 
@@ -70,8 +76,12 @@ class Kept:
             "rows": self.rows,
             "answers": self.answers,
             "share": round(self.share, 3),
-            "text": kept_sentence(self.differences.get("loss"), self.rows),
+            "text": kept_sentence(self.differences.get("loss"), self.rows) + self._answers(),
         }  # fmt: skip
+
+    def _answers(self) -> str:
+        right = self.differences.get("right")
+        return f" Answers right: {right.text}." if right else ""
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +92,10 @@ def kept_sentence(loss: Difference | None, rows: int) -> str:
     """What the loss on neutral chats says, in words."""
     if loss is None:
         return f"On {rows} neutral chats nothing can be said of what the model forgot."
+    if loss.verdict == NOT_FINITE:
+        return (
+            f"Not finite: on {rows} neutral chats a model has no finite loss, so nothing can be said of what it forgot."
+        )
     if loss.verdict == "worse":
         return (
             f"Forgotten: on {rows} neutral chats the loss is {loss.text}. "
@@ -89,6 +103,11 @@ def kept_sentence(loss: Difference | None, rows: int) -> str:
         )
     if loss.verdict == "better":
         return f"Kept: on {rows} neutral chats nothing is lost; the loss is {loss.text}."
+    if loss.high > SMALL_RISE:
+        return (
+            f"Can't be told: on {rows} neutral chats the loss shows {loss.text}, which does not rule out that much was "
+            "forgotten; `evaluation.neutral` takes more chats."
+        )
     return f"Kept: on {rows} neutral chats the loss shows {loss.text}."
 
 
@@ -113,16 +132,17 @@ def measure_kept(
         DataError: a set that the user names can't be read.
     """
     models = sides_of(model, base)
-    rows = neutral_rows(section)
-    if len(models) < 2 or not rows:
+    sets = neutral_sets(section)
+    if len(models) < 2 or not sets:
         return None
     began = time.perf_counter()
     encoder = make_encoder(tokenizer, "assistant", "keep")
-    encoded = encoder.encode([encoder.prepare(list(row.messages)) for row in rows])
     work = held_out.report.tokens + ANSWER_FACTOR * answered  # of each side of the evaluation
-    scored = scored_places([len(one.input_ids) for one in encoded], SHARE * work)
-    asked = answered_rows([rows[place] for place in scored], SHARE * work) if section.generate and answered else []
-    chats, kept_rows = [encoded[place] for place in scored], [rows[place] for place in scored]
+    budget = SHARE * work / len(sets)
+    portions = [_portion(name, rows, encoder, budget) for name, rows in sets.items()]
+    chats = [chat for portion in portions for chat in portion.chats]
+    asks = section.generate and answered
+    asked = [row for portion in portions for row in answered_rows(portion.rows, budget)] if asks else []
     size = None if section.batch_size == "auto" else section.batch_size
     losses, right = {}, {}
     for name, opened in models.items():
@@ -130,7 +150,28 @@ def measure_kept(
             losses[name] = score_together(one, chats, size)
             right[name] = _right(one, tokenizer, encoder, asked)
     took = time.perf_counter() - began
+    kept_rows = [row for portion in portions for row in portion.rows]
     return _kept(losses, right, kept_rows, took / max(1e-9, took + seconds))
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """The rows of a set that are scored, and the same as token ids."""
+
+    rows: list[NeutralRow]
+    chats: list[Encoded]
+
+
+def _portion(name: str, rows: Sequence[NeutralRow], encoder: ChatEncoder, budget: float) -> _Portion:
+    """What fits the budget of tokens. A line in the log tells what of a user's own set does not."""
+    chats = encoder.encode([encoder.prepare(list(row.messages)) for row in rows])
+    places = scored_places([len(one.input_ids) for one in chats], budget)
+    if name != SHIPPED and len(places) < len(rows):
+        logger.info(
+            "evaluation.neutral: %s: the first %d of %d chats are scored, so that this takes a small share of the time",
+            *(name, len(places), len(rows)),
+        )
+    return _Portion([rows[place] for place in places], [chats[place] for place in places])
 
 
 def with_kept(
@@ -153,32 +194,46 @@ def with_kept(
     return replace(comparison, kept=kept.to_dict()) if kept else comparison
 
 
-def neutral_rows(section: EvaluationSection) -> list[NeutralRow]:
-    """The shipped chats, and those of the user's own files; none if it is switched off.
+def neutral_sets(section: EvaluationSection) -> dict[str, list[NeutralRow]]:
+    """The chats of the user's own files by their names, and then those that are shipped; none if it is switched off.
 
     Raises:
-        DataError: a file can't be read, or has no usable row.
+        DataError: a file can't be read, or has no usable row; all files are looked at.
     """
     if section.neutral is False:
-        return []
+        return {}
     named = (
         [] if section.neutral is True else [section.neutral] if isinstance(section.neutral, str) else section.neutral
     )
-    return [*(row for name in named for row in _own_rows(name)), *shipped_rows()]
+    sets, problems = {}, []
+    for name in named:
+        try:
+            sets[name] = _own_rows(name)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return {**sets, SHIPPED: list(shipped_rows())}
 
 
 def _own_rows(name: str) -> list[NeutralRow]:
-    rows, problems = read_first(name, DataSection.model_fields["split"].default, MOST_OWN)
+    rows, problems = read_first(name, DataSection.model_fields["split"].default, MOST_OWN + 1)
+    if len(rows) > MOST_OWN:
+        logger.info("evaluation.neutral: %s: its first %d chats are read, and no more", name, MOST_OWN)
     found = []
-    for row in rows:
+    for row in rows[:MOST_OWN]:
         try:
             form = detect_form(row.fields)
             messages: list[Message] = [] if form in READY else to_messages(row.fields, form)
         except RowError as error:
             problems.append(f"{row.where}: {error}")
             continue
+        expect = row.fields.get("expect")
+        try:
+            re.compile(str(expect or ""))
+        except re.error as error:
+            problems.append(f"{row.where}: expect: {expect!r} is no pattern: {error}")
         if any(message["role"] == "assistant" for message in messages):
-            expect = row.fields.get("expect")
             found.append(NeutralRow(Path(name).stem, tuple(messages), str(expect) if expect else None))
     if problems or not found:
         raise DataError(

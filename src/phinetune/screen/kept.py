@@ -26,8 +26,7 @@ def show_kept(kept: Mapping[str, Any] | None, console: Console) -> None:
     for tag, part in kept["by_tag"].items():
         table.add_row(tag, str(part["rows"]), *_losses(part))
     console.print(table)
-    right = (kept["differences"].get("right") or {}).get("text")
-    say(console, kept["text"] + (f" Answers right: {right}." if right else ""))
+    say(console, kept["text"])
 
 
 def _losses(part: Mapping[str, Any]) -> list[str]:

@@ -144,11 +144,11 @@ def _overfitted(course: Course) -> Words | None:
     last_step, last = course.held_out[-1]
     if last - best <= max(RISE * best, LEAST_CHANGE):
         return None
-    kept = (
-        f"The checkpoint of step {step:,} is kept."
-        if course.best_kept == step
-        else "The run kept its last step; `load_best_model_at_end: true` keeps the best one."
-    )
+    if course.best_kept is None:
+        kept = "The run kept its last step; `load_best_model_at_end: true` keeps the best one."
+    else:
+        by = "" if course.best_kept == step else ", the best by `metric_for_best_model`"
+        kept = f"The checkpoint of step {course.best_kept:,} is kept{by}."
     rise = f"the held-out loss was lowest at step {step:,} ({best:.4g}) and rose to {last:.4g} by step {last_step:,}"
     return Words("overfitted", f"Overfitted: {rise}. {kept}")
 

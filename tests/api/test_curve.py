@@ -16,6 +16,7 @@ from phinetune.api.curve import curve_config
 from phinetune.config.run import RunConfig, make_config
 from phinetune.errors import ConfigError, DataError, RunError
 from phinetune.screen.console import Console
+from phinetune.training import prepare
 from phinetune.training.callbacks import StopRequest
 
 
@@ -90,6 +91,25 @@ def test_a_curve_is_drawn_kept_and_gone_on_with(
     with pytest.raises(RunError, match=r"learning_rate: the run has 0\.01, the configuration now has 0\.02"):
         curve_config(config, console)
     assert json.loads((folder / "curve.json").read_text()) == tree
+
+
+def test_a_curve_goes_on_where_less_memory_is_free(
+    config: RunConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How the rows of a step are divided follows from the memory; the curve keeps what it began with."""
+    for key in ("per_device_train_batch_size", "max_steps"):
+        config.training_config.pop(key)
+    config.training_config["num_train_epochs"] = 1
+    first = curve_config(config, console)
+    assert first.results["chosen"] == {
+        "training_config.per_device_train_batch_size": 2,
+        "training_config.gradient_accumulation_steps": 1,
+    }
+    monkeypatch.setattr(prepare, "_room", lambda *given: 60)
+    assert prepare.prepare_run(prepare.settle(config)).args.per_device_train_batch_size == 1
+    again = curve_config(config, console)
+    assert again.results == first.results
+    assert "Finished before: 1-of-8, 1-of-4, 1-of-2, all" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def _sections(config: RunConfig, output: Path) -> dict[str, Any]:

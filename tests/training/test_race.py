@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,10 +28,11 @@ from phinetune.errors import ConfigError, RunError
 from phinetune.files import remove
 from phinetune.liveness import this_process
 from phinetune.planning.plan import make_plan
+from phinetune.training import prepare, stretches
 from phinetune.training import race as module
-from phinetune.training import stretches
+from phinetune.training import study as study_module
 from phinetune.training.race_field import Wish
-from phinetune.training.study import OWNER, Study
+from phinetune.training.study import BEAT, OWNER, Study
 
 
 class Killed(BaseException):
@@ -192,6 +197,40 @@ def test_more_candidates_than_listed_are_looked_for_in_the_range(tmp_path: Path)
     assert all(1e-3 <= rate <= 1e-1 for rate in rates)
 
 
+def test_a_race_goes_on_where_less_memory_is_free(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(chats, tmp_path / "run")
+    config.training_config.pop("per_device_train_batch_size")
+    config.training_config.pop("gradient_accumulation_steps", None)
+    wish, study = Wish(rates=(1e-2, 2e-2)), str(tmp_path / "shared.db")
+    first = tune_config(config, wish, console, study=study)
+    monkeypatch.setattr(prepare, "_room", lambda *given: 60)
+    assert prepare.prepare_run(prepare.settle(config)).args.per_device_train_batch_size == 1
+    again = tune_config(config, wish, console, study=study, overwrite=True)
+    assert tree_of(again.path)["stages"] == tree_of(first.path)["stages"]
+
+
+@pytest.mark.parametrize("best", [2e-3, 5e-2])
+def test_optuna_looks_near_the_best_although_it_still_runs(tmp_path: Path, best: float) -> None:
+    """In a race those that lead are still running when others are asked for, and those that lose are out."""
+    rates = (1e-3, 2e-3, 4e-3, 2e-2, 5e-2, 9e-2)
+    listed = {number: {"learning_rate": rate} for number, rate in enumerate(rates)}
+    near = 0
+    for seed in range(8):
+        where = str(tmp_path / f"{seed}.log")
+        study = Study(
+            where, "one", listed=dict(listed), ranges={"learning_rate": (1e-3, 1e-1)}, options={}, field={}, seed=seed
+        )
+        for rate in rates:
+            one = study.ask()
+            study.report(one.number, 2, abs(math.log(rate / best)))
+            if abs(math.log(rate / best)) > 1:
+                study.drop(one.number)
+        near += abs(math.log(study.ask().values["learning_rate"] / best)) < 1.6
+    assert near >= 6
+
+
 def test_a_study_that_is_opened_again_looks_where_it_would_have_looked(tmp_path: Path) -> None:
     def rates(path: Path, *, again: bool) -> list[float]:
         study = study_of(path)
@@ -243,6 +282,46 @@ def test_a_winner_on_another_host_is_left_to_it(
     made = tune_config(config_of(chats, tmp_path / "run"), Wish(rates=(1e-2, 2e-2)), console)
     assert made.results["elsewhere"] == "candidate 0, was trained on elsewhere"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ago", [0, 3600], ids=["alive", "gone"])
+def test_a_candidate_of_another_host_is_taken_over_when_it_gives_no_sign_of_life(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, ago: float
+) -> None:
+    class Gone(Study):
+        """Another host has begun the first candidate; its last sign of life is so long ago."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.ask()
+            self._attribute(0, OWNER, {**this_process(), "host": "elsewhere"})
+            self._attribute(0, BEAT, time.time() - ago)
+
+    class Waited(Exception):
+        pass
+
+    def wait(seconds: float) -> None:
+        raise Waited
+
+    monkeypatch.setattr(api_race, "Study", Gone)
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=wait))
+    with nullcontext() if ago else pytest.raises(Waited):
+        run = tune_config(config_of(chats, tmp_path / "run"), Wish(rates=(1e-2, 2e-2)), console)
+        assert [one["losses"] for one in tree_of(run.path)["candidates"]].count({}) == 0
+
+
+def test_a_process_that_trains_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "BEAT_EVERY", 0.01)
+    study = study_of(tmp_path / "study.db")
+    number = study.ask().number
+    assert study.candidates()[number].beat is None
+    with study.beating(number):
+        first = study.candidates()[number].beat
+        deadline = time.monotonic() + 60
+        while study.candidates()[number].beat == first and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert first is not None
+    assert (study.candidates()[number].beat or 0) > first
 
 
 def test_a_rate_that_ends_in_numbers_that_are_not_finite_is_out(chats: Path, tmp_path: Path, console: Console) -> None:

@@ -30,7 +30,8 @@ from phinetune.screen.console import Console, say, silent, stderr
 from phinetune.screen.data_curve import show_data_curve
 from phinetune.training.data_curve import Point, curve_tree
 from phinetune.training.data_shares import ShareRun, check_curve, share_runs, told_recipe
-from phinetune.training.prepare import PreparedRun, prepare_run, settle
+from phinetune.training.prepare import CHOSEN, PreparedRun, prepare_run, settle
+from phinetune.training.race_field import BY_MEMORY
 from phinetune.training.recorded import record_of
 from phinetune.training.resuming import what_differs
 from phinetune.training.run import TrainedRun
@@ -102,13 +103,20 @@ def curve_config(
     folder = Path(out).expanduser() if out else config.output_dir.with_name(f"{config.output_dir.name}-curve")
     settled = settle(config)
     metrics = look_at_settings(settled)
-    whole = prepare_run(settled)
+    whole = prepare_run(settled, {} if overwrite else _chosen_before(folder))
     check_curve(whole)
     look_at_rows(whole, metrics)
     runs = share_runs(whole)
     _check_folder(folder)
     with locked(folder):
         return _Curve(folder, whole, runs, overwrite, console).draw()
+
+
+def _chosen_before(folder: Path) -> dict[str, Any]:
+    """What a curve that goes on chose by the memory that was free when it began."""
+    file = folder / CURVE
+    chosen = json.loads(file.read_text(encoding="utf-8")).get(CHOSEN) if file.is_file() else None
+    return chosen or {}
 
 
 def _check_folder(folder: Path) -> None:
@@ -142,7 +150,7 @@ class _Curve:
         if finished:
             say(self.console, f"Finished before: {', '.join(finished)}")
         if self.overwrite or not (self.folder / CURVE).is_file():
-            self._write({"runs": [one.name for one in self.runs], "points": []})
+            self._write({"runs": [one.name for one in self.runs], "points": [], CHOSEN: self._by_memory()})
         for number, one in enumerate(self.runs, 1):
             if one.name in finished:
                 continue
@@ -151,6 +159,10 @@ class _Curve:
             if self._train(one):
                 return DataCurve(self.folder, self._read(CURVE), True)
         return DataCurve(self.folder, self._tell(), False)
+
+    def _by_memory(self) -> dict[str, Any]:
+        """What the memory that is free has decided."""
+        return {key: value for key, value in self.whole.chosen.items() if key in BY_MEMORY}
 
     def _is_finished(self, one: ShareRun) -> bool:
         """Whether a run of the very same rows and settings has ended there and was scored.
@@ -229,7 +241,7 @@ class _Curve:
         tree["held_out"] = held_out.report.to_dict()
         last = [scores[one.name] for one in self.runs[-2:]]
         tree["hard"] = hard_rows(base, last[1], held_out, before=last[0])
-        tree = {"runs": [one.name for one in self.runs], **tree}
+        tree = {"runs": [one.name for one in self.runs], **tree, CHOSEN: self._by_memory()}
         self._write(tree)
         show_data_curve(tree, self.console)
         write_curve_page(tree, self.folder.resolve().name, self.folder / PAGE)

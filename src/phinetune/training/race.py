@@ -128,7 +128,8 @@ class Race:
                     if self._locks(number, held):
                         self.study.take_over(number)
                         one = self.stretch(known[number], stage, rung)
-                        self.report(one, self.trainer.advance(one))
+                        with self.study.beating(number):
+                            self.report(one, self.trainer.advance(one))
                         return True
         return False
 
@@ -142,9 +143,12 @@ class Race:
             self.study.report(one.number, one.steps, loss)
 
     def _is_ours(self, one: Candidate) -> bool:
-        """Whether this process may train a candidate: it began it, or the process that did has ended on this host."""
-        mine = one.owner.get("pid") == os.getpid()
-        return not one.owner or (is_on_this_host(one.owner) and (mine or not is_alive(one.owner)))
+        """Whether this process may train a candidate: it began it, or the process that did has ended. Of a process on
+        another host nothing is known but its signs of life.
+        """
+        if not one.owner or not is_on_this_host(one.owner):
+            return not one.owner or one.is_stale
+        return one.owner.get("pid") == os.getpid() or not is_alive(one.owner)
 
     def _locks(self, number: int, held: ExitStack) -> bool:
         """Lock a candidate's folder; false if another process has it."""

@@ -268,13 +268,12 @@ class Entry:
         Args:
             record: of the run without a race.
         """
-        same = {
-            key: value
-            for key, value in record.items()
-            if not key.startswith(LEFT_OUT) and key not in (*DIFFERS, *FOLLOWS)
-        }
+        differs = (*DIFFERS, *FOLLOWS, *self.machine)  # more memory divides the rows of a step otherwise
+        args = self.first.args
+        same = {key: value for key, value in record.items() if not key.startswith(LEFT_OUT) and key not in differs}
         return {
             **same,
+            "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "stages": [[stage.key, list(stage.options), stage.total] for stage in self.stages],
             "rungs": [[rung.steps for rung in stage.rungs] for stage in self.stages],
             "rows that decide": self.part.places,

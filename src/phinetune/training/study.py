@@ -6,7 +6,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JOURNALS = (".log", ".journal", ".jsonl")  # endings of a journal file, which network file systems can share
-FIELD, OWNER = "field", "owner"
+FIELD, OWNER, BEAT = "field", "owner", "beat"
+BEAT_EVERY = 60.0  # seconds between two signs of life of a process that trains a candidate
+STALE = 15 * BEAT_EVERY  # without one for so long, a process of another host is taken for ended; clocks differ, too
 TOLD = "optuna: "
 
 
@@ -34,6 +39,7 @@ class Candidate:
         scores: its losses by steps.
         state: `running`, `dropped` or `finished`.
         owner: the process that began it; empty if it ended before it could say so.
+        beat: when its process last gave a sign of life, by that process's clock in seconds; None: it never did.
     """
 
     number: int
@@ -41,6 +47,12 @@ class Candidate:
     scores: Mapping[int, float]
     state: str
     owner: Mapping[str, Any]
+    beat: float | None = None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its process has given no sign of life for long."""
+        return self.beat is not None and time.time() - self.beat > STALE
 
 
 class Study:
@@ -110,7 +122,8 @@ class Study:
                 if trial.number in listed:
                     return listed[trial.number][param_name]
                 fresh = optuna.samplers.TPESampler(seed=seed + trial.number, n_startup_trials=1)
-                return fresh.sample_independent(study, trial, param_name, param_distribution)
+                seen = _as_finished(study.get_trials(deepcopy=False), param_name, param_distribution)
+                return fresh.sample_independent(seen, trial, param_name, param_distribution)
 
         return Listed()
 
@@ -134,6 +147,25 @@ class Study:
         """Go on with a candidate whose process has ended."""
         self._attribute(number, OWNER, this_process())
 
+    @contextmanager
+    def beating(self, number: int) -> Iterator[None]:
+        """A context in which this process tells the others again and again that it trains a candidate."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT_EVERY):
+                with suppress(Exception):  # one sign that is lost is no reason to end a training
+                    self._attribute(number, BEAT, time.time())
+
+        self._attribute(number, BEAT, time.time())
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def report(self, number: int, steps: int, loss: float) -> None:
         """A candidate's loss after so many steps."""
         trial = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
@@ -154,10 +186,28 @@ class Study:
         self._storage.set_trial_user_attr(trial, key, value)
 
 
+def _as_finished(trials: Sequence[Any], name: str, distribution: Any) -> optuna.Study:
+    """A study in memory with each candidate's loss at its first look, by which all can be compared.
+
+    In the race itself those that lead still run and those that lose are pruned. TPE would take the losers for good
+    ones: it looks among trials that have ended, and counts running ones among the bad.
+    """
+    import optuna
+
+    seen = optuna.create_study()
+    for trial in trials:
+        if trial.intermediate_values and name in trial.params:
+            loss = trial.intermediate_values[min(trial.intermediate_values)]
+            params, kinds = {name: trial.params[name]}, {name: distribution}
+            seen.add_trial(optuna.trial.create_trial(params=params, distributions=kinds, value=loss))
+    return seen
+
+
 def _read(trial: Any) -> Candidate:
     state = {"PRUNED": "dropped", "COMPLETE": "finished", "FAIL": "dropped"}.get(trial.state.name, "running")
     owner = trial.user_attrs.get(OWNER) or {}
-    return Candidate(trial.number, dict(trial.params), dict(trial.intermediate_values), state, owner)
+    beat = trial.user_attrs.get(BEAT)
+    return Candidate(trial.number, dict(trial.params), dict(trial.intermediate_values), state, owner, beat)
 
 
 def check_installed() -> None:

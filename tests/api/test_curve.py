@@ -84,6 +84,7 @@ def test_a_curve_is_drawn_kept_and_gone_on_with(
     page = (folder / "curve.html").read_text()
     assert tree["forecast"]["text"].split(":")[0] in page
     assert page.count('class="to"') == 4
+    assert all("only 28 held-out chats" in place for place in (tree["flags"][0], page, shown))
     # The last run is an ordinary one: the same configuration gives the same losses.
     plain = phinetune.train(**_sections(config, tmp_path / "plain"))
     assert _losses(plain.path) == _losses(folder / "all")

@@ -9,8 +9,9 @@ import pytest
 
 from helpers import chat, tiny_config, write_jsonl
 from phinetune.api.train import train_config
+from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.errors import DataError
-from phinetune.evaluation.trust import few_rows
+from phinetune.evaluation.trust import few_answers, few_rows
 from phinetune.screen.console import Console
 from phinetune.training.prepare import prepare_run, settle
 
@@ -26,6 +27,30 @@ def test_few_rows_say_how_little_they_can_tell(rows: int, points: int) -> None:
     assert f"{points} points" in sentence
     assert few_rows(30) == []
     assert "nothing is proved" in few_rows(1)[0]
+
+
+def test_few_answers_are_told_where_the_rows_are_enough() -> None:
+    (sentence,) = few_answers(500, 10)
+    assert sentence.startswith("only 10 prompts that were answered: a share of right answers is known to 31 points")
+    assert sentence.endswith("raise evaluation.max_prompts")
+    assert few_answers(500, 30) == few_answers(10, 10) == few_answers(500, 0) == []
+
+
+def test_few_prompts_and_few_rows_that_are_no_copies_are_flags_of_a_run(tmp_path: Path) -> None:
+    train = [chat(words(i), f"Answer {i}.") for i in range(40)]
+    config = tiny_config(write_jsonl(tmp_path / "train.jsonl", train), tmp_path / "run", max_steps=1)
+    fresh = [chat(words(i), f"Answer {i}.") for i in range(40, 43)]
+    config.data.eval = str(write_jsonl(tmp_path / "held.jsonl", [*train[:30], *fresh]))
+    config.evaluation.neutral, config.evaluation.max_prompts = False, 5
+    flags = train_config(config, Console(quiet=True)).results["flags"]
+    assert [flag.partition(":")[0] for flag in flags if flag.startswith("only")] == [
+        "only 3 held-out chats that are no copies",
+        "only 5 prompts that were answered",
+    ]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "only 5 prompts that were answered" in card
+    assert "Tuned beside base: loss " in card
+    assert "95% interval" in card
 
 
 def test_copies_and_near_copies_are_counted_apart(tmp_path: Path) -> None:
@@ -80,7 +105,10 @@ def test_held_out_rows_of_groups_that_are_trained_on_are_told(tmp_path: Path) ->
     assert sets.held_out is not None
     assert sets.held_out.shared is not None
     assert sets.held_out.shared.same_group == 2
-    assert any("are of groups that are trained on (data.group)" in line for line in sets.held_out.shared.lines())
+    assert any(
+        "are of groups that are trained on (data.group)" in line
+        for line in shared_sentences(sets.held_out.shared.to_dict())
+    )
 
 
 def test_a_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from phinetune.durations import spell_seconds
 from phinetune.engine.scoring import Score, score_rows
 from phinetune.errors import RunError
 from phinetune.evaluation.hard_rows import hard_rows
+from phinetune.evaluation.trust import few_rows
 from phinetune.files import write_text
 from phinetune.logs import quiet_libraries
 from phinetune.reporting.data_curve_page import write_curve_page
@@ -241,6 +242,7 @@ class _Curve:
         tree["held_out"] = held_out.report.to_dict()
         last = [scores[one.name] for one in self.runs[-2:]]
         tree["hard"] = hard_rows(base, last[1], held_out, before=last[0])
+        tree["flags"] = few_rows(len(held_out))
         tree = {"runs": [one.name for one in self.runs], **tree, CHOSEN: self._by_memory()}
         self._write(tree)
         show_data_curve(tree, self.console)

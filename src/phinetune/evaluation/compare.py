@@ -26,7 +26,7 @@ from phinetune.evaluation.measured import Measured, Numbers, by_tag, differences
 from phinetune.evaluation.metrics import Metrics
 from phinetune.evaluation.preferences import are_pairs, score_pairs, win_rate
 from phinetune.evaluation.together import score_together
-from phinetune.evaluation.trust import few_rows
+from phinetune.evaluation.trust import few_answers, few_rows
 from phinetune.metric_table import COUNTS, MEASURES, measures_of
 
 FLAGGED = 10.0  # percent; if so many answers don't stop or repeat themselves, a sentence says so
@@ -274,6 +274,7 @@ def _compared(
             *few,
             *untold,
             *few_rows(len(held_out)),
+            *few_answers(len(held_out), len(questions)),
         ],
         held_out.report.to_dict(),
         overlap,

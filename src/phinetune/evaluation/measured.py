@@ -16,7 +16,7 @@ from phinetune.errors import RunError
 from phinetune.evaluation.answering import Answers, Question
 from phinetune.evaluation.bootstrap import Array, Difference, Pairs, differences
 from phinetune.evaluation.preferences import answer_words
-from phinetune.evaluation.trust import unseen_places, unseen_sentence
+from phinetune.evaluation.trust import FEW, few_rows, unseen_places, unseen_sentence
 from phinetune.metric_table import measures_of
 
 Numbers = dict[str, Any]
@@ -110,7 +110,8 @@ def unseen(
         "evaluation": {name: finite(numbers) for name, numbers in results.items()},
         "differences": {key: finite(one.to_dict()) for key, one in found.items()},
     }
-    return tree, [unseen_sentence(rows, found), *lines, *few]
+    told = few_rows(rows, "held-out chats that are no copies") if len(held_out) >= FEW else []  # else it is told of all
+    return tree, [unseen_sentence(rows, found), *told, *lines, *few]
 
 
 def differences_of(

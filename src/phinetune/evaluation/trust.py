@@ -13,20 +13,31 @@ FEW = 30  # held-out rows; below, a sentence says how little they can tell
 QUANTILE = 1.96  # of the normal distribution, for 95%
 
 
-def few_rows(rows: int) -> list[str]:
+def few_rows(rows: int, what: str = "held-out chats", remedy: str = "hold out 30 or more") -> list[str]:
     """What so few held-out rows can tell, in a sentence; empty if they are enough.
 
     A share measured on n rows has a standard error of √(p (1 − p) / n), at most √(1 / 4n).
+
+    Args:
+        what: the rows are, in the plural.
+        remedy: what to do about it.
     """
     if rows >= FEW:
         return []
     if rows < 2:
-        return ["only 1 held-out chat: no interval can be given, and nothing is proved; hold out 30 or more"]
+        return [f"only {rows} {what}: no interval can be given, and nothing is proved; {remedy}"]
     points = min(100, math.ceil(100 * QUANTILE * math.sqrt(0.25 / rows)))
     return [
-        f"only {rows} held-out chats: a share of right answers is known to {points} points up or down at worst, so "
-        "smaller differences tell nothing; hold out 30 or more"
+        f"only {rows} {what}: a share of right answers is known to {points} points up or down at worst, so "
+        f"smaller differences tell nothing; {remedy}"
     ]
+
+
+def few_answers(rows: int, prompts: int) -> list[str]:
+    """The same of answers, where fewer prompts were answered than rows are held out; empty if none was asked for."""
+    if not prompts or prompts >= rows:
+        return []
+    return few_rows(prompts, "prompts that were answered", "raise evaluation.max_prompts")
 
 
 def unseen_places(held_out: ChatSet, questions: Sequence[Question]) -> tuple[list[int], list[int]] | None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.report import replay_sentence
+from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.screen.console import say
 from phinetune.terminal_text import visible
@@ -23,8 +24,8 @@ def show_data(chats: Chats, tokenizer: PreTrainedTokenizerBase, console: Console
     if chats.replay:
         say(console, replay_sentence(chats.replay))
     for made in filter(None, (chats.held_out, chats.test)):
-        if made.shared and made.shared.lines():
-            say(console, made.shared.lines())
+        if made.shared and (found := shared_sentences(made.shared.to_dict())):
+            say(console, found)
         if made.not_compared:
             say(console, made.not_compared)
     marks = not console.is_terminal

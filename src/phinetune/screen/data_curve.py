@@ -35,4 +35,6 @@ def show_data_curve(tree: Mapping[str, Any], console: Console) -> None:
     say(console, then["text"])
     if tree["check"]:
         say(console, tree["check"]["text"], style=None if tree["check"]["inside"] else "yellow")
+    for flag in tree["flags"]:
+        say(console, f"{flag}.", style="yellow")
     show_hard_rows(tree["hard"], console)

@@ -18,7 +18,7 @@ from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.copies import SetKeys, groups_of, keys_of, with_near
 from phinetune.data.prepare.duplicates import NearDuplicates
 from phinetune.data.prepare.encode_rows import RowEncoder
-from phinetune.data.prepare.shared_rows import Shared
+from phinetune.data.prepare.shared_rows import Shared, shared_sentences
 from phinetune.data.read.row import Row
 from phinetune.errors import DataError
 
@@ -175,7 +175,7 @@ def test_near_copies_among_too_many_rows_are_not_looked_for(monkeypatch: pytest.
     made = build(write_jsonl(tmp_path / "a.jsonl", rows), eval=str(write_jsonl(tmp_path / "h.jsonl", rows[:2])))
     assert made.held_out
     assert made.held_out.shared == Shared(2, 2, None, 0)
-    assert "too many rows" in made.held_out.shared.lines()[-1]
+    assert "too many rows" in shared_sentences(made.held_out.shared.to_dict())[-1]
 
 
 def test_of_a_stream_the_first_rows_are_compared_and_that_is_told(

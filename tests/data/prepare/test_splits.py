@@ -46,12 +46,13 @@ def test_a_group_above_the_share_is_trained_on() -> None:
     assert held_out_places(40, 0.25, 3, groups) == set(range(30, 40))
 
 
-def test_groups_that_are_all_above_the_share_give_the_smallest() -> None:
+def test_groups_that_are_all_above_the_share_give_the_smallest(caplog: pytest.LogCaptureFixture) -> None:
     assert held_out_places(12, 0.1, 0, [0] * 7 + [7] * 5) == set(range(7, 12))
+    assert "5 of 12 rows are held out, and not 1: the smallest group" in caplog.text
 
 
 def test_rows_that_are_all_one_group_are_refused() -> None:
-    with pytest.raises(DataError, match="all 12 rows are copies of each other"):
+    with pytest.raises(DataError, match="all 12 rows belong together"):
         held_out_places(12, 0.25, 0, [0] * 12)
 
 

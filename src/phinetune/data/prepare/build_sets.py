@@ -93,6 +93,8 @@ def check_group(section: DataSection, sets: Sequence[ChatSet]) -> None:
 def _tell_without_effect(chats: Chats, encode: RowEncoder) -> None:
     """Say which keys change nothing, because no row has what they are for."""
     section, measured = encode.section, chats.measured or chats.train
+    if section.group and section.streaming:
+        logger.warning("data.group has no effect: the rows are a stream, so the held-out ones come from their own file")
     if section.tag and not any(measured.tags):
         logger.warning(
             "data.tag %s: no row of %s has a column of that name%s",

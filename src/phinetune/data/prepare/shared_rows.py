@@ -32,14 +32,10 @@ class Shared:
         numbers = {key: value for key, value in asdict(self).items() if key != "copied"}
         return numbers if self.same_group else {key: n for key, n in numbers.items() if key != "same_group"}
 
-    def lines(self) -> list[str]:
-        """What was found, in sentences; and that near copies were not looked for."""
-        unknown = "near copies of training rows were not looked for among the held-out chats: there are too many rows"
-        return [*shared_sentences(self.to_dict()), *([unknown] if self.near_copies is None else [])]
-
 
 def shared_sentences(counts: Mapping[str, Any]) -> list[str]:
-    """What a reader must know about held-out rows that were trained on; empty if there is nothing.
+    """What a reader must know about held-out rows that were trained on; empty if there is nothing. That near copies
+    were not looked for is one thing to know.
 
     Args:
         counts: the fields of `Shared`, as results.json holds them.
@@ -60,6 +56,10 @@ def shared_sentences(counts: Mapping[str, Any]) -> list[str]:
     if group:
         of_a = "is of a group that is" if group == 1 else "are of groups that are"
         sentences.append(f"{group:,} {held} {of_a} trained on (data.group); the comparison may be too kind")
+    if "near_copies" in counts and counts["near_copies"] is None:
+        sentences.append(
+            "near copies of training rows were not looked for among the held-out chats: there are too many rows"
+        )
     return sentences
 
 

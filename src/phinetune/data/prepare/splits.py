@@ -4,11 +4,14 @@ the rows.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from phinetune.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def split_places(
@@ -85,8 +88,8 @@ def _whole_groups(drawn: Sequence[int], size: int, groups: Sequence[int], seed: 
         members[group].append(place)
     if len(members) == 1:
         raise DataError(
-            f"data.eval: all {len(groups)} rows are copies of each other, so none can be held out; give held-out chats "
-            "in a file"
+            f"data.eval: all {len(groups)} rows belong together (they are copies of each other, or have one value in "
+            "data.group), so none can be held out; give held-out chats in a file"
         )
     others = sorted(members)
     random.Random(f"{seed} groups").shuffle(others)
@@ -94,5 +97,11 @@ def _whole_groups(drawn: Sequence[int], size: int, groups: Sequence[int], seed: 
     for group in dict.fromkeys([*(groups[place] for place in drawn), *others]):
         if len(held_out) + len(members[group]) <= size:
             held_out.update(members[group])
-    smallest = min(members, key=lambda group: len(members[group]))
-    return held_out or set(members[smallest])
+    if held_out:
+        return held_out
+    smallest = min(members.values(), key=len)
+    logger.warning(
+        "data.eval: %d of %d rows are held out, and not %d: the smallest group of rows that stay together has so many",
+        *(len(smallest), len(groups), size),
+    )
+    return set(smallest)

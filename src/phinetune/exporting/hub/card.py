@@ -111,7 +111,10 @@ def _results_table(results: Mapping[str, Any]) -> str:
         values = [measure.amount(side[measure.key]) for side in evaluation.values()]
         lines.append(f"| {plain(measure.titled)} | " + " | ".join(values) + " |")
     judged = [f"\n{plain(one['text'])} (model {code(one['model'])})." for one in (results.get("judged") or {}).values()]
-    return "\n".join([*lines, "", f"{LESS_TOLD}.", *judged])
+    found = [f"{plain(key.replace('_', ' '))} {one['text']}" for key, one in (results.get("differences") or {}).items()]
+    changed = [f"\nTuned beside base: {'; '.join(found)}."] if found else []
+    flags = [f"\n{plain(flag)}." for flag in results.get("flags") or []]
+    return "\n".join([*lines, "", f"{LESS_TOLD}.", *changed, *flags, *judged])
 
 
 def settings_section(config: RunConfig, lora: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from phinetune.chats.template import Message
-from phinetune.config.row_forms import JUDGED_FORMS, JUDGED_KEYS, PAIR_FORMS
+from phinetune.config.row_forms import CHAT_KEYS, JUDGED_FORMS, JUDGED_KEYS, PAIR_FORMS
 from phinetune.data.read.messages import (
     MESSAGES_OF,
     completed,
@@ -70,7 +70,9 @@ def read_preference(fields: Mapping[str, Any], form: str = "auto", *, judged: bo
 
 def _complete(fields: Mapping[str, Any], prompt: Sequence[Message], answers: Sequence[Answer]) -> Preference:
     """The preference with the row's system text and tools, and each answer checked to be one."""
-    source = fields["input"] if isinstance(fields.get("input"), Mapping) else fields  # OpenAI has the tools there
+    source = fields
+    if isinstance(fields.get("input"), Mapping):  # OpenAI has the tools there
+        source = {**{key: fields[key] for key in CHAT_KEYS if key in fields}, **fields["input"]}
     asked: list[Message] = []
     for answer in answers:
         if not answer.messages or answer.messages[0]["role"] != "assistant":

@@ -24,7 +24,8 @@ from phinetune.errors import RowError
 
 YES, NO = ("true", "1", "yes", "good"), ("false", "0", "no", "bad", "-1")
 ALIKE = "all answers are scored alike, so none is preferred"
-_SPOKEN = re.compile(r"\n*(Human|Assistant): ?")  # a chat as text, as Anthropic's sets have it
+# A turn of a chat as text, as Anthropic's sets have it. `Human:` within a line is a word of the turn that it stands in.
+_SPOKEN = re.compile(r"(?:\A|\n\n+)(Human|Assistant): ?")
 
 
 class Answer(NamedTuple):
@@ -170,7 +171,7 @@ def _texts_apart(fields: Mapping[str, Any]) -> tuple[list[Message], list[Message
     sides = [fields["chosen"], fields["rejected"]]
     if any(not isinstance(text, str) or looks_like_turns(text) for text in sides):
         return None
-    if all(_SPOKEN.match(text) for text in sides):
+    if all(_SPOKEN.match(text.strip()) for text in sides):
         return _turns_of(sides[0]), _turns_of(sides[1])
     shared = 0
     for left, right in zip(*sides, strict=False):
@@ -218,7 +219,9 @@ def _last_answer(chat: list[Message], fields: Mapping[str, Any]) -> tuple[list[M
 
 def _liked(fields: Mapping[str, Any]) -> bool:
     key = next(key for key in JUDGED_KEYS if fields.get(key) is not None or key in fields)
-    text = str(fields[key]).strip().lower()
+    value = fields[key]
+    # Tables with a gap in a column of integers hold it as floats.
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower()
     if text not in (*YES, *NO):
         raise RowError(f"`{key}` must be true or false, not {fields[key]!r}", "content")
     return text in YES

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from cli.cli_helpers import run
+from data.check.check_helpers import ENCODER
 from helpers import TINY, write_jsonl
+from phinetune.config.data import DataSection
+from phinetune.data.prepare.copies import key_of
+from phinetune.data.prepare.encode_answers import PairRows
+from phinetune.data.read.row import Row
 
 
 def pair(i: int, chosen: str = "", rejected: str = "") -> dict[str, Any]:
@@ -19,6 +24,10 @@ def pair(i: int, chosen: str = "", rejected: str = "") -> dict[str, Any]:
         "chosen": chosen or f"It is {i} km.",
         "rejected": rejected or f"No idea about {i}.",
     }
+
+
+def judged(i: int, liked: bool = True, answer: str = "") -> dict[str, Any]:
+    return {"prompt": f"How far is camp {i}?", "completion": answer or f"It is {i} km.", "label": liked}
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -80,3 +89,42 @@ def test_a_preview_shows_both_answers(
     assert "No idea about 7." in shown["rejected"].replace("⟦", "")
     assert "⟦" in shown["rejected"]
     assert "⟦" not in shown["user"]
+
+
+FAR = "It lies behind the second ridge, four hours on foot from the lake, and the last hour is steep. "
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "wanted"),
+    [
+        ([pair(1), pair(1)], "dpo", {"duplicate"}),
+        ([pair(1), pair(1)], "kto", {"duplicate"}),
+        ([pair(1), pair(1, rejected="Nobody knows.")], "dpo", set()),
+        ([pair(1), pair(1, rejected="Nobody knows.")], "kto", set()),
+        ([pair(1, FAR), pair(1, FAR, "No.")], "dpo", {"near"}),
+        ([pair(1, "A", "B"), pair(1, "B", "A")], "dpo", {"contradiction"}),
+        ([pair(1, "A", "B"), pair(1, "B", "A")], "kto", {"contradiction"}),
+        ([judged(1), judged(1)], "kto", {"duplicate"}),
+        ([judged(1), judged(1, False)], "kto", {"contradiction"}),
+        ([judged(1, False), judged(1)], "kto", {"contradiction"}),
+        ([judged(1), judged(1, False, "No.")], "kto", set()),
+    ],
+)
+def test_pairs_are_alike_as_a_whole_and_judged_rows_with_their_verdict(
+    rows: list[Any], kind: str, wanted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """`--fix` would leave out whatever counts as a duplicate."""
+    places = found(write_jsonl(tmp_path / "rows.jsonl", rows), monkeypatch, capsys, kind)
+    compared = {"duplicate", "near", "contradiction"} & places.keys()
+    assert compared == wanted
+    assert all(one["where"].endswith(":2") for name in wanted for one in places[name])
+
+
+def test_a_pair_is_held_out_only_with_both_of_its_answers() -> None:
+    """Rows that share less are no copies, but stay on one side by their question."""
+    rows = [pair(1), pair(1), pair(1, rejected="Nobody knows.")]
+    made = list(PairRows(DataSection(), ENCODER, None)(Row(f"a:{i}", row) for i, row in enumerate(rows)))
+    keys = [key_of(one) for one in made]
+    assert keys[0] == keys[1]
+    assert keys[0][0] != keys[2][0]
+    assert keys[0][1] == keys[2][1]

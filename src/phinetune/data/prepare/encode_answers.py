@@ -87,7 +87,7 @@ class PairRows(RowEncoder):
         chats = found.chats()
         outcome.messages, outcome.chat = chats[0], self.encoder.prepare(chats[0])
         if len(chats) > 1:
-            outcome.other = self.encoder.prepare(chats[1])
+            outcome.other, outcome.rejected = self.encoder.prepare(chats[1]), found.answers[1].messages
         outcome.answer_turns = tuple(len(answer.messages) for answer in found.answers)
         outcome.liked = found.answers[0].liked
         audit_outcome(outcome, made, self.section, self.encoder, self.taken)

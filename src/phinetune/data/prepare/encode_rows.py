@@ -53,6 +53,7 @@ class RowOutcome:
         other: of a pair, the chat with the rejected answer; `other_fitted`: what is left of it after it was cut.
         answer_turns: of a row of preferences, how many turns each of its answers has.
         liked: of a row of preferences, whether the answer in `chat` is the liked one.
+        rejected: of a pair, the turns of its rejected answer; the first outcome has them where a pair has two.
     """
 
     row: Row
@@ -72,6 +73,7 @@ class RowOutcome:
     other_fitted: list[Message] = field(default_factory=list)
     answer_turns: tuple[int, ...] = ()
     liked: bool = True
+    rejected: list[Message] = field(default_factory=list)
 
     def refuse(self, error: RowError) -> None:
         """Drop the row because it can't be used."""

@@ -13,7 +13,8 @@ from data.check.check_helpers import ENCODER
 from helpers import TINY, write_jsonl
 from phinetune.config.data import DataSection
 from phinetune.data.prepare.copies import key_of
-from phinetune.data.prepare.encode_answers import PairRows
+from phinetune.data.prepare.encode_answers import JudgedRows, PairRows
+from phinetune.data.preview import preview_rows
 from phinetune.data.read.row import Row
 
 
@@ -51,16 +52,18 @@ def found(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     ],
     ids=["equal", "empty chosen", "empty rejected", "two prompts", "two last questions"],
 )
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_each_spoiled_pair_gets_its_finding(
     row: Any,
     kind: str,
     detail: str,
+    objective: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", [pair(0), pair(1), row])
-    places = found(file, monkeypatch, capsys)[kind]
+    places = found(file, monkeypatch, capsys, objective)[kind]
     assert places[0]["where"] == f"{file}:3"
     assert detail in places[0]["detail"]
 
@@ -76,19 +79,28 @@ def test_longer_chosen_answers_are_told(
     assert "length_bias" not in found(tmp_path / "biased.jsonl", monkeypatch, capsys, "kto")
 
 
+@pytest.mark.parametrize(("kind", "names"), [("dpo", ("chosen", "rejected")), ("kto", ("good", "not good"))])
 def test_a_preview_shows_both_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    """For kto they are two examples, each with its prompt."""
     file = write_jsonl(tmp_path / "pairs.jsonl", [pair(7)])
-    options = ("--set", f"model.path={TINY}", "--set", "objective.kind=dpo")
+    options = ("--set", f"model.path={TINY}", "--set", f"objective.kind={kind}")
     assert run(monkeypatch, "data", "preview", file, *options) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum("How far is camp 7?" in line for line in lines) == 1
+    assert sum("How far is camp 7?" in line for line in lines) == (1 if kind == "dpo" else 2)
     shown = {line.split("│")[0].strip(): line for line in lines if "│" in line}
-    assert "It is 7 km." in shown["chosen"].replace("⟦", "")
-    assert "No idea about 7." in shown["rejected"].replace("⟦", "")
-    assert "⟦" in shown["rejected"]
-    assert "⟦" not in shown["user"]
+    assert "It is 7 km." in shown[names[0]].replace("⟦", "")
+    assert "No idea about 7." in shown[names[1]].replace("⟦", "")
+    assert "pieces" not in lines[0]
+
+
+def test_a_preview_says_which_answer_is_left_out(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "pairs.jsonl", [pair(7, rejected="No! " * 50), pair(8, "Oh! " * 50, "No! " * 50)])
+    shown, dropped = preview_rows(str(file), JudgedRows(DataSection(), ENCODER, 60), 2)
+    assert shown.problem is None
+    assert [turn.remark for turn in shown.turns if turn.remark] == ["✂ an answer is left out: longer than 60 tokens"]
+    assert dropped.problem == "longer than 60 tokens"
 
 
 FAR = "It lies behind the second ridge, four hours on foot from the lake, and the last hour is steep. "

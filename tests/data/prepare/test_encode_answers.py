@@ -9,8 +9,9 @@ import pytest
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
-from phinetune.data.prepare.encode_answers import JudgedRows, PairRows, parts_of
+from phinetune.data.prepare.encode_answers import EQUAL, JudgedRows, PairRows, parts_of
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
+from phinetune.data.prepare.report import DataReport
 from phinetune.data.read.held_data import hold_function, holding
 from phinetune.data.read.row import Row
 from phinetune.errors import ConfigError
@@ -112,3 +113,12 @@ def test_what_makes_no_sense_for_the_rows_is_refused_by_name(
     with pytest.raises(ConfigError) as caught:
         outcomes(kind, PAIR, **section)
     assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize("kind", [PairRows, JudgedRows])
+def test_equal_answers_are_dropped_as_one_row(kind: type[PairRows]) -> None:
+    report = DataReport("a.jsonl")
+    (made,) = outcomes(kind, {**PAIR, "rejected": "So."})
+    report.count(made)
+    assert made.reason == EQUAL
+    assert (report.rows, report.kept, report.dropped[EQUAL]) == (1, 0, 1)

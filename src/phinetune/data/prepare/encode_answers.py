@@ -63,7 +63,7 @@ class PairRows(RowEncoder):
             self._encode(outcomes)
             for outcome in outcomes:
                 self._finish(outcome)
-            yield from outcomes
+            yield from self._compared(outcomes)
 
     def _read(self, row: Row, mapping: RowMapping | None) -> list[RowOutcome]:
         """The outcomes of a row, not encoded yet."""
@@ -96,6 +96,10 @@ class PairRows(RowEncoder):
     def _examples(self, outcome: RowOutcome, found: Preference) -> list[RowOutcome]:
         """One example a row."""
         return [outcome]
+
+    def _compared(self, outcomes: list[RowOutcome]) -> list[RowOutcome]:
+        """The outcomes, less what the answers of a row say of each other."""
+        return outcomes
 
     def _encode(self, outcomes: Sequence[RowOutcome]) -> None:
         """Encode the chats of all rows in one call; where the template refuses some, row by row."""
@@ -197,8 +201,23 @@ class JudgedRows(PairRows):
         outcome.other, outcome.pieces = [], 2
         return [outcome, second]
 
+    def _compared(self, outcomes: list[RowOutcome]) -> list[RowOutcome]:
+        """Drop pairs of equal answers, each as one row."""
+        kept: list[RowOutcome] = []
+        for outcome in outcomes:
+            if outcome.piece and _equal(kept[-1], outcome):
+                kept[-1].encoded, kept[-1].reason, kept[-1].pieces = None, EQUAL, 1
+            else:
+                kept.append(outcome)
+        return kept
+
     def _joined(self, parts: Sequence[Encoded], outcome: RowOutcome) -> Encoded:
         return super()._joined(parts, outcome)._replace(values={"label": float(outcome.liked)})
+
+
+def _equal(one: RowOutcome, other: RowOutcome) -> bool:
+    """Whether two chats are the same to the model."""
+    return bool(one.encoded and other.encoded and one.encoded.input_ids == other.encoded.input_ids)
 
 
 def parts_of(example: Encoded) -> list[Encoded]:

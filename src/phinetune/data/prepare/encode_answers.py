@@ -186,10 +186,10 @@ class WholePairRows(PairRows):
 class JudgedRows(PairRows):
     """Turns rows with one answer into examples, with `label` 1 for a good one and 0 for any other.
 
-    A row with two answers becomes two examples.
+    A row with two answers becomes two examples, one behind the other; `second` is 1 for the latter.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ("label",)
+    columns: ClassVar[tuple[str, ...]] = ("label", "second")
     forms: ClassVar[tuple[str, ...]] = tuple(form.name for form in (*JUDGED_FORMS, *PAIR_FORMS))
     judged: ClassVar[bool] = True
 
@@ -212,7 +212,8 @@ class JudgedRows(PairRows):
         return kept
 
     def _joined(self, parts: Sequence[Encoded], outcome: RowOutcome) -> Encoded:
-        return super()._joined(parts, outcome)._replace(values={"label": float(outcome.liked)})
+        values = {"label": float(outcome.liked), "second": float(outcome.piece)}
+        return super()._joined(parts, outcome)._replace(values=values)
 
 
 def _equal(one: RowOutcome, other: RowOutcome) -> bool:

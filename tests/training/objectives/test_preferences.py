@@ -224,6 +224,14 @@ def test_the_rate_is_a_share_of_imitations_unless_one_is_given(tmp_path: Path) -
         ("dpo", {"data": {"loss_on": "all"}}, "data.loss_on: all: a preference is learnt from the answers alone"),
         ("dpo", {"data": {"format": "messages"}}, "data.format: rows of the form messages are for another objective"),
         ("kto", {"training_config": {"per_device_train_batch_size": 1}}, "per_device_train_batch_size: kto estimates"),
+        ("kto", {"training_config": {"train_sampling_strategy": "random"}}, "random: kto needs `sequential`"),
+        ("kto", {"training_config": {"train_sampling_strategy": "group_by_length"}}, "kto needs `sequential`"),
+        ("kto", {"training_config": {"group_by_length": True}}, "group_by_length"),
+        (
+            "kto",
+            {"training_config": {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": 64}},
+            "per_device_train_batch_size: kto estimates",
+        ),
         ("sft", {"data": {"format": "pair"}}, "data.format: rows of the form pair are for another objective"),
         ("sft", {}, "`chosen` and `rejected` are for objectives that learn from preferences: set objective to dpo"),
     ],
@@ -264,3 +272,10 @@ def test_knobs_of_preferences_beside_sft_are_told_whose_they_are(tmp_path: Path)
         "training_config: `beta` is for `objective: dpo, orpo, simpo, kto`, and this run's objective is sft",
         "training_config: `loss_weights` is for `objective: dpo`, and this run's objective is sft",
     ]
+
+
+def test_apo_takes_rows_in_any_order_and_one_by_one(tmp_path: Path) -> None:
+    """It estimates nothing from neighbours."""
+    knobs, steps = {"loss_type": "apo_zero_unpaired"}, {"per_device_train_batch_size": 1}
+    given = sections(tmp_path / "run", "kto", knobs, train_sampling_strategy="random", **steps)
+    assert prepare_run(settle(make_config(given))).args.train_sampling_strategy == "random"

@@ -24,6 +24,7 @@ from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.engine.examples import IGNORED
 from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
 from phinetune.training.objectives.preferences import RATE, SPREAD, PreferenceOptions, spread_means
+from phinetune.training.value_rules import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,22 @@ class Kto(Objective):
         self.reference = ("ref_logps", "ref_KL_logps") if self.neighbours else ("ref_logps",)  # type: ignore[misc]
 
     def refused(self, training: Mapping[str, Any]) -> list[str]:
-        """A micro-batch of one has no neighbours."""
-        if not self.neighbours or int(training.get("per_device_train_batch_size", 8)) > 1:
+        """Micro-batches of one have no neighbours, and in another order theirs are not those of the estimate."""
+        if not self.neighbours:
             return []
-        return [
-            "training_config.per_device_train_batch_size: kto estimates how far the model has moved from the other "
-            "answers of a micro-batch, so it needs 2 or more; or set objective.loss_type: apo_zero_unpaired"
-        ]
+        problems, other = [], "or set objective.loss_type: apo_zero_unpaired"
+        if int(training.get("per_device_train_batch_size", 8)) < 2:
+            problems.append(
+                "training_config.per_device_train_batch_size: kto estimates how far the model has moved from the other "
+                f"answers of a micro-batch, so it needs 2 or more; {other}"
+            )
+        strategy = plain_name(training.get("train_sampling_strategy", "sequential"))
+        if strategy != "sequential":
+            problems.append(
+                f"training_config.train_sampling_strategy: {strategy}: kto needs `sequential`, since a row's estimate is "
+                f"made with the answers beside it in the file; {other}"
+            )
+        return problems
 
     def arranged(self, rows: Any, batch_size: int, max_length: int | None) -> Any:
         if not self.neighbours:

@@ -229,6 +229,7 @@ class _Callbacks:
     spikes: SpikeWatch
     stop: StopRequest
     early: EarlyStop | None
+    falling: FallingWarning
 
     @classmethod
     def of(cls, prepared: PreparedRun, folder: RunFolder, stop: StopRequest) -> _Callbacks:
@@ -237,11 +238,12 @@ class _Callbacks:
         early = EarlyStop(patience, threshold) if patience else None
         placed = partial(place_of, prepared.chats.train)
         spikes = SpikeWatch(folder.spikes, lambda ids: str(prepared.tokenizer.decode(ids.tolist())), placed)
-        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), spikes, stop, early)
+        falling = FallingWarning(prepared.objective)
+        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), spikes, stop, early, falling)
 
     def listed(self) -> list[TrainerCallback]:
         early = [self.early] if self.early else []
-        return [self.metrics, GradientCheck(), FallingWarning(), self.stop, self.samples, self.spikes, *early]
+        return [self.metrics, GradientCheck(), self.falling, self.stop, self.samples, self.spikes, *early]
 
 
 def _make_trainer(

@@ -23,7 +23,7 @@ from phinetune.data.prepare.encode_answers import JudgedRows
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.engine.examples import IGNORED
 from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
-from phinetune.training.objectives.preferences import RATE, SPREAD, PreferenceOptions, spread_means
+from phinetune.training.objectives.preferences import RATE, SPREAD, PreferenceOptions, beside_reference, spread_means
 from phinetune.training.value_rules import plain_name
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,8 @@ class Kto(Objective):
         strategy = plain_name(training.get("train_sampling_strategy", "sequential"))
         if strategy != "sequential":
             problems.append(
-                f"training_config.train_sampling_strategy: {strategy}: kto needs `sequential`, since a row's estimate is "
-                f"made with the answers beside it in the file; {other}"
+                f"training_config.train_sampling_strategy: {strategy}: kto needs `sequential`, since an estimate is made "
+                f"with the answers that stand beside each other; {other}"
             )
         return problems
 
@@ -127,6 +127,9 @@ class Kto(Objective):
     def summarize(self, sums: Sums) -> dict[str, float]:
         loss = sums["total"] / max(1.0, sums["chosen"] + sums["rejected"])
         return {"loss": loss, **{name: float(value) for name, value in _means(sums).items()}}
+
+    def chosen_likelihood(self, entry: Mapping[str, Any]) -> tuple[float, float] | None:
+        return beside_reference(entry, float(self.options.beta))  # type: ignore[attr-defined]
 
     def _counted(self, model: Any, row: PackedRow, *, together: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The sums of what is measured, and the summed loss.

@@ -85,8 +85,8 @@ class Kto(Objective):
         strategy = plain_name(training.get("train_sampling_strategy", "sequential"))
         if strategy != "sequential":
             problems.append(
-                f"training_config.train_sampling_strategy: {strategy}: kto needs `sequential`, since an estimate is made "
-                f"with the answers that stand beside each other; {other}"
+                f"training_config.train_sampling_strategy: {strategy}: kto needs `sequential`, since it "
+                f"estimates from answers that stand side by side; {other}"
             )
         return problems
 

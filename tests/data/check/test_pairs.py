@@ -140,3 +140,18 @@ def test_a_pair_is_held_out_only_with_both_of_its_answers() -> None:
     assert keys[0] == keys[1]
     assert keys[0][0] != keys[2][0]
     assert keys[0][1] == keys[2][1]
+
+
+@pytest.mark.parametrize("page", ["preferences.md", "preferences.zh.md"])
+def test_the_commands_of_the_how_to_read_pairs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """They stand before any configuration, whose objective would say what the rows are."""
+    text = (Path(__file__).parents[3] / "docs" / "how-to" / page).read_text(encoding="utf-8")
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("phinetune data ")]
+    assert [command[1] for command in commands] == ["check", "preview"]
+    write_jsonl(tmp_path / "pairs.jsonl", [pair(i) for i in range(3)])
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert run(monkeypatch, *command, "--set", f"model.path={TINY}") == 0
+        assert "no known form" not in capsys.readouterr().out

@@ -279,3 +279,32 @@ def test_apo_takes_rows_in_any_order_and_one_by_one(tmp_path: Path) -> None:
     knobs, steps = {"loss_type": "apo_zero_unpaired"}, {"per_device_train_batch_size": 1}
     given = sections(tmp_path / "run", "kto", knobs, train_sampling_strategy="random", **steps)
     assert prepare_run(settle(make_config(given))).args.train_sampling_strategy == "random"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "training", "losses", "weights"),
+    [
+        ({}, {}, ["sigmoid", "sft"], [1.0, 0.5]),
+        ({"loss_type": "hinge"}, {}, ["hinge", "sft"], [1.0, 0.5]),
+        ({"loss_type": ["hinge", "ipo"], "loss_weights": [2.0, 1.0]}, {}, ["hinge", "ipo", "sft"], [2.0, 1.0, 0.5]),
+        ({"loss_type": "hinge"}, {"loss_type": "hinge"}, ["hinge", "sft"], [1.0, 0.5]),
+        ({"loss_weights": [2.0]}, {"loss_type": "ipo"}, ["ipo", "sft"], [2.0, 0.5]),
+    ],
+)
+def test_rpo_alpha_stands_beside_the_losses_of_either_section(
+    knobs: dict[str, Any], training: dict[str, Any], losses: list[str], weights: list[float], tmp_path: Path
+) -> None:
+    options = settle(make_config(sections(tmp_path / "run", "dpo", knobs, rpo_alpha=0.5, **training))).objective.options
+    assert (options.loss_type, options.loss_weights) == (losses, weights)  # type: ignore[attr-defined]
+
+
+def test_rpo_alpha_beside_two_losses_is_refused(tmp_path: Path) -> None:
+    given = sections(tmp_path / "run", "dpo", {"loss_type": "hinge"}, rpo_alpha=0.5, loss_type="ipo")
+    with pytest.raises(ConfigError, match=r"objective\.loss_type is 'hinge'; keep one of them"):
+        settle(make_config(given))
+
+
+def test_exo_pair_without_smoothing_is_refused_as_trl_does(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exo_pair needs a label_smoothing above 0, as in TRL"):
+        settle(make_config(sections(tmp_path / "run", "dpo", {"loss_type": "exo_pair"})))
+    assert settle(make_config(sections(tmp_path / "run", "dpo", {"loss_type": "exo_pair", "label_smoothing": 1e-3})))

@@ -155,7 +155,8 @@ def train_run(
     _check_same_base(loaded)
     own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
     reference = Reference(prepared, record, on_reference)
-    trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
+    with own.stop.listening():  # what comes while the reference is computed stops the run behind its first step
+        trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
     facts = _start_facts(trainer, prepared, loaded) | _course(trainer, prepared, record, resumption)
     trainer.add_callback(StartRecord(place.folder, facts, prepared.config, loaded.base.revision))
     if place.checkpoint is None and processes.is_main():

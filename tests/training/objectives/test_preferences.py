@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from phinetune.planning.probe import Speed
 from phinetune.screen.plan import show_plan
 from phinetune.training import auto_settings
 from phinetune.training.prepare import prepare_run, settle
+from phinetune.training.run import open_place, train_run
 
 PROMPT = "Count with me, as slowly and as carefully as you can, and never leave a number out. "
 PAIRS = [
@@ -308,3 +311,20 @@ def test_exo_pair_without_smoothing_is_refused_as_trl_does(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="exo_pair needs a label_smoothing above 0, as in TRL"):
         settle(make_config(sections(tmp_path / "run", "dpo", {"loss_type": "exo_pair"})))
     assert settle(make_config(sections(tmp_path / "run", "dpo", {"loss_type": "exo_pair", "label_smoothing": 1e-3})))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no such signal")
+def test_a_signal_during_the_reference_stops_the_run_behind_its_first_step(tmp_path: Path) -> None:
+    """By default it would end the process; here it would go to a handler that does nothing."""
+    config = make_config(sections(tmp_path / "run", save_strategy="steps"))
+    place = open_place(config)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        made = train_run(
+            prepare_run(settle(config)), place, on_reference=lambda *_: os.kill(os.getpid(), signal.SIGUSR1)
+        )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert made.stopped
+    assert [entry["step"] for entry in logged(tmp_path / "run") if "loss" in entry] == [1]
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()

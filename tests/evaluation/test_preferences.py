@@ -15,13 +15,23 @@ from safetensors.torch import load_file, save_file
 
 from helpers import TINY, write_jsonl
 from phinetune import evaluate, train
+from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.load import Loaded
+from phinetune.checkpoints.random_shapes import byte_tokenizer
+from phinetune.config.data import DataSection
 from phinetune.config.evaluation import EvaluationSection
+from phinetune.data.prepare import build_sets
+from phinetune.data.prepare.build_sets import build_chats
+from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.data.prepare.copies import SetKeys
+from phinetune.data.prepare.encode_answers import JudgedRows
+from phinetune.data.prepare.report import DataReport
+from phinetune.data.prepare.shared_rows import Shared
 from phinetune.engine.examples import Encoded
 from phinetune.engine.generate import Answer
 from phinetune.engine.scoring import score_rows
 from phinetune.evaluation.answering import Answers
-from phinetune.evaluation.preferences import score_pairs, win_rate
+from phinetune.evaluation.preferences import score_pairs, win_rate, worth_imitating
 
 PAIRS = [
     {
@@ -48,6 +58,63 @@ def test_what_a_model_prefers_is_what_it_finds_likelier(tiny: Loaded) -> None:
     by_token = alone[0].loss < alone[1].loss
     assert preferred["prefers_chosen_a_token"].tolist() == [100.0 * by_token, 100.0 * (not by_token)]
     assert sum(done) == 2
+
+
+JUDGED = [
+    {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
+    for i, row in enumerate(PAIRS)
+]
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["memory", "disk"])
+def test_answers_that_are_not_good_are_no_references(
+    small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are they lost, won or hard: the verdict is on the others alone, each with what belongs to it."""
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(build_sets, "SMALL", 100 if small else 1)
+    tagged = [{**row, "topic": str(i)} for i, row in enumerate(JUDGED)]
+    section = DataSection(train=str(write_jsonl(tmp_path / "judged.jsonl", tagged)), tag="topic")
+    held_out = build_chats(JudgedRows(section, make_encoder(byte_tokenizer(300)), None)).train
+    kept = worth_imitating(held_out)
+    wanted = [i for i in range(12) if i % 3]
+    assert [(row.values or {})["label"] for row in kept.encoded] == [1.0] * len(wanted)
+    assert [chat[-1]["content"] for chat in kept.chats] == [PAIRS[i]["chosen"] for i in wanted]
+    assert list(kept.places) == list(range(len(wanted)))
+    assert list(kept.tags) == list(map(str, wanted))
+    assert len(held_out) == 12
+    assert worth_imitating(kept) is kept
+
+
+def test_the_copies_of_a_part_are_those_of_the_whole() -> None:
+    rows = [Encoded([i, i], [i, i]) for i in range(5)]
+    keys = SetKeys([b"a", b"b", b"c", b"d", b"e"], [None] * 5)
+    whole = ChatSet([], rows, DataReport("a"), where=list("abcde"), keys=keys, shared=Shared(5, 2, 0, 0, copied=(1, 3)))
+    part = whole.at([0, 3, 4])
+    assert part.where == ["a", "d", "e"]
+    assert part.keys
+    assert part.keys.rows == [b"a", b"d", b"e"]
+    assert part.shared
+    assert part.shared.copied == (1,)
+
+
+def test_a_run_over_judged_rows_is_measured_by_its_good_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    training = {"output_dir": str(tmp_path / "run"), "max_steps": 1, "save_strategy": "no"}
+    held = write_jsonl(tmp_path / "held.jsonl", JUDGED[:6])
+    results = train(
+        model=TINY,
+        data={"train": str(write_jsonl(tmp_path / "judged.jsonl", JUDGED[6:])), "eval": str(held)},
+        objective="kto",
+        training_config=training,
+        evaluation={"max_new_tokens": 6, "win_rate_by": "chrf"},
+        console=Console(quiet=True),
+    ).results
+    assert results["differences"]["loss"]["rows"] == 4
+    assert [one["reference"] for one in results["examples"]] == [PAIRS[i]["chosen"] for i in (1, 2, 4, 5)]
+    assert sum(results["win_rate"][key] for key in ("won", "lost", "even")) == 4
 
 
 def test_a_win_counts_one_and_an_even_one_half() -> None:

@@ -279,14 +279,16 @@ JUDGED = [
     [{}, {"beta": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.7}, {"loss_type": "apo_zero_unpaired"}],
     ids=["kto", "weights", "apo"],
 )
-def test_kto_is_that_of_trl(tmp_path: Path, knobs: dict[str, Any]) -> None:
-    mine = ours("kto", rows=JUDGED, **knobs)
+@pytest.mark.parametrize("rows", [JUDGED, PAIRS], ids=["judged", "pairs"])
+def test_kto_is_that_of_trl(tmp_path: Path, rows: list[dict[str, Any]], knobs: dict[str, Any]) -> None:
+    """Of pairs too, where TRL puts all chosen answers before the rejected ones."""
+    mine = ours("kto", rows=rows, **knobs)
     model, tokenizer = plain()
-    args = KTOConfig(str(tmp_path), per_device_train_batch_size=len(JUDGED), **knobs, **ARGS)
+    args = KTOConfig(str(tmp_path), per_device_train_batch_size=len(mine[4]), **knobs, **ARGS)
     trainer = KTOTrainer(
         model,
         args=args,
-        train_dataset=Dataset.from_list(JUDGED),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(**LORA),
     )

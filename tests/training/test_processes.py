@@ -139,7 +139,8 @@ def test_pairs_are_learnt_as_by_one_process(tmp_path: Path, monkeypatch: pytest.
     config = tiny_config(pairs, tmp_path / "one", **{**training, "per_device_train_batch_size": 2})
     config.model.device, config.model.dtype, config.objective = "cpu", "float32", ObjectiveSection(**DPO)
     train_only(config)
-    for key in ("loss", "grad_norm", "eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
+    logged = ("rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+    for key in ("loss", "grad_norm", *logged, "eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
         assert metrics(both.folder, key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5), key
     assert both.err.count("the reference's log-probabilities of 12 rows") == 1
     ours, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))

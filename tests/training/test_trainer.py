@@ -21,7 +21,7 @@ from phinetune.errors import RunError
 from phinetune.training.objectives.sft import PlainSftTrainer
 from phinetune.training.prepare import prepare_run, settle
 from phinetune.training.run import open_place, train_run
-from phinetune.training.trainer import RunTrainer
+from phinetune.training.trainer import RunTrainer, _means
 
 # What the libraries raise where a disk fails: of Python's files, of safetensors, and of torch's zip writer.
 FULL = [
@@ -109,3 +109,12 @@ def test_packed_chats_do_not_see_each_other(tiny: Loaded, attention: str) -> Non
     assert torch.equal(logits(first), logits(other))
     alone = tiny.model(torch.tensor([second])).logits[0]
     torch.testing.assert_close(logits(first), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_logged_mean_is_over_the_micro_batches_of_all_processes() -> None:
+    """One of them may have had no chosen answer, and so no number of it."""
+    assert _means([{"kl": [3.0, 2], "rewards/chosen": [1.0, 1]}, {"kl": [3.0, 1]}]) == {
+        "kl": 2.0,
+        "rewards/chosen": 1.0,
+    }
+    assert _means([{}, {}]) == {}

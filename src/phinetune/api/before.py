@@ -12,6 +12,7 @@ from phinetune.evaluation.countable import check_classes, check_countable, names
 from phinetune.evaluation.judge import check_judges
 from phinetune.evaluation.kept import neutral_sets
 from phinetune.evaluation.metrics import Metrics, open_metrics
+from phinetune.evaluation.preferences import worth_imitating
 from phinetune.exporting.hub.push import check_can_push
 from phinetune.training.best_checkpoint import best_metric
 from phinetune.training.prepare import PreparedRun, SettledRun
@@ -57,7 +58,7 @@ def look_at_rows(prepared: PreparedRun, metrics: Metrics) -> None:
         counts, tells = counted if chats is held_out else None, told and chats is prepared.chats.measured
         if not (counts or tells or sorts(metrics)):
             continue
-        questions = questions_of(encoder, chats, section.max_prompts)
+        questions = questions_of(encoder, worth_imitating(chats), section.max_prompts)
         if counts:
             check_countable(counts, metrics, questions)
         if section.generate:

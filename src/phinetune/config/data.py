@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from phinetune.config.format_fields import parse_template
-from phinetune.config.row_forms import FORM_NAMES, PREFERENCE_NAMES, ROW_FORMS
+from phinetune.config.row_forms import ALL_FORMS, FORM_NAMES, PREFERENCE_NAMES
 from phinetune.config.section import Section, checked_entry, one_of
 from phinetune.errors import unknown_key
 
 TREATED = ("keep", "fold", "drop")  # what `data.system` does with system messages
 OF_A_CHAT = ("user", "assistant", "system", "tag")  # what `data.columns` names besides the keys of the forms
-COLUMN_KEYS = (*OF_A_CHAT, *sorted({key for form in ROW_FORMS for key in form.read} - set(OF_A_CHAT)))
+COLUMN_KEYS = (*OF_A_CHAT, *sorted({key for form in ALL_FORMS for key in form.read} - set(OF_A_CHAT)))
 
 
 class WeightedFile(Section):

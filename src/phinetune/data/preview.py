@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -86,7 +86,27 @@ def preview_rows(source: str, encode: RowEncoder, rows: int, first: int = 0) -> 
     for row in islice(chain(head, every), first, first + rows):
         if not isinstance(row, Broken) and is_huge(row, encode.max_length):
             row = Broken(row.where, f"far too long to be a chat: {describe_size(row)}")
-        yield preview_row(row if isinstance(row, Broken) else next(encode([row])), encode.encoder)
+        yield preview_row(row, encode.encoder) if isinstance(row, Broken) else _previewed(list(encode([row])), encode)
+
+
+def _previewed(outcomes: Sequence[RowOutcome], encode: RowEncoder) -> PreviewedRow:
+    """A row with all of its answers; of a text that is cut into pieces the first piece."""
+    first = preview_row(outcomes[0], encode.encoder)
+    if not outcomes[0].answer_turns or len(outcomes) == 1:
+        return first
+    shown = [preview_row(one, encode.encoder) for one in outcomes]
+    if all(one.problem is not None for one in shown):
+        return first
+    left_out = [Turn("", [], f"✂ an answer is left out: {one.problem}") for one in shown if one.problem is not None]
+    return replace(
+        first,
+        tokens=sum(one.tokens for one in shown),
+        trainable=sum(one.trainable for one in shown),
+        cut=any(one.cut for one in shown),
+        pieces=1,
+        turns=[*(turn for one in shown for turn in one.turns), *left_out],
+        problem=None,
+    )
 
 
 def preview_row(outcome: RowOutcome | Broken, encoder: ChatEncoder) -> PreviewedRow:

@@ -24,7 +24,7 @@ from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.judge import judge_answers
 from phinetune.evaluation.measured import Measured, Numbers, by_tag, differences_of, finite, unseen
 from phinetune.evaluation.metrics import Metrics
-from phinetune.evaluation.preferences import are_pairs, score_pairs, win_rate
+from phinetune.evaluation.preferences import are_pairs, score_pairs, win_rate, worth_imitating
 from phinetune.evaluation.together import score_together
 from phinetune.evaluation.trust import few_answers, few_rows
 from phinetune.metric_table import COUNTS, MEASURES, measures_of
@@ -178,7 +178,7 @@ def compare(
         RunError: a metric failed; the error says on which answer.
         DataError: answers are to be sorted into classes, and the chats' own can't be.
     """
-    watcher = watcher or _Unwatched()
+    watcher, held_out = watcher or _Unwatched(), worth_imitating(held_out)
     questions = questions_of(encoder, held_out, section.max_prompts) if section.generate else []
     check_classes(metrics, questions)
     models = sides_of(model, base)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from phinetune.data.prepare.encode_answers import parts_of
+from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.data.prepare.encode_answers import JudgedRows, parts_of
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.engine.scoring import Score
 from phinetune.evaluation.answering import Answers
@@ -20,6 +21,18 @@ RESAMPLES = 10_000
 def are_pairs(rows: Sequence[Encoded]) -> bool:
     """Whether a set holds pairs of answers."""
     return bool(len(rows)) and len(rows[0].lengths) == 2
+
+
+def worth_imitating(held_out: ChatSet) -> ChatSet:
+    """The rows whose answers say what to answer: all, but for those that are judged not good (see `JudgedRows`).
+
+    Where every answer is judged so, all of them are left: they are all that there is to measure.
+    """
+    first = held_out.encoded[0].values if len(held_out) else None
+    if not first or not set(JudgedRows.columns) <= first.keys():
+        return held_out
+    liked = [place for place, row in enumerate(held_out.encoded) if (row.values or {})["label"] > 0.5]
+    return held_out.at(liked) if 0 < len(liked) < len(held_out) else held_out
 
 
 def score_pairs(

@@ -13,6 +13,7 @@ from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.evaluation.answering import Question, answer_all, fixed_question, questions_of
 from phinetune.evaluation.metrics import Metrics
+from phinetune.evaluation.preferences import worth_imitating
 
 Sample = dict[str, Any]
 
@@ -67,6 +68,7 @@ def while_training(
         metrics: see `phinetune.evaluation.metrics.open_metrics`.
         counted: whether the model answers all held-out prompts, so that the metrics can be counted.
     """
+    held_out = worth_imitating(held_out) if held_out else None
     questions = questions_of(encoder, held_out, section.max_prompts) if held_out and section.generate else []
     prompts = section.fixed_prompts if section.generate else 0
     fixed = questions[:prompts] if isinstance(prompts, int) else [fixed_question(encoder, text) for text in prompts]

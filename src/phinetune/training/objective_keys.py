@@ -70,7 +70,7 @@ def with_objective_keys(config: RunConfig) -> tuple[RunConfig, Objective, list[s
     training, knobs = dict(config.training_config), config.objective.options
     problems: list[str] = []
     notes: list[str] = []
-    _old_names(training, notes)
+    _old_names(training, knobs, notes)
     for key in [key for key in training if key in kind.Options.model_fields]:
         value = training.pop(key)
         notes.append(f"training_config: `{key}` is taken as `objective.{key}`")
@@ -123,11 +123,18 @@ def _without_dropout(peft: Mapping[str, Any], objective: Objective, notes: list[
     return {**peft, "lora_dropout": 0.0}
 
 
-def _old_names(training: dict[str, Any], notes: list[str]) -> None:
-    """`rpo_alpha` of older versions of TRL is the weight of the chosen answers' likelihood beside the loss."""
+def _old_names(training: dict[str, Any], knobs: dict[str, Any], notes: list[str]) -> None:
+    """`rpo_alpha` of older versions of TRL is the weight of the chosen answers' likelihood beside the loss.
+
+    Args:
+        knobs: of the section `objective`, which may name the losses too.
+    """
     alpha = training.pop("rpo_alpha", None)
     if alpha is None:
         return
+    for key in ("loss_type", "loss_weights"):  # a knob that stands in both sections is told of afterwards
+        if key in knobs and training.get(key, knobs[key]) == knobs[key]:
+            training[key] = knobs.pop(key)
     losses = training.get("loss_type", "sigmoid")
     losses = [losses] if isinstance(losses, str) else list(losses)
     weights = training.get("loss_weights") or [1.0] * len(losses)

@@ -232,6 +232,8 @@ def _chosen(run: PreparedRun, recorded: Mapping[str, Any]) -> PreparedRun:
     settings, choices = choose(
         run.settings, _ground(run), lambda made: replace(run, args=_args(run, made)).steps, recorded
     )
+    if refused := run.objective.refused(settings.training):  # a batch that was left open has its number now
+        raise ConfigError(refused)
     if "peft_config.r" in {choice.key for choice in choices if not choice.given}:
         rehearse(settings, run.args, run.shape)
     config = with_choices(run.config, choices)

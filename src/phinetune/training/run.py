@@ -155,7 +155,8 @@ def train_run(
     _check_same_base(loaded)
     own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
     reference = Reference(prepared, record, on_reference)
-    trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
+    with own.stop.listening():  # what comes while the reference is computed stops the run behind its first step
+        trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
     facts = _start_facts(trainer, prepared, loaded) | _course(trainer, prepared, record, resumption)
     trainer.add_callback(StartRecord(place.folder, facts, prepared.config, loaded.base.revision))
     if place.checkpoint is None and processes.is_main():
@@ -229,6 +230,7 @@ class _Callbacks:
     spikes: SpikeWatch
     stop: StopRequest
     early: EarlyStop | None
+    falling: FallingWarning
 
     @classmethod
     def of(cls, prepared: PreparedRun, folder: RunFolder, stop: StopRequest) -> _Callbacks:
@@ -237,11 +239,12 @@ class _Callbacks:
         early = EarlyStop(patience, threshold) if patience else None
         placed = partial(place_of, prepared.chats.train)
         spikes = SpikeWatch(folder.spikes, lambda ids: str(prepared.tokenizer.decode(ids.tolist())), placed)
-        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), spikes, stop, early)
+        falling = FallingWarning(prepared.objective)
+        return cls(MetricsWriter(folder.metrics), SamplesWriter(folder.samples), spikes, stop, early, falling)
 
     def listed(self) -> list[TrainerCallback]:
         early = [self.early] if self.early else []
-        return [self.metrics, GradientCheck(), FallingWarning(), self.stop, self.samples, self.spikes, *early]
+        return [self.metrics, GradientCheck(), self.falling, self.stop, self.samples, self.spikes, *early]
 
 
 def _make_trainer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -272,11 +272,23 @@ class FastTrainer(RunTrainer):
         return self._row_metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the parent; a training log has the means of the objective's metrics since the last one."""
+        """As the parent; a training log has the means of the objective's metrics since the last one.
+
+        They are those of all processes, of which each may have other metrics: not every micro-batch has all of them.
+        """
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._row_metrics.items()}
+            logs |= _means(processes.gathered({name: [sum(v), len(v)] for name, v in self._row_metrics.items()}))
             self._row_metrics.clear()
         super().log(logs, start_time)
+
+
+def _means(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """The mean of each metric, from the sum and the count that each process has of it."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, (total, count) in (item for part in parts for item in part.items()):
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = (before[0] + total, before[1] + count)
+    return {name: total / count for name, (total, count) in sums.items()}
 
 
 class PlainTrainer(RunTrainer):

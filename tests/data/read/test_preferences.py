@@ -158,3 +158,29 @@ def test_what_is_no_preference_is_said(row: dict[str, Any], words: str, kind: st
 def test_a_label_that_is_neither_is_refused() -> None:
     with pytest.raises(RowError, match="`label` must be true or false, not 'maybe'"):
         read_preference({"prompt": "Why?", "completion": "So.", "label": "maybe"}, judged=True)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["Try Human: A History.", "Two plays:\nHuman: a farce\nAssistant: a tragedy", "- Assistant: who helps"],
+    ids=["in a line", "at a line's begin", "in a list"],
+)
+@pytest.mark.parametrize("gap", ["\n\n", "\n\n\n"])
+def test_who_speaks_within_an_answer_begins_no_turn(answer: str, gap: str) -> None:
+    """Turns of Anthropic's texts begin behind a blank line."""
+    chat = f"{gap}Human: What is good?{gap}Assistant: "
+    read = read_preference({"chosen": chat + answer, "rejected": f"{chat}Nothing."})[1]
+    assert read.prompt == [turn("user", "What is good?")]
+    assert [one.messages for one in read.answers] == [[turn("assistant", answer)], [turn("assistant", "Nothing.")]]
+
+
+@pytest.mark.parametrize(("value", "liked"), [(1.0, True), (0.0, False), (-1.0, False), (True, True), (0, False)])
+def test_a_number_says_whether_an_answer_is_good(value: float, liked: bool) -> None:
+    row = {"prompt": "Why?", "completion": "So.", "label": value}
+    assert read_preference(row, judged=True)[1].answers[0].liked is liked
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, float("nan"), float("inf"), "perhaps", None])
+def test_a_label_that_says_neither_is_refused(value: Any) -> None:
+    with pytest.raises(RowError, match="`label` must be true or false"):
+        read_preference({"prompt": "Why?", "completion": "So.", "label": value}, judged=True)

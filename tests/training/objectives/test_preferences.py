@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from phinetune.planning.probe import Speed
 from phinetune.screen.plan import show_plan
 from phinetune.training import auto_settings
 from phinetune.training.prepare import prepare_run, settle
+from phinetune.training.run import open_place, train_run
 
 PROMPT = "Count with me, as slowly and as carefully as you can, and never leave a number out. "
 PAIRS = [
@@ -224,6 +227,14 @@ def test_the_rate_is_a_share_of_imitations_unless_one_is_given(tmp_path: Path) -
         ("dpo", {"data": {"loss_on": "all"}}, "data.loss_on: all: a preference is learnt from the answers alone"),
         ("dpo", {"data": {"format": "messages"}}, "data.format: rows of the form messages are for another objective"),
         ("kto", {"training_config": {"per_device_train_batch_size": 1}}, "per_device_train_batch_size: kto estimates"),
+        ("kto", {"training_config": {"train_sampling_strategy": "random"}}, "random: kto needs `sequential`"),
+        ("kto", {"training_config": {"train_sampling_strategy": "group_by_length"}}, "kto needs `sequential`"),
+        ("kto", {"training_config": {"group_by_length": True}}, "group_by_length"),
+        (
+            "kto",
+            {"training_config": {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": 64}},
+            "per_device_train_batch_size: kto estimates",
+        ),
         ("sft", {"data": {"format": "pair"}}, "data.format: rows of the form pair are for another objective"),
         ("sft", {}, "`chosen` and `rejected` are for objectives that learn from preferences: set objective to dpo"),
     ],
@@ -264,3 +275,56 @@ def test_knobs_of_preferences_beside_sft_are_told_whose_they_are(tmp_path: Path)
         "training_config: `beta` is for `objective: dpo, orpo, simpo, kto`, and this run's objective is sft",
         "training_config: `loss_weights` is for `objective: dpo`, and this run's objective is sft",
     ]
+
+
+def test_apo_takes_rows_in_any_order_and_one_by_one(tmp_path: Path) -> None:
+    """It estimates nothing from neighbours."""
+    knobs, steps = {"loss_type": "apo_zero_unpaired"}, {"per_device_train_batch_size": 1}
+    given = sections(tmp_path / "run", "kto", knobs, train_sampling_strategy="random", **steps)
+    assert prepare_run(settle(make_config(given))).args.train_sampling_strategy == "random"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "training", "losses", "weights"),
+    [
+        ({}, {}, ["sigmoid", "sft"], [1.0, 0.5]),
+        ({"loss_type": "hinge"}, {}, ["hinge", "sft"], [1.0, 0.5]),
+        ({"loss_type": ["hinge", "ipo"], "loss_weights": [2.0, 1.0]}, {}, ["hinge", "ipo", "sft"], [2.0, 1.0, 0.5]),
+        ({"loss_type": "hinge"}, {"loss_type": "hinge"}, ["hinge", "sft"], [1.0, 0.5]),
+        ({"loss_weights": [2.0]}, {"loss_type": "ipo"}, ["ipo", "sft"], [2.0, 0.5]),
+    ],
+)
+def test_rpo_alpha_stands_beside_the_losses_of_either_section(
+    knobs: dict[str, Any], training: dict[str, Any], losses: list[str], weights: list[float], tmp_path: Path
+) -> None:
+    options = settle(make_config(sections(tmp_path / "run", "dpo", knobs, rpo_alpha=0.5, **training))).objective.options
+    assert (options.loss_type, options.loss_weights) == (losses, weights)  # type: ignore[attr-defined]
+
+
+def test_rpo_alpha_beside_two_losses_is_refused(tmp_path: Path) -> None:
+    given = sections(tmp_path / "run", "dpo", {"loss_type": "hinge"}, rpo_alpha=0.5, loss_type="ipo")
+    with pytest.raises(ConfigError, match=r"objective\.loss_type is 'hinge'; keep one of them"):
+        settle(make_config(given))
+
+
+def test_exo_pair_without_smoothing_is_refused_as_trl_does(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exo_pair needs a label_smoothing above 0, as in TRL"):
+        settle(make_config(sections(tmp_path / "run", "dpo", {"loss_type": "exo_pair"})))
+    assert settle(make_config(sections(tmp_path / "run", "dpo", {"loss_type": "exo_pair", "label_smoothing": 1e-3})))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no such signal")
+def test_a_signal_during_the_reference_stops_the_run_behind_its_first_step(tmp_path: Path) -> None:
+    """By default it would end the process; here it would go to a handler that does nothing."""
+    config = make_config(sections(tmp_path / "run", save_strategy="steps"))
+    place = open_place(config)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        made = train_run(
+            prepare_run(settle(config)), place, on_reference=lambda *_: os.kill(os.getpid(), signal.SIGUSR1)
+        )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert made.stopped
+    assert [entry["step"] for entry in logged(tmp_path / "run") if "loss" in entry] == [1]
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()

@@ -77,6 +77,9 @@ KINDS: dict[str, Kind] = {
     "foreign_markup": Kind("another template's tokens", "look whether the rows are rendered already"),
     "personal": Kind("personal data", "make sure that you are allowed to train on it"),
     "duplicate": Kind("rows that occur twice", "--fix keeps the first one", False, True),
+    "contradiction": Kind(
+        "preferences that say the opposite of an earlier row", "the two teach nothing; keep the one that is right"
+    ),
     "near": Kind("rows nearly equal to earlier ones (8 of 10 word triples shared)", "look whether they add anything"),
     "near_shared": Kind("training rows nearly equal to a held-out row", "the tuned model may seem better than it is"),
     "length_bias": Kind(

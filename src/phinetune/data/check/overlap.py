@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from phinetune.data.check.findings import KINDS, Findings
-from phinetune.data.prepare.copies import text_of_row
+from phinetune.data.prepare.copies import contrary_of, text_of_row
 from phinetune.data.prepare.duplicates import NearDuplicates, exact_key
 from phinetune.data.prepare.encode_rows import RowOutcome
 
@@ -44,6 +44,11 @@ class Overlap:
             self._copies.setdefault(first, [first]).append(number)
             self._findings.add("duplicate", where, f"like {self._where[first]}")
             self._left_out.setdefault(number, KINDS["duplicate"].title)
+            return
+        contrary = contrary_of(outcome)
+        against = self._first.get(exact_key(contrary)) if contrary else None
+        if against is not None:
+            self._findings.add("contradiction", where, f"against {self._where[against]}")
             return
         match = None if outcome.form == "tokens" else self._near.add(number, text)
         if match is not None:

@@ -15,7 +15,7 @@ FEWEST = 8  # pairs from which on lengths are compared
 
 def empty_answers(outcome: RowOutcome) -> Iterator[tuple[str, str]]:
     """(kind, detail) of a rejected answer without words. A chosen one is a turn of the row's own chat."""
-    if outcome.other and not _words(_answer(outcome.other, outcome.answer_turns[-1])):
+    if outcome.rejected and not _words(_answer(outcome.rejected, len(outcome.rejected))):
         yield "empty_answer", "the rejected one"
 
 

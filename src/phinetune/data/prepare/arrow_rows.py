@@ -32,6 +32,10 @@ class StoredRows(Sequence[Encoded]):
     def __init__(self, data: Dataset, columns: Sequence[str] = ()) -> None:
         self.data, self.columns = data, tuple(columns)
 
+    def at(self, places: Sequence[int]) -> StoredRows:
+        """The examples at some places."""
+        return StoredRows(self.data.select(places), self.columns)
+
     def _example(self, row: Mapping[str, Any]) -> Encoded:
         values = {column: row[column] for column in self.columns} or None
         return Encoded(row["input_ids"], row["labels"], tuple(row.get("seq_lengths") or ()), values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,23 @@ class ChatSet:
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def at(self, rows: Sequence[int]) -> ChatSet:
+        """The set with some of its examples alone; its report stays that of all. `rows`: their indexes, in order."""
+        now = {row: i for i, row in enumerate(rows)}
+        chats = [i for i, place in enumerate(self.places) if place in now]
+        whole = self.keys is not None and len(self.keys.rows) == len(self)  # else places of keys are no examples'
+        copied = tuple(now[row] for row in (self.shared.copied if self.shared else ()) if row in now)
+        return replace(
+            self,
+            chats=[self.chats[i] for i in chats],
+            encoded=self.encoded.at(rows) if isinstance(self.encoded, StoredRows) else [self.encoded[i] for i in rows],
+            places=[now[self.places[i]] for i in chats],
+            tags=[self.tags[row] for row in rows] if self.tags else [],
+            where=[self.where[row] for row in rows] if self.where else [],
+            keys=self.keys.at(rows) if self.keys and whole else None,
+            shared=replace(self.shared, copied=copied) if self.shared else None,
+        )
 
     def ends_a_turn(self, encoder: ChatEncoder) -> bool:
         """Whether any label is an end-of-turn token."""

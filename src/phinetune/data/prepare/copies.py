@@ -60,13 +60,32 @@ def text_of(messages: Sequence[Message]) -> str:
 
 
 def text_of_row(outcome: RowOutcome) -> str:
-    """A row as one text, for comparison. Empty if the row can't be used."""
+    """A row as one text, for comparison. Empty if the row can't be used.
+
+    Of a preference it says which answer is rejected too: the same answer is preferred to others, or judged twice.
+    """
     if outcome.messages:
-        return text_of(outcome.messages)
+        return _judged(text_of(outcome.messages), text_of(outcome.rejected), outcome.liked)
     if outcome.text is not None:
         return outcome.text
     ids = outcome.encoded.input_ids if outcome.encoded else []
     return " ".join(map(str, ids))
+
+
+def contrary_of(outcome: RowOutcome) -> str:
+    """The text of a row that prefers the other answer, or judges the same one otherwise. Empty where none can."""
+    turns = sum(outcome.answer_turns[:1])
+    if not turns or not outcome.messages:
+        return ""
+    if not outcome.rejected:
+        return _judged(text_of(outcome.messages), "", not outcome.liked)
+    asked, chosen = outcome.messages[:-turns], outcome.messages[-turns:]
+    return _judged(text_of([*asked, *outcome.rejected]), text_of(chosen), True)
+
+
+def _judged(text: str, rejected: str, liked: bool) -> str:
+    more = f"\nrejected: {rejected}" if rejected else ""
+    return f"{text}{more}" if liked else f"{text}\nnot liked"
 
 
 def key_of(outcome: RowOutcome) -> tuple[bytes | None, bytes | None]:

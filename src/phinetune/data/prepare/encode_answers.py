@@ -12,13 +12,12 @@ from typing import ClassVar
 
 from jinja2 import TemplateError
 
-from phinetune.chats.control import control_tokens
 from phinetune.chats.template import Message
 from phinetune.config.row_forms import JUDGED_FORMS, PAIR_FORMS
-from phinetune.data.prepare.encode_rows import BATCH, NOTHING_TRAINED, RowEncoder, RowOutcome
-from phinetune.data.read.audit import RENDERED, audit_row, is_rendered
+from phinetune.data.prepare.encode_rows import BATCH, NOTHING_TRAINED, RowEncoder, RowOutcome, audit_outcome
 from phinetune.data.read.preferences import Preference, read_preference
 from phinetune.data.read.row import Row
+from phinetune.data.read.row_mapping import LeftOut, MappedRow, RowMapping
 from phinetune.engine.examples import Encoded
 from phinetune.errors import ConfigError, RowError
 
@@ -35,47 +34,72 @@ class PairRows(RowEncoder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        problems = [f"data.{key}: it is for rows of text, and a preference has none" for key in self._of_texts()]
         if self.section.loss_on == "all":
-            raise ConfigError(
-                "data.loss_on: all: a preference is learnt from the answers alone; take assistant, or last"
-            )
+            problems.append("data.loss_on: all: a preference is learnt from the answers alone; take assistant, or last")
+        if not self.judged:
+            problems += [
+                f"{knob}: a pair has two answers; name the columns `chosen` and `rejected`"
+                for knob in self._one_answer()
+            ]
+        if problems:
+            raise ConfigError(problems)
+
+    def _of_texts(self) -> list[str]:
+        """The keys that a section has for rows of text."""
+        return [key for key in ("response", "instruction") if getattr(self.section, key) is not None]
+
+    def _one_answer(self) -> list[str]:
+        """What a section says of the only answer of a row."""
+        return [
+            *(["data.columns: assistant"] if "assistant" in self.section.columns else []),
+            *(["data.completion"] if self.section.completion is not None else []),
+        ]
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[RowOutcome]:
-        waiting = iter(rows)
+        waiting, mapping = iter(rows), RowMapping.of(self.section)
         while batch := list(itertools.islice(waiting, BATCH)):
-            outcomes = [outcome for row in batch for outcome in self._read(row)]
+            outcomes = [outcome for row in batch for outcome in self._read(row, mapping)]
             self._encode(outcomes)
             for outcome in outcomes:
                 self._finish(outcome)
-            yield from outcomes
+            yield from self._compared(outcomes)
 
-    def _read(self, row: Row) -> list[RowOutcome]:
+    def _read(self, row: Row, mapping: RowMapping | None) -> list[RowOutcome]:
         """The outcomes of a row, not encoded yet."""
         outcome = RowOutcome(row)
         try:
-            form, found = read_preference(row.fields, self.section.format, judged=self.judged)
-            outcome.form = form
-            chats = found.chats()
-            outcome.messages, outcome.chat = chats[0], self.encoder.prepare(chats[0])
-            if len(chats) > 1:
-                outcome.other = self.encoder.prepare(chats[1])
-            outcome.answer_turns = tuple(len(answer.messages) for answer in found.answers)
-            outcome.liked = found.answers[0].liked
-            taken = [*self.uses, *([self.section.tag] if self.section.tag else [])]
-            outcome.audit = audit_row(row.fields, form, self.encoder.reads, taken)
-            if any(is_rendered(message, control_tokens(self.encoder.tokenizer)) for message in found.prompt):
-                outcome.audit.notes.add(RENDERED)
+            made = mapping(row.fields) if mapping else MappedRow(row.fields)
+            return self._examples(outcome, self._found(made, outcome))
+        except LeftOut as error:
+            outcome.reason = str(error)
         except RowError as error:
             if error.kind == "equal_answers":  # nothing is wrong with the row
                 outcome.reason = str(error)
             else:
                 outcome.refuse(error)
-            return [outcome]
-        return self._examples(outcome, found)
+        return [outcome]
+
+    def _found(self, made: MappedRow, outcome: RowOutcome) -> Preference:
+        """What a row says; its outcome gets the form and the chats."""
+        outcome.form, found = read_preference(made.fields, self.section.format, judged=self.judged)
+        found = found._replace(prompt=made.with_system(found.prompt))
+        chats = found.chats()
+        outcome.messages, outcome.chat = chats[0], self.encoder.prepare(chats[0])
+        if len(chats) > 1:
+            outcome.other, outcome.rejected = self.encoder.prepare(chats[1]), found.answers[1].messages
+        outcome.answer_turns = tuple(len(answer.messages) for answer in found.answers)
+        outcome.liked = found.answers[0].liked
+        audit_outcome(outcome, made, self.section, self.encoder, self.taken)
+        return found
 
     def _examples(self, outcome: RowOutcome, found: Preference) -> list[RowOutcome]:
         """One example a row."""
         return [outcome]
+
+    def _compared(self, outcomes: list[RowOutcome]) -> list[RowOutcome]:
+        """The outcomes, less what the answers of a row say of each other."""
+        return outcomes
 
     def _encode(self, outcomes: Sequence[RowOutcome]) -> None:
         """Encode the chats of all rows in one call; where the template refuses some, row by row."""
@@ -162,10 +186,10 @@ class WholePairRows(PairRows):
 class JudgedRows(PairRows):
     """Turns rows with one answer into examples, with `label` 1 for a good one and 0 for any other.
 
-    A row with two answers becomes two examples.
+    A row with two answers becomes two examples, one behind the other; `second` is 1 for the latter.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ("label",)
+    columns: ClassVar[tuple[str, ...]] = ("label", "second")
     forms: ClassVar[tuple[str, ...]] = tuple(form.name for form in (*JUDGED_FORMS, *PAIR_FORMS))
     judged: ClassVar[bool] = True
 
@@ -177,8 +201,24 @@ class JudgedRows(PairRows):
         outcome.other, outcome.pieces = [], 2
         return [outcome, second]
 
+    def _compared(self, outcomes: list[RowOutcome]) -> list[RowOutcome]:
+        """Drop pairs of equal answers, each as one row."""
+        kept: list[RowOutcome] = []
+        for outcome in outcomes:
+            if outcome.piece and _equal(kept[-1], outcome):
+                kept[-1].encoded, kept[-1].reason, kept[-1].pieces = None, EQUAL, 1
+            else:
+                kept.append(outcome)
+        return kept
+
     def _joined(self, parts: Sequence[Encoded], outcome: RowOutcome) -> Encoded:
-        return super()._joined(parts, outcome)._replace(values={"label": float(outcome.liked)})
+        values = {"label": float(outcome.liked), "second": float(outcome.piece)}
+        return super()._joined(parts, outcome)._replace(values=values)
+
+
+def _equal(one: RowOutcome, other: RowOutcome) -> bool:
+    """Whether two chats are the same to the model."""
+    return bool(one.encoded and other.encoded and one.encoded.input_ids == other.encoded.input_ids)
 
 
 def parts_of(example: Encoded) -> list[Encoded]:

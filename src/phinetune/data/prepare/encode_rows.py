@@ -14,8 +14,8 @@ from jinja2 import TemplateError
 from phinetune.chats.control import control_tokens
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message
-from phinetune.config.data import DataSection
-from phinetune.config.row_forms import FORM_NAMES, READY
+from phinetune.config.data import OF_A_CHAT, DataSection
+from phinetune.config.row_forms import ALL_FORMS, FORM_NAMES, READY
 from phinetune.data.prepare.pieces import cut_beginning, cut_into_pieces
 from phinetune.data.read.audit import RENDERED, Audit, audit_row, is_rendered
 from phinetune.data.read.messages import detect_form, size_of, strings, to_messages
@@ -53,6 +53,7 @@ class RowOutcome:
         other: of a pair, the chat with the rejected answer; `other_fitted`: what is left of it after it was cut.
         answer_turns: of a row of preferences, how many turns each of its answers has.
         liked: of a row of preferences, whether the answer in `chat` is the liked one.
+        rejected: of a pair, the turns of its rejected answer; the first outcome has them where a pair has two.
     """
 
     row: Row
@@ -72,6 +73,7 @@ class RowOutcome:
     other_fitted: list[Message] = field(default_factory=list)
     answer_turns: tuple[int, ...] = ()
     liked: bool = True
+    rejected: list[Message] = field(default_factory=list)
 
     def refuse(self, error: RowError) -> None:
         """Drop the row because it can't be used."""
@@ -130,6 +132,10 @@ class RowEncoder:
                 f"data.format: rows of the form {self.section.format} are for another objective; this one takes "
                 f"{', '.join(self.forms)}"
             )
+        known = {key for form in ALL_FORMS if form.name in self.forms for key in form.read}
+        others = [f"`{key}`" for key in self.section.columns if key not in known and key not in OF_A_CHAT]
+        if others:
+            raise ConfigError(f"data.columns: {', '.join(others)}: a key of rows for another objective; leave it out")
         if self.max_length and self.section.overlap >= self.max_length:
             raise ConfigError(
                 f"data.overlap: {self.section.overlap} leaves no room for new tokens in a piece of a text; it must be "
@@ -142,12 +148,16 @@ class RowEncoder:
         A text that is cut into pieces has an outcome for each of them.
         """
         waiting = iter(rows)
-        taken = [*self.uses, *(one for one in (self.section.tag, self.section.group) if one)]
-        read = _RowReader(self.section, self.encoder, taken, RowMapping.of(self.section))
+        read = _RowReader(self.section, self.encoder, self.taken, RowMapping.of(self.section))
         while batch := [read(row) for row in itertools.islice(waiting, BATCH)]:
             _encode(batch, self.encoder)
             for outcome in batch:
                 yield from _fit(outcome, self.section, self.encoder, self.max_length)
+
+    @property
+    def taken(self) -> list[str]:
+        """Columns of the rows that something reads beside those of their form."""
+        return [*self.uses, *(one for one in (self.section.tag, self.section.group) if one)]
 
     def identity(self) -> dict[str, Any]:
         """What tells its examples from those of another encoder of rows, as JSON holds it.
@@ -202,16 +212,30 @@ class _RowReader:
             outcome.messages = made.with_system(to_messages(made.fields, form))
             outcome.chat = encoder.prepare(outcome.messages)
         outcome.form = form
-        outcome.audit = audit_row(made.fields, form, encoder.reads, self.taken)
-        for key, value in made.hidden.items():
-            outcome.audit.add(key, value)
-        outcome.audit.notes |= made.notes | ({NO_SYSTEM} if made.system and form in READY else set())
+        audit_outcome(outcome, made, section, encoder, self.taken)
+        outcome.audit.notes |= {NO_SYSTEM} if made.system and form in READY else set()
         if outcome.encoded and seems_padded(outcome.encoded):
             outcome.audit.notes.add(PADDED)
-        if any(is_rendered(message, control_tokens(encoder.tokenizer)) for message in outcome.messages):
-            outcome.audit.notes.add(RENDERED)
-        if section.system == "drop" and outcome.messages and outcome.messages[0]["role"] == "system":
-            outcome.audit.add("system messages (data.system: drop)", outcome.messages[0]["content"])
+
+
+def audit_outcome(
+    outcome: RowOutcome, made: MappedRow, section: DataSection, encoder: ChatEncoder, taken: Sequence[str]
+) -> None:
+    """Note what of a row reaches no model.
+
+    Args:
+        outcome: gets the notes; its form and its messages are known.
+        taken: columns that something else uses.
+    """
+    assert outcome.form
+    outcome.audit = audit_row(made.fields, outcome.form, encoder.reads, taken)
+    for key, value in made.hidden.items():
+        outcome.audit.add(key, value)
+    outcome.audit.notes |= made.notes
+    if any(is_rendered(message, control_tokens(encoder.tokenizer)) for message in outcome.messages):
+        outcome.audit.notes.add(RENDERED)
+    if section.system == "drop" and outcome.messages and outcome.messages[0]["role"] == "system":
+        outcome.audit.add("system messages (data.system: drop)", outcome.messages[0]["content"])
 
 
 def _encode(batch: Sequence[RowOutcome], encoder: ChatEncoder) -> None:

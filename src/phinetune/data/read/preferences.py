@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from phinetune.chats.template import Message
-from phinetune.config.row_forms import JUDGED_FORMS, JUDGED_KEYS, PAIR_FORMS
+from phinetune.config.row_forms import CHAT_KEYS, JUDGED_FORMS, JUDGED_KEYS, PAIR_FORMS
 from phinetune.data.read.messages import (
     MESSAGES_OF,
     completed,
@@ -24,7 +24,8 @@ from phinetune.errors import RowError
 
 YES, NO = ("true", "1", "yes", "good"), ("false", "0", "no", "bad", "-1")
 ALIKE = "all answers are scored alike, so none is preferred"
-_SPOKEN = re.compile(r"\n*(Human|Assistant): ?")  # a chat as text, as Anthropic's sets have it
+# A turn of a chat as text, as Anthropic's sets have it. `Human:` within a line is a word of the turn that it stands in.
+_SPOKEN = re.compile(r"(?:\A|\n\n+)(Human|Assistant): ?")
 
 
 class Answer(NamedTuple):
@@ -70,7 +71,9 @@ def read_preference(fields: Mapping[str, Any], form: str = "auto", *, judged: bo
 
 def _complete(fields: Mapping[str, Any], prompt: Sequence[Message], answers: Sequence[Answer]) -> Preference:
     """The preference with the row's system text and tools, and each answer checked to be one."""
-    source = fields["input"] if isinstance(fields.get("input"), Mapping) else fields  # OpenAI has the tools there
+    source = fields
+    if isinstance(fields.get("input"), Mapping):  # OpenAI has the tools there
+        source = {**{key: fields[key] for key in CHAT_KEYS if key in fields}, **fields["input"]}
     asked: list[Message] = []
     for answer in answers:
         if not answer.messages or answer.messages[0]["role"] != "assistant":
@@ -168,7 +171,7 @@ def _texts_apart(fields: Mapping[str, Any]) -> tuple[list[Message], list[Message
     sides = [fields["chosen"], fields["rejected"]]
     if any(not isinstance(text, str) or looks_like_turns(text) for text in sides):
         return None
-    if all(_SPOKEN.match(text) for text in sides):
+    if all(_SPOKEN.match(text.strip()) for text in sides):
         return _turns_of(sides[0]), _turns_of(sides[1])
     shared = 0
     for left, right in zip(*sides, strict=False):
@@ -216,7 +219,9 @@ def _last_answer(chat: list[Message], fields: Mapping[str, Any]) -> tuple[list[M
 
 def _liked(fields: Mapping[str, Any]) -> bool:
     key = next(key for key in JUDGED_KEYS if fields.get(key) is not None or key in fields)
-    text = str(fields[key]).strip().lower()
+    value = fields[key]
+    # Tables with a gap in a column of integers hold it as floats.
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower()
     if text not in (*YES, *NO):
         raise RowError(f"`{key}` must be true or false, not {fields[key]!r}", "content")
     return text in YES

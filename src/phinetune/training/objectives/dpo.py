@@ -49,7 +49,7 @@ class DpoOptions(PreferenceOptions):
                 f"loss_weights has {len(self.loss_weights)} numbers for {len(self.loss_type)} entries of loss_type"
             )
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
-            raise ValueError("loss_type exo_pair needs a label_smoothing above 0; TRL takes 0.001 where it is 0")
+            raise ValueError("loss_type exo_pair needs a label_smoothing above 0, as in TRL; 1e-3 is usual")
         return self
 
 

@@ -2,15 +2,19 @@
 
 The loss needs an estimate of how far the model has moved from its reference. As in TRL's `KTOTrainer`, it comes from
 prompts with the answers of their neighbours: within each group of rows of a micro-batch's size, the answers move on by
-one row. So a loss depends on its micro-batch, and rows are drawn in order by default, so that a group is a micro-batch.
+one row. A pair's answers stand side by side, so the second ones come behind all others of their group there: an answer
+to the very prompt would be no neighbour's. So a loss depends on its micro-batch, and rows are drawn in order, so that a
+group is a micro-batch.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+from datasets import Dataset
 from pydantic import Field
 from torch import Tensor
 
@@ -19,7 +23,12 @@ from phinetune.data.prepare.encode_answers import JudgedRows
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.engine.examples import IGNORED
 from phinetune.training.objectives.objective import Objective, PackedRow, RowLoss, Sums
-from phinetune.training.objectives.preferences import RATE, SPREAD, PreferenceOptions, spread_means
+from phinetune.training.objectives.preferences import RATE, SPREAD, PreferenceOptions, beside_reference, spread_means
+from phinetune.training.value_rules import plain_name
+
+logger = logging.getLogger(__name__)
+
+ROOMY = 4  # rows of a group in which each row has a neighbour of another prompt, however pairs lie in it
 
 
 class KtoOptions(PreferenceOptions):
@@ -64,16 +73,36 @@ class Kto(Objective):
         self.reference = ("ref_logps", "ref_KL_logps") if self.neighbours else ("ref_logps",)  # type: ignore[misc]
 
     def refused(self, training: Mapping[str, Any]) -> list[str]:
-        """A micro-batch of one has no neighbours."""
-        if not self.neighbours or int(training.get("per_device_train_batch_size", 8)) > 1:
+        """Micro-batches of one have no neighbours, and in another order theirs are not those of the estimate."""
+        if not self.neighbours:
             return []
-        return [
-            "training_config.per_device_train_batch_size: kto estimates how far the model has moved from the other "
-            "answers of a micro-batch, so it needs 2 or more; or set objective.loss_type: apo_zero_unpaired"
-        ]
+        problems, other = [], "or set objective.loss_type: apo_zero_unpaired"
+        if int(training.get("per_device_train_batch_size", 8)) < 2:
+            problems.append(
+                "training_config.per_device_train_batch_size: kto estimates how far the model has moved from the other "
+                f"answers of a micro-batch, so it needs 2 or more; {other}"
+            )
+        strategy = plain_name(training.get("train_sampling_strategy", "sequential"))
+        if strategy != "sequential":
+            problems.append(
+                f"training_config.train_sampling_strategy: {strategy}: kto needs `sequential`, since it "
+                f"estimates from answers that stand side by side; {other}"
+            )
+        return problems
 
     def arranged(self, rows: Any, batch_size: int, max_length: int | None) -> Any:
-        return Neighbours(rows, batch_size, max_length) if self.neighbours else rows
+        if not self.neighbours:
+            return rows
+        made = Neighbours(rows, batch_size, max_length)
+        if made.seconds and batch_size < ROOMY:
+            logger.warning(
+                "kto: in micro-batches of %d, a pair's answers have no neighbours but each other, which spoils the "
+                "estimate of how far the model has moved; set per_device_train_batch_size (and "
+                "per_device_eval_batch_size) to %d or more",
+                batch_size,
+                ROOMY,
+            )
+        return made
 
     def arrangement(self, rows: Any) -> Any:
         return [rows.size, rows.max_length] if self.neighbours else None
@@ -98,6 +127,9 @@ class Kto(Objective):
     def summarize(self, sums: Sums) -> dict[str, float]:
         loss = sums["total"] / max(1.0, sums["chosen"] + sums["rejected"])
         return {"loss": loss, **{name: float(value) for name, value in _means(sums).items()}}
+
+    def chosen_likelihood(self, entry: Mapping[str, Any]) -> tuple[float, float] | None:
+        return beside_reference(entry, float(self.options.beta))  # type: ignore[attr-defined]
 
     def _counted(self, model: Any, row: PackedRow, *, together: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The sums of what is measured, and the summed loss.
@@ -154,24 +186,43 @@ def _means(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Neighbours(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows with a second conversation each: their prompt with the answer of the row before, in groups.
+    """Rows with a second conversation each: their prompt with the answer of another row of their group.
 
     Args:
-        rows: each of one conversation, with labels from its answer on.
-        size: the rows of a group; the first one takes the answer of the last one.
+        rows: each of one conversation, with labels from its answer on; `second` is 1 for the second answer of a pair,
+            which stands behind the first one.
+        size: the rows of a group.
         max_length: tokens that the second conversation may have; its end is left out. None is no limit.
     """
 
     def __init__(self, rows: Any, size: int, max_length: int | None = None) -> None:
         self.rows, self.size, self.max_length = rows, size, max_length
+        column = rows["second"] if isinstance(rows, Dataset) else (row["second"] for row in rows)
+        self.seconds = frozenset(place for place, second in enumerate(column) if second)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def neighbour(self, place: int) -> int:
+        """The row whose answer a row is given: the one before it in its group, of which the last is before the first.
+
+        As TRL has it, a pair's second answer comes behind all first ones. Where a pair then stands side by side all the
+        same, answers move on by more rows.
+        """
+        start = place - place % self.size
+        group = range(start, min(start + self.size, len(self.rows)))
+        order = sorted(group, key=lambda one: one in self.seconds)
+
+        def apart(shift: int) -> bool:
+            return not any(self._is_pair(one, order[i - shift]) for i, one in enumerate(order))
+
+        return order[order.index(place) - next(filter(apart, range(1, len(order))), 1 % len(order))]
+
+    def _is_pair(self, one: int, other: int) -> bool:
+        return abs(one - other) == 1 and max(one, other) in self.seconds
+
     def __getitem__(self, place: int) -> dict[str, Any]:
-        row, start = self.rows[place], place - place % self.size
-        stop = min(start + self.size, len(self.rows))
-        other = self.rows[place - 1 if place > start else stop - 1]
+        row, other = self.rows[place], self.rows[self.neighbour(place)]
         own, theirs = _answer_of(row), _answer_of(other)
         ids = [*row["input_ids"][:own], *other["input_ids"][theirs:]][: self.max_length]
         labels = [*[IGNORED] * own, *other["labels"][theirs:]][: self.max_length]

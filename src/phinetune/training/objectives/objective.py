@@ -127,6 +127,14 @@ class Objective(ABC):
     def summarize(self, sums: Sums) -> dict[str, float]:
         """The numbers of `metrics` from the sums over all held-out rows."""
 
+    def chosen_likelihood(self, entry: Mapping[str, Any]) -> tuple[float, float] | None:
+        """How likely the chosen answers of a log line are, and the size that a change of it is a part of.
+
+        Lines are of other rows each, so it must not hang on how long their answers are. None where no answers are
+        chosen.
+        """
+        return None
+
     def labels(self, tokens: int, share: float) -> int:
         """Labels in a packed row of so many tokens, where this share of all tokens is trained on; for a plan."""
         return max(1, round(tokens * share))

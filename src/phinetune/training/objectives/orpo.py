@@ -59,6 +59,10 @@ class Orpo(PairObjective):
         """The mean log-probability of an answer's label, as TRL logs it."""
         return side.mean_logps
 
+    def chosen_likelihood(self, entry: Any) -> tuple[float, float] | None:
+        """The mean log-probability of an answer's label, as it is logged: there is no reference."""
+        return entry["logps/chosen"], abs(entry["logps/chosen"])
+
     @torch.no_grad()
     def sums_of(self, chosen: Side, rejected: Side) -> dict[str, Tensor]:
         assert chosen.whole_logps is not None

@@ -103,6 +103,9 @@ class PairObjective(Objective):
         """The log-probabilities that are logged, shape (pairs)."""
         return side.logps
 
+    def chosen_likelihood(self, entry: Mapping[str, Any]) -> tuple[float, float] | None:
+        return beside_reference(entry, self.beta)
+
     @property
     def beta(self) -> float:
         return float(self.options.beta)  # type: ignore[attr-defined]
@@ -172,6 +175,14 @@ class PairObjective(Objective):
         means = {name: sums[name] / at_least_one(sums["pairs"]) for name in self.measured}
         tokens = at_least_one(sums["chosen_tokens"])
         return {**means, **spread_means(sums), "token_accuracy": sums["correct"] / tokens}
+
+
+def beside_reference(entry: Mapping[str, Any], beta: float) -> tuple[float, float]:
+    """`chosen_likelihood` where each answer is held against the same one by the reference: the part that it changed by.
+
+    Both numbers are sums over answers, so their ratio doesn't hang on the answers' lengths.
+    """
+    return entry["rewards/chosen"] / beta / max(1e-6, abs(entry["logps/chosen"])), 1.0
 
 
 def spread_means(sums: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,10 @@ class Simpo(PairObjective):
         averaged = self.options.loss_type in ("simpo", "ipo")  # type: ignore[attr-defined]
         return side.mean_logps if averaged else side.logps
 
+    def chosen_likelihood(self, entry: Any) -> tuple[float, float] | None:
+        """A label's log-probability: some of these losses take sums over answers, and there is no reference."""
+        return -entry["nll_loss"], abs(entry["nll_loss"])
+
     def _shaped(self, side: Side) -> Tensor:
         """The reward over beta: log p, or AlphaPO's (1 − p^−α) / α."""
         logps, alpha = self.shown_logps(side), self.options.alpha  # type: ignore[attr-defined]

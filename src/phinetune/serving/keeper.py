@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from phinetune import ray_cluster
-from phinetune.errors import PhinetuneError
+from phinetune.errors import MACHINE_FAULT, PhinetuneError
 from phinetune.files import write_text
 from phinetune.ray_cluster import ADDRESS
 from phinetune.serving.job_config import chosen_numbers, final_config, first_config
@@ -231,10 +231,8 @@ class JobKeeper:
 
     def _go_on(self, job: Row, status: int | None, places: JobPlaces) -> None:
         """Put a job whose process ended early back into the queue, or give it up."""
-        if status == USERS_MISTAKE:
-            told = last_errors(places.log) or ["the run stopped; the server's log names the reason"]
-            logger.warning("%s: %s", job["id"], "; ".join(told))
-            self.jobs.fail(job["id"], "training_failed", _hidden("; ".join(told), self))
+        if status in (USERS_MISTAKE, MACHINE_FAULT):
+            self._refused(job, status, places)
             return
         if status == STOPPED:
             deaths, why = job["deaths"], "was asked to stop from outside"
@@ -248,6 +246,16 @@ class JobKeeper:
         with self.state.store.together():
             if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING], process=None, deaths=deaths):
                 self.jobs.say(job["id"], f"The process that trains the job {why}; it goes on {_newest(places)}", "warn")
+
+
+    def _refused(self, job: Row, status: int, places: JobPlaces) -> None:
+        """What becomes of a job whose run said why it can't go on. What the machine lacks may be there later."""
+        told = "; ".join(last_errors(places.log) or ["the run stopped; the server's log names the reason"])
+        logger.warning("%s: %s", job["id"], told)
+        if status == MACHINE_FAULT:
+            self.jobs.pause(job["id"], f"{_hidden(told, self)}. Resumed, it goes on {_newest(places)}")
+        else:
+            self.jobs.fail(job["id"], "training_failed", _hidden(told, self))
 
 
 def _newest(places: JobPlaces) -> str:

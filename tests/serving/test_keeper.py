@@ -1,0 +1,90 @@
+"""What becomes of jobs: when their process ends, when they wait, and when they can't be planned."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from phinetune.liveness import process_record
+from phinetune.serving.job_places import JobPlaces
+from phinetune.serving.job_process import JobsHere
+from phinetune.serving.job_runner import Record
+from phinetune.serving.keeper import JobKeeper
+from phinetune.serving.state import ServerState
+from phinetune.serving.store import Row
+from serving.serving_helpers import keep_file, threaded, until
+from test_run_folder import make_run
+
+DISK_FULL = "echo 'error: {folder}/runs/a: no space is left' >> {log}; exit 71"
+
+
+class Shells(JobsHere):
+    """Starts a shell in place of a run. Each does the next one of `scripts`; with none left, jobs wait."""
+
+    scripts: Sequence[str] = ()
+
+    def start(self, job: Row, places: JobPlaces, environment: Mapping[str, str]) -> Record:
+        script, *self.scripts = self.scripts
+        command = f"sleep 0.1; {script.format(log=places.log, folder=places.folder)}"
+        child = subprocess.Popen(["sh", "-c", command], start_new_session=True)
+        self._children[child.pid] = child
+        return process_record(child.pid)
+
+    def why_wait(self, job: Row, others: Sequence[Row]) -> str | None:
+        return super().why_wait(job, others) if self.scripts else "there is no script left"
+
+
+class Kept:
+    """A server whose jobs are kept in rounds that the test makes, and trained by shells."""
+
+    def __init__(self, state: ServerState, client: OpenAI) -> None:
+        self.state, self.client, self.jobs = state, client, client.fine_tuning.jobs
+        self.keeper, self.shells = JobKeeper(state, state.workshop), Shells(state.settings)
+        self.keeper.runners = (self.shells,)
+        keep_file(state, "file-chat")
+
+    def queued(self, memory: int = 1) -> str:
+        """A new job that counts as planned."""
+        job = self.jobs.create(model="tiny", training_file="file-chat").id
+        self.state.store.update("jobs", job, status="queued", memory=memory)
+        return job
+
+    def train(self, *scripts: str) -> None:
+        """Make rounds until the processes that do these scripts have ended."""
+        self.shells.scripts = scripts
+        until(lambda: self.keeper.round() or not (self.shells.scripts or self.keeper.jobs.with_process()))
+
+    def told(self, job: str) -> list[str]:
+        """What a job's events say, oldest first."""
+        return [one.message for one in self.jobs.list_events(job)][::-1]
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    with threaded(tmp_path / "server", at_once=1) as (state, client):
+        yield Kept(state, client)
+
+
+def test_a_fault_of_the_machine_pauses_a_job_and_it_is_resumed_from_its_checkpoint(kept: Kept) -> None:
+    job = kept.queued()
+    run = make_run(kept.state.folder / "runs" / job, checkpoints=(3,))
+    kept.train(DISK_FULL)
+    found = kept.jobs.retrieve(job)
+    assert (found.status, found.error, found.finished_at) == ("paused", None, None)
+    assert kept.told(job)[-1] == "The job was paused: runs/a: no space is left. Resumed, it goes on from checkpoint-3"
+    assert kept.jobs.resume(job).status == "queued"
+    run.write_results({})
+    kept.train("exit 0")
+    assert kept.jobs.retrieve(job).status == "succeeded"
+    assert "Fine-tuning job goes on from checkpoint-3" in kept.told(job)
+
+
+def test_a_users_mistake_ends_a_job(kept: Kept) -> None:
+    job = kept.queued()
+    kept.train("echo 'error: the loss is not finite' >> {log}; exit 2")
+    found = kept.jobs.retrieve(job)
+    assert (found.status, found.error and found.error.message) == ("failed", "the loss is not finite")

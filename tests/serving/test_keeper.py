@@ -13,12 +13,13 @@ from phinetune.liveness import process_record
 from phinetune.serving.job_places import JobPlaces
 from phinetune.serving.job_process import JobsHere
 from phinetune.serving.job_runner import Record
-from phinetune.serving.keeper import JobKeeper
+from phinetune.serving.keeper import MOST_CRASHES, MOST_DEATHS, JobKeeper
 from phinetune.serving.state import ServerState
 from phinetune.serving.store import Row
 from serving.serving_helpers import keep_file, threaded, until
 from test_run_folder import make_run
 
+KILLED = "kill -9 $$"
 DISK_FULL = "echo 'error: {folder}/runs/a: no space is left' >> {log}; exit 71"
 
 
@@ -47,10 +48,10 @@ class Kept:
         self.keeper.runners = (self.shells,)
         keep_file(state, "file-chat")
 
-    def queued(self, memory: int = 1) -> str:
+    def queued(self, memory: int = 1, **counted: int) -> str:
         """A new job that counts as planned."""
         job = self.jobs.create(model="tiny", training_file="file-chat").id
-        self.state.store.update("jobs", job, status="queued", memory=memory)
+        self.state.store.update("jobs", job, status="queued", memory=memory, **counted)
         return job
 
     def train(self, *scripts: str) -> None:
@@ -88,3 +89,26 @@ def test_a_users_mistake_ends_a_job(kept: Kept) -> None:
     kept.train("echo 'error: the loss is not finite' >> {log}; exit 2")
     found = kept.jobs.retrieve(job)
     assert (found.status, found.error and found.error.message) == ("failed", "the loss is not finite")
+
+
+def test_deaths_from_outside_and_errors_of_its_own_are_counted_apart(kept: Kept) -> None:
+    job = kept.queued(deaths=MOST_DEATHS)
+    kept.train("exit 75", *["exit 1"] * MOST_CRASHES)
+    assert kept.jobs.retrieve(job).status == "queued"
+    kept.train("exit 1")
+    found = kept.jobs.retrieve(job)
+    assert found.status == "failed"
+    assert found.error
+    assert found.error.message == (
+        "the process that trains the job ended unexpectedly (status 1), 3 times without a new checkpoint"
+    )
+
+
+def test_a_job_that_is_killed_again_and_again_is_given_up_unless_it_gets_further(kept: Kept) -> None:
+    job = kept.queued(deaths=MOST_DEATHS, crashes=MOST_CRASHES)
+    make_run(kept.state.folder / "runs" / job, checkpoints=(3,))
+    kept.train(KILLED, "exit 1")
+    assert kept.jobs.retrieve(job).status == "queued"
+    kept.state.store.update("jobs", job, deaths=MOST_DEATHS)
+    kept.train(KILLED)
+    assert kept.jobs.retrieve(job).status == "failed"

@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 ROUND_S = 0.5
 PLAN_S = 3600.0  # a plan may take, with a large file
-MOST_DEATHS = 5  # of a job's process without a new checkpoint in between
-MOST_CRASHES = 2  # of these by an error of its own, which the next try is likely to meet again
+# How often a job is started again without a new checkpoint in between: after deaths from outside, and after errors of
+# its own, which the next try is likely to meet again.
+MOST_DEATHS, MOST_CRASHES = 5, 2
 ASK_AGAIN_S = 15.0
 
 
@@ -234,17 +235,16 @@ class JobKeeper:
         if status in (USERS_MISTAKE, MACHINE_FAULT):
             self._refused(job, status, places)
             return
+        kind, most = ("crashes", MOST_CRASHES) if status and status > 0 else ("deaths", MOST_DEATHS)
+        count, why = job[kind] + 1, "ended unexpectedly" + (f" (status {status})" if status else "")
         if status == STOPPED:
-            deaths, why = job["deaths"], "was asked to stop from outside"
-        else:
-            deaths, why = job["deaths"] + 1, "ended unexpectedly" + (f" (status {status})" if status else "")
-        most = MOST_CRASHES if status and status > 0 else MOST_DEATHS
-        if deaths > most:
-            message = f"the process that trains the job {why}, {deaths} times without a new checkpoint"
+            count, why = job[kind], "was asked to stop from outside"
+        if count > most:
+            message = f"the process that trains the job {why}, {count} times without a new checkpoint"
             self.jobs.fail(job["id"], "training_crashed", message)
             return
         with self.state.store.together():
-            if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING], process=None, deaths=deaths):
+            if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING], process=None, **{kind: count}):
                 self.jobs.say(job["id"], f"The process that trains the job {why}; it goes on {_newest(places)}", "warn")
 
 

@@ -104,8 +104,10 @@ def test_a_job_waits_for_the_one_before_it_and_for_memory() -> None:
         "ftjob-0 trains, and this server trains one job at a time"
     )
     assert why_wait(job, [], two) is None
-    large = {"id": "ftjob-2", "memory": psutil.virtual_memory().total}
-    assert "GB of memory" in (why_wait(large, [], two) or "")
+    total = psutil.virtual_memory().total
+    large = {"id": "ftjob-2", "memory": total}
+    need = f"{(total + PROGRAM) / 1e9:.1f} GB of memory"
+    assert why_wait(large, [], two) == f"it needs {need}, and less is free"
     half = psutil.virtual_memory().available - PROGRAM - 2_000_000_000
     promised = {**other, "memory": half}  # it does not hold it yet, but will
     assert "GB of memory" in (why_wait({**job, "memory": 4_000_000_000}, [promised], two) or "")

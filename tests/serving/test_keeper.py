@@ -6,12 +6,14 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from openai import OpenAI
 
 from phinetune.liveness import process_record
 from phinetune.serving.job_places import JobPlaces
 from phinetune.serving.job_process import JobsHere
+from phinetune.serving.job_queue import PROGRAM
 from phinetune.serving.job_runner import Record
 from phinetune.serving.keeper import MOST_CRASHES, MOST_DEATHS, JobKeeper
 from phinetune.serving.state import ServerState
@@ -112,3 +114,33 @@ def test_a_job_that_is_killed_again_and_again_is_given_up_unless_it_gets_further
     kept.state.store.update("jobs", job, deaths=MOST_DEATHS)
     kept.train(KILLED)
     assert kept.jobs.retrieve(job).status == "failed"
+
+
+def test_one_reason_to_wait_is_told_once(kept: Kept) -> None:
+    job = kept.queued(memory=psutil.virtual_memory().total)
+    kept.shells.scripts = ("exit 0",)
+    kept.keeper.round()
+    held = b"x" * 300_000_000  # memory that was free in the first round
+    kept.keeper.round()
+    del held
+    assert [one for one in kept.told(job) if "waits" in one] == [
+        f"The job waits: it needs {(psutil.virtual_memory().total + PROGRAM) / 1e9:.1f} GB of memory, and less is free"
+    ]
+
+
+def test_each_waiting_job_is_told_why_and_none_overtakes_another(kept: Kept) -> None:
+    large, second, third = kept.queued(memory=psutil.virtual_memory().total), kept.queued(), kept.queued()
+    kept.shells.scripts = ("sleep 60", "exit 0")
+    kept.keeper.round()
+    assert kept.told(second)[-1] == f"The job waits: {large} is before it"
+    assert kept.told(third)[-1] == f"The job waits: {second} is before it"
+    assert kept.keeper.jobs.with_process() == []
+    kept.jobs.cancel(large)
+    kept.keeper.round()
+    try:
+        assert kept.jobs.retrieve(second).status == "running"
+        waits = [one for one in kept.told(third) if "waits" in one]
+        assert waits[1:] == [f"The job waits: {second} trains, and this server trains one job at a time"]
+    finally:
+        kept.jobs.cancel(second)
+        until(lambda: kept.keeper.round() or not kept.keeper.jobs.with_process())

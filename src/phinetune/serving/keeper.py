@@ -150,14 +150,24 @@ class JobKeeper:
         for job in self.jobs.in_states(RUNNING):
             if not job["process"]:  # the server was killed before it could start it, or before it saw its end
                 self._ended(job)
+        self._start_queued()
+
+    def _start_queued(self) -> None:
+        """Start what can start now, first come, first served: small jobs could keep a large one waiting for ever."""
+        before: str | None = (
+            None  # the waiting job just before, so that each is told once, not whenever the first starts
+        )
         for job in self.jobs.in_states(QUEUED):
-            if job["process"] or self._stop.is_set():
+            if self._stop.is_set():
+                return
+            if job["process"]:  # it was resumed, and its process has not ended yet
                 continue
-            reason = self.runner.why_wait(job, self.jobs.with_process())
+            reason = f"{before} is before it" if before else self.runner.why_wait(job, self.jobs.with_process())
             if reason:
                 self.jobs.wait(job, reason)
-                break  # first come, first served
-            self._start(job)
+                before = job["id"]
+            else:
+                self._start(job)
 
     def _watch(self, job: Row) -> None:
         process = json.loads(job["process"])
@@ -246,7 +256,6 @@ class JobKeeper:
         with self.state.store.together():
             if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING], process=None, **{kind: count}):
                 self.jobs.say(job["id"], f"The process that trains the job {why}; it goes on {_newest(places)}", "warn")
-
 
     def _refused(self, job: Row, status: int, places: JobPlaces) -> None:
         """What becomes of a job whose run said why it can't go on. What the machine lacks may be there later."""

@@ -179,6 +179,16 @@ def test_work_that_fails_is_told_and_the_next_is_done(tmp_path: Path) -> None:
     assert done["done"]["chosen"]["learning_rate"] > 0
 
 
+def test_what_a_client_can_mend_is_told_from_what_the_server_lacks(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"q {i}", f"a {i}") for i in range(8)])
+    config = {"model": {"path": str(tmp_path / "none")}, "data": {"train": str(path)}}
+    assert answer(json.dumps({"task": "plan", "config": config}))["servers"]
+    config |= {"model": {"path": TINY}, "data": {"train": str(tmp_path / "none.jsonl")}}
+    assert "servers" not in answer(json.dumps({"task": "plan", "config": config}))
+    broken = {"path": "/proc/self/mem", "rows": 9, "model": {"path": TINY}}  # a disk that reports an error
+    assert answer(json.dumps({"task": "check", **broken}))["servers"]
+
+
 def test_a_state_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     store = Store(tmp_path / "server.sqlite")
     store.write("PRAGMA user_version=99")

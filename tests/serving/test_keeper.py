@@ -10,8 +10,10 @@ import psutil
 import pytest
 from openai import OpenAI
 
+from helpers import chat, write_jsonl
+from phinetune.config.model import ModelSection
 from phinetune.liveness import process_record
-from phinetune.serving.job_places import JobPlaces
+from phinetune.serving.job_places import JobPlaces, file_place
 from phinetune.serving.job_process import JobsHere
 from phinetune.serving.job_queue import PROGRAM
 from phinetune.serving.job_runner import Record
@@ -144,3 +146,16 @@ def test_each_waiting_job_is_told_why_and_none_overtakes_another(kept: Kept) -> 
     finally:
         kept.jobs.cancel(second)
         until(lambda: kept.keeper.round() or not kept.keeper.jobs.with_process())
+
+
+def test_a_base_that_is_not_there_pauses_a_job_until_it_can_be_planned(tmp_path: Path) -> None:
+    models = {"mini": ModelSection(path=str(tmp_path / "mini"))}
+    with threaded(tmp_path / "server", models=models) as (state, client):
+        kept = Kept(state, client)
+        write_jsonl(file_place(state.folder, "file-chat"), [chat(f"Say {i}", f"It is {i}.") for i in range(8)])
+        job = kept.jobs.create(model="mini", training_file="file-chat").id
+        kept.keeper.plan_next()
+        assert kept.jobs.retrieve(job).status == "paused"
+        assert kept.told(job)[-1].startswith("The job was paused: it can't be planned now: ")
+        assert "mini" in kept.told(job)[-1]
+        assert kept.jobs.resume(job).status == "validating_files"

@@ -30,7 +30,7 @@ from phinetune.serving.job_table import CANCELLED, OPEN, QUEUED, RUNNING, VALIDA
 from phinetune.serving.jobs_on_ray import KEY, JobsOnRay
 from phinetune.serving.state import ServerState
 from phinetune.serving.store import Row
-from phinetune.serving.workshop import WorkFailed, Workshop
+from phinetune.serving.workshop import ServersFault, WorkFailed, Workshop
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,9 @@ class JobKeeper:
                 return
             try:
                 self._plan(job)
+            except ServersFault as error:
+                logger.warning("%s can't be planned: %s", job["id"], error)
+                self.jobs.pause(job["id"], f"it can't be planned now: {_without_places(error, self)}")
             except PhinetuneError as error:
                 self.jobs.fail(job["id"], "invalid_training_file", _without_places(error, self), "training_file")
             except WorkFailed as error:
@@ -154,9 +157,7 @@ class JobKeeper:
 
     def _start_queued(self) -> None:
         """Start what can start now, first come, first served: small jobs could keep a large one waiting for ever."""
-        before: str | None = (
-            None  # the waiting job just before, so that each is told once, not whenever the first starts
-        )
+        before: str | None = None  # the one that waits just before: it changes less often than the first of all
         for job in self.jobs.in_states(QUEUED):
             if self._stop.is_set():
                 return

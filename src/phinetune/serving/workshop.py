@@ -21,7 +21,7 @@ class WorkFailed(Exception):
 
 
 class ServersFault(PhinetuneError):
-    """A client can't mend it: a model that the server offers can't be used, memory ran out, a disk is full or failed."""
+    """Nothing that a client can mend: a model on offer can't be used, memory ran out, a disk is full or failed."""
 
 
 class Workshop:

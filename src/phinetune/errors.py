@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from phinetune.files import disk_trouble
+
 # The last one is what oneDNN says of any product that it has no memory for.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "could not create a primitive")
 
@@ -15,7 +17,8 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", 
 class PhinetuneError(Exception):
     """A mistake that the user can correct. It holds all problems that were found, so that all are shown at once.
 
-    The command line prints `str(error)` and exits with status 2. A caller in Python may read `problems`.
+    The command line prints `str(error)` and exits with status 2, or `MACHINE_FAULT` where `is_machine_fault` says so. A
+    caller in Python may read `problems`.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -37,6 +40,10 @@ class ModelError(PhinetuneError):
 
 class RunError(PhinetuneError):
     """A run's folder can't be used, or a run can't go on."""
+
+
+class MachineError(RunError):
+    """Memory ran out, or a disk is full or failed. Nothing has to be mended in what the user gave."""
 
 
 class LostProcess(RunError):
@@ -124,6 +131,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+# The exit status where the same call may do when the machine has more memory or disk: EX_OSERR of sysexits.h.
+MACHINE_FAULT = 71
+
+
+def is_machine_fault(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, says that memory ran out or that a disk is full or failed."""
+    if disk_trouble(error):
+        return True
+    while error is not None:
+        if isinstance(error, MachineError) or is_out_of_memory(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def reason_of(error: BaseException, longest: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""The command line: every mistake is a sentence and status 2; every command says what to do next."""
+"""The command line: every mistake is a sentence and status 2 or 71; every command says what to do next."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from helpers import chat, tiny_config, write_jsonl
 from phinetune.cli.app import main
 from phinetune.cli.program import program
 from phinetune.config.run import dump_config
+from phinetune.errors import ConfigError, MachineError
 
 
 @pytest.fixture
@@ -199,26 +200,28 @@ def test_a_time_that_is_none_is_a_sentence(
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "words", "status"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space is left"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
-        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "limit of file sizes"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0"), "to its end"),
-        (MemoryError(), "the memory is not enough"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory is not enough"),
-        (OSError(errno.EACCES, "Permission denied", "x.json"), "[Errno 13] Permission denied: 'x.json'"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left", 71),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up", 71),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "limit of file sizes", 71),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0"), "to its end", 71),
+        (MemoryError(), "the memory is not enough", 71),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory is not enough", 71),
+        (MachineError("told by whoever knew the folder"), "told by whoever knew the folder", 71),
+        (OSError(errno.EACCES, "Permission denied", "x.json"), "[Errno 13] Permission denied: 'x.json'", 2),
+        (ConfigError("a mistake"), "a mistake", 2),
     ],
     ids=str,
 )
 def test_what_the_machine_refuses_is_a_sentence_in_every_verb(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str, status: int
 ) -> None:
     def fails(**_: object) -> None:
         raise error
 
     monkeypatch.setattr("phinetune.cli.app.app", fails)
-    assert run(monkeypatch, "merge") == 2
+    assert run(monkeypatch, "merge") == status
     err = capsys.readouterr().err
     assert words in err
     assert err.startswith("error: ")

@@ -20,7 +20,7 @@ from helpers import tiny_config, train_only
 from phinetune.cli.launching import _environment, _outcome, launches
 from phinetune.cli.program import program
 from phinetune.config.run import dump_config
-from phinetune.errors import RunError
+from phinetune.errors import MACHINE_FAULT, RunError, is_machine_fault
 from phinetune.launched import LAUNCHER, REPORTS, Report
 
 STOPPED = 75
@@ -77,6 +77,15 @@ def test_a_message_is_told_once_and_not_that_others_were_lost(tmp_path: Path) ->
     with pytest.raises(RunError) as caught:
         outcome(reports, failed, tmp_path)
     assert caught.value.problems == ["x: no such file"]
+    assert not is_machine_fault(caught.value)
+
+
+def test_a_fault_of_the_machine_stays_one(tmp_path: Path) -> None:
+    reports = {0: Report(0, 2, ("gone",), lost=True), 1: Report(1, MACHINE_FAULT, ("no space is left",))}
+    with pytest.raises(RunError) as caught:
+        outcome(reports, {1: Failure(MACHINE_FAULT), 0: Failure(2)}, tmp_path)
+    assert caught.value.problems == ["no space is left"]
+    assert is_machine_fault(caught.value)
 
 
 def test_a_process_that_could_say_nothing_is_named(tmp_path: Path) -> None:

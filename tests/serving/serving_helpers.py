@@ -74,7 +74,8 @@ class ServerProcess:
 @contextmanager
 def threaded(folder: Path, **settings: Any) -> Iterator[tuple[ServerState, OpenAI]]:
     """A context with a server in a thread, whose jobs nobody trains, and a client of it."""
-    state = open_state(ServerSettings(folder=folder, models={"tiny": ModelSection(path=TINY)}, **settings), KEY)
+    models = {"tiny": ModelSection(path=TINY)}
+    state = open_state(ServerSettings(**{"folder": folder, "models": models, **settings}), KEY)
     try:
         with _listening(state) as client:
             yield state, client

@@ -104,8 +104,10 @@ def test_a_job_waits_for_the_one_before_it_and_for_memory() -> None:
         "ftjob-0 trains, and this server trains one job at a time"
     )
     assert why_wait(job, [], two) is None
-    large = {"id": "ftjob-2", "memory": psutil.virtual_memory().total}
-    assert "GB of memory" in (why_wait(large, [], two) or "")
+    total = psutil.virtual_memory().total
+    large = {"id": "ftjob-2", "memory": total}
+    need = f"{(total + PROGRAM) / 1e9:.1f} GB of memory"
+    assert why_wait(large, [], two) == f"it needs {need}, and less is free"
     half = psutil.virtual_memory().available - PROGRAM - 2_000_000_000
     promised = {**other, "memory": half}  # it does not hold it yet, but will
     assert "GB of memory" in (why_wait({**job, "memory": 4_000_000_000}, [promised], two) or "")
@@ -175,6 +177,16 @@ def test_work_that_fails_is_told_and_the_next_is_done(tmp_path: Path) -> None:
     done = answer(json.dumps({"task": "plan", "config": {**config, "training_config": {"output_dir": str(tmp_path)}}}))
     assert done["done"]["steps"] == 12  # 3 epochs of 4 steps
     assert done["done"]["chosen"]["learning_rate"] > 0
+
+
+def test_what_a_client_can_mend_is_told_from_what_the_server_lacks(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"q {i}", f"a {i}") for i in range(8)])
+    config = {"model": {"path": str(tmp_path / "none")}, "data": {"train": str(path)}}
+    assert answer(json.dumps({"task": "plan", "config": config}))["servers"]
+    config |= {"model": {"path": TINY}, "data": {"train": str(tmp_path / "none.jsonl")}}
+    assert "servers" not in answer(json.dumps({"task": "plan", "config": config}))
+    broken = {"path": "/proc/self/mem", "rows": 9, "model": {"path": TINY}}  # a disk that reports an error
+    assert answer(json.dumps({"task": "check", **broken}))["servers"]
 
 
 def test_a_state_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:

@@ -6,11 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from phinetune.errors import MACHINE_FAULT
+
 # In metrics.jsonl and results.json: what a clock or the machine decides.
 CLOCKED = {
     *("time", "tokens_per_s", "memory", "seconds", "resumed", "share"),
     *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
 }
+
+
+REFUSED = (2, MACHINE_FAULT)  # the exit statuses that come with a sentence
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,11 @@ class Ended:
 
 def unlike_a_sentence(ended: Ended) -> list[str]:
     """What is wrong with how a run ended: neither whole, nor refused in a sentence, nor killed."""
-    if "Traceback" in ended.text or ended.status not in (0, 2, -9):
+    if "Traceback" in ended.text or ended.status not in (0, *REFUSED, -9):
         text = ended.text.partition("\nExtension modules: ")[0].strip()
         return [f"status {ended.status}: {text[-2500:]}"]
-    if ended.status == 2 and "error: " not in ended.text:
-        return [f"status 2 without a sentence: {ended.text.strip()[-300:]}"]
+    if ended.status in REFUSED and "error: " not in ended.text:
+        return [f"status {ended.status} without a sentence: {ended.text.strip()[-300:]}"]
     return []
 
 

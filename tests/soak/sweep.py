@@ -39,7 +39,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from soak.disk_state import Disk, read_log  # noqa: E402
 from soak.journal import Journal  # noqa: E402
-from soak.outcome import Ended, first_difference, innermost, unlike_a_sentence, without_clock  # noqa: E402
+from soak.outcome import REFUSED, Ended, first_difference, innermost, unlike_a_sentence, without_clock  # noqa: E402
 
 SHIM = "PHINETUNE_FAULTS"
 # How faults.c is told: kind, errno.
@@ -240,7 +240,7 @@ class Sweep:
         if state not in self.went_on:
             self.went_on.add(state)
             problems += self._go_on(expected)
-        return problems, ended.status == 2
+        return problems, ended.status in REFUSED
 
     def _disturbed(self, fault: Fault) -> Ended:
         """A run with a fault, and the disk as the fault leaves it. One killed run serves the three kinds of kills."""

@@ -27,7 +27,16 @@ from phinetune.cli import (
     train,
     tune,
 )
-from phinetune.errors import LOST_PROCESS, PhinetuneError, RunError, is_lost, is_out_of_memory, reason_of
+from phinetune.errors import (
+    LOST_PROCESS,
+    MACHINE_FAULT,
+    PhinetuneError,
+    RunError,
+    is_lost,
+    is_machine_fault,
+    is_out_of_memory,
+    reason_of,
+)
 from phinetune.files import disk_trouble
 from phinetune.secret_text import without_secrets
 from phinetune.terminal_text import visible
@@ -63,7 +72,7 @@ def root(
 
 
 def main() -> None:
-    """Entry point. A user's mistake ends with one sentence a problem and status 2, never with a traceback."""
+    """Entry point. A user's mistake and a fault of the machine end with one sentence a problem, without a traceback."""
     try:
         launched.follow_launcher()
         _check_address_space()
@@ -82,14 +91,15 @@ def main() -> None:
 
 
 def _fail(problems: Sequence[str], error: BaseException) -> None:
-    """End with status 2. Of several processes our launcher says once what they report."""
+    """End with `MACHINE_FAULT`, or 2 for a mistake. Of several processes our launcher says once what they report."""
+    status = MACHINE_FAULT if is_machine_fault(error) else 2
     if launched.is_ours():
-        launched.report(2, problems, error=error)
-        sys.exit(2)
+        launched.report(status, problems, error=error)
+        sys.exit(status)
     for problem in problems:
         lead = "" if problem.startswith("  ") else "error: "  # lines of YAML are there to be pasted
         print(visible(without_secrets(f"{lead}{problem}")), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _told(error: Exception) -> str:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from phinetune.cli.program import program
-from phinetune.errors import RunError
+from phinetune.errors import MACHINE_FAULT, MachineError, RunError
 from phinetune.launched import LAUNCHER, PROGRAM, REPORTS, Report, has_launcher, is_ours, read_reports
 
 # What asks a run to stop goes on to its processes. The agent would end them after half a minute, saved or not.
@@ -175,7 +175,7 @@ def _outcome(reports: dict[int, Report], failed: dict[int, Any], count: int, sig
             print(told.trace, file=sys.stderr, end="")
             return 1
         if told.problems:
-            raise RunError(list(told.problems))
+            raise (MachineError if told.status == MACHINE_FAULT else RunError)(list(told.problems))
         return told.status
     if signals and first.exitcode == -signals[0]:  # it came before the run could listen
         print("stopped", file=sys.stderr)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phinetune.config.section import joined_message
+from phinetune.errors import PhinetuneError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -63,6 +66,17 @@ def too_many(message: str, retry_after_s: int = 1) -> ApiError:
     return ApiError(
         429, message, "requests", "rate_limit_exceeded", headers={"Retry-After": str(max(1, retry_after_s))}
     )
+
+
+def cant_look(fault: PhinetuneError, folder: Path) -> ApiError:
+    """The error for a file or a job that this server can't look at now, whatever is in it.
+
+    Args:
+        folder: the server's, whose place is nothing to a client.
+    """
+    logger.warning("a file or a job can't be looked at: %s", fault)
+    told = "; ".join(fault.problems[:20]).replace(f"{folder}{os.sep}", "")
+    return ApiError(503, f"This server can't look at it now: {told}", "server_error", "cant_look")
 
 
 def add_handlers(app: FastAPI) -> None:

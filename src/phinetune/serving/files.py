@@ -15,14 +15,14 @@ from fastapi.responses import FileResponse
 
 from phinetune.errors import PhinetuneError
 from phinetune.files import PRIVATE, sync_folder, write_lines
-from phinetune.serving.errors import ApiError
+from phinetune.serving.errors import ApiError, cant_look
 from phinetune.serving.ids import new_id, now
 from phinetune.serving.job_places import file_place
 from phinetune.serving.job_table import JobTable
 from phinetune.serving.pages import page
 from phinetune.serving.state import ServerState
 from phinetune.serving.store import Row
-from phinetune.serving.workshop import WorkFailed
+from phinetune.serving.workshop import ServersFault, WorkFailed
 from phinetune.terminal_text import printable
 
 logger = logging.getLogger(__name__)
@@ -206,12 +206,14 @@ def _look(state: ServerState, place: Path) -> dict[str, Any]:
     """What `data check` says of a file.
 
     Raises:
-        ApiError: a job could not train on it; line by line.
+        ApiError: a job could not train on it, line by line; or the server can't look at it now.
     """
     base = next(iter(state.settings.models.values())).model_dump()
     wanted = {"path": str(place), "rows": state.settings.limits.rows, "model": base}
     try:
         found = state.workshop.do("check", wanted, CHECK_S)
+    except ServersFault as error:
+        raise cant_look(error, state.folder) from None
     except PhinetuneError as error:
         raise _bad_file([{"line": 1, "message": text.replace(str(place), "the file")} for text in error.problems],
                         len(error.problems)) from None  # fmt: skip

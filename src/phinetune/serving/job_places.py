@@ -7,6 +7,8 @@ from pathlib import Path
 
 from phinetune.run_folder import RunFolder
 
+HELD = ".from"  # the end of the names of folders that hold a checkpoint for a job
+
 
 @dataclass(frozen=True)
 class JobPlaces:
@@ -23,6 +25,11 @@ class JobPlaces:
     @property
     def log(self) -> Path:
         return self.folder / "jobs" / f"{self.job}.log"
+
+    @property
+    def held(self) -> Path:
+        """The checkpoint that the job goes on from, if it goes on from one."""
+        return self.folder / "jobs" / f"{self.job}{HELD}"
 
     @property
     def run(self) -> RunFolder:

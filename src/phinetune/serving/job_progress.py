@@ -65,7 +65,7 @@ class Progress:
             for step in known.keys() - there.keys():
                 self._state.store.write("DELETE FROM checkpoints WHERE job = ? AND step = ?", [job["id"], step])
                 self._state.models.delete(known[step])
-            self._state.store.update("jobs", job["id"], deaths=0)
+            self._state.store.update("jobs", job["id"], deaths=0, crashes=0)
 
     def _offer(self, job: Row, step: int, metrics: dict[str, Any]) -> None:
         name = tuned_name(job["base_id"], job["suffix"], job["id"], step)

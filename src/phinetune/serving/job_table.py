@@ -73,6 +73,12 @@ class JobTable:
                 self.store.update("jobs", job["id"], waits_for=reason)
                 self.say(job["id"], f"The job waits: {reason}")
 
+    def pause(self, job: str, reason: str) -> None:
+        """Let a job wait until somebody resumes it, for a reason that is not its client's."""
+        with self.store.together():
+            if self.move(job, PAUSED, only_from=(VALIDATING, RUNNING), process=None, waits_for=None):
+                self.say(job, f"The job was paused: {reason}", "warn")
+
     def fail(self, job: str, code: str, message: str, param: str | None = None) -> None:
         """End a job that can't be trained."""
         error = json.dumps({"code": code, "message": message, "param": param})

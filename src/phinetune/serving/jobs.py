@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
 from phinetune.serving.errors import ApiError, too_many
 from phinetune.serving.files import FINE_TUNE
+from phinetune.serving.held_adapters import held
 from phinetune.serving.ids import new_id, now
+from phinetune.serving.job_places import JobPlaces
 from phinetune.serving.job_request import LARGEST_SEED, JobRequest
 from phinetune.serving.job_table import CANCELLED, ENDED, OPEN, PAUSED, QUEUED, RUNNING, VALIDATING, JobTable
 from phinetune.serving.job_view import show_checkpoint, show_event, show_job
@@ -47,7 +50,9 @@ def router(state: ServerState) -> APIRouter:
     @made.post("")
     def create_job(request: JobRequest) -> dict[str, Any]:
         row = new_row(state, request)
-        with state.store.together():
+        place = JobPlaces(state.folder, row["id"]).held
+        holding = held(state, request.model, row["adapter"], place) if row["adapter"] else nullcontext()
+        with holding as row["adapter"], state.store.together():
             check_file(state, request.training_file, request.kind, "training_file")
             if request.validation_file:
                 check_file(state, request.validation_file, request.kind, "validation_file")

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from phinetune import ray_cluster
-from phinetune.errors import PhinetuneError
+from phinetune.errors import MACHINE_FAULT, PhinetuneError
 from phinetune.files import write_text
 from phinetune.ray_cluster import ADDRESS
 from phinetune.serving.job_config import chosen_numbers, final_config, first_config
@@ -30,14 +30,15 @@ from phinetune.serving.job_table import CANCELLED, OPEN, QUEUED, RUNNING, VALIDA
 from phinetune.serving.jobs_on_ray import KEY, JobsOnRay
 from phinetune.serving.state import ServerState
 from phinetune.serving.store import Row
-from phinetune.serving.workshop import WorkFailed, Workshop
+from phinetune.serving.workshop import ServersFault, WorkFailed, Workshop
 
 logger = logging.getLogger(__name__)
 
 ROUND_S = 0.5
 PLAN_S = 3600.0  # a plan may take, with a large file
-MOST_DEATHS = 5  # of a job's process without a new checkpoint in between
-MOST_CRASHES = 2  # of these by an error of its own, which the next try is likely to meet again
+# How often a job is started again without a new checkpoint in between: after deaths from outside, and after errors of
+# its own, which the next try is likely to meet again.
+MOST_DEATHS, MOST_CRASHES = 5, 2
 ASK_AGAIN_S = 15.0
 
 
@@ -113,6 +114,9 @@ class JobKeeper:
                 return
             try:
                 self._plan(job)
+            except ServersFault as error:
+                logger.warning("%s can't be planned: %s", job["id"], error)
+                self.jobs.pause(job["id"], f"it can't be planned now: {_without_places(error, self)}")
             except PhinetuneError as error:
                 self.jobs.fail(job["id"], "invalid_training_file", _without_places(error, self), "training_file")
             except WorkFailed as error:
@@ -149,14 +153,22 @@ class JobKeeper:
         for job in self.jobs.in_states(RUNNING):
             if not job["process"]:  # the server was killed before it could start it, or before it saw its end
                 self._ended(job)
+        self._start_queued()
+
+    def _start_queued(self) -> None:
+        """Start what can start now, first come, first served: small jobs could keep a large one waiting for ever."""
+        before: str | None = None  # the one that waits just before: it changes less often than the first of all
         for job in self.jobs.in_states(QUEUED):
-            if job["process"] or self._stop.is_set():
+            if self._stop.is_set():
+                return
+            if job["process"]:  # it was resumed, and its process has not ended yet
                 continue
-            reason = self.runner.why_wait(job, self.jobs.with_process())
+            reason = f"{before} is before it" if before else self.runner.why_wait(job, self.jobs.with_process())
             if reason:
                 self.jobs.wait(job, reason)
-                break  # first come, first served
-            self._start(job)
+                before = job["id"]
+            else:
+                self._start(job)
 
     def _watch(self, job: Row) -> None:
         process = json.loads(job["process"])
@@ -231,23 +243,29 @@ class JobKeeper:
 
     def _go_on(self, job: Row, status: int | None, places: JobPlaces) -> None:
         """Put a job whose process ended early back into the queue, or give it up."""
-        if status == USERS_MISTAKE:
-            told = last_errors(places.log) or ["the run stopped; the server's log names the reason"]
-            logger.warning("%s: %s", job["id"], "; ".join(told))
-            self.jobs.fail(job["id"], "training_failed", _hidden("; ".join(told), self))
+        if status in (USERS_MISTAKE, MACHINE_FAULT):
+            self._refused(job, status, places)
             return
+        kind, most = ("crashes", MOST_CRASHES) if status and status > 0 else ("deaths", MOST_DEATHS)
+        count, why = job[kind] + 1, "ended unexpectedly" + (f" (status {status})" if status else "")
         if status == STOPPED:
-            deaths, why = job["deaths"], "was asked to stop from outside"
-        else:
-            deaths, why = job["deaths"] + 1, "ended unexpectedly" + (f" (status {status})" if status else "")
-        most = MOST_CRASHES if status and status > 0 else MOST_DEATHS
-        if deaths > most:
-            message = f"the process that trains the job {why}, {deaths} times without a new checkpoint"
+            count, why = job[kind], "was asked to stop from outside"
+        if count > most:
+            message = f"the process that trains the job {why}, {count} times without a new checkpoint"
             self.jobs.fail(job["id"], "training_crashed", message)
             return
         with self.state.store.together():
-            if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING], process=None, deaths=deaths):
+            if self.jobs.move(job["id"], QUEUED, only_from=[RUNNING], process=None, **{kind: count}):
                 self.jobs.say(job["id"], f"The process that trains the job {why}; it goes on {_newest(places)}", "warn")
+
+    def _refused(self, job: Row, status: int, places: JobPlaces) -> None:
+        """What becomes of a job whose run said why it can't go on. What the machine lacks may be there later."""
+        told = "; ".join(last_errors(places.log) or ["the run stopped; the server's log names the reason"])
+        logger.warning("%s: %s", job["id"], told)
+        if status == MACHINE_FAULT:
+            self.jobs.pause(job["id"], f"{_hidden(told, self)}. Resumed, it goes on {_newest(places)}")
+        else:
+            self.jobs.fail(job["id"], "training_failed", _hidden(told, self))
 
 
 def _newest(places: JobPlaces) -> str:

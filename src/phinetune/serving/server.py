@@ -52,12 +52,14 @@ def running_state(settings: ServerSettings, key: str | None = None) -> Iterator[
             f"{settings.folder}: another server has this folder; stop it, or name another (--folder)"
         ) from None
     from phinetune.serving.files import sweep
+    from phinetune.serving.held_adapters import sweep_held
     from phinetune.serving.keeper import JobKeeper
     from phinetune.serving.page.exports import ExportKeeper
 
     state = open_state(settings, key or own_key(settings.folder))
     try:
         sweep(state)
+        sweep_held(state)
         keeper = JobKeeper(state, state.workshop)
         state.wake_jobs = keeper.wake
         state.closing.append(keeper.close)

@@ -63,6 +63,7 @@ CREATE TABLE exports (
     error TEXT
 );
 """,
+    3: "ALTER TABLE jobs ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;",
 }
 VERSION = max(_UPGRADES)  # of the tables
 Row = dict[str, Any]

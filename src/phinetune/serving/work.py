@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phinetune.errors import PhinetuneError, is_out_of_memory, reason_of
+from phinetune.errors import ModelError, PhinetuneError, is_machine_fault, reason_of
+from phinetune.files import disk_trouble
 from phinetune.loading import libraries
 
 if TYPE_CHECKING:
@@ -174,15 +175,20 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
 
 
 def answer(line: str) -> Answer:
-    """The answer to a request: `done`, or `problems` that a user can mend; with `unexpected` nobody can."""
+    """The answer to a request: `done`, or `problems` that a client can mend; with `servers` whoever keeps the server
+    can, with `unexpected` nobody."""
     request = json.loads(line)
     try:
         return {"done": TASKS[request["task"]](request)}
     except PhinetuneError as error:
-        return {"problems": error.problems}
+        # A client names models that the server offers: what is wrong with one is not wrong with the client's file.
+        servers = isinstance(error, ModelError) or is_machine_fault(error)
+        return {"problems": error.problems, **({"servers": True} if servers else {})}
     except Exception as error:
-        short = "the memory is not enough: " if is_out_of_memory(error) else ""
-        return {"problems": [f"{short}{reason_of(error)}"], "unexpected": type(error).__name__}
+        if is_machine_fault(error):
+            what = disk_trouble(error) or "the memory is not enough"
+            return {"problems": [f"{what} ({reason_of(error)})"], "servers": True}
+        return {"problems": [reason_of(error)], "unexpected": type(error).__name__}
 
 
 def main() -> None:

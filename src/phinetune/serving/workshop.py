@@ -20,6 +20,10 @@ class WorkFailed(Exception):
     """The work ended without an answer: its process died, or took too long."""
 
 
+class ServersFault(PhinetuneError):
+    """Nothing that a client can mend: a model on offer can't be used, memory ran out, a disk is full or failed."""
+
+
 class Workshop:
     """Processes that look at files and plan jobs. All threads may use it."""
 
@@ -34,7 +38,8 @@ class Workshop:
         """The answer to a request; see `phinetune.serving.work`. It waits for a free process.
 
         Raises:
-            PhinetuneError: what a user can mend.
+            ServersFault: what whoever keeps the server can mend.
+            PhinetuneError: what a client can mend.
             WorkFailed: the process died, or took longer than `timeout_s`.
         """
         with self._places:
@@ -48,7 +53,7 @@ class Workshop:
         if "unexpected" in answer:
             raise WorkFailed(f"{answer['unexpected']}: {answer['problems'][0]}")
         if "problems" in answer:
-            raise PhinetuneError(answer["problems"])
+            raise (ServersFault if "servers" in answer else PhinetuneError)(answer["problems"])
         return dict(answer["done"])
 
     def close(self) -> None:

@@ -13,8 +13,8 @@ from phinetune.errors import (
     LOST_PROCESS,
     ConfigError,
     LostProcess,
+    MachineError,
     PhinetuneError,
-    RunError,
     is_lost,
     is_out_of_memory,
     reason_of,
@@ -47,7 +47,7 @@ def told_in_sentences() -> Iterator[None]:
     Raises:
         ConfigError: a library refuses the settings, or what they lead to.
         LostProcess: another process of the run is gone.
-        RunError: the memory is not enough.
+        MachineError: the memory is not enough.
     """
     try:
         yield
@@ -57,7 +57,7 @@ def told_in_sentences() -> Iterator[None]:
         if disk_trouble(error):
             raise  # whoever knows the folder tells it
         if is_out_of_memory(error):
-            raise RunError(
+            raise MachineError(
                 f"the memory is not enough for this run ({reason_of(error)}); {LESS_MEMORY}. Checkpoints written "
                 "before are whole, and --resume goes on from them"
             ) from error
@@ -77,7 +77,7 @@ def disk_told(folder: Path) -> Iterator[None]:
     """A context in which a run's folder is written. What a disk reports becomes a sentence with the folder's name.
 
     Raises:
-        RunError: the disk is full, at a limit, or fails.
+        MachineError: the disk is full, at a limit, or fails.
     """
     try:
         yield
@@ -87,7 +87,7 @@ def disk_told(folder: Path) -> Iterator[None]:
         trouble = disk_trouble(error)
         if trouble is None:
             raise
-        raise RunError(
+        raise MachineError(
             f"{folder}: {trouble}, so the run stopped; checkpoints written before are whole. See to the disk and go on "
             "with --resume"
         ) from error

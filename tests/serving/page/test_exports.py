@@ -230,7 +230,9 @@ def test_an_older_servers_tables_get_what_is_new(tmp_path: Path) -> None:
         state.store.write("DROP TABLE votes")
         state.store.write("DROP TABLE exports")
         state.store.write("DROP TABLE answers")
+        state.store.write("ALTER TABLE jobs DROP COLUMN crashes")
         state.store.write("PRAGMA user_version=1")
-    with threaded(tmp_path) as (_, client):
+    with threaded(tmp_path) as (state, client):
+        assert state.store.rows("SELECT crashes FROM jobs") == []
         assert ask(client, "GET", PATH)[1]["data"] == []
         assert ask(client, "GET", "/phinetune/votes")[1]["data"] == []

@@ -12,10 +12,11 @@ from openai import OpenAI
 
 from helpers import chat
 from phinetune.api.data import check, preview
+from phinetune.config.model import ModelSection
 from phinetune.serving.page.splitting import split_file
 from phinetune.serving.state import ServerState
 from serving.page.page_helpers import Visitor
-from serving.serving_helpers import ask, threaded
+from serving.serving_helpers import ask, keep_file, threaded
 
 PAIR = {
     "input": {"messages": [{"role": "user", "content": "Say <script>it</script>"}]},
@@ -104,6 +105,14 @@ def test_a_plan_says_what_a_job_takes_and_makes_none(served: Served, file: str) 
     assert "✓ It fits." in text
     for more, code in (({"model": "gpt"}, 404), ({"training_file": "file-none"}, 400), ({"seed": -1}, 400)):
         assert ask(served[1], "POST", "/phinetune/plans", {**body, **more})[0] == code
+
+
+def test_a_base_that_is_not_there_is_no_fault_of_a_file(tmp_path: Path) -> None:
+    with threaded(tmp_path / "server", models={"mini": ModelSection(path=str(tmp_path / "mini"))}) as (state, client):
+        file = keep_file(state, "file-chat")
+        for path, body in ((f"files/{file}/check", None), ("plans", {"model": "mini", "training_file": file})):
+            status, tree, _ = ask(client, "POST" if body else "GET", f"/phinetune/{path}", body)
+            assert (status, tree["error"]["code"]) == (503, "cant_look")
 
 
 def test_rows_are_kept_aside_the_same_way_each_time(served: Served, file: str) -> None:

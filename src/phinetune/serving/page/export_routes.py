@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from phinetune.serving.errors import ApiError, too_many
+from phinetune.serving.held_adapters import held
 from phinetune.serving.ids import new_id, now
 from phinetune.serving.models import no_model
 from phinetune.serving.page.exports import (
@@ -48,10 +49,11 @@ def router(state: ServerState) -> APIRouter:
         _check_wish(asked)
         _check_room(state)
         id = new_id("export")
-        order = order_of(ExportPlaces(state.folder, id), asked, model)
+        places, adapter = ExportPlaces(state.folder, id), str(model.adapter.relative_to(state.folder))
         row = {"id": id, "created_at": now(), "status": QUEUED, "model": model.id}
-        folder = str(model.adapter.relative_to(state.folder))
-        state.store.insert("exports", {**row, "folder": folder, "request": json.dumps(order)})
+        with held(state, model.id, adapter, places.held) as folder:
+            order = order_of(places, asked, state.folder / folder)
+            state.store.insert("exports", {**row, "folder": folder, "request": json.dumps(order)})
         return show_export(_find(state, id))
 
     @made.get("")

@@ -19,7 +19,6 @@ from typing import Any
 
 from phinetune.files import write_text
 from phinetune.liveness import is_alive, process_record
-from phinetune.serving.catalogue import ServedModel
 from phinetune.serving.child_processes import called_with, kill, spawn
 from phinetune.serving.ids import now
 from phinetune.serving.page.export_work import RESULT
@@ -61,6 +60,11 @@ class ExportPlaces:
         """What the process is called with, and known by."""
         return self.own / ORDER
 
+    @property
+    def held(self) -> Path:
+        """The checkpoint that is exported, if it is one, until that is done."""
+        return self.own / "from"
+
     def written(self) -> Path | None:
         """The file or folder that was written; None if there is none."""
         try:
@@ -76,16 +80,16 @@ def own_name(model: str) -> str:
     return "-".join(part for part in (suffix or base, id[:6], *checkpoint) if part).lstrip(".-") or "model"
 
 
-def order_of(places: ExportPlaces, asked: ExportAsked, model: ServedModel) -> dict[str, Any]:
-    """What the process is to do."""
+def order_of(places: ExportPlaces, asked: ExportAsked, adapter: Path) -> dict[str, Any]:
+    """What the process is to do with a model's adapter."""
     kinds = OFFERED[asked.target]
     kind = asked.type or (kinds[0] if kinds else None)
-    file = own_name(model.id) + (f"-{kind}" if kind else "")
+    file = own_name(asked.model) + (f"-{kind}" if kind else "")
     ending = ".gguf" if asked.target in ("gguf", "gguf-lora") else ""
     return {
         "target": asked.target,
         "type": kind,
-        "run": str(model.adapter),
+        "run": str(adapter),
         "out": str(places.own / OUT / f"{file}{ending}"),
         "repo": asked.repo,
         "private": asked.private,
@@ -211,3 +215,4 @@ class ExportKeeper:
             told = "; ".join(made["problems"][:10]).replace(f"{self.state.folder}{os.sep}", "")
             values |= {"status": FAILED, "error": told}
         self.state.store.update("exports", row["id"], **values)
+        shutil.rmtree(places.held, ignore_errors=True)

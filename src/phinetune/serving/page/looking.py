@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from phinetune.errors import PhinetuneError
-from phinetune.serving.errors import ApiError, too_many
+from phinetune.serving.errors import ApiError, cant_look, too_many
 from phinetune.serving.files import FINE_TUNE, find_file
 from phinetune.serving.job_config import RATE, chosen_numbers, final_config, first_config
 from phinetune.serving.job_places import file_place
@@ -19,7 +19,7 @@ from phinetune.serving.models import no_model
 from phinetune.serving.page.forms import Check, Planned, Rows, ShownRow
 from phinetune.serving.state import ServerState
 from phinetune.serving.store import Row
-from phinetune.serving.workshop import WorkFailed
+from phinetune.serving.workshop import ServersFault, WorkFailed
 
 LOOK_S, PLAN_S = 600.0, 1800.0  # that a look or a plan may take
 WAITING = 8  # looks and plans that are worked on or wait; each holds a thread of the server
@@ -108,6 +108,8 @@ class Looks:
             raise too_many(f"This server looks at {WAITING} files and plans already; try again.", 5)
         try:
             return self._state.workshop.do(task, request, limit_s)
+        except ServersFault as error:
+            raise cant_look(error, self._state.folder) from None
         except PhinetuneError as error:
             told = "\n".join(error.problems[:20]).replace(str(file_place(self._state.folder, file)), "the file")
             message = told.replace(f"{self._state.folder}/", "")

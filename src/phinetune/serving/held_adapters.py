@@ -62,9 +62,9 @@ def _linked(checkpoint: Path, place: Path) -> Path:
     for name in named:
         if name.suffix not in ONLY_TO_GO_ON:
             _link(checkpoint / name, target / name)
-    for file in (CONFIG, RESULTS):
-        if (run / file).is_file():
-            _link(run / file, target.parent / file)
+    for beside in (CONFIG, RESULTS):
+        if (run / beside).is_file():
+            _link(run / beside, target.parent / beside)
     sync_tree(place)
     sync_folder(place.parent)
     return target

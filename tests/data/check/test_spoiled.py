@@ -226,7 +226,7 @@ def test_each_spoiled_file_gets_its_finding(tmp_path: Path, check: Any, write: W
 def test_there_are_forty_and_more_of_every_kind_that_a_file_alone_can_show() -> None:
     assert len(FILES) >= 40
     others = {"system", "no_stop", "near", "shared", "near_shared"}  # in test_check.py
-    others |= {"prompts", "equal_answers", "length_bias"}  # in test_pairs.py
+    others |= {"prompts", "equal_answers", "contradiction", "length_bias"}  # in test_pairs.py
     others |= {"response"}  # in test_tagged_rows.py
     assert {kind for _, _, kind, _ in FILES} | others == set(KINDS)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-
 import pytest
 
-from phinetune.errors import ConfigError, MachineError, ModelError, is_machine_fault, reason_of, told_as
+from phinetune.errors import ConfigError, ModelError, reason_of, told_as
 
 
 def test_any_error_of_a_library_becomes_a_sentence() -> None:
@@ -28,20 +26,3 @@ def test_a_reason_is_one_line() -> None:
     assert reason_of(ValueError()) == "ValueError"
     assert reason_of(KeyError("name")) == "KeyError 'name'"
     assert reason_of(ValueError("x" * 500)) == "x" * 300 + " …"
-
-
-@pytest.mark.parametrize(
-    ("cause", "is_one"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), True),
-        (MachineError("no space is left"), True),
-        (OSError(errno.ENOENT, "No such file or directory"), False),
-        (ValueError("out of memory"), False),
-    ],
-    ids=repr,
-)
-def test_what_the_machine_refused_is_known_behind_a_sentence(cause: Exception, is_one: bool) -> None:
-    with pytest.raises(ModelError) as caught:
-        raise ModelError("the file can't be read") from cause
-    assert (is_machine_fault(caught.value), is_machine_fault(cause)) == (is_one, is_one)

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from phinetune.files import disk_trouble, file_digest, publish_files, publish_folder, remove, staged_folder, write_text
+from phinetune.errors import MachineError, ModelError
+from phinetune.files import (
+    disk_trouble,
+    file_digest,
+    is_machine_fault,
+    publish_files,
+    publish_folder,
+    remove,
+    staged_folder,
+    write_text,
+)
 
 
 def names(folder: Path) -> set[str]:
@@ -166,3 +176,20 @@ def test_what_is_private_is_for_the_user_alone_until_they_share_it(tmp_path: Pat
             assert mode(tmp_path / "folder") == wanted
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_one"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), True),
+        (MachineError("no space is left"), True),
+        (OSError(errno.ENOENT, "No such file or directory"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=repr,
+)
+def test_what_the_machine_refused_is_known_behind_a_sentence(cause: Exception, is_one: bool) -> None:
+    with pytest.raises(ModelError) as caught:
+        raise ModelError("the file can't be read") from cause
+    assert (is_machine_fault(caught.value), is_machine_fault(cause)) == (is_one, is_one)

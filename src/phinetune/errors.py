@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from phinetune.files import disk_trouble
-
 # The last one is what oneDNN says of any product that it has no memory for.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "could not create a primitive")
+# The exit status where the same call may do when the machine has more memory or disk: EX_OSERR of sysexits.h.
+MACHINE_FAULT = 71
 
 
 class PhinetuneError(Exception):
     """A mistake that the user can correct. It holds all problems that were found, so that all are shown at once.
 
-    The command line prints `str(error)` and exits with status 2, or `MACHINE_FAULT` where `is_machine_fault` says so. A
-    caller in Python may read `problems`.
+    The command line prints `str(error)` and exits with status 2, or `MACHINE_FAULT` where
+    `phinetune.files.is_machine_fault` says so. A caller in Python may read `problems`.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -131,21 +131,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in OUT_OF_MEMORY)
-
-
-# The exit status where the same call may do when the machine has more memory or disk: EX_OSERR of sysexits.h.
-MACHINE_FAULT = 71
-
-
-def is_machine_fault(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that memory ran out or that a disk is full or failed."""
-    if disk_trouble(error):
-        return True
-    while error is not None:
-        if isinstance(error, MachineError) or is_out_of_memory(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def reason_of(error: BaseException, longest: int = 300) -> str:

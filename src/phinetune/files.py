@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from phinetune.errors import MachineError, is_out_of_memory
+
 PRIVATE = 0o600  # of files that hold the user's text: for the user alone
 
 
@@ -149,6 +151,17 @@ def disk_trouble(error: BaseException | None) -> str | None:
             found = FAILED_WRITE
         error = error.__cause__ or error.__context__
     return found
+
+
+def is_machine_fault(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, says that memory ran out or that a disk is full or failed."""
+    if disk_trouble(error):
+        return True
+    while error is not None:
+        if isinstance(error, MachineError) or is_out_of_memory(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _sync(path: Path) -> None:

@@ -20,7 +20,8 @@ from helpers import tiny_config, train_only
 from phinetune.cli.launching import _environment, _outcome, launches
 from phinetune.cli.program import program
 from phinetune.config.run import dump_config
-from phinetune.errors import MACHINE_FAULT, RunError, is_machine_fault
+from phinetune.errors import MACHINE_FAULT, RunError
+from phinetune.files import is_machine_fault
 from phinetune.launched import LAUNCHER, REPORTS, Report
 
 STOPPED = 75

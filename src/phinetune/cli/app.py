@@ -33,11 +33,10 @@ from phinetune.errors import (
     PhinetuneError,
     RunError,
     is_lost,
-    is_machine_fault,
     is_out_of_memory,
     reason_of,
 )
-from phinetune.files import disk_trouble
+from phinetune.files import disk_trouble, is_machine_fault
 from phinetune.secret_text import without_secrets
 from phinetune.terminal_text import visible
 from phinetune.version import versions

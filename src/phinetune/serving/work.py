@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phinetune.errors import ModelError, PhinetuneError, is_machine_fault, reason_of
-from phinetune.files import disk_trouble
+from phinetune.errors import ModelError, PhinetuneError, reason_of
+from phinetune.files import disk_trouble, is_machine_fault
 from phinetune.loading import libraries
 
 if TYPE_CHECKING:

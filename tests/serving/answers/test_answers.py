@@ -233,6 +233,7 @@ def test_other_bad_requests_say_what_is_wrong(served: Served) -> None:
         ({"top_logprobs": 2}, "needs 'logprobs'"),
         ({"stop": ["a"] * 5}, "up to 4"),
         ({"logit_bias": {"99999": 1}}, "no token id"),
+        ({"logit_bias": {"9" * 5000: 1}}, "no token id"),
         ({"stream_options": {"include_usage": True}}, "for 'stream'"),
     ):
         with pytest.raises(openai.BadRequestError, match=words):

@@ -7,6 +7,7 @@ too. One that changes no answer (`user`, `service_tier`, …) is ignored, and a 
 from __future__ import annotations
 
 import logging
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,7 @@ from phinetune.serving.job_request import Metadata
 logger = logging.getLogger(__name__)
 
 MOST_CHOICES = 32
+TOKEN_ID = re.compile("[0-9]{1,9}")  # of any vocabulary; Python itself refuses to read thousands of digits
 Number = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
@@ -92,9 +94,9 @@ class Sampled(Asked):
             ApiError: a key is no token id of the model.
         """
         given = self.logit_bias or {}
-        bad = [key for key in given if not (key.isascii() and key.isdigit() and int(key) < vocabulary)]
+        bad = [key for key in given if not (TOKEN_ID.fullmatch(key) and int(key) < vocabulary)]
         if bad:
-            raise ApiError(400, f"'{bad[0]}' is no token id.", code="invalid_value", param="logit_bias")
+            raise ApiError(400, f"'{bad[0][:40]}' is no token id.", code="invalid_value", param="logit_bias")
         return {int(key): value for key, value in given.items()}
 
 

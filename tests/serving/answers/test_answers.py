@@ -262,6 +262,17 @@ def _loads(served: Served) -> Any:
     return served.state.closing[0].__self__.loads()
 
 
+def test_an_adapter_that_leaves_between_finding_and_asking_is_told(served: Served) -> None:
+    answerer = served.state.closing[0].__self__.find(TUNED)  # type: ignore[attr-defined]
+    adapter = answerer.engine._adapters[answerer.adapter]
+    answerer.engine.drop_adapter(answerer.adapter)
+    served.client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=1)  # it has left by then
+    with pytest.raises(openai.InternalServerError, match="just left the memory"):
+        served.client.chat.completions.create(model=TUNED, messages=ASKED)
+    answerer.engine.add_adapter(answerer.adapter, adapter)
+    assert served.client.chat.completions.create(model=TUNED, messages=ASKED, max_tokens=1).choices
+
+
 def test_more_than_can_wait_get_a_429(served: Served) -> None:
     long: dict[str, Any] = {"model": "tiny", "messages": ASKED, "logit_bias": {"80": 100}, "max_tokens": 120}
     codes: list[int] = []

@@ -219,6 +219,28 @@ def test_what_is_refused_has_the_apis_form(served: Served, code: str) -> None:
     assert error.value.param or code == "invalid_value"
 
 
+UNKNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "stream_options.foo": ("chat/completions", {"stream": True, "stream_options": {"foo": 1}}),
+    "response_format.foo": ("chat/completions", {"response_format": {"type": "json_object", "foo": 1}}),
+    "response_format.json_schema.shema": (
+        "chat/completions",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "shema": {}}}},
+    ),
+    "text.foo": ("responses", {"text": {"foo": 1}}),
+    "text.format.shema": ("responses", {"text": {"format": {"type": "json_schema", "name": "a", "shema": {}}}}),
+}
+
+
+@pytest.mark.parametrize("param", UNKNOWN)
+def test_an_unknown_parameter_within_another_is_refused_by_its_path(served: Served, param: str) -> None:
+    path, more = UNKNOWN[param]
+    body = {"model": "tiny", "input": "hi"} if path == "responses" else {"model": "tiny", "messages": ASKED}
+    with pytest.raises(openai.BadRequestError) as error:
+        served.client.post(f"/{path}", cast_to=object, body={**body, **more})
+    assert (error.value.code, error.value.param) == ("unknown_parameter", param)
+    assert param in error.value.message
+
+
 def test_other_bad_requests_say_what_is_wrong(served: Served) -> None:
     def ask(**call: Any) -> Any:
         return served.client.chat.completions.create(**{"model": "tiny", "messages": ASKED, "max_tokens": 2, **call})

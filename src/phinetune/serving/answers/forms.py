@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from phinetune.serving.errors import ApiError
-from phinetune.serving.job_request import Metadata
+from phinetune.serving.job_request import Metadata, Parameters
 
 logger = logging.getLogger(__name__)
 
+IGNORED = "parameter %s: ignored, it changes no answer here"
 MOST_CHOICES = 32
 TOKEN_ID = re.compile("[0-9]{1,9}")  # of any vocabulary; Python itself refuses to read thousands of digits
 Number = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Parameters):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = False
@@ -57,11 +59,30 @@ class Asked(BaseModel):
                         400, f"'{name}' is not there on this server.", code="unsupported_parameter", param=name
                     )
             elif name not in self.ignored:
-                raise ApiError(400, f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
+                raise _unknown(name)
             elif value is not None:
-                logger.info("parameter %s: ignored, it changes no answer here", name)
+                logger.info(IGNORED, name)
+        for name in self.idle():
+            logger.info(IGNORED, name)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "'stream_options' is for 'stream': true.", param="stream_options")
+
+    def idle(self) -> Iterator[str]:
+        """The places of parameters within others that were given and change no answer."""
+        if self.stream_options and self.stream_options.include_obfuscation:
+            yield "stream_options.include_obfuscation"
+
+
+def _unknown(place: str) -> ApiError:
+    return ApiError(400, f"Unknown parameter: '{place}'.", code="unknown_parameter", param=place)
+
+
+def _idle_of_schema(form: JsonSchema | TextFormat, place: str) -> Iterator[str]:
+    """What of a schema's parameters changes no answer: an answer is kept to the schema whatever `strict` is."""
+    if form.description is not None:
+        yield f"{place}.description"
+    if form.strict is False:
+        yield f"{place}.strict"
 
 
 class Sampled(Asked):
@@ -100,7 +121,7 @@ class Sampled(Asked):
         return {int(key): value for key, value in given.items()}
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Parameters):
     """A schema that an answer has to keep to."""
 
     name: str = "answer"
@@ -109,7 +130,7 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Parameters):
     """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -147,6 +168,14 @@ class ChatAsked(Sampled):
         super().check()
         if self.metadata and not self.store:
             logger.info("parameter metadata: ignored, since the answer is not kept ('store')")
+        form = self.response_format
+        if form and form.json_schema and form.type != "json_schema":
+            raise _unknown("response_format.json_schema")
+
+    def idle(self) -> Iterator[str]:
+        yield from super().idle()
+        if self.response_format and self.response_format.json_schema:
+            yield from _idle_of_schema(self.response_format.json_schema, "response_format.json_schema")
 
 
 class CompletionAsked(Sampled):
@@ -161,7 +190,7 @@ class CompletionAsked(Sampled):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
-class TextFormat(BaseModel):
+class TextFormat(Parameters):
     """The form of a response's text; `json_schema` has the schema beside its type here."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -171,7 +200,7 @@ class TextFormat(BaseModel):
     strict: bool | None = None
 
 
-class TextOptions(BaseModel):
+class TextOptions(Parameters):
     """How a response's text is to be."""
 
     format: TextFormat | None = None
@@ -206,3 +235,17 @@ class ResponseAsked(Asked):
     store: bool | None = True
     metadata: Metadata | None = None
     text: TextOptions | None = None
+
+    def check(self) -> None:
+        super().check()
+        form = self.text.format if self.text else None
+        if form and form.type != "json_schema":
+            for key in form.model_dump(by_alias=True, exclude={"type"}, exclude_none=True):
+                raise _unknown(f"text.format.{key}")
+
+    def idle(self) -> Iterator[str]:
+        yield from super().idle()
+        if self.text and self.text.verbosity is not None:
+            yield "text.verbosity"
+        if self.text and self.text.format:
+            yield from _idle_of_schema(self.text.format, "text.format")

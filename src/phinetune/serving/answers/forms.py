@@ -141,7 +141,7 @@ class ChatAsked(Sampled):
     """A request for a chat completion."""
 
     ignored = (
-        *("user", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity"),
+        *("user", "service_tier", "reasoning_effort", "verbosity"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier"),
     )
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -160,6 +160,7 @@ class ChatAsked(Sampled):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
     response_format: ResponseFormat | None = None
     store: bool | None = False
     metadata: Metadata | None = None

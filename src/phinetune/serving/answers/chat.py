@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phinetune.engine.continuous.requests import Constraint, Request, Token
-from phinetune.serving.answers.answerer import Answerer, Finder
+from phinetune.serving.answers.answerer import Answerer
 from phinetune.serving.answers.forms import ChatAsked
 from phinetune.serving.answers.kept import CHAT, KeptAnswers
+from phinetune.serving.answers.preparing import Find, Preparing
 from phinetune.serving.answers.prompts import chat_ids, read_messages
 from phinetune.serving.answers.running import Choice, Piece, Running, answer_room
 from phinetune.serving.answers.sse import DONE, ended_with_client, event, stream
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def add_to(router: APIRouter, state: ServerState, answerers: Finder, kept: KeptAnswers) -> None:
+def add_to(router: APIRouter, state: ServerState, preparing: Preparing, kept: KeptAnswers) -> None:
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
-    from fastapi.concurrency import run_in_threadpool
 
     async def create(asked: ChatAsked, http: HttpRequest) -> Any:
-        work = await run_in_threadpool(_prepare, asked, answerers)
+        asked.check()
+        work = await preparing.do(lambda find: _prepare(asked, find))
         running = Running(work.answerer, work.requests, work.texts())
         state.count('phinetune_answers_total{endpoint="chat_completions"}')
         reply = _Reply(asked, work, running, kept)
@@ -71,13 +72,12 @@ class _Work:
         ]
 
 
-def _prepare(asked: ChatAsked, answerers: Finder) -> _Work:
-    """Check a request and make the engine's of it. Loads the model first if it is not in memory."""
-    asked.check()
+def _prepare(asked: ChatAsked, find: Find) -> _Work:
+    """Check a request and make the engine's of it."""
     messages = read_messages(asked.messages)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "'top_logprobs' needs 'logprobs': true.", code="invalid_value", param="top_logprobs")
-    answerer = answerers.find(asked.model)
+    answerer = find(asked.model)
     tools = _tools(asked, answerer)
     prompt = chat_ids(answerer, messages, asked.tools or [] if tools else [])
     limit = answer_room(answerer, prompt, asked.max_completion_tokens or asked.max_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -36,17 +37,28 @@ class ServerProcess:
         key: of the folder, as each start printed it.
     """
 
-    def __init__(self, folder: Path, at_once: int | None = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        at_once: int | None = 1,
+        model: str = f"tiny={TINY}",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.key, self.url = folder, "", ""
+        self._model, self._environment = model, {**os.environ, **(environment or {})}
         self._at_once = ["--at-once", str(at_once)] if at_once else []
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> OpenAI:
         """Start it; a client of it, as its own lines say."""
-        words = ["serve", "--model", f"tiny={TINY}", "--port", "0", *self._at_once, "--folder", str(self.folder)]
+        words = ["serve", "--model", self._model, "--port", "0", *self._at_once, "--folder", str(self.folder)]
         with (self.folder.parent / "server.log").open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "phinetune", *words], stdout=subprocess.PIPE, stderr=log, text=True
+                [sys.executable, "-m", "phinetune", *words],
+                env=self._environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
         assert self._process.stdout
         said: dict[str, str] = {}

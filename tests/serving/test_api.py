@@ -42,9 +42,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", "invalid_value"),
         ({"hyperparameters": {"learning_rate": 1}}, 400, "hyperparameters.learning_rate", "unknown_parameter"),
         ({"metadata": {"a": "x" * 513}}, 400, "metadata.a", "invalid_value"),
-        ({"metadata": {"a": "\ud800"}}, 400, "metadata.a", "invalid_value"),
         ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, 400, "method.type",
          "unsupported_value"),
+        ({"method": {"type": "supervised", "reinforcement": {"grader": {}}}}, 400, "method", "invalid_value"),
         ({"integrations": [{"type": "mlflow", "wandb": {"project": "a"}}]}, 400, "integrations.0.type",
          "invalid_value"),
     ],
@@ -87,6 +87,30 @@ def test_every_mistake_has_the_apis_form(
     assert found == status
     assert tree["error"]["message"]
     assert tree["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("place", ["value", "key", "deep", "unknown"])
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(served: Served, place: str) -> None:
+    """It can be read, but written into no answer and no database."""
+    said: dict[str, Any] = {"role": "user", "content": "hi"}
+    more: dict[str, Any] = {
+        "value": {"metadata": {"a": "\ud800"}},
+        "key": {"messages": [{**said, "\udfff": 1}], "store": True},
+        "deep": {"messages": [{**said, "more": [{"a": ["x", "\ud800"]}]}], "store": True},
+        "unknown": {"\ud800": 1},
+    }[place]
+    method = {"type": "reinforcement", "reinforcement": {"g": "\ud800"}}
+    for path, body in (
+        ("/v1/fine_tuning/jobs", {"model": "tiny", "training_file": "file-chat", "method": method}),
+        ("/v1/fine_tuning/jobs", {"model": "tiny", "training_file": "file-chat", **more}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [said], **more}),
+        ("/phinetune/votes", more),
+    ):
+        status, tree, _ = ask(served[1], "POST", path, body)
+        assert (status, tree["error"]["code"]) == (400, "invalid_value"), path
+        assert "surrogate" in tree["error"]["message"]
+    whole = {"model": "tiny", "training_file": "file-none", "metadata": {"a": "\U0001f600"}}  # two escapes, one sign
+    assert ask(served[1], "POST", "/v1/fine_tuning/jobs", whole)[1]["error"]["code"] == "file_not_found"
 
 
 def test_a_body_without_a_length_is_counted_as_it_comes(served: Served) -> None:
@@ -162,6 +186,7 @@ def test_lists_have_cursors_and_jobs_are_found_by_metadata(tmp_path: Path) -> No
         ({"Host": "box.lan:8000"}, 200, None),
         ({"Origin": "https://example.com"}, 403, "origin_not_allowed"),
         ({"Origin": "null"}, 403, "origin_not_allowed"),
+        ({"Origin": "http://["}, 403, "origin_not_allowed"),
         ({"Origin": "http://localhost:1", "Host": "localhost:1"}, 200, None),
     ],
 )

@@ -49,6 +49,7 @@ def serve(
     log_contents: Annotated[bool, typer.Option("--log-contents", help="let the log hold what chats say")] = False,
 ) -> None:
     """Offer OpenAI's API of files, fine-tuning jobs, models and answers on this machine."""
+    from phinetune.serving.own_threads import end_process
     from phinetune.serving.serve import serve as run
 
     run(
@@ -64,6 +65,7 @@ def serve(
         log_contents=log_contents,
         on_ready=_ready,
     )
+    end_process()
 
 
 def _key(file: Path | None) -> str | None:

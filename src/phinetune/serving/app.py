@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from phinetune.serving import answers, files, health, jobs, models, page, session_routes
+from phinetune.serving.bodies import check_body
 from phinetune.serving.errors import add_handlers
 from phinetune.serving.safety import Guard
 from phinetune.serving.state import ServerState
@@ -22,6 +23,7 @@ def create_app(state: ServerState) -> FastAPI:
         docs_url=None,  # these pages would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(check_body)],
     )
     for make in ROUTERS:
         app.include_router(make(state))

@@ -15,8 +15,8 @@ def router(state: ServerState) -> APIRouter:
     made = APIRouter(tags=["health"])
 
     @made.get("/healthz")
-    def healthz() -> dict[str, str]:
-        state.store.row("SELECT 1")
+    async def healthz() -> dict[str, str]:
+        """Whether the server is there. It takes no thread and waits for no disk, so it answers under any load."""
         return {"status": "ok", "version": VERSION}
 
     @made.get("/metrics", response_class=PlainTextResponse)

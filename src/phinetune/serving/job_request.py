@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LARGEST_SEED = 2**31 - 1
 
+METHODS = ("supervised", "dpo", "reinforcement")
+
 Auto = Literal["auto"]
 Epochs = Auto | Annotated[int, Field(ge=1, le=50)]
 Batch = Auto | Annotated[int, Field(ge=1, le=256)]
@@ -59,7 +61,7 @@ class Method(Parameters):
 
     @model_validator(mode="after")
     def _one_method(self) -> Method:
-        others = [name for name in ("supervised", "dpo") if name != self.type and getattr(self, name) is not None]
+        others = [name for name in METHODS if name != self.type and getattr(self, name) is not None]
         if others:
             raise ValueError(f"`{others[0]}` does not go with the type `{self.type}`")
         return self

@@ -89,7 +89,7 @@ class Guard:
             message = f"This server does not answer to the host {name!r}; see --allow-host."
             raise ApiError(403, message, code="host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin) != host.lower():
             raise ApiError(403, "Requests from pages of other sites are refused.", code="origin_not_allowed")
 
     def _names(self) -> tuple[str, ...]:
@@ -206,6 +206,14 @@ def _name(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+def _place(origin: str) -> str | None:
+    """The name and port in an Origin header; None if it is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _session(headers: Headers) -> str | None:

@@ -28,6 +28,7 @@ class Limits:
         jobs: that wait to be trained.
         answers: bytes of answers that are kept for clients who want them again; the oldest are forgotten.
         requests: that are worked on at the same time; further ones get a 429.
+        loading: requests that wait until their model is loaded; further ones get a 429.
     """
 
     body: int = 8_000_000
@@ -37,6 +38,7 @@ class Limits:
     jobs: int = 1_000
     answers: int = 256_000_000
     requests: int = 256
+    loading: int = 64
 
 
 @dataclass(frozen=True)

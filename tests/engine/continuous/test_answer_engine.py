@@ -73,6 +73,30 @@ def test_a_step_that_fails_ends_its_answers_and_no_others(setting: Setting) -> N
     engine.close()
 
 
+def test_an_adapter_that_is_added_again_stays(setting: Setting) -> None:
+    """It was to leave once its answers had ended, and was asked for again before."""
+    engine = AnswerEngine(setting.core, cache_bytes=1 << 28)
+    prompt = some_prompts((9,))[0]
+    wanted = setting.alone(prompt, "one", 3, set())
+    for again in (True, False):
+        engine.add_adapter("one", setting.adapters["one"])
+        long = engine.submit(Request(prompt, 4000, adapter="one"))
+        next(iter(long))
+        engine.drop_adapter("one")
+        list(engine.submit(Request(prompt, 1)))  # the engine has seen the wish, and put it off
+        if again:
+            engine.add_adapter("one", setting.adapters["one"])
+        long.cancel()
+        list(long)
+        list(engine.submit(Request(prompt, 1)))  # what was put off has been done
+        assert engine.has_adapter("one") == again
+        if again:
+            assert [token.id for token in engine.submit(Request(prompt, 3, adapter="one"))] == wanted
+    with pytest.raises(KeyError):
+        engine.submit(Request(prompt, 3, adapter="one"))
+    engine.close()
+
+
 class Broken:
     """A grammar that fails at its third token."""
 

@@ -219,6 +219,28 @@ def test_what_is_refused_has_the_apis_form(served: Served, code: str) -> None:
     assert error.value.param or code == "invalid_value"
 
 
+UNKNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "stream_options.foo": ("chat/completions", {"stream": True, "stream_options": {"foo": 1}}),
+    "response_format.foo": ("chat/completions", {"response_format": {"type": "json_object", "foo": 1}}),
+    "response_format.json_schema.shema": (
+        "chat/completions",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "shema": {}}}},
+    ),
+    "text.foo": ("responses", {"text": {"foo": 1}}),
+    "text.format.shema": ("responses", {"text": {"format": {"type": "json_schema", "name": "a", "shema": {}}}}),
+}
+
+
+@pytest.mark.parametrize("param", UNKNOWN)
+def test_an_unknown_parameter_within_another_is_refused_by_its_path(served: Served, param: str) -> None:
+    path, more = UNKNOWN[param]
+    body = {"model": "tiny", "input": "hi"} if path == "responses" else {"model": "tiny", "messages": ASKED}
+    with pytest.raises(openai.BadRequestError) as error:
+        served.client.post(f"/{path}", cast_to=object, body={**body, **more})
+    assert (error.value.code, error.value.param) == ("unknown_parameter", param)
+    assert param in error.value.message
+
+
 def test_other_bad_requests_say_what_is_wrong(served: Served) -> None:
     def ask(**call: Any) -> Any:
         return served.client.chat.completions.create(**{"model": "tiny", "messages": ASKED, "max_tokens": 2, **call})
@@ -233,6 +255,7 @@ def test_other_bad_requests_say_what_is_wrong(served: Served) -> None:
         ({"top_logprobs": 2}, "needs 'logprobs'"),
         ({"stop": ["a"] * 5}, "up to 4"),
         ({"logit_bias": {"99999": 1}}, "no token id"),
+        ({"logit_bias": {"9" * 5000: 1}}, "no token id"),
         ({"stream_options": {"include_usage": True}}, "for 'stream'"),
     ):
         with pytest.raises(openai.BadRequestError, match=words):
@@ -259,6 +282,17 @@ def test_who_goes_away_frees_the_place(served: Served) -> None:
 
 def _loads(served: Served) -> Any:
     return served.state.closing[0].__self__.loads()
+
+
+def test_an_adapter_that_leaves_between_finding_and_asking_is_told(served: Served) -> None:
+    answerer = served.state.closing[0].__self__.find(TUNED)  # type: ignore[attr-defined]
+    adapter = answerer.engine._adapters[answerer.adapter]
+    answerer.engine.drop_adapter(answerer.adapter)
+    served.client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=1)  # it has left by then
+    with pytest.raises(openai.InternalServerError, match="just left the memory"):
+        served.client.chat.completions.create(model=TUNED, messages=ASKED)
+    answerer.engine.add_adapter(answerer.adapter, adapter)
+    assert served.client.chat.completions.create(model=TUNED, messages=ASKED, max_tokens=1).choices
 
 
 def test_more_than_can_wait_get_a_429(served: Served) -> None:

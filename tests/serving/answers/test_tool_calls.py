@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -71,6 +73,38 @@ def test_without_a_call_the_answer_is_text(served: Served) -> None:
         assert choice.message.tool_calls is None
     with pytest.raises(openai.BadRequestError, match="names no tool"):
         ask(served, tool_choice={"type": "function", "function": {"name": "nobody"}})
+
+
+BARE = MARKED.replace("<call>", "").replace("</call>", "")  # calls are objects without marks
+
+
+def test_one_call_alone_where_several_are_not_wanted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A form makes the model write two calls."""
+    tokenizer = template_tokenizer("phi-4-mini")
+    tokenizer.chat_template = BARE
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    two = [{"const": {"name": name, "arguments": {}}} for name in ("weather", "time")]
+    schema = {"type": "array", "prefixItems": two, "items": False, "minItems": 2}
+    form = {"type": "json_schema", "json_schema": {"name": "calls", "schema": schema}}
+    tiny = ModelSection(path=TINY, dtype="float32", device="cpu", tokenizer=str(tmp_path / "tokenizer"))
+    with serving(tmp_path, tiny, adapter=False) as one, caplog.at_level(logging.INFO):
+        for wanted, names in ((None, ["weather", "time"]), (True, ["weather", "time"]), (False, ["weather"])):
+            options = {"response_format": form, "parallel_tool_calls": wanted}
+            choice = ask(one, **options).choices[0]
+            assert [call.function.name for call in choice.message.tool_calls] == names
+            parts = [chunk.choices[0].delta.tool_calls or [] for chunk in ask(one, stream=True, **options)]
+            assert [call.function.name for calls in parts for call in calls] == names
+    assert caplog.text.count("1 calls after the first are left out") == 2
+
+
+def test_a_strict_function_that_is_not_kept_to_is_named(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    strict = [TOOLS[0], {"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}]
+    for choice, told in ((None, True), ("auto", True), ("required", False), ("none", False)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            ask(served, tools=strict, tool_choice=choice, max_tokens=1)
+        assert ("tools[1].function.strict: not applied" in caplog.text) == told
+        assert "tools[0]" not in caplog.text
 
 
 def test_forms_of_templates() -> None:

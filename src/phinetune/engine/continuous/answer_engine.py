@@ -75,6 +75,7 @@ class AnswerEngine:
             cache_bytes: what keys and values may take. None: a quarter of the memory that is free now.
         """
         self._adapters: dict[str, Adapter] = {}
+        self._leaving: set[str] = set()  # adapters that are to be dropped
         self._most = most_rows + most_waiting
         most_bytes = int(CACHE_SHARE * free_bytes(core.device)) if cache_bytes is None else cache_bytes
         self._batch = Batch(core, self._adapters, most_rows, most_bytes)
@@ -89,24 +90,30 @@ class AnswerEngine:
         self._thread.start()
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """From now on, requests may name this adapter."""
-        self._adapters[name] = adapter
+        """From now on, requests may name this adapter, even if it was to be dropped."""
+        with self._lock:
+            self._leaving.discard(name)
+            self._adapters[name] = adapter
 
     def has_adapter(self, name: str) -> bool:
         return name in self._adapters
 
     def drop_adapter(self, name: str) -> None:
-        """Forget an adapter, once the requests that name it have ended. There must be no new ones."""
+        """Forget an adapter once the requests that name it have ended, unless it is added again before."""
 
         def drop() -> None:
+            if name not in self._leaving:
+                return
             rows = (*self._batch.waiting, *self._batch.reading, *self._batch.answering)
             if any(row.request.adapter == name for row in rows):
                 self._jobs.append(drop)
             else:
+                self._leaving.discard(name)
                 self._adapters.pop(name, None)
                 self._batch.store.drop_adapter(name)
 
         with self._lock:
+            self._leaving.add(name)
             self._jobs.append(drop)
             self._lock.notify()
 

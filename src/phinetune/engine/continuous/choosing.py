@@ -55,7 +55,9 @@ class Chooser:
         """The token at `number`, in [0, 1), of the summed probabilities. Tokens are summed in the order of their ids,
         so that a last bit in which two batches differ does not change which token stands there.
         """
-        likely = torch.softmax(logits.double() / self.request.temperature, dim=-1)
+        wide = logits.double()
+        # Seen from the likeliest one: quotients by a tiny temperature overflow on one side alone, where all is unlikely
+        likely = torch.softmax((wide - wide.max()) / self.request.temperature, dim=-1)
         if self.request.top_p < 1:
             likely = likely.where(likely >= _smallest(likely, self.request.top_p), 0.0)
         summed = likely.cumsum(0)

@@ -114,6 +114,13 @@ class Finder(Protocol):
             ApiError: there is no such model, or it can't be loaded.
         """
 
+    def in_memory(self, model_id: str) -> Answerer | None:
+        """The model if it is in memory. Never waits for one that is being loaded.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+
     def loads(self) -> Mapping[str, Load]:
         """What each engine does now, by the name of its base."""
 

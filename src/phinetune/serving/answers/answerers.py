@@ -60,13 +60,22 @@ class Answerers:
         Raises:
             ApiError: there is no such model, or it can't be loaded.
         """
-        model = model_of(self._catalogue, model_id)
-        section = self._section(model)
-        there = self._in_memory(model, section)
+        there = self.in_memory(model_id)
         if there:
             return there
+        model = model_of(self._catalogue, model_id)
+        section = self._section(model)
         with self._lock, told_to_client(model_id):  # one is loaded at a time: two could be more than the memory holds
             return self._with_adapter(model, section, self._base(section, model.base_id))
+
+    def in_memory(self, model_id: str) -> Answerer | None:
+        """The model if nothing has to be loaded for it. Never waits for one that is being loaded.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        model = model_of(self._catalogue, model_id)
+        return self._in_memory(model, self._section(model))
 
     def loads(self) -> dict[str, Load]:
         """What each engine does now, by the name under which its base was first asked for."""
@@ -78,7 +87,6 @@ class Answerers:
             base.engine.close()
 
     def _in_memory(self, model: ServedModel, section: ModelSection) -> Answerer | None:
-        """The model if nothing has to be loaded for it. Does not wait while another one is loaded."""
         key = section.model_dump_json()
         base = self._bases.get(key)
         if base is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phinetune.engine.continuous.requests import Constraint, Request, Token
-from phinetune.serving.answers.answerer import Answerer, Finder
+from phinetune.serving.answers.answerer import Answerer
 from phinetune.serving.answers.forms import ChatAsked
 from phinetune.serving.answers.kept import CHAT, KeptAnswers
+from phinetune.serving.answers.preparing import Find, Preparing
 from phinetune.serving.answers.prompts import chat_ids, read_messages
 from phinetune.serving.answers.running import Choice, Piece, Running, answer_room
 from phinetune.serving.answers.sse import DONE, ended_with_client, event, stream
@@ -25,14 +27,16 @@ if TYPE_CHECKING:
 
     from phinetune.serving.state import ServerState
 
+logger = logging.getLogger(__name__)
 
-def add_to(router: APIRouter, state: ServerState, answerers: Finder, kept: KeptAnswers) -> None:
+
+def add_to(router: APIRouter, state: ServerState, preparing: Preparing, kept: KeptAnswers) -> None:
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
-    from fastapi.concurrency import run_in_threadpool
 
     async def create(asked: ChatAsked, http: HttpRequest) -> Any:
-        work = await run_in_threadpool(_prepare, asked, answerers)
+        asked.check()
+        work = await preparing.do(lambda find: _prepare(asked, find))
         running = Running(work.answerer, work.requests, work.texts())
         state.count('phinetune_answers_total{endpoint="chat_completions"}')
         reply = _Reply(asked, work, running, kept)
@@ -68,13 +72,12 @@ class _Work:
         ]
 
 
-def _prepare(asked: ChatAsked, answerers: Finder) -> _Work:
-    """Check a request and make the engine's of it. Loads the model first if it is not in memory."""
-    asked.check()
+def _prepare(asked: ChatAsked, find: Find) -> _Work:
+    """Check a request and make the engine's of it."""
     messages = read_messages(asked.messages)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "'top_logprobs' needs 'logprobs': true.", code="invalid_value", param="top_logprobs")
-    answerer = answerers.find(asked.model)
+    answerer = find(asked.model)
     tools = _tools(asked, answerer)
     prompt = chat_ids(answerer, messages, asked.tools or [] if tools else [])
     limit = answer_room(answerer, prompt, asked.max_completion_tokens or asked.max_tokens)
@@ -130,6 +133,7 @@ def _constraint(
     if forced:
         form = answerer.base.call_form
         return answerer.base.grammars.call((form.begin, form.end), forced, form.listed)
+    _tell_not_strict(tools)
     form_asked = asked.response_format
     if form_asked is None or form_asked.type == "text":
         return None
@@ -141,6 +145,12 @@ def _constraint(
             param="response_format.json_schema",
         )  # fmt: skip
     return answerer.base.grammars.json(form_asked.json_schema.schema_, "response_format")
+
+
+def _tell_not_strict(tools: Sequence[Mapping[str, Any]]) -> None:
+    for i, tool in enumerate(tools):
+        if tool.get("strict"):
+            logger.info("parameter tools[%d].function.strict: not applied, since 'tool_choice' forces no call", i)
 
 
 def _forced(asked: ChatAsked, tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -166,7 +176,8 @@ class _Reply:
         self._asked, self._work, self._running, self._kept = asked, work, running, kept
         self._texts = [""] * len(running.choices)
         self._called: dict[int, list[dict[str, Any]]] = {}
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": asked.model}
 
     async def whole(self) -> dict[str, Any]:
         async for piece in self._running.pieces():
@@ -203,9 +214,15 @@ class _Reply:
         """The calls of an answer, and what looked like one and is none, which is text."""
         if choice.index not in self._called:  # each reading gives them other ids
             said = choice.text.calls
-            self._called[choice.index] = read_tool_calls(said, self._work.names) if said else []
+            self._called[choice.index] = self._wanted(read_tool_calls(said, self._work.names)) if said else []
         calls = self._called[choice.index]
         return calls, "" if calls else choice.text.calls
+
+    def _wanted(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self._asked.parallel_tool_calls is not False or len(calls) < 2:
+            return calls
+        logger.info("%s: %d calls after the first are left out ('parallel_tool_calls')", self.id, len(calls) - 1)
+        return calls[:1]
 
     async def events(self) -> AsyncIterator[str]:
         for choice in self._running.choices:

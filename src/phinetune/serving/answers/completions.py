@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phinetune.engine.continuous.requests import Request, Token
-from phinetune.serving.answers.answerer import Answerer, Finder
+from phinetune.serving.answers.answerer import Answerer
 from phinetune.serving.answers.chat import usage, with_seed
 from phinetune.serving.answers.forms import MOST_CHOICES, CompletionAsked
+from phinetune.serving.answers.preparing import Find, Preparing
 from phinetune.serving.answers.running import Piece, Running, answer_room
 from phinetune.serving.answers.sse import DONE, ended_with_client, event, stream
 from phinetune.serving.answers.texts import AnswerText, Decoder
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 TOKENS = 16  # the API's default of `max_tokens`
 
 
-def add_to(router: APIRouter, state: ServerState, answerers: Finder) -> None:
+def add_to(router: APIRouter, state: ServerState, preparing: Preparing) -> None:
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
-    from fastapi.concurrency import run_in_threadpool
 
     async def create(asked: CompletionAsked, http: HttpRequest) -> Any:
-        work = await run_in_threadpool(_prepare, asked, answerers)
+        asked.check()
+        work = await preparing.do(lambda find: _prepare(asked, find))
         texts = [AnswerText(Decoder(work.answerer.tokenizer), asked.stops) for _ in work.requests]
         running = Running(work.answerer, work.requests, texts)
         state.count('phinetune_answers_total{endpoint="completions"}')
@@ -54,8 +55,7 @@ class _Work:
     requests: list[Request]
 
 
-def _prepare(asked: CompletionAsked, answerers: Finder) -> _Work:
-    asked.check()
+def _prepare(asked: CompletionAsked, find: Find) -> _Work:
     choices = asked.n or 1
     if (asked.best_of or choices) != choices:
         raise ApiError(400, "'best_of' must be 'n' on this server.", code="unsupported_parameter", param="best_of")
@@ -63,7 +63,7 @@ def _prepare(asked: CompletionAsked, answerers: Finder) -> _Work:
         raise ApiError(
             400, "'echo' with 'logprobs' is not there on this server.", code="unsupported_parameter", param="echo"
         )
-    answerer = answerers.find(asked.model)
+    answerer = find(asked.model)
     prompts = _prompts(asked, answerer)
     if len(prompts) * choices > MOST_CHOICES:
         raise ApiError(

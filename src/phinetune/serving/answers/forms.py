@@ -7,20 +7,24 @@ too. One that changes no answer (`user`, `service_tier`, …) is ignored, and a 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from phinetune.serving.errors import ApiError
-from phinetune.serving.job_request import Metadata
+from phinetune.serving.job_request import Metadata, Parameters
 
 logger = logging.getLogger(__name__)
 
+IGNORED = "parameter %s: ignored, it changes no answer here"
 MOST_CHOICES = 32
+TOKEN_ID = re.compile("[0-9]{1,9}")  # of any vocabulary; Python itself refuses to read thousands of digits
 Number = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Parameters):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = False
@@ -55,11 +59,30 @@ class Asked(BaseModel):
                         400, f"'{name}' is not there on this server.", code="unsupported_parameter", param=name
                     )
             elif name not in self.ignored:
-                raise ApiError(400, f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
+                raise _unknown(name)
             elif value is not None:
-                logger.info("parameter %s: ignored, it changes no answer here", name)
+                logger.info(IGNORED, name)
+        for name in self.idle():
+            logger.info(IGNORED, name)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "'stream_options' is for 'stream': true.", param="stream_options")
+
+    def idle(self) -> Iterator[str]:
+        """The places of parameters within others that were given and change no answer."""
+        if self.stream_options and self.stream_options.include_obfuscation:
+            yield "stream_options.include_obfuscation"
+
+
+def _unknown(place: str) -> ApiError:
+    return ApiError(400, f"Unknown parameter: '{place}'.", code="unknown_parameter", param=place)
+
+
+def _idle_of_schema(form: JsonSchema | TextFormat, place: str) -> Iterator[str]:
+    """What of a schema's parameters changes no answer: an answer is kept to the schema whatever `strict` is."""
+    if form.description is not None:
+        yield f"{place}.description"
+    if form.strict is False:
+        yield f"{place}.strict"
 
 
 class Sampled(Asked):
@@ -92,13 +115,13 @@ class Sampled(Asked):
             ApiError: a key is no token id of the model.
         """
         given = self.logit_bias or {}
-        bad = [key for key in given if not (key.isascii() and key.isdigit() and int(key) < vocabulary)]
+        bad = [key for key in given if not (TOKEN_ID.fullmatch(key) and int(key) < vocabulary)]
         if bad:
-            raise ApiError(400, f"'{bad[0]}' is no token id.", code="invalid_value", param="logit_bias")
+            raise ApiError(400, f"'{bad[0][:40]}' is no token id.", code="invalid_value", param="logit_bias")
         return {int(key): value for key, value in given.items()}
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Parameters):
     """A schema that an answer has to keep to."""
 
     name: str = "answer"
@@ -107,7 +130,7 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Parameters):
     """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -118,7 +141,7 @@ class ChatAsked(Sampled):
     """A request for a chat completion."""
 
     ignored = (
-        *("user", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity"),
+        *("user", "service_tier", "reasoning_effort", "verbosity"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier"),
     )
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -137,6 +160,7 @@ class ChatAsked(Sampled):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
     response_format: ResponseFormat | None = None
     store: bool | None = False
     metadata: Metadata | None = None
@@ -145,6 +169,14 @@ class ChatAsked(Sampled):
         super().check()
         if self.metadata and not self.store:
             logger.info("parameter metadata: ignored, since the answer is not kept ('store')")
+        form = self.response_format
+        if form and form.json_schema and form.type != "json_schema":
+            raise _unknown("response_format.json_schema")
+
+    def idle(self) -> Iterator[str]:
+        yield from super().idle()
+        if self.response_format and self.response_format.json_schema:
+            yield from _idle_of_schema(self.response_format.json_schema, "response_format.json_schema")
 
 
 class CompletionAsked(Sampled):
@@ -159,7 +191,7 @@ class CompletionAsked(Sampled):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
-class TextFormat(BaseModel):
+class TextFormat(Parameters):
     """The form of a response's text; `json_schema` has the schema beside its type here."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -169,7 +201,7 @@ class TextFormat(BaseModel):
     strict: bool | None = None
 
 
-class TextOptions(BaseModel):
+class TextOptions(Parameters):
     """How a response's text is to be."""
 
     format: TextFormat | None = None
@@ -204,3 +236,17 @@ class ResponseAsked(Asked):
     store: bool | None = True
     metadata: Metadata | None = None
     text: TextOptions | None = None
+
+    def check(self) -> None:
+        super().check()
+        form = self.text.format if self.text else None
+        if form and form.type != "json_schema":
+            for key in form.model_dump(by_alias=True, exclude={"type"}, exclude_none=True):
+                raise _unknown(f"text.format.{key}")
+
+    def idle(self) -> Iterator[str]:
+        yield from super().idle()
+        if self.text and self.text.verbosity is not None:
+            yield "text.verbosity"
+        if self.text and self.text.format:
+            yield from _idle_of_schema(self.text.format, "text.format")

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from phinetune.chats.template import Message
 from phinetune.engine.continuous.requests import Constraint, Request
-from phinetune.serving.answers.answerer import Answerer, Finder
+from phinetune.serving.answers.answerer import Answerer
 from phinetune.serving.answers.forms import ResponseAsked
 from phinetune.serving.answers.kept import RESPONSE, KeptAnswers
+from phinetune.serving.answers.preparing import Find, Preparing
 from phinetune.serving.answers.prompts import chat_ids, read_messages
 from phinetune.serving.answers.running import Running, answer_room
 from phinetune.serving.answers.sse import ended_with_client, event, stream
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from phinetune.serving.state import ServerState
 
 
-def add_to(router: APIRouter, state: ServerState, answerers: Finder, kept: KeptAnswers) -> None:
+def add_to(router: APIRouter, state: ServerState, preparing: Preparing, kept: KeptAnswers) -> None:
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
-    from fastapi.concurrency import run_in_threadpool
 
     async def create(asked: ResponseAsked, http: HttpRequest) -> Any:
-        work = await run_in_threadpool(_prepare, asked, answerers, kept)
+        asked.check()
+        work = await preparing.do(lambda find: _prepare(asked, find, kept))
         running = Running(work.answerer, [work.request], [AnswerText(Decoder(work.answerer.tokenizer))])
         state.count('phinetune_answers_total{endpoint="responses"}')
         reply = _Reply(asked, work, running, kept)
@@ -59,8 +60,7 @@ class _Work:
     request: Request
 
 
-def _prepare(asked: ResponseAsked, answerers: Finder, kept: KeptAnswers) -> _Work:
-    asked.check()
+def _prepare(asked: ResponseAsked, find: Find, kept: KeptAnswers) -> _Work:
     given: Any = asked.input
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     for i, item in enumerate(items):
@@ -74,7 +74,7 @@ def _prepare(asked: ResponseAsked, answerers: Finder, kept: KeptAnswers) -> _Wor
     if not messages:
         raise ApiError(400, "'input' is empty.", code="invalid_value", param="input")
     head: list[Message] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
-    answerer = answerers.find(asked.model)
+    answerer = find(asked.model)
     prompt = chat_ids(answerer, [*head, *messages])
     request = Request(
         prompt,

@@ -73,6 +73,9 @@ class Running:
         except TooLong as error:
             self.cancel()
             raise too_long(error.tokens, error.room) from None
+        except KeyError:  # its adapter has left for others since it was found
+            self.cancel()
+            raise ApiError(503, "The model has just left the memory. Try again.", "server_error") from None
         except RuntimeError as error:  # the engine was closed in this moment
             self.cancel()
             raise ApiError(503, f"The model can't answer now: {error}. Try again.", "server_error") from None

@@ -51,12 +51,10 @@ class LlamaAnswerers:
         Raises:
             ApiError: there is no such model, or it can't be loaded.
         """
-        model = model_of(self._catalogue, model_id)
-        there = self._found.get(model_id)
-        if there and _engine(there).is_alive:
-            with contextlib.suppress(KeyError):  # it leaves right now
-                self._found.move_to_end(model_id)
+        there = self.in_memory(model_id)
+        if there:
             return there
+        model = model_of(self._catalogue, model_id)
         with self._lock:  # one is loaded at a time: two could be more than the memory holds
             there = self._found.get(model_id)
             if there and not _engine(there).is_alive:
@@ -68,6 +66,20 @@ class LlamaAnswerers:
             self._found[model_id] = answerer
             self._found.move_to_end(model_id)
             return answerer
+
+    def in_memory(self, model_id: str) -> Answerer | None:
+        """The model if llama.cpp has it. Never waits for one that is being exported or loaded.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        model_of(self._catalogue, model_id)
+        there = self._found.get(model_id)
+        if there is None or not _engine(there).is_alive:
+            return None
+        with contextlib.suppress(KeyError):  # it leaves right now
+            self._found.move_to_end(model_id)
+        return there
 
     def loads(self) -> Mapping[str, Load]:
         """What llama.cpp does now, by the name of each model."""

@@ -46,9 +46,9 @@ def write_adapter(folder: Path, section: ModelSection, seed: int = 0, **lora: An
     return folder
 
 
-def make_state(folder: Path, tiny: ModelSection, adapter: bool = True, gguf: str | None = None) -> ServerState:
+def make_state(folder: Path, tiny: ModelSection, adapter: bool = True, **settings: Any) -> ServerState:
     """A server's state with a base model `tiny` and, unless it is there, a tuned one."""
-    state = open_state(ServerSettings(folder=folder, models={"tiny": tiny}, gguf=gguf), key="secret")
+    state = open_state(ServerSettings(folder=folder, models={"tiny": tiny}, **settings), key="secret")
     if adapter:
         state.models.add(TUNED, tiny.model_dump(), write_adapter(folder / "runs" / "demo", tiny), "ftjob-abc")
     return state
@@ -56,10 +56,17 @@ def make_state(folder: Path, tiny: ModelSection, adapter: bool = True, gguf: str
 
 @contextmanager
 def serving(
-    folder: Path, tiny: ModelSection | None = None, *, adapter: bool = True, gguf: str | None = None, **engine: Any
+    folder: Path,
+    tiny: ModelSection | None = None,
+    *,
+    adapter: bool = True,
+    gguf: str | None = None,
+    log_contents: bool = False,
+    **engine: Any,
 ) -> Iterator[Served]:
     """A server while the context lasts."""
-    state = make_state(folder, tiny or ModelSection(path=TINY, dtype="float32", device=DEVICE), adapter, gguf)
+    tiny = tiny or ModelSection(path=TINY, dtype="float32", device=DEVICE)
+    state = make_state(folder, tiny, adapter, gguf=gguf, log_contents=log_contents)
     app = FastAPI()
     add_handlers(app)
     app.include_router(router(state, **engine))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phinetune.engine.continuous.requests import Constraint, Request, Token
 from phinetune.serving.answers.answerer import Answerer
+from phinetune.serving.answers.content_log import ContentLog
 from phinetune.serving.answers.forms import ChatAsked
 from phinetune.serving.answers.kept import CHAT, KeptAnswers
 from phinetune.serving.answers.preparing import Find, Preparing
@@ -34,12 +35,15 @@ def add_to(router: APIRouter, state: ServerState, preparing: Preparing, kept: Ke
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
 
+    contents = ContentLog(state.settings.log_contents)
+
     async def create(asked: ChatAsked, http: HttpRequest) -> Any:
         asked.check()
         work = await preparing.do(lambda find: _prepare(asked, find))
         running = Running(work.answerer, work.requests, work.texts())
         state.count('phinetune_answers_total{endpoint="chat_completions"}')
         reply = _Reply(asked, work, running, kept)
+        contents.follow(running, reply.id, asked.model, asked.messages)
         if asked.stream:
             return stream(running, reply.events())
         async with ended_with_client(http, running):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from phinetune.engine.continuous.requests import Request, Token
 from phinetune.serving.answers.answerer import Answerer
 from phinetune.serving.answers.chat import usage, with_seed
+from phinetune.serving.answers.content_log import ContentLog
 from phinetune.serving.answers.forms import MOST_CHOICES, CompletionAsked
 from phinetune.serving.answers.preparing import Find, Preparing
 from phinetune.serving.answers.running import Piece, Running, answer_room
@@ -30,6 +31,8 @@ def add_to(router: APIRouter, state: ServerState, preparing: Preparing) -> None:
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
 
+    contents = ContentLog(state.settings.log_contents)
+
     async def create(asked: CompletionAsked, http: HttpRequest) -> Any:
         asked.check()
         work = await preparing.do(lambda find: _prepare(asked, find))
@@ -37,6 +40,7 @@ def add_to(router: APIRouter, state: ServerState, preparing: Preparing) -> None:
         running = Running(work.answerer, work.requests, texts)
         state.count('phinetune_answers_total{endpoint="completions"}')
         reply = _Reply(asked, work, running)
+        contents.follow(running, reply.id, asked.model, asked.prompt)
         if asked.stream:
             return stream(running, reply.events())
         async with ended_with_client(http, running):
@@ -113,7 +117,8 @@ class _Reply:
 
     def __init__(self, asked: CompletionAsked, work: _Work, running: Running) -> None:
         self._asked, self._work, self._running = asked, work, running
-        head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
+        self.id = f"cmpl-{secrets.token_hex(12)}"
+        head = {"id": self.id, "object": "text_completion", "created": int(time.time())}
         self._head = {**head, "model": asked.model}
         self._offsets = [len(self._echo(i)) for i in range(len(work.requests))]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from phinetune.chats.template import Message
 from phinetune.engine.continuous.requests import Constraint, Request
 from phinetune.serving.answers.answerer import Answerer
+from phinetune.serving.answers.content_log import ContentLog
 from phinetune.serving.answers.forms import ResponseAsked
 from phinetune.serving.answers.kept import RESPONSE, KeptAnswers
 from phinetune.serving.answers.preparing import Find, Preparing
@@ -32,12 +33,15 @@ def add_to(router: APIRouter, state: ServerState, preparing: Preparing, kept: Ke
     """Add the endpoint."""
     from fastapi import Request as HttpRequest
 
+    contents = ContentLog(state.settings.log_contents)
+
     async def create(asked: ResponseAsked, http: HttpRequest) -> Any:
         asked.check()
         work = await preparing.do(lambda find: _prepare(asked, find, kept))
         running = Running(work.answerer, [work.request], [AnswerText(Decoder(work.answerer.tokenizer))])
         state.count('phinetune_answers_total{endpoint="responses"}')
         reply = _Reply(asked, work, running, kept)
+        contents.follow(running, reply.id, asked.model, {"instructions": asked.instructions, "input": asked.input})
         if asked.stream:
             return stream(running, reply.events())
         async with ended_with_client(http, running):
@@ -121,7 +125,7 @@ class _Reply:
 
     def __init__(self, asked: ResponseAsked, work: _Work, running: Running, kept: KeptAnswers) -> None:
         self._asked, self._work, self._running, self._kept = asked, work, running, kept
-        self._id, self._item = f"resp_{secrets.token_hex(16)}", f"msg_{secrets.token_hex(16)}"
+        self.id, self._item = f"resp_{secrets.token_hex(16)}", f"msg_{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._number = 0
 
@@ -188,7 +192,7 @@ class _Reply:
         asked = self._asked
         form = asked.text.format if asked.text else None
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "response",
             "created_at": self._created,
             "status": status,

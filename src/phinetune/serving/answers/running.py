@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class Choice:
         told: how many of them have been handed out with a piece.
         finish: how it ended, as the API calls it; None while it goes on.
         reused: tokens of its prompt that were not computed.
+        said: its text so far.
     """
 
     index: int
@@ -35,6 +36,7 @@ class Choice:
     told: int = 0
     finish: str | None = None
     reused: int = 0
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ class Piece:
 
 
 class Running:
-    """The answers to one request."""
+    """The answers to one request.
+
+    Attributes:
+        when_ended: is called with the texts of all choices, tool calls as the model wrote them, once they have ended;
+            also if nobody wanted their ends.
+    """
 
     def __init__(self, answerer: Answerer, requests: Sequence[Request], texts: Sequence[AnswerText]) -> None:
         """Ask for them.
@@ -64,6 +71,7 @@ class Running:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.choices = [Choice(i, text) for i, text in enumerate(texts)]
         self._streams: list[AnswerStream] = []
+        self.when_ended: Callable[[list[str]], None] = lambda texts: None
         try:
             for i, request in enumerate(requests):
                 self._streams.append(answerer.engine.submit(request, self._listener(i)))
@@ -113,6 +121,7 @@ class Running:
                     yield piece
         finally:
             self.cancel()
+            self.when_ended([choice.said + choice.text.calls for choice in self.choices])
 
     def _token(self, choice: Choice, token: Token) -> Piece | None:
         over = choice.text.stopped
@@ -138,6 +147,7 @@ class Running:
     def _piece(self, choice: Choice, text: str) -> Piece:
         tokens = choice.tokens[choice.told :]
         choice.told = len(choice.tokens)
+        choice.said += text
         return Piece(choice, text, tokens)
 
     @property

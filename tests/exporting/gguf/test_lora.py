@@ -66,6 +66,7 @@ def test_a_run_in_llama_cpp_answers_as_in_peft(tiny_run: Path, tmp_path: Path) -
 
 
 @pytest.mark.starter
+@pytest.mark.slow
 def test_an_adapter_on_the_starter_in_llama_cpp_answers_as_in_peft(tuned_starter: TunedStarter, tmp_path: Path) -> None:
     tuned, tokenizer, folder, chats = tuned_starter
     ids = chat_ids(tokenizer, chats[1])

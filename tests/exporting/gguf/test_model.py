@@ -187,6 +187,7 @@ def test_a_hub_shape_in_llama_cpp_answers_as_in_transformers(
 
 
 @pytest.mark.starter
+@pytest.mark.slow
 def test_a_tuned_starter_in_llama_cpp_answers_as_in_transformers(tuned_starter: TunedStarter, tmp_path: Path) -> None:
     tuned, tokenizer, folder, chats = tuned_starter
     export(str(folder), "gguf", kind="f32", out=tmp_path / "a.gguf")
@@ -201,6 +202,7 @@ def test_a_tuned_starter_in_llama_cpp_answers_as_in_transformers(tuned_starter: 
 
 
 @pytest.mark.starter
+@pytest.mark.slow
 def test_q8_0_keeps_the_top_tokens_log_probability(tuned_starter: TunedStarter, tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits, too, which moves logits by some tenths where an answer is unsure.
 

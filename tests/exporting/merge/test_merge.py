@@ -387,6 +387,7 @@ def test_the_command(
 
 
 @pytest.mark.starter
+@pytest.mark.slow
 def test_the_merged_starter_says_the_same_forty_tokens(tuned_starter: TunedStarter, tmp_path: Path) -> None:
     tuned, tokenizer, folder, chats = tuned_starter
     made = merge_run(folder, tmp_path / "out", dtype="float32")

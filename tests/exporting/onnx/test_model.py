@@ -68,6 +68,7 @@ def test_a_split_model_in_onnxruntime_answers_as_in_transformers(tmp_path: Path)
 
 
 @pytest.mark.starter
+@pytest.mark.slow
 def test_a_tuned_starter_in_onnxruntime_answers_as_in_transformers(tuned_starter: TunedStarter, tmp_path: Path) -> None:
     tuned, tokenizer, folder, chats = tuned_starter
     export(str(folder), "onnx", kind="f32", out=tmp_path / "out")

@@ -113,6 +113,14 @@ def test_a_curve_goes_on_where_less_memory_is_free(
     assert "Finished before: 1-of-8, 1-of-4, 1-of-2, all" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_damaged_record_of_a_curve_is_told(config: RunConfig, console: Console, tmp_path: Path) -> None:
+    (tmp_path / "run-curve").mkdir()
+    for text in ("{", "[1]"):
+        (tmp_path / "run-curve" / "curve.json").write_text(text)
+        with pytest.raises(RunError, match=r"curve\.json: damaged"):
+            curve_config(config, console)
+
+
 def _sections(config: RunConfig, output: Path) -> dict[str, Any]:
     tree = config.model_dump()
     tree["training_config"]["output_dir"] = str(output)

@@ -114,9 +114,16 @@ def curve_config(
 
 
 def _chosen_before(folder: Path) -> dict[str, Any]:
-    """What a curve that goes on chose by the memory that was free when it began."""
+    """What a curve that goes on chose by the memory that was free when it began.
+
+    Raises:
+        RunError: its file is damaged.
+    """
     file = folder / CURVE
-    chosen = json.loads(file.read_text(encoding="utf-8")).get(CHOSEN) if file.is_file() else None
+    try:
+        chosen = json.loads(file.read_text(encoding="utf-8")).get(CHOSEN) if file.is_file() else None
+    except (ValueError, AttributeError):
+        raise RunError(f"{file}: damaged: it is no JSON of a curve; delete it, or take --overwrite") from None
     return chosen or {}
 
 

@@ -153,8 +153,9 @@ def _load_checkpoint(
     check_checkpoint(folder, config)
     base = base_in(folder, section.path, revision)
     tokenizer = tokenizer or load_tokenizer(section, base, config)
-    stays = half_stays and section.quantization == "none" and _can_stay_half(folder, dtype, device)
-    stays = stays and fast and not missing_form(config)  # PEFT's own layers would merge into them
+    # Only the fast engine's layers refuse a merge, which would round.
+    has_form = fast and section.quantization == "none" and not missing_form(config)
+    stays = half_stays and has_form and _can_stay_half(folder, dtype, device)
     model = _read_model(folder, config, section, torch.bfloat16 if stays else dtype, fast, device)
     if stays:
         lie_in_half(model)

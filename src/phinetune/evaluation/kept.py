@@ -166,10 +166,11 @@ def _portion(name: str, rows: Sequence[NeutralRow], encoder: ChatEncoder, budget
     """What fits the budget of tokens. A line in the log tells what of a user's own set does not."""
     chats = encoder.encode([encoder.prepare(list(row.messages)) for row in rows])
     places = scored_places([len(one.input_ids) for one in chats], budget)
-    if name != SHIPPED and len(places) < len(rows):
+    if name != SHIPPED and (len(places) < len(rows) or len(rows) == MOST_OWN):
         logger.info(
-            "evaluation.neutral: %s: the first %d of %d chats are scored, so that this takes a small share of the time",
-            *(name, len(places), len(rows)),
+            "evaluation.neutral: %s: its first %d chats are scored, so that this takes little of the time; %d are read "
+            "at most",
+            *(name, len(places), MOST_OWN),
         )
     return _Portion([rows[place] for place in places], [chats[place] for place in places])
 
@@ -217,11 +218,9 @@ def neutral_sets(section: EvaluationSection) -> dict[str, list[NeutralRow]]:
 
 
 def _own_rows(name: str) -> list[NeutralRow]:
-    rows, problems = read_first(name, DataSection.model_fields["split"].default, MOST_OWN + 1)
-    if len(rows) > MOST_OWN:
-        logger.info("evaluation.neutral: %s: its first %d chats are read, and no more", name, MOST_OWN)
+    rows, problems = read_first(name, DataSection.model_fields["split"].default, MOST_OWN)
     found = []
-    for row in rows[:MOST_OWN]:
+    for row in rows:
         try:
             form = detect_form(row.fields)
             messages: list[Message] = [] if form in READY else to_messages(row.fields, form)

@@ -25,7 +25,7 @@ def few_rows(rows: int, what: str = "held-out chats", remedy: str = "hold out 30
     if rows >= FEW:
         return []
     if rows < 2:
-        return [f"only {rows} {what}: no interval can be given, and nothing is proved; {remedy}"]
+        return [f"{what}: only {rows}, so no interval can be given, and nothing is proved; {remedy}"]
     points = min(100, math.ceil(100 * QUANTILE * math.sqrt(0.25 / rows)))
     return [
         f"only {rows} {what}: a share of right answers is known to {points} points up or down at worst, so "

@@ -34,6 +34,7 @@ class Ground:
         room: tokens that a micro-batch may have on this machine.
         processes: that share each step.
         rate: the objective's rate beside that of supervised fine-tuning.
+        least_batch: rows that the objective wants in a micro-batch.
         rows, longest: of what micro-batches are made of; of a stream, `rows` is None.
         trained: trained tokens of the data.
         held_out: tokens of the held-out rows; 0 without any.
@@ -52,6 +53,7 @@ class Ground:
     held_out: int
     cap: int
     wants_evaluations: bool = False
+    least_batch: int = 1
 
 
 def expect_evaluations(settings: Settings, config: RunConfig) -> Settings:
@@ -208,6 +210,8 @@ def _batch(work: _Work) -> None:
     wanted = rules.BATCHES[-1] if ground.rows is None else rules.batch(ground.rows)
     rows = "a stream" if ground.rows is None else f"{ground.rows:,} rows"
     why = f"{wanted} rows a step, since LoRA wants small ones and there are {rows}"
+    if wanted < (least := ground.least_batch * ground.processes):
+        wanted, why = least, f"{least} rows a step, since this objective needs {ground.least_batch} in a micro-batch"
     if micro_open and steps_open:
         micro, more = rules.split_batch(wanted, ground.longest, ground.room, ground.processes)
         work.take("per_device_train_batch_size", micro, why)
@@ -217,9 +221,8 @@ def _batch(work: _Work) -> None:
         share = max(1, wanted // given)
         micro, _ = rules.split_batch(share * ground.processes, ground.longest, ground.room, ground.processes)
         step = micro * given * ground.processes
-        work.take(
-            "per_device_train_batch_size", micro, f"{step} rows a step, as gradient_accumulation_steps is {given}"
-        )
+        why = why if step == wanted else f"{step} rows a step, as gradient_accumulation_steps is {given}"
+        work.take("per_device_train_batch_size", micro, why)
         _tell_large(work, "gradient_accumulation_steps", step, wanted)
     elif steps_open:
         work.take("gradient_accumulation_steps", 1, "per_device_train_batch_size says how many rows a step has")

@@ -261,6 +261,7 @@ def _ground(run: PreparedRun) -> Ground:
         room=_room(run.shape, run.dtype, run.device, run.engine.fast is not None),
         processes=max(1, run.args.world_size),
         rate=run.objective.rate,
+        least_batch=run.objective.least_batch,
         rows=None if streamed else len(run.lengths),
         longest=int(run.lengths.max(initial=1)),
         trained=train.trainable_tokens,

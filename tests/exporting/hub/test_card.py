@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
+
+from phinetune.config.run import load_config
+from phinetune.exporting.hub.card import write_card
 
 
 def test_the_card_has_front_matter_data_results_and_settings(tiny_run: Path) -> None:
@@ -24,12 +28,18 @@ def test_the_card_has_front_matter_data_results_and_settings(tiny_run: Path) -> 
     assert settings["training_config"]["max_steps"] == 6
 
 
+def test_the_card_has_intervals_and_says_how_little_few_rows_tell_and_no_text_of_the_data(tiny_run: Path) -> None:
+    results = json.loads((tiny_run / "results.json").read_text())
+    results["flags"].append("of tag 'a customer', tuned: evaluation.metrics: `mine` failed on 'my secret row'")
+    text = write_card(load_config(tiny_run / "config.yaml"), results, {"target_modules": {"qkv_proj"}})
+    assert "Tuned beside base: loss " in text
+    assert "95% interval" in text
+    assert text.count("only 3 held-out chats") == 1
+    assert "a customer" not in text
+    assert "my secret row" not in text
+
+
 def test_a_base_on_the_hub_is_named_in_the_front_matter(tiny_run: Path) -> None:
-    import json
-
-    from phinetune.config.run import load_config
-    from phinetune.exporting.hub.card import write_card
-
     results = json.loads((tiny_run / "results.json").read_text())
     results["base"] |= {"path": "microsoft/Phi-3-mini-4k-instruct", "revision": "abc"}
     del results["evaluation"]

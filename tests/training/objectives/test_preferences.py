@@ -248,6 +248,19 @@ def test_what_can_not_be_is_refused(kind: str, changes: dict[str, Any], words: s
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "knobs", "rows"), [("kto", {}, 4), ("kto", {"loss_type": "apo_zero_unpaired"}, 2), ("dpo", {}, 2)]
+)
+def test_a_batch_that_is_left_open_has_the_rows_that_the_loss_needs(
+    kind: str, knobs: dict[str, Any], rows: int, tmp_path: Path
+) -> None:
+    """In micro-batches of two, the answers of a pair would have no neighbours but each other."""
+    made = prepare_run(settle(make_config(sections(tmp_path / "run", kind, knobs, per_device_train_batch_size="auto"))))
+    assert made.args.per_device_train_batch_size == rows
+    (why,) = [one.why for one in made.choices if one.key.endswith("per_device_train_batch_size")]
+    assert ("this objective needs 4 in a micro-batch" in why) is (rows == 4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_planned_by_its_own_loss(kind: str, tmp_path: Path) -> None:
     made = plan(**sections(tmp_path / "run", kind))

@@ -12,6 +12,7 @@ import yaml
 from phinetune.config.run import SECRETS, RunConfig
 from phinetune.data.prepare.report import replay_sentence
 from phinetune.data.prepare.shared_rows import shared_sentences
+from phinetune.evaluation.trust import few_answers, few_rows
 from phinetune.exporting.hub.card_usage import adapter_usage
 from phinetune.exporting.hub.markdown import code, fenced, plain
 from phinetune.metric_table import LESS_TOLD, measured
@@ -113,8 +114,15 @@ def _results_table(results: Mapping[str, Any]) -> str:
     judged = [f"\n{plain(one['text'])} (model {code(one['model'])})." for one in (results.get("judged") or {}).values()]
     found = [f"{plain(key.replace('_', ' '))} {one['text']}" for key, one in (results.get("differences") or {}).items()]
     changed = [f"\nTuned beside base: {'; '.join(found)}."] if found else []
-    flags = [f"\n{plain(flag)}." for flag in results.get("flags") or []]
-    return "\n".join([*lines, "", f"{LESS_TOLD}.", *changed, *flags, *judged])
+    few = [f"\n{plain(sentence)}." for sentence in _few(results.get("data") or {}, evaluation)]
+    return "\n".join([*lines, "", f"{LESS_TOLD}.", *changed, *few, *judged])
+
+
+def _few(data: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
+    """How little few rows and answers tell. The other flags of a comparison may hold texts and tags of the data."""
+    rows = (data.get("test") or data.get("held_out") or {}).get("kept")
+    prompts = min((side["prompts"] for side in evaluation.values()), default=0)
+    return [] if rows is None else [*few_rows(rows), *few_answers(rows, prompts)]
 
 
 def settings_section(config: RunConfig, lora: Mapping[str, Any]) -> str:

@@ -70,6 +70,7 @@ class Kto(Objective):
     def __init__(self, options: Any) -> None:
         super().__init__(options)
         self.neighbours = options.loss_type == "kto"
+        self.least_batch = ROOMY if self.neighbours else 1
         self.reference = ("ref_logps", "ref_KL_logps") if self.neighbours else ("ref_logps",)  # type: ignore[misc]
 
     def refused(self, training: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,7 @@ class Objective(ABC):
         less_is_better: those of its own metrics of which a smaller number is the better one.
         likelihood: whether its loss is nats a token, of which 0 means knowing each token beforehand.
         rate: what the learning rate that suits supervised fine-tuning is multiplied by where none is given.
+        least_batch: rows that a micro-batch has at least where the rules choose.
         alone: whether a row's loss is the same whatever rows are beside it in a micro-batch.
         reference: columns for the log-probabilities of an example's conversations by the model as it stands when the
             run starts, one for each conversation. They are there when `loss` and `score` are called.
@@ -71,6 +72,7 @@ class Objective(ABC):
     less_is_better: ClassVar[tuple[str, ...]] = ()
     likelihood: ClassVar[bool] = False
     rate: ClassVar[float] = 1.0
+    least_batch: int = 1
     alone: ClassVar[bool] = True
     reference: ClassVar[tuple[str, ...]] = ()
     training_defaults: ClassVar[Mapping[str, Any]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def step(
 
     from phinetune.checkpoints.load import load_base
     from phinetune.config.model import ModelSection
+    from phinetune.engine.kept_memory import kept_memory
     from phinetune.engine.lora_layers import use_fused_layers
 
     loaded = load_base(ModelSection(path=model, dtype=dtype, device="cpu"), fast=engine == "fast")
@@ -49,15 +51,17 @@ def step(
         loss = _plain_loss(torch.compile(peft) if engine == "compiled" else peft, rows, dtype)
     trained = [p for p in peft.parameters() if p.requires_grad]
     times = []
-    for _ in range(rounds + 1):
-        for p in trained:
-            p.grad = None
-        start = time.perf_counter()
-        loss().backward()
-        times.append(time.perf_counter() - start)
+    with kept_memory(torch.device("cpu")) if engine == "fast" else nullcontext():
+        for _ in range(rounds + 1):
+            for p in trained:
+                p.grad = None
+            start = time.perf_counter()
+            loss().backward()
+            times.append(time.perf_counter() - start)
+        apart = {"attention_share": _attention_share(loss)} if attention_apart else {}
     counted = chats * (length if labelled is None else labelled)
     return {
-        **({"attention_share": _attention_share(loss)} if attention_apart else {}),
+        **apart,
         "tokens": chats * length,
         "seconds": statistics.median(times[1:] or times),
         "useful_flop": useful(

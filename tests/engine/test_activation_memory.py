@@ -13,6 +13,7 @@ import torch
 from transformers import Phi3Config
 
 from phinetune.engine.activation_memory import (
+    KEPT_SLACK,
     MAPPED,
     PLENTY,
     PLENTY_SHARED,
@@ -95,6 +96,14 @@ def test_the_allocator_leaves_no_gaps_between_tensors_that_are_mapped_by_themsel
     small, large = (memory().kept(count, [CHEAP]) for count in (tokens - 1, tokens))
     assert small == int((tokens - 1) * WIDTH * SLACK * SIZES.kept(CHEAP))
     assert large == int(tokens * WIDTH * (SLACK * (SIZES.kept(CHEAP) - 96) + 96))
+
+
+def test_kept_memory_has_small_gaps_between_tensors_of_any_size() -> None:
+    for tokens in (10, MAPPED):
+        of = ActivationMemory("auto", SIZES, LAYERS, WIDTH, 1 << 50, keeps=True)
+        assert of.kept(tokens, [CHEAP]) == pytest.approx(
+            tokens * WIDTH * KEPT_SLACK * SIZES.kept(CHEAP), rel=1e-6, abs=1
+        )
 
 
 @pytest.mark.parametrize("dropout", [False, True])

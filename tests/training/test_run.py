@@ -15,14 +15,16 @@ import yaml
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
-from helpers import GUIDE_PEFT, GUIDE_TRAINING, RUN_FILES, TINY, chat, tiny_config, train_only, write_jsonl
+from helpers import GUIDE_PEFT, GUIDE_TRAINING, RUN_FILES, TINY, chat, prepared_at, tiny_config, train_only, write_jsonl
 from phinetune.api.train import train_config
 from phinetune.checkpoints.load import Loaded
-from phinetune.config.run import load_config
+from phinetune.config.engine import EngineSection
+from phinetune.config.run import RunConfig, load_config
+from phinetune.engine.kept_memory import keeps_memory, kept_memory
 from phinetune.errors import ConfigError, PhinetuneError, RunError
-from phinetune.training.run import TrainedRun
+from phinetune.training.run import TrainedRun, open_place, train_run
 
 
 def train(chats: Path, folder: Path, resume: bool = False, **training: Any) -> TrainedRun:
@@ -172,6 +174,36 @@ def test_micro_batches_add_up_to_the_whole_step(chats: Path, tmp_path: Path, mic
     whole, parts = metrics(tmp_path / "whole")[0], metrics(tmp_path / "parts")[0]
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+class Allocates(TrainerCallback):
+    """Where a large tensor lies, at the end of each step."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.places.append(torch.empty(1 << 22).data_ptr())
+
+
+def run_with(callback: TrainerCallback, config: RunConfig) -> None:
+    place = open_place(config)
+    train_run(prepared_at(config, place), place, callbacks=[callback])
+
+
+def test_a_run_keeps_the_memory_of_large_tensors_and_gives_it_back(chats: Path, tmp_path: Path) -> None:
+    if not keeps_memory(torch.device("cpu")):
+        pytest.skip("no memory is kept here: no native library, or not Linux")
+    with kept_memory(torch.device("cpu")):
+        place = torch.empty(1 << 22).data_ptr()
+    during = Allocates()
+    run_with(during, tiny_config(chats, tmp_path / "fast"))
+    assert set(during.places) == {place}
+    assert torch.empty(1 << 22).data_ptr() != place
+    plain = Allocates()
+    config = tiny_config(chats, tmp_path / "plain")
+    run_with(plain, config.model_copy(update={"engine": EngineSection(kind="plain")}))
+    assert place not in plain.places
 
 
 def test_gradient_checkpointing_changes_nothing(chats: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ PLENTY_SHARED = 1 << 30
 # bytes: glibc always maps these by themselves (mallopt(3), M_MMAP_THRESHOLD).
 SLACK = 1.3
 MAPPED = 32 * 2**20  # bytes
+KEPT_SLACK = 1.1  # the same for tensors of any size where their memory is kept (`engine.kept_memory`)
 MLP_ROWS = 4096  # tokens for which a layer that is recomputed whole computes its MLP at a time
 # An adapter's gradient and AdamW's two moments, in float32.
 BYTES_A_TRAINED_PARAMETER = 12
@@ -106,12 +107,22 @@ class ActivationMemory:
         width: bytes per element.
         free: bytes of free memory; `auto` takes what of it is not held in reserve.
         shared: whether other programs share this memory, as they do a processor's.
+        keeps: whether the memory of large tensors is kept from step to step.
     """
 
     def __init__(
-        self, setting: str | int, sizes: LayerSizes, layers: int, width: int, free: int, *, shared: bool = False
+        self,
+        setting: str | int,
+        sizes: LayerSizes,
+        layers: int,
+        width: int,
+        free: int,
+        *,
+        shared: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.setting, self.sizes, self.layers, self.width = setting, sizes, layers, width
+        self.slack, self.gapless = (KEPT_SLACK, 1 << 62) if keeps else (SLACK, MAPPED)
         self.free = int(free * (1 - RESERVE))
         self.plenty = min(int(self.free * PLENTY), PLENTY_SHARED if shared else self.free)
         self._logged: Sequence[Level] | None = None
@@ -142,7 +153,7 @@ class ActivationMemory:
         held = 0.0
         for level in set(levels):
             sizes = [token * elements for elements in self.sizes.tensors(level)]
-            held += levels.count(level) * sum(size if size >= MAPPED else SLACK * size for size in sizes)
+            held += levels.count(level) * sum(size if size >= self.gapless else self.slack * size for size in sizes)
         return int(held)
 
     def working(self, tokens: int, levels: Sequence[Level]) -> int:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from phinetune import processes
 from phinetune.engine.activation_memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes
 from phinetune.engine.device_memory import free_bytes
+from phinetune.engine.kept_memory import keeps_memory
 from phinetune.engine.kernels.compiled import why_not
 from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.packing import PackedCollator, fill_rows
@@ -78,6 +79,7 @@ class FastEngine:
             decoder.embed_tokens.weight.element_size(),
             _free_share(device) - trained * BYTES_A_TRAINED_PARAMETER,
             shared=device.type == "cpu",
+            keeps=keeps_memory(device),
         )
 
 

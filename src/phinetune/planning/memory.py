@@ -77,7 +77,15 @@ def optimizer_bytes(name: str) -> int:
 
 
 def predict(
-    sizes: Sizes, step: MicroBatch, setting: str | int, dropout: bool, optimizer: str, free: int, shared: bool = False
+    sizes: Sizes,
+    step: MicroBatch,
+    setting: str | int,
+    dropout: bool,
+    optimizer: str,
+    free: int,
+    *,
+    shared: bool = False,
+    keeps: bool = False,
 ) -> tuple[Parts, list[Level]]:
     """The memory of a step by part, and what each layer keeps. The engine itself will choose the same.
 
@@ -87,6 +95,7 @@ def predict(
         optimizer: its name.
         free: bytes that the run may take.
         shared: whether other programs share the memory, as they do a processor's.
+        keeps: whether the memory of large tensors is kept from step to step.
     """
     vocabulary, hidden, width = sizes.config.vocab_size, sizes.config.hidden_size, sizes.width
     layers = ActivationMemory(
@@ -96,6 +105,7 @@ def predict(
         width,
         free - sizes.weights - sizes.trainable * BYTES_A_TRAINED_PARAMETER,
         shared=shared,
+        keeps=keeps,
     )
     levels = layers.choose(step.tokens)
     chunk = min(step.labels, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary

@@ -15,6 +15,7 @@ from phinetune.config.run import RunConfig
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.device_memory import free_bytes
 from phinetune.engine.families import ModelConfig
+from phinetune.engine.kept_memory import keeps_memory
 from phinetune.planning.memory import MicroBatch, Parts, optimizer_name, predict
 from phinetune.planning.sizes import Sizes, count_sizes
 from phinetune.training.objectives.objective import Objective
@@ -75,9 +76,9 @@ class Setup:
         steps = count_steps(self.lengths, self.args, self.config.data.streaming)
         batch = MicroBatch(steps.largest, self.objective.labels(steps.largest, self.share))
         setting, dropout = self.config.engine.activation_memory, bool(self.settings.peft.get("lora_dropout"))
-        shared = pick_device(self.config.model.device).type == "cpu"
-        name = optimizer_name(self.args)
-        return Need(sizes, steps, *predict(sizes, batch, setting, dropout, name, self.free, shared))
+        device, name = pick_device(self.config.model.device), optimizer_name(self.args)
+        about = {"shared": device.type == "cpu", "keeps": keeps_memory(device)}
+        return Need(sizes, steps, *predict(sizes, batch, setting, dropout, name, self.free, **about))
 
     def changed(self, changes: dict[str, Any]) -> Setup:
         """The run with other values for keys such as `training_config.max_length`. Longer rows count as cut to it.

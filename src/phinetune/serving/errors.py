@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
+UNKNOWN = "Unknown parameter: '{}'."
 PARTS = ("body", "query", "path", "header", "cookie")  # of a request; pydantic's places begin with them
 # What pydantic calls the kinds of a value that may be of several, and adds to its place.
 KINDS = ("literal[", "constrained-", "function-", "list[", "dict[")
@@ -103,6 +104,11 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(500, "The server had an error; its log says which.", "server_error").answer()
 
 
+def unknown_parameter(place: str) -> ApiError:
+    """The error for a parameter that the API does not have."""
+    return ApiError(400, UNKNOWN.format(place), code="unknown_parameter", param=place)
+
+
 def invalid_values(problems: Sequence[Any]) -> ApiError:
     """The error for parameters that are missing, unknown or of a wrong kind.
 
@@ -125,7 +131,7 @@ def _told(place: str, problems: Sequence[Any]) -> str:
     if problems[0]["type"] == "missing":
         return f"Missing required parameter: '{place}'."
     if problems[0]["type"] == "extra_forbidden":
-        return f"Unknown parameter: '{place}'."
+        return UNKNOWN.format(place)
     text = joined_message([one["msg"] for one in problems])
     return f"Invalid '{place}': {text}." if place else f"{text}."
 

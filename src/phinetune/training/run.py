@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from phinetune.checkpoints.foreign_adapters import peft_folder
 from phinetune.checkpoints.load import Loaded, find_base, load_base
 from phinetune.checkpoints.target_modules import trainable_parameters
 from phinetune.config.run import RunConfig
+from phinetune.engine.kept_memory import kept_memory
 from phinetune.engine.lora_layers import use_fused_layers
 from phinetune.errors import RunError
 from phinetune.logs import log_file
@@ -155,7 +156,8 @@ def train_run(
     _check_same_base(loaded)
     own = _Callbacks.of(prepared, place.folder, stop or StopRequest())
     reference = Reference(prepared, record, on_reference)
-    with own.stop.listening():  # what comes while the reference is computed stops the run behind its first step
+    # A stop that is asked for while the reference is computed comes behind the first step.
+    with own.stop.listening(), _kept_memory(prepared, loaded):
         trainer = _make_trainer(prepared, loaded, look, own, callbacks, reference)
     facts = _start_facts(trainer, prepared, loaded) | _course(trainer, prepared, record, resumption)
     trainer.add_callback(StartRecord(place.folder, facts, prepared.config, loaded.base.revision))
@@ -167,7 +169,8 @@ def train_run(
         on_trainer(trainer)
         on_start(trainer.peft_model)
         began = time.perf_counter()
-        _train(trainer, own.stop, place)
+        with _kept_memory(prepared, loaded):
+            _train(trainer, own.stop, place)
     before_its_end = trainer.state.global_step < trainer.state.max_steps
     stopped = own.stop.requested and before_its_end
     summary = _summary(trainer, own, time.perf_counter() - began) | {"changed": facts["changed"]}
@@ -321,6 +324,11 @@ def _train(trainer: RunTrainer, stop: StopRequest, place: RunPlace) -> None:
     with disk_told(place.folder.path), told_in_sentences(), stop.listening():
         trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
         trainer.save_final()
+
+
+def _kept_memory(prepared: PreparedRun, loaded: Loaded) -> AbstractContextManager[Any]:
+    """Memory that is kept from step to step, for the fast engine."""
+    return kept_memory(loaded.model.device) if prepared.engine.fast else nullcontext()
 
 
 def _summary(trainer: RunTrainer, own: _Callbacks, seconds: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from phinetune.serving.answers.forms import ChatAsked, ResponseAsked
+from phinetune.serving.answers.prompts import read_messages
 from phinetune.serving.errors import ApiError
 
 SCHEMA: dict[str, Any] = {"type": "object"}
@@ -53,3 +54,17 @@ def test_a_schema_that_its_type_would_drop_is_refused() -> None:
         with pytest.raises(ApiError) as error:
             ResponseAsked(**RESPONSE, text={"format": {"type": kind, "schema": SCHEMA}}).check()
         assert (error.value.code, error.value.param) == ("unknown_parameter", "text.format.schema")
+
+
+def test_a_key_of_a_message_that_the_api_does_not_have_is_refused() -> None:
+    with pytest.raises(ApiError, match=r"Unknown parameter: 'messages\[1\].weight'\.") as error:
+        read_messages([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "weight": 0}])
+    assert (error.value.status, error.value.code) == (400, "unknown_parameter")
+
+
+def test_an_answer_may_be_sent_back_as_it_came() -> None:
+    """As the clients' own objects print it, with the keys that are null, and with keys of other services that are."""
+    sent = {"role": "assistant", "content": "yes", "refusal": None, "annotations": [], "audio": None}
+    assert read_messages([{**sent, "function_call": None, "reasoning_content": None}]) == [
+        {"role": "assistant", "content": "yes"}
+    ]

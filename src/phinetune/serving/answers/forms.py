@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from phinetune.serving.errors import ApiError
+from phinetune.serving.errors import ApiError, unknown_parameter
 from phinetune.serving.job_request import Metadata, Parameters
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Asked(BaseModel):
                         400, f"'{name}' is not there on this server.", code="unsupported_parameter", param=name
                     )
             elif name not in self.ignored:
-                raise _unknown(name)
+                raise unknown_parameter(name)
             elif value is not None:
                 logger.info(IGNORED, name)
         for name in self.idle():
@@ -71,10 +71,6 @@ class Asked(BaseModel):
         """The places of parameters within others that were given and change no answer."""
         if self.stream_options and self.stream_options.include_obfuscation:
             yield "stream_options.include_obfuscation"
-
-
-def _unknown(place: str) -> ApiError:
-    return ApiError(400, f"Unknown parameter: '{place}'.", code="unknown_parameter", param=place)
 
 
 def _idle_of_schema(form: JsonSchema | TextFormat, place: str) -> Iterator[str]:
@@ -171,7 +167,7 @@ class ChatAsked(Sampled):
             logger.info("parameter metadata: ignored, since the answer is not kept ('store')")
         form = self.response_format
         if form and form.json_schema and form.type != "json_schema":
-            raise _unknown("response_format.json_schema")
+            raise unknown_parameter("response_format.json_schema")
 
     def idle(self) -> Iterator[str]:
         yield from super().idle()
@@ -242,7 +238,7 @@ class ResponseAsked(Asked):
         form = self.text.format if self.text else None
         if form and form.type != "json_schema":
             for key in form.model_dump(by_alias=True, exclude={"type"}, exclude_none=True):
-                raise _unknown(f"text.format.{key}")
+                raise unknown_parameter(f"text.format.{key}")
 
     def idle(self) -> Iterator[str]:
         yield from super().idle()

@@ -10,9 +10,15 @@ from phinetune.chats.template import Message
 from phinetune.data.read.tool_calls import read_calls, read_tools
 from phinetune.errors import RowError
 from phinetune.serving.answers.answerer import Answerer
-from phinetune.serving.errors import ApiError
+from phinetune.serving.errors import ApiError, unknown_parameter
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+# What the API has in a message: of answers, too, which clients send back as they got them. The second line of keys
+# changes no answer here.
+MESSAGE_KEYS = {
+    *("role", "content", "name", "tool_calls", "function_call", "tool_call_id", "refusal", "type"),
+    *("annotations", "audio", "id", "phase", "status"),
+}
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -55,12 +61,15 @@ def read_messages(given: Sequence[Mapping[str, Any]], param: str = "messages") -
     """The messages of a request, as chats have them here.
 
     Raises:
-        ApiError: one has no known role, no text, or something other than text.
+        ApiError: one has no known role, no text, something other than text, or a key that the API does not have.
     """
     return [_message(message, f"{param}[{i}]") for i, message in enumerate(given)]
 
 
 def _message(given: Mapping[str, Any], where: str) -> Message:
+    unknown = [key for key, value in given.items() if key not in MESSAGE_KEYS and value is not None]
+    if unknown:
+        raise unknown_parameter(f"{where}.{unknown[0]}")
     role = ROLES.get(given["role"]) if isinstance(given.get("role"), str) else None
     if role is None:
         names = ", ".join(f"'{name}'" for name in ROLES)

@@ -100,6 +100,12 @@ def _load(folder: Path) -> None:
         torch.ops.load_library(str(folder / build.LIBRARY))
 
 
+def has_library() -> bool:
+    """Whether this process has the native library; it is loaded, and built where it is missing."""
+    chosen()
+    return hasattr(torch.ops.phinetune, "rms_norm")
+
+
 def native_form(name: str) -> Run:
     """The native form of an operator, once its library is loaded."""
     run: Run = getattr(torch.ops.phinetune, name).default

@@ -4,6 +4,7 @@
 #include "attend_backward.h"
 #include "cross_entropy.h"
 #include "few_rows.h"
+#include "kept_memory.h"
 #include "low_rank.h"
 #include "norm.h"
 #include "rotary.h"
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY(phinetune, m) {
   m.def("add_low_rank_(Tensor(a!) out, Tensor x, Tensor[] a, Tensor[] b, float[] scalings, int[] starts, int[] stops) "
         "-> ()");
   m.def("multiplies_bfloat16() -> bool");
+  m.def("keep_memory(bool on) -> bool");
   m.def("spread(Tensor logits, Tensor labels, Tensor log_probs, Tensor(a!) entropy, Tensor(b!) mean) -> ()");
 }
 
@@ -47,4 +49,5 @@ STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(phinetune, CompositeExplicitAutograd, m) {
   m.impl("multiplies_bfloat16", TORCH_BOX(&phinetune::multiplies_bfloat16));
+  m.impl("keep_memory", TORCH_BOX(&phinetune::keep_memory));
 }

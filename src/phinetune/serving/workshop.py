@@ -14,6 +14,7 @@ from phinetune.errors import PhinetuneError
 
 AT_ONCE = 2  # a plan can take a minute; a file that is uploaded meanwhile is looked at by the second process
 IDLE_S = 300.0  # then a process ends, so that its memory is free
+TRIES = 2  # of work whose process is killed from outside
 
 
 class WorkFailed(Exception):
@@ -22,6 +23,10 @@ class WorkFailed(Exception):
 
 class ServersFault(PhinetuneError):
     """Nothing that a client can mend: a model on offer can't be used, memory ran out, a disk is full or failed."""
+
+
+class _Killed(ServersFault):
+    """Somebody killed the process: the system where memory runs out, or a person."""
 
 
 class Workshop:
@@ -43,18 +48,25 @@ class Workshop:
             WorkFailed: the process died, or took longer than `timeout_s`.
         """
         with self._places:
-            worker = self._take()
-            try:
-                answer = worker.ask({"task": task, **request}, timeout_s)
-            except BaseException:
-                self._end(worker)
-                raise
-            self._give_back(worker)
+            answer = self._answer({"task": task, **request}, timeout_s)
         if "unexpected" in answer:
             raise WorkFailed(f"{answer['unexpected']}: {answer['problems'][0]}")
         if "problems" in answer:
             raise (ServersFault if "servers" in answer else PhinetuneError)(answer["problems"])
         return dict(answer["done"])
+
+    def _answer(self, request: Mapping[str, Any], timeout_s: float, tries: int = TRIES) -> dict[str, Any]:
+        """The answer of a process. Work changes nothing outside of it, so it is done again where it was killed."""
+        worker = self._take()
+        try:
+            answer = worker.ask(request, timeout_s)
+        except BaseException as error:
+            self._end(worker)
+            if isinstance(error, _Killed) and tries > 1:
+                return self._answer(request, timeout_s, tries - 1)
+            raise
+        self._give_back(worker)
+        return answer
 
     def close(self) -> None:
         """End all processes."""
@@ -105,7 +117,8 @@ class _Worker:
         self._timer: threading.Timer | None = None
 
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        limit = threading.Timer(timeout_s, self._process.kill)
+        late = threading.Event()
+        limit = threading.Timer(timeout_s, self._too_late, [late])
         limit.daemon = True
         limit.start()
         try:
@@ -118,8 +131,16 @@ class _Worker:
             limit.cancel()
         if not line:
             status = self._process.wait()
+            if late.is_set():
+                raise WorkFailed(f"it took longer than {timeout_s:g} s")
+            if status < 0:
+                raise _Killed(f"the process that did it was killed by signal {-status}; memory may have run out")
             raise WorkFailed(f"the process that did it ended with status {status}")
         return dict(json.loads(line))
+
+    def _too_late(self, late: threading.Event) -> None:
+        late.set()
+        self._process.kill()
 
     def rest(self) -> None:
         self._timer = threading.Timer(IDLE_S, self.end)

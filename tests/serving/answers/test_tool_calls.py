@@ -86,15 +86,33 @@ def test_one_call_alone_where_several_are_not_wanted(tmp_path: Path, caplog: pyt
     two = [{"const": {"name": name, "arguments": {}}} for name in ("weather", "time")]
     schema = {"type": "array", "prefixItems": two, "items": False, "minItems": 2}
     form = {"type": "json_schema", "json_schema": {"name": "calls", "schema": schema}}
+    array = {str(tokenizer.convert_tokens_to_ids("[")): 100}  # the other way to begin is a single call
     tiny = ModelSection(path=TINY, dtype="float32", device="cpu", tokenizer=str(tmp_path / "tokenizer"))
     with serving(tmp_path, tiny, adapter=False) as one, caplog.at_level(logging.INFO):
         for wanted, names in ((None, ["weather", "time"]), (True, ["weather", "time"]), (False, ["weather"])):
-            options = {"response_format": form, "parallel_tool_calls": wanted}
+            options = {"response_format": form, "parallel_tool_calls": wanted, "logit_bias": array}
             choice = ask(one, **options).choices[0]
             assert [call.function.name for call in choice.message.tool_calls] == names
             parts = [chunk.choices[0].delta.tool_calls or [] for chunk in ask(one, stream=True, **options)]
             assert [call.function.name for calls in parts for call in calls] == names
     assert caplog.text.count("1 calls after the first are left out") == 2
+
+
+def test_an_answer_in_a_form_may_be_a_call_instead(served: Served) -> None:
+    """Bias makes the model begin one or the other."""
+    schema = {"type": "object", "properties": {"sky": {"const": "clear"}}, "required": ["sky"]}
+    form = {"type": "json_schema", "json_schema": {"name": "sky", "schema": {**schema, "additionalProperties": False}}}
+    begins = template_tokenizer("phi-4-mini").convert_tokens_to_ids(["<|tool_call|>", "{"])
+    call, answer = (
+        ask(served, response_format=form, logit_bias={str(id): 50}, max_tokens=200).choices[0] for id in begins
+    )
+    assert call.finish_reason == "tool_calls"
+    assert call.message.tool_calls[0].function.name in ("weather", "time")
+    assert json.loads(answer.message.content) == {"sky": "clear"}
+    assert answer.message.tool_calls is None
+    bad = {"type": "json_schema", "json_schema": {"name": "sky", "schema": {"type": "sky"}}}
+    with pytest.raises(openai.BadRequestError, match="Invalid schema for 'response_format'"):
+        ask(served, response_format=bad)
 
 
 def test_a_strict_function_that_is_not_kept_to_is_named(served: Served, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ from phinetune.engine.continuous.requests import Constraint, Request, Token
 from phinetune.serving.answers.answerer import Answerer
 from phinetune.serving.answers.content_log import ContentLog
 from phinetune.serving.answers.forms import ChatAsked
+from phinetune.serving.answers.grammars import Calls
 from phinetune.serving.answers.kept import CHAT, KeptAnswers
 from phinetune.serving.answers.preparing import Find, Preparing
 from phinetune.serving.answers.prompts import chat_ids, read_messages
@@ -132,23 +133,28 @@ def _tools(asked: ChatAsked, answerer: Answerer) -> list[Mapping[str, Any]]:
 def _constraint(
     asked: ChatAsked, answerer: Answerer, tools: Sequence[Mapping[str, Any]]
 ) -> Callable[[], Constraint] | None:
-    """What keeps the answer to a call, or to the form that was asked for."""
+    """What keeps the answer to a call, or to the form that was asked for; to either where a call may be made."""
     forced = _forced(asked, tools)
     if forced:
-        form = answerer.base.call_form
-        return answerer.base.grammars.call((form.begin, form.end), forced, form.listed)
-    _tell_not_strict(tools)
+        return answerer.base.grammars.call(_calls(answerer, forced))
     form_asked = asked.response_format
     if form_asked is None or form_asked.type == "text":
+        _tell_not_strict(tools)
         return None
+    calls = _calls(answerer, tools) if tools else None
     if form_asked.type == "json_object":
-        return answerer.base.grammars.json({"type": "object"}, "response_format")
+        return answerer.base.grammars.json({"type": "object"}, "response_format", calls)
     if form_asked.json_schema is None:
         raise ApiError(
             400, "Missing required parameter: 'response_format.json_schema'.", code="missing_required_parameter",
             param="response_format.json_schema",
         )  # fmt: skip
-    return answerer.base.grammars.json(form_asked.json_schema.schema_, "response_format")
+    return answerer.base.grammars.json(form_asked.json_schema.schema_, "response_format", calls)
+
+
+def _calls(answerer: Answerer, tools: Sequence[Mapping[str, Any]]) -> Calls:
+    form = answerer.base.call_form
+    return Calls((form.begin, form.end), tools, form.listed)
 
 
 def _tell_not_strict(tools: Sequence[Mapping[str, Any]]) -> None:

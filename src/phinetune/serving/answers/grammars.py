@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,21 @@ from phinetune.serving.errors import ApiError
 
 # Free white space would let a small model write nothing else for ever.
 SPACING: Any = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls that an answer may be.
+
+    Attributes:
+        marks: what stands before and after a call.
+        tools: the functions, of which one is called.
+        listed: whether calls stand in a list.
+    """
+
+    marks: tuple[str, str]
+    tools: Sequence[Mapping[str, Any]]
+    listed: bool
 
 
 class Grammars:
@@ -30,11 +46,12 @@ class Grammars:
 
         self._tokens = from_tokenizer(tokenizer, n_vocab=vocabulary)
 
-    def json(self, schema: Mapping[str, Any], param: str) -> Callable[[], Constraint]:
-        """What keeps an answer to a schema.
+    def json(self, schema: Mapping[str, Any], param: str, calls: Calls | None = None) -> Callable[[], Constraint]:
+        """What keeps an answer to a schema, or else to a call.
 
         Args:
             param: the parameter that the schema came in, for an error.
+            calls: the calls that may stand in the answer's place.
 
         Raises:
             ApiError: the schema is none, or uses what can't be kept to.
@@ -45,21 +62,23 @@ class Grammars:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACING)
         except ValueError as error:
             raise _refused(str(error), param) from None
-        lark = f"start: %json {json.dumps({**schema, 'x-guidance': SPACING})}\n"
-        return self._maker(grammar, param, lark)
+        answer = f"%json {json.dumps({**schema, 'x-guidance': SPACING})}\n"
+        if calls is None:
+            return self._maker(grammar, param, f"start: {answer}")
+        self._maker(grammar, param, "")  # an error in the schema is told as the schema's
+        lark = f"start: answer | call\nanswer: {answer}{self._call_rules(calls)}"
+        return self._maker(LLMatcher.grammar_from_lark(lark), "tools", lark)
 
-    def call(
-        self, marks: tuple[str, str], tools: Sequence[Mapping[str, Any]], listed: bool
-    ) -> Callable[[], Constraint]:
-        """What keeps an answer to a call of one of the tools.
-
-        Args:
-            marks: what stands before and after a call.
-            listed: whether calls stand in a list.
-        """
+    def call(self, calls: Calls) -> Callable[[], Constraint]:
+        """What keeps an answer to a call of one of the tools."""
         from llguidance import LLMatcher
 
-        calls = [
+        lark = f"start: call\n{self._call_rules(calls)}"
+        return self._maker(LLMatcher.grammar_from_lark(lark), "tools", lark)
+
+    def _call_rules(self, calls: Calls) -> str:
+        """The rule `call` of a grammar, and the one that it needs."""
+        forms = [
             {
                 "type": "object",
                 "properties": {
@@ -69,15 +88,13 @@ class Grammars:
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for tool in tools
+            for tool in calls.tools
         ]
-        schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-        if listed:
+        schema: dict[str, Any] = forms[0] if len(forms) == 1 else {"anyOf": forms}
+        if calls.listed:
             schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
-        begin, end = map(self._in_lark, marks)
-        schema = {**schema, "x-guidance": SPACING}
-        lark = f"start: {begin} json {end}\njson: %json {json.dumps(schema)}\n"
-        return self._maker(LLMatcher.grammar_from_lark(lark), "tools", lark)
+        begin, end = map(self._in_lark, calls.marks)
+        return f"call: {begin} json {end}\njson: %json {json.dumps({**schema, 'x-guidance': SPACING})}\n"
 
     def _in_lark(self, mark: str) -> str:
         """A mark in a grammar: special tokens stand by their own names there, and text in quotes."""

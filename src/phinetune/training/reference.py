@@ -10,14 +10,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from phinetune import processes
@@ -25,6 +24,7 @@ from phinetune.data.prepare.cache import cache_key, cached_folder, find_cached
 from phinetune.engine.packing import PackedCollator
 from phinetune.training.prepare import PreparedRun
 from phinetune.training.recorded import HELD_OUT_ROWS, STARTING_ADAPTER, TRAIN_ROWS, WEIGHTS, Record
+from phinetune.training.reference_parts import Parts, read_numbers, write_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ Numbers = np.ndarray[Any, np.dtype[np.float32]]
 OnDone = Callable[[int, int], None]  # rows done, and all
 
 TOKENS = 8192  # of a packed row of the reference; nothing is kept for a backward, so it takes little memory
-FILE = "reference.arrow"
 # The keys of a run's record that say what the model is when the run starts, but for those of places.
 DECIDES = ("model.", "peft_config.", "versions.", "training_config.seed")
 PLACES = ("model.path", "model.tokenizer", "model.adapter", "model.use_cache", "versions.trl")
@@ -119,7 +118,7 @@ def with_reference(
 ) -> RowsWith:
     """The rows with the log-probability of each of their conversations by `model` as it is now.
 
-    They are read from disk where the same were computed before. Else all processes of the run share the work.
+    They are read from disk where the same were computed before, even in part. All processes of the run share the work.
 
     Args:
         model: with its adapter as the run starts with it.
@@ -131,36 +130,48 @@ def with_reference(
     key = cache_key({"reference": dict(decides), "columns": list(columns)}, tokenizer)
     entry = find_cached(key)
     if processes.any_of(entry is None):
-        numbers = _computed(model, rows, len(columns), collate, on_done)
+        parts = Parts(key, len(rows), len(columns))
+        numbers = _computed(model, rows, parts, collate, on_done)
         with processes.main_first():
-            entry = cached_folder(key, lambda folder: _write(folder, numbers))
+            entry = cached_folder(key, lambda folder: write_numbers(folder, numbers))
+        parts.drop()
     else:
         logger.info("the reference's log-probabilities were computed before: %s", entry)
     assert entry
-    return RowsWith(rows, columns, _read(entry, len(columns)))
+    return RowsWith(rows, columns, read_numbers(entry, len(columns)))
 
 
 @torch.no_grad()
-def _computed(model: Any, rows: Any, width: int, collate: PackedCollator, on_done: OnDone) -> Numbers:
-    """The numbers of all rows, shape (rows, width). Each process computes every n-th packed row."""
+def _computed(model: Any, rows: Any, parts: Parts, collate: PackedCollator, on_done: OnDone) -> Tensor:
+    """The numbers of all rows, shape (rows, columns). Each process computes every n-th packed row."""
     began, training = time.perf_counter(), model.training
     model.eval()
-    device = next(model.parameters()).device
-    found = torch.zeros(len(rows), width, dtype=torch.float32)
-    done = 0
+    found, done = torch.zeros_like(parts.found), 0
     plain = PackedCollator(share=collate.share, rope_limit=collate.rope_limit, owned=True)
-    for number, places in enumerate(batches(rows)):
-        if number % processes.count() == processes.rank():
-            packed = plain([rows[place] for place in places])
-            out = model(**{name: tensor.to(device) for name, tensor in packed.items()})
-            found[places] = out.log_probs.view(len(places), width).float().cpu()
-        done += len(places)
-        on_done(done, len(rows))
+    try:
+        for number, places in enumerate(batches(rows)):
+            if number % processes.count() == processes.rank():
+                if not parts.knows(places):
+                    parts.found[places] = _numbers(model, plain([rows[place] for place in places]), len(places))
+                    parts.keep()
+                found[places] = parts.found[places]
+            done += len(places)
+            on_done(done, len(rows))
+    except BaseException:  # a second Ctrl-C, say
+        parts.keep(now=True)
+        raise
     model.train(training)
     found = processes.summed(found)  # a row has numbers in one process and zeros in the others
     seconds = time.perf_counter() - began
     logger.info("the reference's log-probabilities of %s rows: computed in %.1f s", f"{len(rows):,}", seconds)
-    return np.asarray(found.numpy(), dtype=np.float32)
+    return found
+
+
+def _numbers(model: Any, packed: Mapping[str, Tensor], rows: int) -> Tensor:
+    device = next(model.parameters()).device
+    out = model(**{name: tensor.to(device) for name, tensor in packed.items()})
+    log_probs: Tensor = out.log_probs
+    return log_probs.view(rows, -1).float().cpu()
 
 
 def batches(rows: Any) -> Iterator[list[int]]:
@@ -179,15 +190,3 @@ def batches(rows: Any) -> Iterator[list[int]]:
         tokens += length
     if batch:
         yield batch
-
-
-def _write(folder: Path, numbers: Numbers) -> None:
-    table = pyarrow.table({"numbers": numbers.reshape(-1)})
-    with pyarrow.OSFile(str(folder / FILE), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-
-
-def _read(folder: Path, width: int) -> Numbers:
-    with pyarrow.OSFile(str(folder / FILE), "rb") as file, pyarrow.ipc.open_stream(file) as reader:
-        flat = reader.read_all().column("numbers").to_numpy()
-    return np.asarray(flat, dtype=np.float32).reshape(-1, width)

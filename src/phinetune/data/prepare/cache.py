@@ -74,7 +74,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def find_cached(key: str) -> Path | None:
     """The folder of an entry that is there and whole."""
     target = cache_folder() / "data" / key
-    return target if target.is_dir() and _is_whole(target) else None
+    return target if target.is_dir() and is_whole(target) else None
 
 
 def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
@@ -90,7 +90,7 @@ def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):  # another process may make the same entry: wait for it
         if target.is_dir():
-            if _is_whole(target):
+            if is_whole(target):
                 logger.info("prepared before: %s", target)
                 return target
             logger.warning("%s is damaged and is made again", target)
@@ -112,7 +112,7 @@ def cached_folder(key: str, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether an entry has a manifest, and all that it names."""
     try:
         return has_manifest(folder) and not damage(folder)

@@ -76,6 +76,11 @@ class LayerSizes:
         heads = config.num_attention_heads
         return cls(config.hidden_size, qkv, attended, config.intermediate_size, dropout, inputs, heads)
 
+    @property
+    def weights(self) -> int:
+        """Elements of a layer's matrices."""
+        return self.hidden * self.qkv + self.attended * self.hidden + 3 * self.hidden * self.inner
+
     def tensors(self, level: Level) -> tuple[int, ...]:
         """Elements per token of each tensor that is kept at a level.
 

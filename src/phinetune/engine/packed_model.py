@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from phinetune.engine.activation_memory import Level
+from phinetune.engine.even_rows import evened
 from phinetune.engine.kernels import rotary
 from phinetune.engine.kernels.attention import planned
 from phinetune.engine.kernels.cross_entropy import linear_cross_entropy, linear_label_numbers, linear_log_probs
@@ -140,10 +141,11 @@ class PackedCausalLM(nn.Module):
         owned = kwargs.get("owners") is not None
         given = ("input_ids", "position_ids", "predicts", "labels")
         more = ("owners", "conversations") if owned else ("weights",)
-        chosen = {key: kwargs[key] for key in (*given, *more)}
+        chosen = {"segments": segments, **{key: kwargs[key] for key in (*given, *more)}}
+        chosen = evened(chosen, self.config, self.model.norm.weight)
         if owned:
             chosen["spread"] = kwargs.get("spread", False)
-        return (self.packed_log_probs if owned else self.packed_loss)(segments=segments, **chosen)
+        return (self.packed_log_probs if owned else self.packed_loss)(**chosen)
 
     def packed_loss(
         self,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from trl import SFTConfig
 
 from phinetune.engine.activation_memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes, Level
-from phinetune.engine.kernels.cross_entropy import CHUNK_ELEMENTS
+from phinetune.engine.kernels.cross_entropy import chunk_rows
 from phinetune.planning.sizes import Sizes
 from phinetune.training.value_rules import plain_name
 
@@ -108,7 +108,7 @@ def predict(
         keeps=keeps,
     )
     levels = layers.choose(step.tokens)
-    chunk = min(step.labels, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary
+    chunk = chunk_rows(step.labels, vocabulary) * vocabulary
     parts = Parts(
         weights=sizes.weights,
         adapter=sizes.trainable * (2 * FLOAT32 + (width if width < FLOAT32 else 0)),

@@ -147,13 +147,23 @@ class _LinearLogProbs(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
+def chunk_rows(count: int, vocabulary: int) -> int:
+    """How many labels have their logits at a time: all chunks but the last have as many, and it has hardly fewer.
+
+    A short last chunk would read the whole head for a few labels.
+    """
+    most = max(1, CHUNK_ELEMENTS // vocabulary)
+    chunks = -(-count // most) or 1
+    return -(-count // chunks)
+
+
 def _chunks(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(labels, their hidden states in the products' dtype, logits) of a chunk at a time.
 
     The next chunk overwrites the logits.
     """
     work = product_dtype(hidden)
-    rows = min(count, max(1, CHUNK_ELEMENTS // weight.shape[0]))
+    rows = chunk_rows(count, weight.shape[0])
     # Made once: fresh pages for every chunk take longer than softmax.
     logits = hidden.new_empty(rows, weight.shape[0], dtype=work)
     for start in range(0, count, max(1, rows)):

@@ -10,7 +10,7 @@ import torch
 
 from engine.engine_helpers import SHAPES, SPLIT, assert_same, make_pair, make_rows, one_by_one, packed, phi3_mini
 from phinetune.engine import even_rows
-from phinetune.engine.even_rows import LEAST, MOST, evened, missing
+from phinetune.engine.even_rows import LEAST, MOST, added, evened, missing
 from phinetune.engine.kernels.matmul import product_dtype
 from phinetune.engine.packing import pack
 
@@ -67,6 +67,7 @@ def test_what_is_added_stands_behind_all_else_and_counts_for_nothing() -> None:
 
 
 def test_lengths_come_again() -> None:
+    assert missing(0, 1) == 0
     for count in range(1, 5000):
         whole = count + missing(count, 1)
         assert whole % LEAST == 0
@@ -80,9 +81,10 @@ def test_a_large_model_gets_few_tokens_or_none() -> None:
     assert missing(128, MOST) == 0
 
 
-def test_a_dtype_whose_products_are_not_compiled_stays_as_it_is() -> None:
-    batch = pack(make_rows(LENGTHS))
-    assert evened(batch, phi3_mini(), like()) is batch
+def test_nothing_is_added_where_nothing_is_compiled() -> None:
     half = like(torch.bfloat16)
-    assert (evened(batch, phi3_mini(), half) is batch) == (product_dtype(half) == torch.float32)
-    assert evened(batch, phi3_mini(), torch.ones(1, dtype=torch.bfloat16, device="meta")) is batch
+    assert added(190, 80, phi3_mini(), like()) == (0, 0)
+    assert (added(190, 80, phi3_mini(), half) == (0, 0)) == (product_dtype(half) == torch.float32)
+    assert added(190, 80, phi3_mini(), half.to("meta")) == (0, 0)
+    batch = pack(make_rows(LENGTHS))
+    assert evened(batch, phi3_mini(), like()) == batch

@@ -33,34 +33,38 @@ def evened(row: dict[str, Any], config: Any, like: Tensor) -> dict[str, Any]:
 
     Returns:
         the row with tokens in a segment of their own behind all others, and labels behind all others: they have a
-        weight of 0, and no conversation. Or the row as it is, where nothing is compiled for its length.
+        weight of 0, and no conversation. Nothing is added where nothing is compiled for a length.
     """
-    if not _compiles(like):
-        return row
-    sizes, made = LayerSizes.of(config, dropout=False), dict(row)
-    tokens, labels = row["input_ids"].shape[1], len(row["labels"])
-    more = missing(tokens, config.num_hidden_layers * sizes.weights)
+    made, tokens, labels = dict(row), row["input_ids"].shape[1], len(row["labels"])
+    more, more_labels = added(tokens, labels, config, like)
     if more:
         device = row["segments"].device
         made["input_ids"] = F.pad(row["input_ids"], (0, more))
         made["position_ids"] = torch.cat([row["position_ids"], torch.arange(more, device=device)[None]], dim=1)
         segment = torch.tensor([[tokens, tokens + more, -1]], device=device)
         made["segments"] = torch.cat([row["segments"], segment])
-    more = missing(labels, config.vocab_size * config.hidden_size)
     for name in ("predicts", "labels", "weights"):
-        if more and name in row:
-            made[name] = F.pad(row[name], (0, more))
+        if more_labels and name in row:
+            made[name] = F.pad(row[name], (0, more_labels))
     return made
+
+
+def added(tokens: int, labels: int, config: Any, like: Tensor) -> tuple[int, int]:
+    """How many tokens and labels a packed row of so many gets."""
+    if not _compiles(like):
+        return 0, 0
+    layers = config.num_hidden_layers * LayerSizes.of(config, dropout=False).weights
+    return missing(tokens, layers), missing(labels, config.vocab_size * config.hidden_size)
 
 
 def missing(count: int, weights: int) -> int:
     """How many rows a product lacks to an even number; 0 if they would cost too much.
 
     Args:
-        count: rows of the product, at least one.
+        count: rows of the product.
         weights: elements of all that the rows are multiplied with.
     """
-    step = max(LEAST, 1 << (count.bit_length() - 1) >> 3)
+    step = max(LEAST, (1 << count.bit_length()) >> 4)
     lacking = -count % step
     return lacking if lacking * weights <= MOST else 0
 

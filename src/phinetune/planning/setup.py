@@ -14,6 +14,7 @@ from phinetune.checkpoints.prequantized import held_as
 from phinetune.config.run import RunConfig
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.device_memory import free_bytes
+from phinetune.engine.even_rows import added
 from phinetune.engine.families import ModelConfig
 from phinetune.engine.kept_memory import keeps_memory
 from phinetune.planning.memory import MicroBatch, Parts, optimizer_name, predict
@@ -74,9 +75,11 @@ class Setup:
         """What the run takes with the fast engine."""
         sizes = count_sizes(self.shape, held_as(self.config.model, self.shape), self.settings, self.dtype)
         steps = count_steps(self.lengths, self.args, self.config.data.streaming)
-        batch = MicroBatch(steps.largest, self.objective.labels(steps.largest, self.share))
         setting, dropout = self.config.engine.activation_memory, bool(self.settings.peft.get("lora_dropout"))
         device, name = pick_device(self.config.model.device), optimizer_name(self.args)
+        largest, labels = steps.largest, self.objective.labels(steps.largest, self.share)
+        more, more_labels = added(largest, labels, self.shape, torch.empty(0, dtype=self.dtype, device=device))
+        batch = MicroBatch(largest + more, labels + more_labels)
         about = {"shared": device.type == "cpu", "keeps": keeps_memory(device)}
         return Need(sizes, steps, *predict(sizes, batch, setting, dropout, name, self.free, **about))
 

@@ -12,6 +12,7 @@ from cli import cli_helpers
 from helpers import TINY, chat, tiny_config, write_jsonl
 from phinetune.config.run import dump_config
 
+GIVEN = f" --set 'model.path={TINY}'"  # by `run`; a next command needs it, too
 SOUND = [chat(f"How far is town {i} from here?", f"It is {i} miles.") for i in range(5)]
 
 
@@ -41,7 +42,7 @@ def test_a_sound_file_ends_with_what_to_do_next(run: Any, tmp_path: Path, capsys
     out = capsys.readouterr().out
     assert f"{file}: 5 rows (5 as messages): 5 kept" in out
     assert "Nothing stands out." in out
-    assert out.splitlines()[-1] == f"Next: phinetune data preview {file}"
+    assert out.splitlines()[-1] == f"Next: phinetune data preview {file}{GIVEN}"
 
 
 def test_a_spoiled_file_has_status_1_and_can_be_fixed(
@@ -52,13 +53,13 @@ def test_a_spoiled_file_has_status_1_and_can_be_fixed(
     out = capsys.readouterr().out
     assert "✗ answers without words (1); the model would learn to say nothing" in out
     assert f"{file}:6: turn 2" in out
-    assert out.splitlines()[-1] == f"  phinetune data check {file} --fix a-clean.jsonl"
+    assert out.splitlines()[-1] == f"  phinetune data check {file}{GIVEN} --fix a-clean.jsonl"
     clean = tmp_path / "clean.jsonl"
     assert run("check", file, "--fix", clean) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[-2:] == [
         f"Wrote {clean}: 5 rows; left out 1: answers without words",
-        f"Next: phinetune data check {clean}",
+        f"Next: phinetune data check {clean}{GIVEN}",
     ]
     assert run("check", clean) == 0
     before = clean.read_bytes()
@@ -132,6 +133,12 @@ def test_a_configuration_gives_files_lengths_and_held_out_chats(
     )
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"Next: phinetune data preview {train} --config {config}; phinetune train {config}"
+    )
+    more = ["--set", "training_config.max_length=90", "--set", "data.split=the train"]
+    assert run("check", held, "--config", config, *more) == 0
+    options = " --set training_config.max_length=90 --set 'data.split=the train'"
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"Next: phinetune data preview {held} --config {config}{options}; phinetune train {config}{options}"
     )
     assert run("check", held, "--config", config) == 0  # the held-out chats alone are not compared with themselves
     spelt = tmp_path / "x" / ".." / held.name

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from phinetune.cli.options import SetOption
-from phinetune.cli.program import program
+from phinetune.cli.program import again, program
 from phinetune.cli.train import STOPPED
 from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
@@ -34,9 +34,8 @@ def curve(
 
     made = curve_config(load_config(config, overrides), stdout(), out=out, overwrite=overwrite)
     if made.stopped:
-        again = f"{program()} curve {config}" + (f" --out {out}" if out else "")
-        again += "".join(f" --set {one}" for one in overrides)
-        say(stdout(), [f"Stopped; what is finished stays in {made.path}. Go on with:", f"  {again}"])
+        command = f"{program()} curve {config}{again({'--out': out}, overrides)}"
+        say(stdout(), [f"Stopped; what is finished stays in {made.path}. Go on with:", f"  {command}"])
         sys.exit(STOPPED)
     lines = [
         f"\nWrote {made.path}: a run for each share, curve.json and the page {made.path / PAGE}",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from phinetune.cli.program import program
+from phinetune.cli.program import again, program
 from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
@@ -62,7 +62,9 @@ def check(
     else:
         screen = stdout()
         show_check(found.report, screen)
-        say(screen, _next(list(found.files), config, found.report.spoiled, found.fixed) if not found.failure else [])
+        more = again({"--config": config}, overrides)
+        train = f"; {program()} train {config}{again({}, overrides)}" if config else ""
+        say(screen, _next(list(found.files), more, train, found) if not found.failure else [])
     if found.failure:
         raise found.failure
     if found.report.spoiled:
@@ -88,7 +90,7 @@ def preview(
     say(screen, f"({key})\n")
     for row in found:
         show_row(row, screen, boundaries=tokens)
-    say(screen, f"Next: {program()} data check {file}{_with(config)}")
+    say(screen, f"Next: {program()} data check {file}{again({'--config': config}, overrides)}")
 
 
 @app.command()
@@ -134,19 +136,14 @@ def _config(file: Path | None, overrides: list[str]) -> RunConfig:
     return load_config(file, overrides) if file else make_config({}, overrides)
 
 
-def _next(files: list[str], config: Path | None, spoiled: bool, fixed: Any) -> list[str]:
-    if fixed:
+def _next(files: list[str], more: str, train: str, found: Any) -> list[str]:
+    if fixed := found.fixed:
         remaining = [f"Left to you: {what}" for what in fixed.remaining]
-        return [fixed.line(), *remaining, f"Next: {program()} data check {fixed.path}{_with(config)}"]
-    if spoiled:
+        return [fixed.line(), *remaining, f"Next: {program()} data check {fixed.path}{more}"]
+    if found.report.spoiled:
         name = Path(files[0]).with_suffix("").name
         return [
             "A run on these rows would fail or be spoiled. Next: mend what is marked ✗, or write what can be saved:",
-            f"  {program()} data check {' '.join(files)}{_with(config)} --fix {name}-clean.jsonl",
+            f"  {program()} data check {' '.join(files)}{more} --fix {name}-clean.jsonl",
         ]
-    train = f"; {program()} train {config}" if config else ""
-    return [f"Next: {program()} data preview {files[0]}{_with(config)}{train}"]
-
-
-def _with(config: Path | None) -> str:
-    return f" --config {config}" if config else ""
+    return [f"Next: {program()} data preview {files[0]}{more}{train}"]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from phinetune.cli.options import SetOption
-from phinetune.cli.program import program
+from phinetune.cli.program import again, program
 from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
@@ -38,6 +38,6 @@ def plan(
         if made.refused:
             say(stdout(), f"`train` refuses it as the folder is now: {made.refused}")
         elif made.fits:
-            say(stdout(), f"Next: {program()} train {config}")
+            say(stdout(), f"Next: {program()} train {config}{again({}, overrides)}")
     if not made.fits:
         sys.exit(1)

@@ -11,7 +11,7 @@ import typer
 from phinetune import launched
 from phinetune.cli.launching import launch, launches
 from phinetune.cli.options import Overwrite, SetOption
-from phinetune.cli.program import program
+from phinetune.cli.program import again, program
 from phinetune.loading import libraries
 from phinetune.screen.console import say, stdout
 
@@ -61,8 +61,8 @@ def train(
         changed=changed,
         max_time=max_time,
     )
-    several = f" --nproc {nproc}" if nproc > 1 else ""
-    say_next(made, f"{program()} train {config}{several}")
+    options = again({"--nproc": nproc if nproc > 1 else None}, overrides)
+    say_next(made, f"{program()} train {config}{options}")
 
 
 @app.command()
@@ -77,10 +77,10 @@ def demo(
         from phinetune.api.train import demo as run_demo
 
     made = run_demo(output_dir, overrides, resume=resume, overwrite=overwrite, console=stdout())
-    say_next(made, f"{program()} demo --output-dir {output_dir}")
+    say_next(made, f"{program()} demo{again({'--output-dir': output_dir}, overrides)}")
 
 
-def say_next(made: Run, command: str, again: str = " --resume") -> None:
+def say_next(made: Run, command: str, more: str = " --resume") -> None:
     """What was written and what to do next. A run that was stopped ends the program with status `STOPPED`.
 
     Of several processes the first one says it. Its launcher would end it at once if one of the others failed.
@@ -91,7 +91,7 @@ def say_next(made: Run, command: str, again: str = " --resume") -> None:
     if made.stopped:
         steps = made.results["training"]["steps"]
         stopped = f"Stopped after step {steps}; a checkpoint is in {path}, a report in {page}. Go on with:"
-        say(stdout(), [stopped, f"  {command}{again}"])
+        say(stdout(), [stopped, f"  {command}{more}"])
         if not launched.is_ours():
             sys.exit(STOPPED)
         launched.report(STOPPED)

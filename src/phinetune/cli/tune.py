@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from phinetune.cli.options import Overwrite, SetOption
-from phinetune.cli.program import program
+from phinetune.cli.program import again, program
 from phinetune.cli.train import STOPPED, say_next
 from phinetune.errors import ConfigError
 from phinetune.loading import libraries
@@ -48,14 +48,16 @@ def tune(
     )
     made = tune_config(load_config(config, overrides), wish, stdout(), study=study, overwrite=overwrite)
     page = made.path / "report.html"
+    given = {"--trials": trials, "--rates": rates, "--ranks": ranks, "--epochs": epochs, "--study": study}
+    command = f"{program()} tune {config}{again(given, overrides)}"
     if made.stopped and not (made.path / "config.yaml").is_file():
         words = [f"Stopped; what was found up to here is in {made.path}, a picture in {page}. Go on with:"]
-        say(stdout(), [*words, f"  {program()} tune {config}"])
+        say(stdout(), [*words, f"  {command}"])
         sys.exit(STOPPED)
     if "elsewhere" in made.results:
         say(stdout(), [f"Wrote {page}. The winner, {made.results['elsewhere']}: its run ends there."])
         return
-    say_next(made, f"{program()} tune {config}", again="")
+    say_next(made, command, more="")
     say(stdout(), f"The candidates, with a picture: {made.path}-tune/report.html")
 
 

@@ -25,7 +25,7 @@ PLENTY_SHARED = 1 << 30
 # bytes: glibc always maps these by themselves (mallopt(3), M_MMAP_THRESHOLD).
 SLACK = 1.3
 MAPPED = 32 * 2**20  # bytes
-KEPT_SLACK = 1.1  # the same for tensors of any size where their memory is kept (`engine.kept_memory`)
+KEPT_SLACK = 1.2  # the same for tensors of any size where their memory is kept (`engine.kept_memory`)
 MLP_ROWS = 4096  # tokens for which a layer that is recomputed whole computes its MLP at a time
 # An adapter's gradient and AdamW's two moments, in float32.
 BYTES_A_TRAINED_PARAMETER = 12

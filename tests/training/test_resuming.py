@@ -120,6 +120,22 @@ def test_what_decides_the_result_is_refused_with_both_values_and_nothing_is_touc
     assert snapshot(stopped) == before
 
 
+def test_a_dtype_that_was_chosen_stays_on_a_machine_that_would_choose_another(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(chats, tmp_path / "run")
+    monkeypatch.setattr("phinetune.checkpoints.device.has_native_bf16", lambda device: True)
+    stop_at(config, 4)
+    whole = train_only(config_of(chats, tmp_path / "whole"))
+    monkeypatch.setattr("phinetune.checkpoints.device.has_native_bf16", lambda device: False)
+    resumed = train_only(config, resume=True)
+    assert resumed.loaded.model.dtype == torch.bfloat16
+    one, two = (load_file(run.folder.path / "adapter_model.safetensors") for run in (resumed, whole))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    note = "model.dtype: bfloat16, as the run began; on this machine `auto` would be float32"
+    assert note in resumed.prepared.settings.notes
+
+
 def test_all_differences_are_told_at_once(chats: Path, stopped: Path) -> None:
     config = config_of(chats, stopped, seed=1, weight_decay=0.5)
     config.peft_config["lora_alpha"] = 2

@@ -110,7 +110,7 @@ def race(
     show_settings(entry.first.choices, console)
     say(console, entry.describe())
     _replace(folder, resume=resume, overwrite=overwrite)
-    with field_on_ray(on_ray, console) as cluster:
+    with field_on_ray(on_ray, rows.device, console) as cluster:
         held = _held(entry, folder, study, stop, console, cluster)
         raced = Raced(folder, output, rows, held.trainer.base, machine=entry.machine)
         try:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
+
 from phinetune.config.run import RunConfig
 from phinetune.ray_cluster import ADDRESS, connected, share_of
 from phinetune.screen.console import Console, say
@@ -14,8 +16,11 @@ from phinetune.training.stretches import Stretch
 
 
 @contextmanager
-def field_on_ray(on_ray: RunConfig | None, console: Console) -> Iterator[dict[str, Any]]:
+def field_on_ray(on_ray: RunConfig | None, device: torch.device, console: Console) -> Iterator[dict[str, Any]]:
     """A context with what a race on a Ray cluster takes besides; nothing for one that is held here.
+
+    Args:
+        device: on which the run is finished here. Candidates train on GPUs where that is one.
 
     Raises:
         ConfigError: the cluster can't be used.
@@ -25,7 +30,7 @@ def field_on_ray(on_ray: RunConfig | None, console: Console) -> Iterator[dict[st
         return
     with connected() as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        share = share_of(nodes, on_gpus=on_ray.model.device != "cpu")
+        share = share_of(nodes, on_gpus=device.type != "cpu")
         many = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
         say(console, f"{ADDRESS} is set: candidates train on its Ray cluster ({many}), each with {share}.")
         told = {"on_sent": partial(_tell_sent, console), "on_done": partial(_tell_done, console)}

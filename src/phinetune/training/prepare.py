@@ -154,12 +154,31 @@ def settle(config: RunConfig) -> SettledRun:
 def as_it_began(settled: SettledRun, start: Mapping[str, Any]) -> tuple[SettledRun, Mapping[str, Any]]:
     """A run that goes on, and what it chose when it began. One of an older version had fixed defaults.
 
+    Where `model.dtype` is auto, the dtype is what it was when the run began, whatever this machine would choose.
+
     Args:
         start: what its start.json holds.
     """
+    settled = _with_dtype(settled, str((start.get("decides") or {}).get("model.dtype", "")).removeprefix("torch."))
     if CHOSEN in start:
         return settled, start[CHOSEN] or {}
     return replace(settled, settings=settled.settings.without_auto()), {}
+
+
+def _with_dtype(settled: SettledRun, began: str) -> SettledRun:
+    """The run in the dtype in which it began, if that was chosen and is not given."""
+    config = settled.config
+    if config.model.dtype != "auto" or not began:
+        return settled
+    here = str(pick_dtype("auto", pick_device(config.model.device))).removeprefix("torch.")
+    note = f"model.dtype: {began}, as the run began; on this machine `auto` would be {here}"
+    notes = [*settled.settings.notes, note] if here != began else settled.settings.notes
+    model = config.model.model_copy(update={"dtype": began})
+    return replace(
+        settled,
+        config=config.model_copy(update={"model": model}),
+        settings=replace(settled.settings, notes=notes),
+    )
 
 
 def prepare_run(settled: SettledRun, recorded: Mapping[str, Any] | None = None) -> PreparedRun:

@@ -96,9 +96,13 @@ class RaceOnRay(Race):
 
     @property
     def _run(self) -> str:
-        """What a node has to know of the race."""
+        """What a node has to know of the race. A device or dtype that was chosen here is taken there: candidates are
+        compared with each other, and the winner is finished here.
+        """
         config = with_absolute_places(self.config)
         config.training_config["output_dir"] = str(self.config.output_dir.resolve())
+        config.model.device = self.trainer.rows.device.type
+        config.model.dtype = str(self.trainer.rows.dtype).removeprefix("torch.")
         return json.dumps(
             {
                 "version": VERSION,

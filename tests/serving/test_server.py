@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 
 from phinetune.errors import ConfigError, PhinetuneError, RunError
-from phinetune.serving.server import check_place, is_loopback, own_key, running_state
+from phinetune.serving.server import _listening, check_place, is_loopback, own_key, running_state
 from phinetune.serving.settings import ServerSettings, make_settings
 
 
@@ -53,3 +54,10 @@ def test_models_are_named_on_the_command_line(tmp_path: Path) -> None:
     for wrong in (["a/b"], ["a=x", "a=y"], ["=x"]):
         with pytest.raises(PhinetuneError):
             models(*wrong)
+
+
+def test_an_answer_waits_for_no_receipt_of_its_head() -> None:
+    with _listening(ServerSettings(port=0)) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -57,10 +57,13 @@ def alpaca(draw: random.Random) -> list[Row]:
 
 
 def arithmetic(draw: random.Random) -> list[Row]:
-    """Sums and differences of two numbers."""
+    """Sums and differences of two small numbers, so many that they can be learnt.
+
+    Of 200 rows with numbers up to 99 nothing was learnt but by heart: the less a run trained, the better it did.
+    """
     rows = []
-    for _ in range(200):
-        a, b, plus = draw.randint(10, 99), draw.randint(10, 99), draw.random() < 0.5
+    for _ in range(600):
+        a, b, plus = draw.randint(2, 30), draw.randint(2, 30), draw.random() < 0.5
         rows.append(chat(f"{a} {'+' if plus else '-'} {b}", f"= {a + b if plus else a - b}"))
     return rows
 

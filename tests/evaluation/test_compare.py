@@ -18,8 +18,8 @@ from phinetune.checkpoints.load import load_base
 from phinetune.checkpoints.opened import Opened, open_model
 from phinetune.config.data import DataSection
 from phinetune.config.evaluation import EvaluationSection
-from phinetune.data.prepare.build_sets import build_set
 from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.data.prepare.collect_sets import build_set
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.read.row import Row
 from phinetune.engine.scoring import score_rows

@@ -328,7 +328,7 @@ def test_a_table_with_a_blank_answer_says_so(tmp_path: Path) -> None:
 
 
 def test_ids_beside_a_chat_hide_no_near_copy(tmp_path: Path) -> None:
-    rows = [{**chat(LONG, f"It will rain on day {i}."), "input_ids": [i]} for i in (1, 2)]
+    rows = [{**chat(LONG, f"It will rain on day {i}."), "input_ids": [i]} for i in (3, 4)]
     assert places(check(write_jsonl(tmp_path / "a.jsonl", rows)), "near") == ["a.jsonl:2"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from helpers import chat, write_jsonl
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
-from phinetune.data.prepare import build_sets, copies, stream
+from phinetune.data.prepare import build_sets, copies, duplicates, stream
 from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats
 from phinetune.data.prepare.copies import SetKeys, groups_of, keys_of, with_near
-from phinetune.data.prepare.duplicates import NearDuplicates
+from phinetune.data.prepare.duplicates import Hashes, NearDuplicates
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.prepare.shared_rows import Shared, shared_sentences
 from phinetune.data.read.row import Row
@@ -33,8 +34,7 @@ def words(count: int = 60) -> str:
 
 def groups(rows: list[dict[str, Any]]) -> list[int]:
     outcomes = RowEncoder(DataSection(), ENCODER, None)(Row(f"a:{i}", row) for i, row in enumerate(rows))
-    (keys,) = with_near(keys_of(list(outcomes)))
-    return groups_of(keys)
+    return groups_of(with_near(keys_of(list(outcomes))))
 
 
 def build(file: Path, **section: Any) -> Chats:
@@ -98,9 +98,9 @@ def test_a_split_set_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     searched: list[int] = []
 
     class Counting(NearDuplicates):
-        def add(self, number: int, text: str) -> int | None:
+        def add(self, number: int, mine: Hashes) -> int | None:
             searched.append(number)
-            return super().add(number, text)
+            return super().add(number, mine)
 
     monkeypatch.setattr(copies, "NearDuplicates", Counting)
     build(write_jsonl(tmp_path / "a.jsonl", single(8)), eval=0.25)
@@ -142,7 +142,7 @@ def test_a_share_parts_no_copies(seed: int, large: bool, monkeypatch: pytest.Mon
     assert made.held_out
     assert (len(made.train), len(made.held_out)) == (12, 12)
     assert not {str(one) for one in made.train.chats} & {str(one) for one in made.held_out.chats}
-    assert made.held_out.shared == Shared(12, 0, None if large else 0, 0)
+    assert made.held_out.shared == Shared(12, 0, 0, 0)
 
 
 def test_copies_of_one_row_can_not_be_parted(tmp_path: Path) -> None:
@@ -151,7 +151,29 @@ def test_copies_of_one_row_can_not_be_parted(tmp_path: Path) -> None:
         build(file, eval=0.25)
 
 
-def test_held_out_rows_of_a_file_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True], ids=["in memory", "on disk"])
+def test_a_share_parts_no_near_copies(large: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    if large:
+        monkeypatch.setattr(build_sets, "SMALL", 5)
+    texts = [words() for _ in range(12)]
+    rows = [chat("Tell me.", text) for text in texts] + [chat("Tell it.", f"{text} indeed") for text in texts]
+    made = build(write_jsonl(tmp_path / "a.jsonl", [*rows, *single(20)]), eval=0.5, seed=1)
+    assert made.held_out
+    sides = [
+        {str(one[-1]["content"]).removesuffix(" indeed") for one in side.chats} & set(texts)
+        for side in (made.train, made.held_out)
+    ]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    assert made.held_out.shared == Shared(len(made.held_out), 0, 0, 0)
+
+
+@pytest.mark.parametrize("large", ["", "train", "both"])
+def test_held_out_rows_of_a_file_are_counted(large: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    if large:
+        monkeypatch.setattr(build_sets, "SMALL", {"train": 9, "both": 5}[large])
     known = single(8)
     file = write_jsonl(tmp_path / "a.jsonl", [*known, chat("Is it far?", "Yes."), chat("Tell me.", LONG)])
     held = [*known[:3], chat("IS IT FAR?", "yes."), chat("Tell me.", f"{LONG} indeed"), chat("Is it far?", "No.")]
@@ -169,8 +191,19 @@ def test_rows_that_are_dropped_are_not_trained_on(tmp_path: Path) -> None:
     assert made.held_out.shared == Shared(2, 1, 0, 0)
 
 
-def test_near_copies_among_too_many_rows_are_not_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(copies, "NEAR_ROWS", 11)
+@pytest.mark.parametrize(
+    ("of", "limit", "most"),
+    [
+        (copies, "NEAR_ROWS", 1),
+        (copies, "NEAR_TRAINED", 9),
+        (duplicates, "MAX_ROWS", 1),
+        (duplicates, "MAX_SHINGLES", 9),
+    ],
+)
+def test_near_copies_among_too_many_rows_are_not_looked_for(
+    of: ModuleType, limit: str, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(of, limit, most)
     rows = single(10)
     made = build(write_jsonl(tmp_path / "a.jsonl", rows), eval=str(write_jsonl(tmp_path / "h.jsonl", rows[:2])))
     assert made.held_out

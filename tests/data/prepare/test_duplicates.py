@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from phinetune.data.prepare.duplicates import ALIKE, NearDuplicates, exact_key, shingles
+from phinetune.data.prepare.duplicates import ALIKE, NearDuplicates, exact_key, hashes_of, shingles
 
 
 def test_case_and_white_space_make_no_difference() -> None:
@@ -36,7 +36,7 @@ def test_near_duplicates_are_those_that_an_exact_comparison_finds() -> None:
     kept: list[int] = []
     missed = 0
     for number, text in enumerate(texts):
-        match = near.add(number, text)
+        match = near.add(number, hashes_of(text))
         alike = [other for other in kept if jaccard(text, texts[other]) >= ALIKE]
         if match is None:
             missed += bool(alike)
@@ -50,13 +50,14 @@ def test_near_duplicates_are_those_that_an_exact_comparison_finds() -> None:
 @pytest.mark.parametrize("text", ["", "Hi", "one two three four"])
 def test_short_rows_are_never_nearly_alike(text: str) -> None:
     near = NearDuplicates()
-    assert near.add(0, text) is None
-    assert near.add(1, text + " x") is None
+    assert near.add(0, hashes_of(text)) is None
+    assert near.add(1, hashes_of(text + " x")) is None
 
 
 def test_text_without_spaces_between_words_is_compared_by_letters() -> None:
     text = "今日は天気が良いので散歩に行きましょうそれから美味しいものを食べて家に帰りたいと思います" * 2
     near = NearDuplicates()
-    assert near.add(0, text) is None
-    assert near.add(1, text.replace("散歩", "買物", 1)) == 0
-    assert near.find("全く違う文章をここに書いておきますので似ているとは言えないはずですねたぶんそうでしょう") is None
+    assert near.add(0, hashes_of(text)) is None
+    assert near.add(1, hashes_of(text.replace("散歩", "買物", 1))) == 0
+    other = "全く違う文章をここに書いておきますので似ているとは言えないはずですねたぶんそうでしょう"
+    assert near.find(hashes_of(other)) is None

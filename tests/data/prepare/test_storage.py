@@ -16,6 +16,7 @@ from phinetune.data.prepare import arrow_table as table
 from phinetune.data.prepare import build_sets as build
 from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import ChatSet
+from phinetune.data.prepare.collect_sets import build_set
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.data.read import source_parts as sources
 from phinetune.data.read.datasets_library import number_rows
@@ -74,7 +75,7 @@ def test_every_form_of_storage_gives_the_same(
 
 def test_a_data_set_in_memory_gives_the_same(wanted: ChatSet) -> None:
     rows = number_rows("memory", data_set(CHATS))
-    same(build.build_set("memory", rows, encoder(Path("memory"))), wanted)
+    same(build_set("memory", rows, encoder(Path("memory"))), wanted)
 
 
 @pytest.mark.parametrize("write", [wide, *STORAGE.values()], ids=["UTF-16", *STORAGE])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from phinetune.data.check.findings import KINDS, Findings
 from phinetune.data.prepare.copies import contrary_of, text_of_row
-from phinetune.data.prepare.duplicates import NearDuplicates, exact_key
+from phinetune.data.prepare.duplicates import NearDuplicates, exact_key, hashes_of
 from phinetune.data.prepare.encode_rows import RowOutcome
 
 
@@ -50,7 +50,7 @@ class Overlap:
         if against is not None:
             self._findings.add("contradiction", where, f"against {self._where[against]}")
             return
-        match = None if outcome.form == "tokens" else self._near.add(number, text)
+        match = None if outcome.form == "tokens" else self._near.add(number, hashes_of(text))
         if match is not None:
             self._findings.add("near", where, f"like {self._where[match]}")
 
@@ -61,7 +61,7 @@ class Overlap:
             return
         first = self._first.get(exact_key(text))
         if first is None:
-            near = self._near.find(text)
+            near = self._near.find(hashes_of(text))
             if near is not None:
                 self._findings.add("near_shared", self._where[near], f"held out at {where}")
             return

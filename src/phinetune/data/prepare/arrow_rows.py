@@ -11,7 +11,8 @@ import numpy as np
 from datasets import Dataset
 
 from phinetune.chats.template import Message
-from phinetune.data.prepare.copies import SetKeys
+from phinetune.data.prepare.copies import Marks, SetKeys
+from phinetune.data.prepare.duplicates import Hashes
 from phinetune.data.prepare.encode_rows import RowEncoder
 from phinetune.engine.examples import Encoded
 
@@ -79,6 +80,32 @@ class StoredChats(Sequence[list[Message]]):
         return (json.loads(row["chat"]) for row in self.data)
 
 
+class StoredShingles(Sequence[Hashes]):
+    """What near copies of rows are found by. `data` holds it in the column `shingles`."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data.with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @overload
+    def __getitem__(self, place: int) -> Hashes: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Hashes]: ...
+    def __getitem__(self, place: int | slice) -> Hashes | list[Hashes]:
+        found = self.data[place]["shingles"]
+        return _hashes(found) if isinstance(place, int) else [_hashes(one) for one in found]
+
+    def __iter__(self) -> Iterator[Hashes]:
+        for batch in self.data.iter(1000):
+            yield from map(_hashes, batch["shingles"])
+
+
+def _hashes(stored: Any) -> Hashes:
+    return np.asarray(stored, dtype=np.uint32)
+
+
 class Columns:
     """The small columns of a table. They say what became of its rows; the tokens are not read."""
 
@@ -110,11 +137,18 @@ class Columns:
         """The line of each row's first piece, shape (rows of the source)."""
         return np.flatnonzero(self.numbers("piece") == 0)
 
-    def keys(self, lines: np.ndarray[Any, Any]) -> SetKeys:
-        """What the rows whose first pieces stand on some lines are compared by."""
+    def keys(self, lines: np.ndarray[Any, Any], near: Marks | None = None) -> SetKeys:
+        """What the rows whose first pieces stand on some lines are compared by.
+
+        Args:
+            near: of all rows, which are nearly equal, if that is known.
+        """
         rows, asked = (self.table.data.column(name).take(lines).to_pylist() for name in ("key", "asked"))
         named = self.table.data.column("group").take(lines).to_pylist()
-        return SetKeys(rows, asked, group=named if any(named) else None)
+        shingles = StoredShingles(self.table.select_columns("shingles").select(lines))
+        if near is not None:
+            near = [near[row] for row in np.searchsorted(self.first_lines(), lines)]
+        return SetKeys(rows, asked, near, named if any(named) else None, stored=shingles)
 
     def counts(self, name: str, places: Sequence[int]) -> Counter[str]:
         """How many of the rows at `places` have each text of this column."""

@@ -19,7 +19,8 @@ import pyarrow
 from datasets import Dataset, concatenate_datasets
 
 from phinetune.chats.encoder import ends_a_turn
-from phinetune.data.prepare.copies import key_of
+from phinetune.data.prepare.copies import compared_text, key_of
+from phinetune.data.prepare.duplicates import hashes_of
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
 from phinetune.data.prepare.workers import end_with, ending_with_us
 from phinetune.data.read.row import Broken, Row
@@ -46,6 +47,7 @@ FIELDS = {
     "chat": pyarrow.string(),  # the messages as JSON, if the row is a chat
     "key": pyarrow.binary(),  # what the row is compared by as a whole, and
     "asked": pyarrow.binary(),  # by the turns before its first answer
+    "shingles": pyarrow.list_(pyarrow.uint32()),  # and what near copies of it are found by
     "piece": pyarrow.int32(),  # which piece of its row it is, from 0
     "unused": pyarrow.string(),  # what of the row reaches no model, as JSON
     "notes": pyarrow.string(),  # what storage may have changed, as JSON
@@ -142,6 +144,7 @@ def _line(outcome: RowOutcome, encode: RowEncoder) -> dict[str, Any]:
         "chat": json.dumps(outcome.chat) if example and outcome.chat else None,
         "key": key,
         "asked": asked,
+        "shingles": hashes_of(compared_text(outcome)) if outcome.piece == 0 else None,
         "piece": outcome.piece,
         "unused": json.dumps(outcome.audit.unused) if outcome.audit.unused else None,
         "notes": json.dumps(sorted(outcome.audit.notes)) if outcome.audit.notes else None,

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from phinetune.chats.template import Message
 from phinetune.config.data import DataSection, WeightedFile
-from phinetune.data.prepare.arrow_rows import Columns, StoredChats, StoredRows, trained_columns
+from phinetune.data.prepare.arrow_rows import Columns
 from phinetune.data.prepare.arrow_table import read_table, write_table
 from phinetune.data.prepare.cache import cache_key, cached_folder
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
-from phinetune.data.prepare.copies import Marks, SetKeys, count_shared, groups_of, keys_of, with_near
-from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome, tag_of
+from phinetune.data.prepare.collect_sets import check_usable, collect_set, stored_set
+from phinetune.data.prepare.copies import Marks, SetKeys, count_shared, groups_of, keys_of, near_between, with_near
+from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
 from phinetune.data.prepare.first_rows import look_at_first
 from phinetune.data.prepare.named_sources import name_sources, weighted
 from phinetune.data.prepare.report import DataReport
@@ -30,7 +28,6 @@ from phinetune.data.prepare.stream import first_rows, stream, tell_unused
 from phinetune.data.read.any_source import read_first, scan_rows
 from phinetune.data.read.row import Row
 from phinetune.data.read.source_parts import digest
-from phinetune.engine.examples import Encoded
 from phinetune.errors import DataError, at_most
 
 logger = logging.getLogger(__name__)
@@ -126,7 +123,7 @@ def compare_sets(train: ChatSet, held_out: ChatSet) -> None:
     """Count how many held-out rows are trained on, if the rows of both sets are known; of a stream its first rows."""
     if train.keys and held_out.keys:
         looked = train.keys.near is not None and held_out.keys.near is not None  # they are one set, split by fraction
-        keys = [train.keys, held_out.keys] if looked else with_near(train.keys, held_out.keys)
+        keys = (train.keys, held_out.keys) if looked else near_between(train.keys, held_out.keys)
         held_out.shared = count_shared(*keys)
         if train.stream is not None:
             held_out.not_compared = (
@@ -186,7 +183,7 @@ def read_sets(
         places = split_places(counts, weights, set(), seed)[0]
         return source_rows.make_set(name, _share_of(places, train_share, seed, named)), None
     assert keys
-    (keys,) = with_near(keys)
+    keys = with_near(keys)
     held_out = held_out_places(sum(counts), share, seed, groups_of(keys))
     train, held = split_places(counts, weights, held_out, seed)
     train = _share_of(train, train_share, seed, named)
@@ -225,7 +222,7 @@ def _prepare_small(rows_by_source: Sequence[Sequence[Row]], encode: RowEncoder) 
         rows[-1].append(outcome)
 
     def make_set(name: str, places: Sequence[int], keys: SetKeys | None = None) -> ChatSet:
-        made = _collect(name, itertools.chain.from_iterable(rows[place] for place in places), encode)
+        made = collect_set(name, itertools.chain.from_iterable(rows[place] for place in places), encode)
         kept = [place for place in dict.fromkeys(places) if rows[place][0].encoded]
         made.keys = keys.at(kept) if keys else keys_of([rows[place][0] for place in kept], encode.section.group)
         return made
@@ -258,60 +255,6 @@ def _read_small(paths: Sequence[str], encode: RowEncoder) -> list[list[Row]] | N
     return rows
 
 
-def build_set(name: str, rows: Iterable[Row], encode: RowEncoder) -> ChatSet:
-    """Check and encode rows in memory, and count what becomes of them.
-
-    Args:
-        name: of the set, for its report.
-
-    Raises:
-        DataError: rows can't be used (unless `invalid_rows` is `drop`), or no row can.
-    """
-    return _collect(name, encode(rows), encode)
-
-
-def _collect(name: str, outcomes: Iterable[RowOutcome], encode: RowEncoder) -> ChatSet:
-    chats: list[list[Message]] = []
-    examples: list[Encoded] = []
-    places: list[int] = []
-    tags: list[str] = []
-    where: list[str] = []
-    report = DataReport(name)
-    problems: list[str] = []
-    tag = encode.section.tag
-    for outcome in outcomes:
-        report.count(outcome)
-        if outcome.error:
-            problems.append(f"{outcome.row.where}: {outcome.error}")
-        if outcome.encoded:
-            examples.append(outcome.encoded)
-            where.append(outcome.row.where)
-            if tag:
-                tags.append(tag_of(outcome.row, tag))
-            if outcome.chat:
-                chats.append(outcome.chat)
-                places.append(len(examples) - 1)
-    check_usable(report, problems, encode.section)
-    return ChatSet(chats, examples, report, places, tags, where)
-
-
-def check_usable(report: DataReport, problems: Sequence[str], section: DataSection) -> None:
-    """Make sure that a set can be trained on.
-
-    Args:
-        report: what became of the set's rows.
-        problems: a sentence for each row that can't be used.
-
-    Raises:
-        DataError: rows can't be used (unless `invalid_rows` is `drop`), or no row is kept.
-    """
-    if problems and section.invalid_rows == "fail":
-        raise DataError([*at_most(problems), "(data.invalid_rows: drop leaves such rows out and counts them)"])
-    if not report.kept:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        raise DataError(f"{report.source}: no chat to use: " + (reasons or "the set is empty"))
-
-
 def _prepare_large(paths: Sequence[str], encode: RowEncoder) -> _SourceRows:
     section = encode.section
     tables = [_cached_table(path, encode) for path in paths]
@@ -325,7 +268,7 @@ def _prepare_large(paths: Sequence[str], encode: RowEncoder) -> _SourceRows:
         return columns.keys(columns.first_lines()[: sum(counts)])
 
     def make_set(name: str, places: Sequence[int], keys: SetKeys | None = None) -> ChatSet:
-        return _stored_set(name, columns, places, encode)
+        return stored_set(name, columns, places, encode, keys.near if keys else None)
 
     return _SourceRows(counts, all_keys, make_set)
 
@@ -364,44 +307,7 @@ def _streamed_set(name: str, encode: RowEncoder) -> ChatSet:
     """
     rows = first_rows(encode.section, encode.forms)
     outcomes = list(encode(rows))
-    chat_set = _collect(f"{name} (streamed; its first {len(rows)} rows)", outcomes, encode)
+    chat_set = collect_set(f"{name} (streamed; its first {len(rows)} rows)", outcomes, encode)
     chat_set.keys = keys_of([outcome for outcome in outcomes if outcome.piece == 0 and outcome.encoded])
     chat_set.stream, chat_set.where = stream(encode), []
     return chat_set
-
-
-def _stored_set(name: str, columns: Columns, places: Sequence[int], encode: RowEncoder) -> ChatSet:
-    """The set of a source's rows at `places`. A place may stand there several times."""
-    lines = columns.lines_of(places)
-    order = np.asarray(lines, dtype=np.int64)
-    lengths, piece = columns.numbers("length")[order], columns.numbers("piece")[order]
-    in_pieces = int((piece == 1).sum())
-    report = DataReport(
-        name,
-        rows=len(places),
-        kept=int(((lengths > 0) & (piece == 0)).sum()),
-        cut=int(columns.numbers("cut")[order].sum()),
-        dropped=columns.counts("reason", lines),
-        forms=columns.counts("form", lines),
-        tokens=int(lengths.sum()),
-        trainable_tokens=int(columns.numbers("trainable")[order].sum()),
-        longest=int(lengths.max(initial=0)),
-        in_pieces=in_pieces,
-        pieces=in_pieces + int((piece > 0).sum()),
-    )
-    for text, count in columns.counts("unused", lines).items():
-        report.count_audit(json.loads(text), (), count)
-    for text, count in columns.counts("notes", lines).items():
-        report.count_audit({}, json.loads(text), count)
-    check_usable(report, [text for _, text in columns.texts("error", lines)], encode.section)
-    rows = order[lengths > 0]
-    is_chat = columns.table.data.column("chat").is_valid().to_numpy()[rows]
-    return ChatSet(
-        StoredChats(columns.table.select_columns("chat").select(rows[is_chat])),
-        StoredRows(columns.table.select_columns(trained_columns(encode)).select(rows), encode.columns),
-        report,
-        np.flatnonzero(is_chat).tolist(),
-        [tag for _, tag in columns.texts("tag", rows.tolist())],
-        stored_end=bool(columns.numbers("ends")[order].any()),
-        keys=columns.keys(np.unique(order[(lengths > 0) & (piece == 0)])),
-    )

@@ -7,19 +7,26 @@ and to a lesser degree for another answer to the same question.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from phinetune.chats.template import Message
-from phinetune.data.prepare.duplicates import NearDuplicates, exact_key
+from phinetune.data.prepare.duplicates import MAX_ROWS, Hashes, NearDuplicates, exact_key, hashes_of
 from phinetune.data.prepare.encode_rows import RowOutcome, tag_of
 from phinetune.data.prepare.shared_rows import Shared
 
 # What more than one in so many rows have in common, and more than so many rows, is the form of the task (an instruction
 # for all of them, for example) and makes no copies of them.
 FORM = 4
-NEAR_ROWS = 10_000  # rows among which near copies are looked for; it takes about half a millisecond each
+# Looking for a near copy of a row takes about half a millisecond. So many rows are compared with each other, and so
+# many training rows with those that are held out.
+NEAR_ROWS = MAX_ROWS
+NEAR_TRAINED = 300_000
+TOLD_FROM = 10_000  # rows: it is said that they are compared, since that takes some seconds
+
+logger = logging.getLogger(__name__)
 
 Marks = Sequence[Hashable | None]  # for each row, what it has in common with others; None: nothing
 
@@ -31,23 +38,27 @@ class SetKeys:
     Attributes:
         rows: equal for rows that are copies but for white space and case; None for a row that can't be used.
         asked: equal for rows with the same turns before the first answer; None for a row that is no chat.
-        texts: the rows as texts; None if they are too many to look for near copies.
         near: equal for rows that are nearly equal; None if they were not looked for.
         group: what rows have in the column `data.group`; None without such a column.
+        texts: the rows as texts, if they are in memory; `stored`: the shingles of rows on disk.
     """
 
     rows: Marks
     asked: Marks
-    texts: Sequence[str] | None = None
     near: Marks | None = None
     group: Marks | None = None
+    texts: Sequence[str] = ()
+    stored: Sequence[Hashes] = ()
+
+    def shingles(self) -> Iterable[Hashes]:
+        """What the rows are compared by to find near copies, in order."""
+        return map(hashes_of, self.texts) if self.texts else self.stored
 
     def at(self, places: Sequence[int]) -> SetKeys:
-        """The keys of the rows at some places."""
+        """The keys of the rows at some places. They are in memory."""
         rows, asked = ([marks[place] for place in places] for marks in (self.rows, self.asked))
-        others = (self.texts, self.near, self.group)
-        texts, near, group = (None if one is None else [one[place] for place in places] for one in others)
-        return SetKeys(rows, asked, texts, near, group)  # type: ignore[arg-type]
+        near, group = (None if one is None else [one[place] for place in places] for one in (self.near, self.group))
+        return SetKeys(rows, asked, near, group, [self.texts[place] for place in places] if self.texts else ())
 
 
 def text_of(messages: Sequence[Message]) -> str:
@@ -105,20 +116,45 @@ def keys_of(outcomes: Sequence[RowOutcome], group: str | None = None) -> SetKeys
         group: the column `data.group`.
     """
     keys = [key_of(outcome) for outcome in outcomes]
-    texts = [text_of(outcome.messages) or outcome.text or "" for outcome in outcomes]  # ids have no words to compare
+    texts = [compared_text(outcome) for outcome in outcomes]
     groups = [tag_of(outcome.row, group) or None for outcome in outcomes] if group else None
-    return SetKeys([row for row, _ in keys], [asked for _, asked in keys], texts, None, groups)
+    return SetKeys([row for row, _ in keys], [asked for _, asked in keys], None, groups, texts)
 
 
-def with_near(*sets: SetKeys) -> list[SetKeys]:
-    """The sets with what is nearly equal in all of them together; as they are if there are too many rows to look."""
-    texts: list[str] = []
-    for one in sets:
-        if one.texts is None or len(texts) + len(one.texts) > NEAR_ROWS:
-            return list(sets)
-        texts += one.texts
-    marks = iter(_near(texts))
-    return [replace(one, near=[next(marks) for _ in one.rows]) for one in sets]
+def compared_text(outcome: RowOutcome) -> str:
+    """The text by which near copies of a row are found; empty if it has none. Ids have no words to compare."""
+    return text_of(outcome.messages) or outcome.text or ""
+
+
+def with_near(keys: SetKeys) -> SetKeys:
+    """The set with what is nearly equal in it; as it is if there are too many rows to look."""
+    if len(keys.rows) > NEAR_ROWS:
+        return keys
+    _tell(len(keys.rows))
+    found = NearDuplicates()
+    matches = [found.add(place, mine) for place, mine in enumerate(keys.shingles())]
+    return keys if found.lacks_rows else replace(keys, near=_marks_of(matches))
+
+
+def near_between(train: SetKeys, held_out: SetKeys) -> tuple[SetKeys, SetKeys]:
+    """Both sets with what training rows are nearly equal to among the held-out rows; as they are if there are too many
+    rows to look.
+    """
+    if len(held_out.rows) > NEAR_ROWS or len(train.rows) > NEAR_TRAINED:
+        return train, held_out
+    _tell(len(train.rows) + len(held_out.rows))
+    found = NearDuplicates()
+    held = [found.add(place, mine) for place, mine in enumerate(held_out.shingles())]
+    if found.lacks_rows:
+        return train, held_out
+    trained = [found.find(mine) for mine in train.shingles()]
+    marks = _marks_of(held, trained)
+    return replace(train, near=trained), replace(held_out, near=marks)
+
+
+def _tell(rows: int) -> None:
+    if rows >= TOLD_FROM:
+        logger.info("looking for near copies among %s rows", f"{rows:,}")
 
 
 def groups_of(keys: SetKeys) -> list[int]:
@@ -135,11 +171,13 @@ def groups_of(keys: SetKeys) -> list[int]:
     return copies if len(set(groups)) == 1 else groups
 
 
-def _near(texts: Sequence[str]) -> list[int | None]:
-    """For each text the number of the first one that it is nearly equal to, its own if that is it."""
-    found = NearDuplicates()
-    matches = [found.add(number, text) for number, text in enumerate(texts)]
-    heads = {match for match in matches if match is not None}
+def _marks_of(matches: Sequence[int | None], others: Sequence[int | None] = ()) -> list[int | None]:
+    """The marks of rows of which each has the number of the first one that it is nearly equal to, if it is not that.
+
+    Args:
+        others: what further rows, outside of these, are nearly equal to.
+    """
+    heads = {match for match in (*matches, *others) if match is not None}
     return [number if number in heads else match for number, match in enumerate(matches)]
 
 
@@ -169,7 +207,7 @@ def _joined(count: int, marks: Sequence[Marks]) -> list[int]:
 
 
 def count_shared(train: SetKeys, held_out: SetKeys) -> Shared:
-    """Compare the rows of both sides, both as `with_near` returned them.
+    """Compare the rows of both sides, as `near_between` returned them, or as parts of one set that `with_near` did.
 
     A question, and a likeness, that are the form of the task are not counted.
     """

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+Hashes = np.ndarray[tuple[int], np.dtype[np.uint32]]  # of a row's shingles, each once
+
 ALIKE = 0.8  # least Jaccard similarity of nearly equal rows: the share of their shingles that both have
 MAX_ROWS = 50_000  # rows kept for comparison; further rows are compared only with these
 MAX_SHINGLES = 50_000_000  # shingles kept for comparison, 4 bytes each
@@ -37,50 +39,59 @@ def shingles(text: str) -> set[bytes]:
     return {" ".join(words[i : i + 3]).encode("utf-8", "replace") for i in range(max(1, len(words) - 2))}
 
 
+def hashes_of(text: str) -> Hashes:
+    """A text's shingles as numbers, shape (shingles). Two shingles of a row hardly ever get the same number."""
+    return np.unique(np.fromiter(map(zlib.crc32, shingles(text)), np.uint32))
+
+
 class NearDuplicates:
-    """Finds for a row an earlier row that is nearly equal. Keeps 4 bytes for each shingle, but no texts."""
+    """Finds for a row an earlier row that is nearly equal. Keeps 4 bytes for each shingle, but no texts.
+
+    Attributes:
+        lacks_rows: whether rows were not added, because there is no more room.
+    """
 
     def __init__(self) -> None:
         from datasketch import MinHash, MinHashLSH
 
         self._index: Any = MinHashLSH(threshold=ALIKE, num_perm=_PERMUTATIONS, weights=_WEIGHTS)
-        self._empty: Any = MinHash(num_perm=_PERMUTATIONS)
-        self._shingles: dict[int, np.ndarray[Any, Any]] = {}
+        self._empty: Any = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
+        self._shingles: dict[int, Hashes] = {}
         self._held = 0
+        self.lacks_rows = False
 
-    def find(self, text: str) -> int | None:
-        """The number of the first added row that is nearly equal to `text`; None if there is none."""
-        mine = shingles(text)
+    def find(self, mine: Hashes) -> int | None:
+        """The number of the first added row that is nearly equal to one with these shingles; None if there is none."""
         return None if len(mine) < _MIN_SHINGLES else self._match(mine, self._sketch(mine))
 
-    def add(self, number: int, text: str) -> int | None:
-        """As `find`. If it finds no row, `text` is added under `number`."""
-        mine = shingles(text)
+    def add(self, number: int, mine: Hashes) -> int | None:
+        """As `find`. If it finds no row, this one is added under `number`."""
         if len(mine) < _MIN_SHINGLES:
             return None
         sketch = self._sketch(mine)
         match = self._match(mine, sketch)
         # Of rows that are alike only the first is added. It stands for the others.
-        if match is None and len(self._shingles) < MAX_ROWS and self._held < MAX_SHINGLES:
-            self._index.insert(number, sketch)
-            self._shingles[number] = _hashes(mine)
-            self._held += len(mine)
+        if match is None:
+            self._keep(number, mine, sketch)
         return match
 
-    def _sketch(self, mine: set[bytes]) -> Any:
+    def _keep(self, number: int, mine: Hashes, sketch: Any) -> None:
+        if len(self._shingles) >= MAX_ROWS or self._held >= MAX_SHINGLES:
+            self.lacks_rows = True
+            return
+        self._index.insert(number, sketch)
+        self._shingles[number] = mine
+        self._held += len(mine)
+
+    def _sketch(self, mine: Hashes) -> Any:
         sketch = self._empty.copy()
         sketch.update_batch(mine)
         return sketch
 
-    def _match(self, mine: set[bytes], sketch: Any) -> int | None:
+    def _match(self, mine: Hashes, sketch: Any) -> int | None:
         for number in sorted(self._index.query(sketch)):
             other = self._shingles[number]
-            both = len(np.intersect1d(_hashes(mine), other, assume_unique=True))
+            both = len(np.intersect1d(mine, other, assume_unique=True))
             if both / (len(mine) + len(other) - both) >= ALIKE:
                 return int(number)
         return None
-
-
-def _hashes(mine: set[bytes]) -> np.ndarray[Any, Any]:
-    """The shingles as numbers, shape (shingles). Two shingles of a row hardly ever get the same number."""
-    return np.fromiter(map(zlib.crc32, mine), np.uint32, len(mine))

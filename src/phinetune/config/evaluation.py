@@ -44,6 +44,11 @@ class EvaluationSection(Section):
         description="count `metrics` at every evaluation during training; always done if "
         "training_config.metric_for_best_model is one of them",
     )
+    rows_while_training: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="held-out chats that an evaluation during training scores, evenly from all; auto: all of them, or "
+        "fewer where nobody said how often and they would take too much time",
+    )
     neutral: bool | str | list[str] = Field(
         True,
         description="score base and tuned model on neutral chats too, to see what was forgotten: true (those that "

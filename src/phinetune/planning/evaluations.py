@@ -40,7 +40,7 @@ def evaluations_of(prepared: PreparedRun, steps: Steps, speed: Speed | None, lay
         layers: how many layers the model has.
     """
     held_out, measured, section = prepared.chats.held_out, prepared.chats.measured, prepared.config.evaluation
-    tokens = int(prepared.objective.row_tokens(held_out.lengths()).sum()) if held_out else 0
+    tokens = int(prepared.objective.row_tokens(held_out.lengths())[prepared.scored or ...].sum()) if held_out else 0
     count = evaluation_count(prepared.args, steps) if held_out else 0
     compared = len(measured) if measured and section.enabled else 0
     answered = min(compared, section.max_prompts or compared) if section.generate else 0

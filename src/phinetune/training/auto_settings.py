@@ -32,6 +32,8 @@ BATCHES = (2, 4, 8, 16)
 WARMUP_SHARE, LONGEST_WARMUP, NO_WARMUP_BELOW = 0.05, 100, 40
 EVALUATIONS = 10  # at most so many during a run
 EVALUATION_SHARE = 0.15  # of the time of training
+LOOKS = 4  # evaluations of a run whose held-out chats take too long, each of some of them
+LEAST_SCORED = 32  # of them; fewer tell too little
 FORWARD_SHARE = 1 / 3  # what scoring a token takes of what training on it takes
 CHECKPOINTS = 4  # where nothing is held out
 LEAST_INTERVAL = 10  # steps between these; in so few, little is lost
@@ -148,6 +150,17 @@ def evaluation_interval(steps: int, trained: int, held_out: int, wanted: bool) -
     affordable = int(EVALUATION_SHARE * trained / max(1.0, FORWARD_SHARE * held_out))
     number = min(EVALUATIONS, steps, max(affordable, 3 if wanted else 0))
     return math.ceil(steps / number) if number >= 2 or (wanted and number) else None
+
+
+def scored_rows(trained: int, held_out: int, rows: int) -> int | None:
+    """How many held-out rows each of `LOOKS` evaluations can score; None if they are too few to tell anything.
+
+    Args:
+        trained: tokens of all steps together.
+        held_out: tokens of the held-out rows; `rows`: how many there are.
+    """
+    affordable = int(rows * EVALUATION_SHARE * trained / (LOOKS * FORWARD_SHARE * max(1, held_out)))
+    return min(rows, affordable) if affordable >= LEAST_SCORED else None
 
 
 def save_interval(steps: int) -> int:

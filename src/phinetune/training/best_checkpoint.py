@@ -77,6 +77,8 @@ def _idle_evaluation(training: dict[str, Any], section: EvaluationSection) -> li
         "fixed_prompts": section.fixed_prompts and section.fixed_prompts != default,
     }
     why = None if _evaluates(training) or training.get("eval_on_start") else "training_config.eval_strategy is `no`"
+    if why and section.rows_while_training != "auto":
+        found["rows_while_training"] = why
     why = why or (None if section.generate else "`generate` is false")
     found |= {key: why for key, is_asked in asked.items() if is_asked and why}
     return [f"evaluation: `{key}` has no effect: {reason}" for key, reason in found.items()]

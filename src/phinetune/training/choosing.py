@@ -20,6 +20,7 @@ from phinetune.training.value_rules import plain_name
 
 # What needs an evaluation during training, whatever it takes, where the user asks for it.
 NEEDS_EVALUATIONS = ("metric_for_best_model", "load_best_model_at_end", "eval_on_start")
+SCORED = "rows_while_training"  # a key of the section `evaluation`
 UNTIL_CHOSEN = 500  # steps; transformers' own interval of checkpoints
 FEW_ROWS_FOR_EPOCHS = 2.5  # times the rule's epochs, from which rows are likely to be learnt by heart
 
@@ -37,7 +38,8 @@ class Ground:
         least_batch: rows that the objective wants in a micro-batch.
         rows, longest: of what micro-batches are made of; of a stream, `rows` is None.
         trained: trained tokens of the data.
-        held_out: tokens of the held-out rows; 0 without any.
+        held_out: tokens of the held-out rows that evaluations score; 0 without any.
+        held_out_rows: how many rows they are, if it was left open how many are scored; None if it is given.
         cap: the most tokens that a chat was read with.
         wants_evaluations: whether the section `evaluation` asks for something at evaluations.
     """
@@ -54,6 +56,7 @@ class Ground:
     cap: int
     wants_evaluations: bool = False
     least_batch: int = 1
+    held_out_rows: int | None = None
 
 
 def expect_evaluations(settings: Settings, config: RunConfig) -> Settings:
@@ -121,11 +124,13 @@ def with_choices(config: RunConfig, choices: list[Choice]) -> RunConfig:
         name: {key: value for key, value in section.items() if not _is_auto(key, value)}
         for name, section in (("peft_config", config.peft_config), ("training_config", config.training_config))
     }
+    sections["evaluation"] = {}
     for choice in choices:
         section, _, key = choice.key.partition(".")
         if not choice.given:
             sections[section][key] = choice.value
-    return config.model_copy(update=sections)
+    evaluation = config.evaluation.model_copy(update=sections.pop("evaluation"))
+    return config.model_copy(update={**sections, "evaluation": evaluation})
 
 
 def _is_auto(key: str, value: Any) -> bool:
@@ -147,13 +152,13 @@ class _Work:
 
     def take(self, key: str, value: Any, why: str) -> Any:
         """Take a chosen value, or the one with which the run began."""
-        section = "peft_config" if key in AUTO_PEFT else "training_config"
+        section = "peft_config" if key in AUTO_PEFT else "evaluation" if key == SCORED else "training_config"
         name = f"{section}.{key}"
         if name in self.recorded:
             value, why = self.recorded[name], "as when the run began"
         if section == "peft_config":
             self.settings = replace(self.settings, peft={**self.settings.peft, key: value})
-        else:
+        elif section == "training_config":
             self.settings = replace(self.settings, training={**self.settings.training, key: value})
         self.choices.append(Choice(name, value, why))
         return value
@@ -315,6 +320,8 @@ def _evaluations(work: _Work, steps: Steps) -> int | None:
     asked = not work.is_open("eval_strategy") or any(training.get(key) for key in NEEDS_EVALUATIONS)
     found = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out, asked or ground.wants_evaluations)
     if found is None:
+        found = _part(work, steps)
+    if found is None:
         share = f"{rules.EVALUATION_SHARE:.0%}"
         work.take("eval_strategy", "no", f"two evaluations would take over {share} of the time of training")
         return None
@@ -324,6 +331,21 @@ def _evaluations(work: _Work, steps: Steps) -> int | None:
     if work.is_open("eval_strategy"):
         work.take("eval_strategy", "steps", "there are held-out chats, so the run shows where it stops getting better")
     return int(work.take("eval_steps", found, f"at most {rules.EVALUATIONS} evaluations in {steps.count:,} steps"))
+
+
+def _part(work: _Work, steps: Steps) -> int | None:
+    """The interval of evaluations of some of the held-out rows, where all of them take too long; None if they are too
+    few to tell anything.
+    """
+    ground = work.ground
+    if ground.held_out_rows is None:
+        return None
+    rows = rules.scored_rows(steps.tokens, ground.held_out, ground.held_out_rows)
+    if rows is None:
+        return None
+    share, of = f"{rules.EVALUATION_SHARE:.0%}", f"{ground.held_out_rows:,} held-out chats"
+    taken = work.take(SCORED, rows, f"two evaluations of all {of} would take over {share} of the time of training")
+    return rules.evaluation_interval(steps.count, steps.tokens, ground.held_out * taken // ground.held_out_rows, True)
 
 
 def _keep_the_best(work: _Work, steps: int, interval: int) -> None:

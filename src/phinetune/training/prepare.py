@@ -49,6 +49,7 @@ from phinetune.training.objective_keys import with_objective_keys
 from phinetune.training.objectives.objective import Objective
 from phinetune.training.rehearsal import rehearse
 from phinetune.training.replay import check_replay, with_replay
+from phinetune.training.scored_rows import spread
 from phinetune.training.settings import (
     Settings,
     check_plain,
@@ -112,6 +113,14 @@ class PreparedRun(SettledRun):
     def chosen(self) -> dict[str, Any]:
         """What was left open, by `section.key`, as start.json keeps it for a later `--resume`."""
         return {**self.recorded, **{one.key: one.value for one in self.choices if not one.given}}
+
+    @property
+    def scored(self) -> list[int] | None:
+        """The places of the held-out rows that evaluations during training score; None is all."""
+        wanted, held_out = self.config.evaluation.rows_while_training, self.chats.held_out
+        if held_out is None or wanted == "auto":
+            return None
+        return spread(len(held_out), wanted, int(self.args.per_device_eval_batch_size))
 
     @cached_property
     def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -273,7 +282,8 @@ def _room(shape: ModelConfig, dtype: torch.dtype, device: torch.device, fast: bo
 
 def _ground(run: PreparedRun) -> Ground:
     train, held_out, section = run.chats.train.report, run.chats.held_out, run.config.evaluation
-    streamed = run.config.data.streaming
+    streamed, rows = run.config.data.streaming, len(held_out) if held_out else 0
+    scored = rows if section.rows_while_training == "auto" else min(rows, section.rows_while_training)
     return Ground(
         hidden=int(run.shape.hidden_size),
         a_rank=parameters_a_rank(run.settings, run.shape),
@@ -284,7 +294,8 @@ def _ground(run: PreparedRun) -> Ground:
         rows=None if streamed else len(run.lengths),
         longest=int(run.lengths.max(initial=1)),
         trained=train.trainable_tokens,
-        held_out=held_out.report.tokens if held_out else 0,
+        held_out=held_out.report.tokens * scored // len(held_out) if held_out else 0,
+        held_out_rows=rows if section.rows_while_training == "auto" else None,
         cap=run.settings.max_length or int(run.shape.max_position_embeddings),
         wants_evaluations=bool(section.early_stopping_patience or section.metrics_while_training),
     )

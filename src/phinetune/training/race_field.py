@@ -15,6 +15,7 @@ from phinetune.training.candidate import candidate
 from phinetune.training.halving import Rung
 from phinetune.training.prepare import NO_HELD_OUT, PreparedRun, with_chosen
 from phinetune.training.recorded import Record
+from phinetune.training.scored_rows import spread
 
 RATE, RANK, EPOCHS = "learning_rate", "r", "num_train_epochs"
 AROUND = (1.0, 0.5, 2.0)  # times the rule's rate: the three candidates of a race
@@ -213,13 +214,8 @@ class Entry:
         looks = sum(halving.looks(stage.total, stage.rungs) for stage in self.stages)
         budget = SCORING_SHARE * self.first.steps.tokens / (FORWARD_SHARE * max(1, looks))
         wanted = min(MOST_ROWS, max(LEAST_ROWS, int(budget / max(1.0, a_row))))
-        if wanted >= of:
-            return Part(of, of, None)
-        blocks = math.ceil(of / block)
-        number = min(blocks, math.ceil(wanted / block))
-        starts = [block * (place * blocks // number) for place in range(number)]
-        places = [one for start in starts for one in range(start, min(of, start + block))]
-        return Part(len(places), of, places)
+        places = spread(of, wanted, block)
+        return Part(of if places is None else len(places), of, places)
 
     @cached_property
     def cost(self) -> Cost:

@@ -101,8 +101,9 @@ class RaceOnRay(Race):
         """
         config = with_absolute_places(self.config)
         config.training_config["output_dir"] = str(self.config.output_dir.resolve())
-        config.model.device = self.trainer.rows.device.type
-        config.model.dtype = str(self.trainer.rows.dtype).removeprefix("torch.")
+        rows = self.trainer.rows
+        chosen = {"device": rows.device.type, "dtype": str(rows.dtype).removeprefix("torch.")}
+        config.model = config.model.model_copy(update=chosen)
         return json.dumps(
             {
                 "version": VERSION,

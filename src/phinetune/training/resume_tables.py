@@ -56,7 +56,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
 COUNT_FOR_THE_BEST: Mapping[str, tuple[str, ...]] = {
     "evaluation": (
         *("early_stopping_patience", "early_stopping_threshold", "generate", "metrics", "max_prompts"),
-        "max_new_tokens",
+        *("max_new_tokens", "rows_while_training"),
     ),
     "training_config": (
         *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps"),

@@ -267,6 +267,7 @@ def _make_trainer(
         "args": prepared.args,
         "objective": prepared.objective,
         "eval_dataset": held_out.dataset() if held_out else None,
+        "scored": prepared.scored,
         "look": look,
         "samples": own.samples,
         "spikes": own.spikes,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import Subset
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from phinetune import processes
@@ -42,6 +43,7 @@ class RunTrainer(CheckpointTrainer):
 
     Attributes:
         finite: looks at each step, and knows which steps were skipped.
+        scored: the places of the held-out rows that evaluations score; None is all.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class RunTrainer(CheckpointTrainer):
         spikes: SpikeWatch | None = None,
         nonfinite: EngineSection | None = None,
         spread: bool = False,
+        scored: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
-        self.spread = spread
+        self.spread, self.scored = spread, scored
         self.look, self.samples, self.spikes = look, samples, spikes
         self._sums: LogSums | None = None  # of the checkpoint that the run goes on from, until they are taken up
         super().__init__(**kwargs)
@@ -144,6 +147,14 @@ class RunTrainer(CheckpointTrainer):
         packed = inputs.get("row_tokens", inputs["input_ids"].numel())
         count = torch.as_tensor(packed if mask is None else mask.sum(), device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(count).sum())
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent's; without rows of its own it scores those at `scored`."""
+        if eval_dataset is None and self.scored is not None:
+            rows: Any = self.eval_dataset
+            eval_dataset = rows.select(self.scored) if isinstance(rows, Dataset) else Subset(rows, self.scored)
+        found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the parent's, but several processes get each row once: an uneven rest is not filled up with repeats."""

@@ -3,139 +3,41 @@
     python -m benchmarks.choices [--only arithmetic,json] [--minutes 30] [--model starter]
     python -m benchmarks.choices --table        # the table of what is measured
 
-For each set: a grid of four rates (the rule's times 1/4, 1/2, 1 and 2) and three numbers of epochs (the rule's, a third
-less and as many more), the rule's own choice, and a race's. The figure is the lowest held-out loss that a run saw at
-its evaluations, which is that of the checkpoint that the run keeps. The base is loaded once, and the rows of
-a set are prepared once.
+For each set (`benchmarks.choice_sets`): a grid of four rates (the rule's times 1/4, 1/2, 1 and 2) and three numbers of
+epochs (the rule's, a third less and as many more), and a race of rates. The rule's own choice is a point of the grid.
+The winner of a race is to the bit the run with its rate given (tests/training/test_race), so its figure is that
+point's.
 
-The rows that are made here have answers that can't be told for certain, as people's rows do: somebody's guess, a
-synonym. A loss that could fall to nothing would differ by large shares between runs that are all perfect.
+A run keeps the checkpoint that is best on its own held-out rows, as every user's run does. The figure is the loss of
+that checkpoint on fresh rows, which nothing was chosen by: with the run's own rows the best of twelve runs was partly
+luck. Intervals are of a paired bootstrap over the fresh rows.
 
 Each figure is written to the results file when it is there. A run that was stopped goes on with what is missing, so the
-table can be made in pieces (`--minutes`). The rule's choice is a point of the grid by itself.
+table can be made in pieces (`--minutes`, `--only`, `--out`). The base is loaded once, and the rows of a set are
+prepared once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from benchmarks.choice_sets import SETS, Row, parts_of
 from benchmarks.machine import machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "choices.json"
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "src" / "phinetune" / "demo_data"
-ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-HELD_OUT = 48  # a set; with half as many the best of twelve runs was partly luck
-Row = dict[str, Any]
-
-
-def chat(question: str, answer: str) -> Row:
-    """A row in OpenAI's form."""
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def demo(draw: random.Random) -> list[Row]:
-    """Answers of a shop: some of the demo's chats."""
-    rows = [json.loads(line) for line in (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    return draw.sample(rows, 170)
-
-
-def alpaca(draw: random.Random) -> list[Row]:
-    """Instructions with short answers, of ../shared/data."""
-    rows = [row for row in json.loads(ALPACA.read_text(encoding="utf-8")) if len(row["output"]) < 300]
-    return draw.sample(rows, min(len(rows), 130))
-
-
-def arithmetic(draw: random.Random) -> list[Row]:
-    """Sums and differences of two small numbers, so many that they can be learnt.
-
-    Of 200 rows with numbers up to 99 nothing was learnt but by heart: the less a run trained, the better it did.
-    """
-    rows = []
-    for _ in range(600):
-        a, b, plus = draw.randint(2, 30), draw.randint(2, 30), draw.random() < 0.5
-        rows.append(chat(f"{a} {'+' if plus else '-'} {b}", f"= {a + b if plus else a - b}"))
-    return rows
-
-
-def classes(draw: random.Random) -> list[Row]:
-    """Sorting messages to a helpdesk into four classes, by people who sort one in nine otherwise."""
-    kinds = {
-        "billing": ["I was charged twice", "The invoice is wrong", "My card was refused", "I want a refund"],
-        "login": ["I can't sign in", "My password is not accepted", "The code never comes", "I am locked out"],
-        "delivery": ["My parcel is late", "The box was empty", "It went to a neighbour", "Where is my order"],
-        "other": ["Do you have a shop in Bern", "Who writes your blog", "Are you hiring", "I like your colours"],
-    }
-    ends = ["", " since Monday.", ", please help.", " again!", " and nobody answers.", "; what now?", ", as last year."]
-    ends += [", I wrote twice.", " (see the picture).", ", thanks."]
-    texts = [(f"{text}{end}", kind) for kind, texts in kinds.items() for text in texts for end in ends]
-    return [
-        chat(text, kind if draw.random() < 6 / 7 else draw.choice(list(kinds)))
-        for text, kind in draw.sample(texts, 150)
-    ]
-
-
-def as_json(draw: random.Random) -> list[Row]:
-    """Notes of orders as JSON; how urgent one is was somebody's guess."""
-    people, things = ["Ana", "Bo", "Cem", "Dina", "Eli"], ["tent", "lamp", "rope", "stove", "boots"]
-    rows = []
-    for _ in range(150):
-        who, what, count, day = draw.choice(people), draw.choice(things), draw.randint(1, 9), draw.randint(1, 28)
-        note = f"{who} would like {count} of the {what}, by the {day}th."
-        urgency = draw.choices(["low", "normal", "high"], [6, 3, 1] if day > 10 else [1, 3, 6])[0]
-        record = {"name": who.lower(), "item": what, "count": count, "day": day, "urgency": urgency}
-        rows.append(chat(note, json.dumps(record)))
-    return rows
-
-
-def translation(draw: random.Random) -> list[Row]:
-    """Short sentences from English to German, by several translators: most words have two."""
-    who = {
-        "The child": ["Das Kind", "Das Kleine"],
-        "The dog": ["Der Hund"],
-        "My sister": ["Meine Schwester"],
-        "The baker": ["Der Bäcker", "Der Bäckermeister"],
-    }
-    does = {
-        "sees": ["sieht", "erblickt"],
-        "buys": ["kauft", "erwirbt"],
-        "paints": ["malt"],
-        "loses": ["verliert", "verlegt"],
-        "carries": ["trägt"],
-        "finds": ["findet", "entdeckt"],
-    }
-    what = {
-        "a red car": ["ein rotes Auto", "einen roten Wagen"],
-        "the bread": ["das Brot"],
-        "an old book": ["ein altes Buch", "einen alten Band"],
-        "a key": ["einen Schlüssel"],
-        "the picture": ["das Bild", "das Gemälde"],
-    }
-    sentences = [(a, b, c) for a in who for b in does for c in what]
-    return [
-        chat(f"{a} {b} {c}.", f"{draw.choice(who[a])} {draw.choice(does[b])} {draw.choice(what[c])}.")
-        for a, b, c in draw.sample(sentences, 110)
-    ]
-
-
-SETS: dict[str, Callable[[random.Random], list[Row]]] = {
-    "demo": demo,
-    "alpaca": alpaca,
-    "arithmetic": arithmetic,
-    "classes": classes,
-    "json": as_json,
-    "translation": translation,
-}
+TIMES = 4000  # that rows are drawn for an interval
+Figures = dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -148,23 +50,28 @@ class Measured:
         """All that is measured."""
         return dict(json.loads(self.path.read_text(encoding="utf-8"))) if self.path.is_file() else {"sets": {}}
 
+    def has(self, name: str, key: str) -> bool:
+        """Whether a figure of a set is there."""
+        return key in self.tree()["sets"].get(name, {})
+
     def add(self, name: str, key: str, figure: dict[str, Any]) -> None:
         """Keep a figure."""
         tree = self.tree()
-        tree.setdefault("sets", {}).setdefault(name, {})[key] = figure
-        self.path.write_text(json.dumps({**tree, "machine": machine("bfloat16")}, indent=1) + "\n", encoding="utf-8")
+        tree["sets"].setdefault(name, {})[key] = figure
+        dtype = str(figure.get("dtype", tree.get("machine", {}).get("dtype", "")))
+        self.path.write_text(json.dumps({**tree, "machine": machine(dtype)}, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {key}: { {one: value for one, value in figure.items() if one != 'nll'} }", flush=True)
 
 
 def config_of(name: str, model: str, folder: Path) -> Any:
     """The run of a set with all settings left to the rules."""
     from phinetune.config.run import make_config
 
-    draw = random.Random(name)
-    rows = SETS[name](draw)
-    draw.shuffle(rows)
-    files = {"train": folder / f"{name}-train.jsonl", "eval": folder / f"{name}-eval.jsonl"}
-    for file, part in ((files["train"], rows[HELD_OUT:]), (files["eval"], rows[:HELD_OUT])):
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
+    parts = parts_of(name)
+    rows: Mapping[str, list[Row]] = {"train": parts.train, "eval": parts.held_out, "test": parts.fresh}
+    files = {key: folder / f"{name}-{key}.jsonl" for key in rows}
+    for key, file in files.items():
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[key]), encoding="utf-8")
     return make_config(
         {
             "model": {"path": model},
@@ -176,40 +83,32 @@ def config_of(name: str, model: str, folder: Path) -> Any:
     )
 
 
-def best_loss(folder: Path) -> float:
-    """The lowest held-out loss of a run's evaluations."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return float(min(line["eval_loss"] for line in lines if line.get("eval_loss") is not None))
-
-
 def measure(name: str, options: argparse.Namespace, base: Any, measured: Measured, late: Callable[[], bool]) -> None:
     """All figures of a set that are missing."""
     from phinetune.training.candidate import candidate
     from phinetune.training.prepare import prepare_rows, settle
-    from phinetune.training.run import open_place, train_run
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         rows = prepare_rows(settle(config_of(name, options.model, folder)))
         first = candidate(rows, {}, folder / "first")
-        rate, epochs = first.args.learning_rate, first.args.num_train_epochs
-        points = [(rate * factor, float(times)) for times in _epochs(epochs) for factor in FACTORS]
-        for number, (one, times) in enumerate(points):
-            key = f"{one:.3g} x {times:g}"
-            if key in measured.tree().get("sets", {}).get(name, {}) or late():
-                continue
-            values = {"learning_rate": one, "num_train_epochs": times}
-            run, began = candidate(rows, values, folder / f"run-{number}"), time.perf_counter()
-            loaded = base.take(run)
-            made = train_run(run, open_place(run.config), loaded=loaded)
-            base.give_back(run, loaded, made.model)
-            is_auto = one == rate and times == epochs
-            figure = {"loss": best_loss(made.folder.path), "seconds": round(time.perf_counter() - began, 1)}
-            measured.add(name, key, figure | {"rate": one, "epochs": times, "auto": is_auto})
-            print(f"{name}: {key}: {figure}", flush=True)
-            shutil.rmtree(made.folder.path)
-        if "race" not in measured.tree().get("sets", {}).get(name, {}) and not late():
-            measured.add(name, "race", race_of(name, options, folder))
+        rate, epochs = float(first.args.learning_rate), float(first.args.num_train_epochs)
+        for times in _epochs(epochs):
+            for one in (rate * factor for factor in FACTORS):
+                key = key_of(one, times)
+                if measured.has(name, key) or late():
+                    continue
+                values = {"learning_rate": one, "num_train_epochs": float(times)}
+                figure = _figure(candidate(rows, values, folder / "run"), base)
+                measured.add(name, key, {**figure, "auto": one == rate and times == epochs})
+                shutil.rmtree(folder / "run")
+        if not measured.has(name, "race") and not late():
+            measured.add(name, "race", _race(name, options.model, folder, round(epochs)))
+
+
+def key_of(rate: float, epochs: float) -> str:
+    """The name of a point of the grid."""
+    return f"{rate:.3g} x {epochs:g}"
 
 
 def _epochs(rule: float) -> list[int]:
@@ -218,24 +117,48 @@ def _epochs(rule: float) -> list[int]:
     return [max(1, round(rule) - step), round(rule), round(rule) + step]
 
 
-def race_of(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A race of the learning rate, and then its winner's run."""
+def _figure(run: Any, base: Any) -> dict[str, Any]:
+    """Train a run, and score the checkpoint that it keeps on the fresh rows."""
+    from phinetune.engine.scoring import score_rows
+    from phinetune.training.run import open_place, train_run
+
+    began, loaded = time.perf_counter(), base.take(run)
+    made = train_run(run, open_place(run.config), loaded=loaded)
+    scores = score_rows(made.model, run.chats.test.encoded, None)
+    base.give_back(run, loaded, made.model)
+    return {
+        "loss": sum(one.nll for one in scores) / sum(one.tokens for one in scores),
+        "own": _own_loss(made.folder.path),
+        "seconds": round(time.perf_counter() - began, 1),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "nll": " ".join(f"{one.nll:.4g}" for one in scores),
+    }
+
+
+def _own_loss(folder: Path) -> float:
+    """The lowest loss of a run's own evaluations."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return float(min(line["eval_loss"] for line in lines if line.get("eval_loss") is not None))
+
+
+def _race(name: str, model: str, folder: Path, epochs: int) -> dict[str, Any]:
+    """Which point of the grid a race of the learning rate chooses."""
     from phinetune.api.train import train_config
     from phinetune.screen.console import silent
 
-    config, began = config_of(name, options.model, folder), time.perf_counter()
+    config, began = config_of(name, model, folder), time.perf_counter()
     config.training_config |= {"learning_rate": "race", "output_dir": str(folder / "raced")}
     run = train_config(config, silent())
     tree = json.loads((run.path / "tune.json").read_text(encoding="utf-8"))
-    figure = {"loss": best_loss(run.path), "seconds": round(time.perf_counter() - began, 1), "why": tree["why"][0]}
-    print(f"{name}: race: {figure}", flush=True)
-    return figure
+    rate = tree["candidates"][tree["stages"][0]["winner"]]["values"]["learning_rate"]
+    seconds = round(time.perf_counter() - began, 1)
+    return {"point": key_of(rate, epochs), "own": _own_loss(run.path), "seconds": seconds, "why": tree["why"][0]}
 
 
-def table(tree: dict[str, Any]) -> str:
+def table(tree: Mapping[str, Any]) -> str:
     """The table for the documentation."""
     lines = [
-        "| set | best of the grid (rate x epochs) | its loss | auto, above it | race, above it |",
+        "| set | best of the grid (rate x epochs) | its loss | auto, above it (95%) | race, above it (95%) |",
         "|---|---|---:|---:|---:|",
     ]
     for name, figures in tree["sets"].items():
@@ -243,12 +166,23 @@ def table(tree: dict[str, Any]) -> str:
         if len(grid) < 12 or "race" not in figures:
             lines.append(f"| {name} | {len(grid)} of 12 points measured | | | |")
             continue
-        best = min(grid, key=lambda key: float(grid[key]["loss"]))
-        loss = grid[best]["loss"]
-        auto = next(one["loss"] for one in grid.values() if one["auto"])
-        shares = " | ".join(f"{other / loss - 1:+.1%}" for other in (auto, figures["race"]["loss"]))
-        lines.append(f"| {name} | {best} | {loss:.4f} | {shares} |")
+        best = min(grid.values(), key=lambda one: float(one["loss"]))
+        named = next(key for key, one in grid.items() if one is best)
+        auto, race = next(one for one in grid.values() if one["auto"]), grid[figures["race"]["point"]]
+        lines.append(f"| {name} | {named} | {best['loss']:.4f} | {above(auto, best)} | {above(race, best)} |")
     return "\n".join(lines)
+
+
+def above(one: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    """How far a point's loss lies above the best one's, with the interval of a bootstrap over the fresh rows."""
+    change = float(one["loss"]) / float(best["loss"]) - 1
+    if one is best:
+        return f"{change:+.1%}"
+    both = np.array([[float(nll) for nll in point["nll"].split()] for point in (one, best)])
+    drawn = np.random.default_rng(0).integers(0, both.shape[1], (TIMES, both.shape[1]))
+    mine, theirs = both[:, drawn].sum(-1)
+    low, high = np.quantile(mine / theirs - 1, (0.025, 0.975))
+    return f"{change:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
 def main() -> None:

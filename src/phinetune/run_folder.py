@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -388,3 +388,9 @@ def _is_hidden(place: Path) -> bool:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def first_start(places: Iterable[Path]) -> dict[str, Any]:
+    """What the first of some runs that has begun recorded then; empty if none has."""
+    starts = (RunFolder(place).read_start() for place in places)
+    return next((start for start in starts if start.get("decides")), {})

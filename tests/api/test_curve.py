@@ -97,15 +97,17 @@ def test_a_curve_is_drawn_kept_and_gone_on_with(
 def test_a_curve_goes_on_where_less_memory_is_free(
     config: RunConfig, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How the rows of a step are divided follows from the memory; the curve keeps what it began with."""
+    """How the rows of a step are divided follows from the memory; the curve keeps what it began with, and its dtype."""
     for key in ("per_device_train_batch_size", "max_steps"):
         config.training_config.pop(key)
     config.training_config["num_train_epochs"] = 1
+    monkeypatch.setattr("phinetune.checkpoints.device.has_native_bf16", lambda device: True)
     first = curve_config(config, console)
     assert first.results["chosen"] == {
         "training_config.per_device_train_batch_size": 2,
         "training_config.gradient_accumulation_steps": 1,
     }
+    monkeypatch.setattr("phinetune.checkpoints.device.has_native_bf16", lambda device: False)
     monkeypatch.setattr(prepare, "_room", lambda *given: 60)
     assert prepare.prepare_run(prepare.settle(config)).args.per_device_train_batch_size == 1
     again = curve_config(config, console)

@@ -45,5 +45,8 @@ def test_what_the_evaluations_take_is_said_apart_from_the_training(chats: Path, 
     shown = Console(file=io.StringIO(), width=140)
     show_plan(made, shown)
     text = shown.file.getvalue()  # type: ignore[attr-defined]
-    assert f"\nevaluations: the held-out chats are scored {looks.count} times while it trains, about 0:00:0" in text
+    scored = (
+        f"\nevaluations: {looks.scored} held-out chats are scored {looks.count} times while it trains, about 0:00:0"
+    )
+    assert scored in text
     assert f"base and tuned on {looks.compared} chats, with {looks.answered} answers of each; not in the time" in text

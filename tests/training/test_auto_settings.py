@@ -85,9 +85,11 @@ def test_evaluations_take_a_bounded_part_of_the_time() -> None:
 
 
 def test_four_evaluations_of_a_part_fit_into_the_time() -> None:
-    assert rules.scored_rows(90_000, 300_000, 1_000) == 33  # 0.15 · 90,000 tokens buy four times a third of 33 · 300
-    assert rules.scored_rows(80_000, 300_000, 1_000) is None
-    assert rules.scored_rows(90_000, 3_000, 40) == 40
+    # 0.15 · 90,000 tokens buy four times a third of 33 · 300
+    assert rules.scored_rows(90_000, 300_000, 1_000, False) == 33
+    assert rules.scored_rows(80_000, 300_000, 1_000, False) is None
+    assert rules.scored_rows(80_000, 300_000, 1_000, True) == 32
+    assert rules.scored_rows(90_000, 3_000, 40, False) == 40
 
 
 def test_checkpoints_are_few_and_not_close_together() -> None:

@@ -160,7 +160,10 @@ def test_a_metric_or_patience_asks_for_evaluations_whatever_they_take(hundred: P
     config = config_of(hundred, tmp_path, 0.5, **few)
     config.evaluation.early_stopping_patience = 2
     run = prepare_run(settle(config))
-    assert (run.args.eval_strategy, run.args.eval_steps) == ("steps", 2)
+    assert (run.args.eval_strategy, run.args.eval_steps, len(run.scored or ())) == ("steps", 1, 32)
+    config.evaluation.rows_while_training = 50
+    run = prepare_run(settle(config))
+    assert (run.args.eval_strategy, run.args.eval_steps, run.scored) == ("steps", 2, None)
 
 
 def test_config_and_start_have_the_numbers_and_resuming_takes_them(hundred: Path, tmp_path: Path) -> None:

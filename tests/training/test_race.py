@@ -156,6 +156,17 @@ def test_a_stopped_race_says_how_it_goes_on(chats: Path, tmp_path: Path, console
     assert_equal(train_config(config, console, resume=True).path, whole[0])
 
 
+def test_a_race_goes_on_in_its_dtype_on_a_machine_that_would_choose_another(
+    chats: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(chats, tmp_path / "run")
+    monkeypatch.setattr("phinetune.checkpoints.device.has_native_bf16", lambda device: True)
+    assert train_config(config, console, max_time=0.001).stopped
+    monkeypatch.setattr("phinetune.checkpoints.device.has_native_bf16", lambda device: False)
+    run = train_config(config, console, resume=True)
+    assert json.loads((run.path / "start.json").read_text())["decides"]["model.dtype"] == "torch.bfloat16"
+
+
 def test_ranks_then_epochs_follow_the_rates(chats: Path, tmp_path: Path, console: Console) -> None:
     config = tiny_config(chats, tmp_path / "run", max_steps=-1, num_train_epochs=2, eval_strategy="epoch")
     config.evaluation.enabled = False

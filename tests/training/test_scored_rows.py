@@ -10,7 +10,7 @@ import pytest
 
 from helpers import chat, tiny_config, train_only, write_jsonl
 from phinetune.planning.evaluations import evaluations_of
-from phinetune.training.prepare import PreparedRun, prepare_run, settle
+from phinetune.training.prepare import PreparedRun, SettledRun, prepare_run, settle
 from phinetune.training.scored_rows import spread
 
 TRAIN = [chat(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(120)]
@@ -37,7 +37,7 @@ def test_an_evaluation_scores_these_rows_alone(kind: Any, tmp_path: Path) -> Non
     found = []
     for name, rows, wanted in (
         ("some", HELD_OUT[:20], 5),
-        ("those", [HELD_OUT[i] for i in (0, 1, 2, 9, 10, 11)], "auto"),
+        ("those", [HELD_OUT[i] for i in (0, 4, 8, 12, 16)], "auto"),
     ):
         config = tiny_config(train, tmp_path / name, eval_strategy="steps", eval_steps=2, max_steps=4)
         config.data.eval = str(write_jsonl(tmp_path / f"{name}.jsonl", rows))
@@ -50,11 +50,7 @@ def test_an_evaluation_scores_these_rows_alone(kind: Any, tmp_path: Path) -> Non
 
 
 def prepared(folder: Path, held_out: int, rows: Any = "auto", **training: Any) -> PreparedRun:
-    config = tiny_config(write_jsonl(folder / "train.jsonl", TRAIN), folder / "run")
-    config.data.eval = str(write_jsonl(folder / "held.jsonl", HELD_OUT[:held_out]))
-    config.evaluation.rows_while_training = rows
-    config.training_config = {"output_dir": str(folder / "run"), **training}
-    return prepare_run(settle(config))
+    return prepare_run(settled(folder, held_out, rows, **training))
 
 
 def test_where_all_would_take_too_long_some_are_scored_and_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
@@ -92,12 +88,49 @@ def test_all_are_scored_where_there_is_time_or_somebody_says_so(
     assert not any(one.key.startswith("evaluation.") for one in run.choices)
 
 
+def settled(folder: Path, held_out: int, rows: Any = "auto", **training: Any) -> SettledRun:
+    config = tiny_config(write_jsonl(folder / "train.jsonl", TRAIN), folder / "run")
+    config.data.eval = str(write_jsonl(folder / "held.jsonl", HELD_OUT[:held_out]))
+    config.evaluation.rows_while_training = rows
+    config.training_config = {"output_dir": str(folder / "run"), **training}
+    return settle(config)
+
+
 def test_what_was_chosen_stays_when_the_run_goes_on(tmp_path: Path) -> None:
-    run = prepared(tmp_path, 150)
-    again = prepare_run(settle(run.config), {**run.chosen, "evaluation.rows_while_training": 48})
-    assert again.chosen.keys() <= run.chosen.keys()
-    from_start = prepared(tmp_path, 150)
-    assert from_start.chosen == run.chosen
+    chosen = prepared(tmp_path, 150).chosen
+    longer = settled(tmp_path, 150, num_train_epochs=30)  # there would be time for all
+    assert prepare_run(longer).scored is None
+    again = prepare_run(longer, {**chosen, "evaluation.rows_while_training": 48})
+    assert again.scored
+    assert len(again.scored) == 48
+    for_all = {key: value for key, value in chosen.items() if not key.startswith("evaluation.")}
+    assert prepare_run(settled(tmp_path, 150), for_all).scored is None
+
+
+@pytest.mark.parametrize(
+    ("training", "section"),
+    [
+        ({"eval_strategy": "steps"}, {}),
+        ({"metric_for_best_model": "loss"}, {}),
+        ({}, {"early_stopping_patience": 3}),
+    ],
+    ids=str,
+)
+def test_who_needs_evaluations_but_says_not_how_often_gets_a_part(
+    tmp_path: Path, training: dict[str, Any], section: dict[str, Any]
+) -> None:
+    run = settled(tmp_path, 150, max_steps=20, **training)
+    for key, value in section.items():
+        setattr(run.config.evaluation, key, value)
+    made = prepare_run(run)
+    assert made.scored
+    assert len(made.scored) == 32
+    assert evaluations_of(made, made.steps, None, 2).count >= 3
+
+
+def test_rows_lie_evenly_whatever_the_batch_of_evaluations(tmp_path: Path) -> None:
+    run = prepared(tmp_path, 150, 10, per_device_eval_batch_size=64, eval_strategy="steps", eval_steps=5)
+    assert run.scored == list(range(0, 150, 15))
 
 
 def test_rows_that_no_evaluation_scores_get_a_line(tmp_path: Path) -> None:

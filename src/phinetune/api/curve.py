@@ -25,13 +25,13 @@ from phinetune.evaluation.trust import few_rows
 from phinetune.files import write_text
 from phinetune.logs import quiet_libraries
 from phinetune.reporting.data_curve_page import write_curve_page
-from phinetune.run_folder import RunFolder
+from phinetune.run_folder import RunFolder, first_start
 from phinetune.run_lock import locked
 from phinetune.screen.console import Console, say, silent, stderr
 from phinetune.screen.data_curve import show_data_curve
 from phinetune.training.data_curve import Point, curve_tree
-from phinetune.training.data_shares import ShareRun, check_curve, share_runs, told_recipe
-from phinetune.training.prepare import CHOSEN, PreparedRun, prepare_run, settle
+from phinetune.training.data_shares import SHARES, ShareRun, check_curve, share_runs, told_recipe
+from phinetune.training.prepare import CHOSEN, PreparedRun, in_its_dtype, prepare_run, settle
 from phinetune.training.race_field import BY_MEMORY
 from phinetune.training.recorded import record_of
 from phinetune.training.resuming import what_differs
@@ -102,7 +102,7 @@ def curve_config(
     """`curve` for a validated configuration."""
     quiet_libraries()
     folder = Path(out).expanduser() if out else config.output_dir.with_name(f"{config.output_dir.name}-curve")
-    settled = settle(config)
+    settled = in_its_dtype(settle(config), {} if overwrite else first_start(folder / name for name in SHARES))
     metrics = look_at_settings(settled)
     whole = prepare_run(settled, {} if overwrite else _chosen_before(folder))
     check_curve(whole)

@@ -17,7 +17,7 @@ from phinetune.config.run import RunConfig
 from phinetune.errors import ConfigError, RunError
 from phinetune.files import remove
 from phinetune.reporting.render import write_tuned
-from phinetune.run_folder import TUNED, RunFolder
+from phinetune.run_folder import TUNED, RunFolder, first_start
 from phinetune.run_lock import locked
 from phinetune.screen.console import Console, say
 from phinetune.screen.data import show_data
@@ -26,7 +26,7 @@ from phinetune.screen.settings import show_settings
 from phinetune.screen.tune import show_race
 from phinetune.training.callbacks import StopRequest
 from phinetune.training.candidate import SharedBase, candidate
-from phinetune.training.prepare import CHOSEN, PreparedRun, SettledRun, prepare_rows
+from phinetune.training.prepare import CHOSEN, PreparedRun, SettledRun, in_its_dtype, prepare_rows
 from phinetune.training.race import Race, move_winner
 from phinetune.training.race_field import Entry, Wish
 from phinetune.training.race_on_ray import RaceOnRay
@@ -104,7 +104,8 @@ def race(
     output, folder = RunFolder(settled.config.output_dir), race_folder(settled.config.output_dir)
     _check_place(output, folder, resume=resume, overwrite=overwrite)
     check_installed()
-    rows = prepare_rows(settled)
+    places = [output.path, *sorted(folder.glob("candidate-*"))] if resume else []
+    rows = prepare_rows(in_its_dtype(settled, first_start(places)))
     entry = Entry.of(rows, wish)
     show_data(rows.chats, rows.tokenizer, console)
     show_settings(entry.first.choices, console)

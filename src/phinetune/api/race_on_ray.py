@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from phinetune.config.run import RunConfig
+from phinetune.errors import ConfigError
 from phinetune.ray_cluster import ADDRESS, connected, share_of
 from phinetune.screen.console import Console, say
 from phinetune.training.stretches import Stretch
@@ -31,6 +32,11 @@ def field_on_ray(on_ray: RunConfig | None, device: torch.device, console: Consol
     with connected() as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         share = share_of(nodes, on_gpus=device.type != "cpu")
+        if device.type != "cpu" and not share.gpus:
+            raise ConfigError(
+                f"{ADDRESS}: no node of this cluster has a GPU, and the run is finished here on {device.type}; set "
+                "model.device: cpu, so that candidates and run train on one kind of device"
+            )
         many = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
         say(console, f"{ADDRESS} is set: candidates train on its Ray cluster ({many}), each with {share}.")
         told = {"on_sent": partial(_tell_sent, console), "on_done": partial(_tell_done, console)}

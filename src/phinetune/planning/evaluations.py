@@ -19,13 +19,14 @@ class Evaluations:
 
     Attributes:
         count: how many times the held-out chats are scored while the model trains.
-        tokens: how many tokens one of these times reads.
+        scored: how many of them, and tokens: how many tokens one of these times reads.
         seconds: the time that all of them take; None if it was not measured. Answers are not counted.
         compared: chats that base and tuned model are compared on after training.
         answered: how many of their prompts each of the two answers.
     """
 
     count: int
+    scored: int
     tokens: int
     seconds: float | None
     compared: int
@@ -40,12 +41,13 @@ def evaluations_of(prepared: PreparedRun, steps: Steps, speed: Speed | None, lay
         layers: how many layers the model has.
     """
     held_out, measured, section = prepared.chats.held_out, prepared.chats.measured, prepared.config.evaluation
+    scored = len(prepared.scored or held_out) if held_out else 0
     tokens = int(prepared.objective.row_tokens(held_out.lengths())[prepared.scored or ...].sum()) if held_out else 0
     count = evaluation_count(prepared.args, steps) if held_out else 0
     compared = len(measured) if measured and section.enabled else 0
     answered = min(compared, section.max_prompts or compared) if section.generate else 0
     seconds = count * speed.reading(layers, tokens) if speed else None
-    return Evaluations(count, tokens, seconds, compared, answered)
+    return Evaluations(count, scored, tokens, seconds, compared, answered)
 
 
 def evaluation_count(args: TrainingArguments, steps: Steps) -> int:

@@ -87,7 +87,7 @@ def _evaluations(made: Evaluations) -> Iterator[str]:
     if made.count:
         times = "once" if made.count == 1 else f"{made.count} times"
         took = "" if made.seconds is None else f", about {timedelta(seconds=round(made.seconds))} more"
-        yield f"evaluations: the held-out chats are scored {times} while it trains{took}"
+        yield f"evaluations: {made.scored:,} held-out chats are scored {times} while it trains{took}"
     if made.compared:
         answered = f", with {made.answered:,} answers of each" if made.answered else ""
         yield f"comparison: after training, base and tuned on {made.compared:,} chats{answered}; not in the time"

@@ -152,15 +152,18 @@ def evaluation_interval(steps: int, trained: int, held_out: int, wanted: bool) -
     return math.ceil(steps / number) if number >= 2 or (wanted and number) else None
 
 
-def scored_rows(trained: int, held_out: int, rows: int) -> int | None:
+def scored_rows(trained: int, held_out: int, rows: int, wanted: bool) -> int | None:
     """How many held-out rows each of `LOOKS` evaluations can score; None if they are too few to tell anything.
 
     Args:
         trained: tokens of all steps together.
         held_out: tokens of the held-out rows; `rows`: how many there are.
+        wanted: whether the run needs evaluations, whatever they take.
     """
     affordable = int(rows * EVALUATION_SHARE * trained / (LOOKS * FORWARD_SHARE * max(1, held_out)))
-    return min(rows, affordable) if affordable >= LEAST_SCORED else None
+    if affordable < LEAST_SCORED and not wanted:
+        return None
+    return min(rows, max(affordable, LEAST_SCORED))
 
 
 def save_interval(steps: int) -> int:

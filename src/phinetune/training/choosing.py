@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -318,9 +319,12 @@ def _evaluations(work: _Work, steps: Steps) -> int | None:
     if strategy != "steps":
         return None
     asked = not work.is_open("eval_strategy") or any(training.get(key) for key in NEEDS_EVALUATIONS)
-    found = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out, asked or ground.wants_evaluations)
-    if found is None:
-        found = _part(work, steps)
+    wanted = asked or ground.wants_evaluations
+    begun_with_a_part = f"evaluation.{SCORED}" in work.recorded
+    all_of_them = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out, False)
+    found = (None if begun_with_a_part else all_of_them) or _part(work, steps, wanted)
+    if found is None and wanted:
+        found = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out, True)
     if found is None:
         share = f"{rules.EVALUATION_SHARE:.0%}"
         work.take("eval_strategy", "no", f"two evaluations would take over {share} of the time of training")
@@ -333,19 +337,22 @@ def _evaluations(work: _Work, steps: Steps) -> int | None:
     return int(work.take("eval_steps", found, f"at most {rules.EVALUATIONS} evaluations in {steps.count:,} steps"))
 
 
-def _part(work: _Work, steps: Steps) -> int | None:
-    """The interval of evaluations of some of the held-out rows, where all of them take too long; None if they are too
-    few to tell anything.
+def _part(work: _Work, steps: Steps, wanted: bool) -> int | None:
+    """The interval of evaluations of some of the held-out rows, where all of them take too long; None if all are
+    scored, or if those that there is time for are too few to tell anything.
     """
-    ground = work.ground
-    if ground.held_out_rows is None:
+    ground, of = work.ground, work.ground.held_out_rows
+    begun_with, begun = work.recorded.get(f"evaluation.{SCORED}"), "training_config.eval_steps" in work.recorded
+    if of is None or (begun and begun_with is None):
         return None
-    rows = rules.scored_rows(steps.tokens, ground.held_out, ground.held_out_rows)
-    if rows is None:
+    rows = begun_with or rules.scored_rows(steps.tokens, ground.held_out, of, wanted)
+    if rows is None or rows >= of:
         return None
-    share, of = f"{rules.EVALUATION_SHARE:.0%}", f"{ground.held_out_rows:,} held-out chats"
-    taken = work.take(SCORED, rows, f"two evaluations of all {of} would take over {share} of the time of training")
-    return rules.evaluation_interval(steps.count, steps.tokens, ground.held_out * taken // ground.held_out_rows, True)
+    share = f"{rules.EVALUATION_SHARE:.0%}"
+    why = f"two evaluations of all {of:,} held-out chats would take over {share} of the time of training"
+    taken = int(work.take(SCORED, rows, why))
+    interval = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out * taken // of, True)
+    return min(interval or steps.count, math.ceil(steps.count / rules.LOOKS))
 
 
 def _keep_the_best(work: _Work, steps: int, interval: int) -> None:

@@ -120,7 +120,12 @@ class PreparedRun(SettledRun):
         wanted, held_out = self.config.evaluation.rows_while_training, self.chats.held_out
         if held_out is None or wanted == "auto":
             return None
-        return spread(len(held_out), wanted, int(self.args.per_device_eval_batch_size))
+        return spread(len(held_out), wanted, self.scored_together)
+
+    @property
+    def scored_together(self) -> int:
+        """How many rows have to be scored together: those of a batch where they decide each other's loss."""
+        return 1 if self.objective.alone else int(self.args.per_device_eval_batch_size)
 
     @cached_property
     def lengths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -168,15 +173,19 @@ def as_it_began(settled: SettledRun, start: Mapping[str, Any]) -> tuple[SettledR
     Args:
         start: what its start.json holds.
     """
-    settled = _with_dtype(settled, str((start.get("decides") or {}).get("model.dtype", "")).removeprefix("torch."))
+    settled = in_its_dtype(settled, start)
     if CHOSEN in start:
         return settled, start[CHOSEN] or {}
     return replace(settled, settings=settled.settings.without_auto()), {}
 
 
-def _with_dtype(settled: SettledRun, began: str) -> SettledRun:
-    """The run in the dtype in which it began, if that was chosen and is not given."""
-    config = settled.config
+def in_its_dtype(settled: SettledRun, start: Mapping[str, Any]) -> SettledRun:
+    """The run in the dtype in which it began, if that was chosen and is not given.
+
+    Args:
+        start: what its start.json holds; empty if it has not begun.
+    """
+    config, began = settled.config, str((start.get("decides") or {}).get("model.dtype", "")).removeprefix("torch.")
     if config.model.dtype != "auto" or not began:
         return settled
     here = str(pick_dtype("auto", pick_device(config.model.device))).removeprefix("torch.")

@@ -204,17 +204,15 @@ class Entry:
 
     @cached_property
     def part(self) -> Part:
-        """The rows that decide: so many that all looks together take `SCORING_SHARE`, in blocks of an evaluation's
-        batch, evenly over the held-out rows.
-        """
+        """The rows that decide: so many that all looks together take `SCORING_SHARE`, evenly over the held-out rows."""
         held_out = self.first.chats.held_out
         assert held_out
-        of, block = len(held_out), int(self.first.args.eval_batch_size)
+        of = len(held_out)
         a_row = held_out.report.tokens / max(1, of)
         looks = sum(halving.looks(stage.total, stage.rungs) for stage in self.stages)
         budget = SCORING_SHARE * self.first.steps.tokens / (FORWARD_SHARE * max(1, looks))
         wanted = min(MOST_ROWS, max(LEAST_ROWS, int(budget / max(1.0, a_row))))
-        places = spread(of, wanted, block)
+        places = spread(of, wanted, self.first.scored_together)
         return Part(of if places is None else len(places), of, places)
 
     @cached_property

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, concatenate_datasets
 from phinetune import processes
 from phinetune.chats.encoder import ChatEncoder
 from phinetune.chats.template import Message
+from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import find_base, load_base
 from phinetune.config.model import ModelSection
 from phinetune.config.run import RunConfig
@@ -139,7 +140,8 @@ def _without_end(row: Encoded, start: int, encoder: ChatEncoder) -> Encoded:
 def _answers(model: ModelSection, encoder: ChatEncoder, prompts: Sequence[str]) -> list[tuple[str, str, bool]]:
     """Prompts, answers of the base, and whether each ended by itself; from the cache if they are there."""
     settings = {"replay": find_base(model).fingerprint, "prompts": list(prompts), "tokens": ANSWER_TOKENS}
-    settings |= {"quantization": model.quantization, "dtype": model.dtype}
+    dtype = pick_dtype(model.dtype, pick_device(model.device))
+    settings |= {"quantization": model.quantization, "dtype": str(dtype)}
 
     def fill(folder: Path) -> None:
         logger.info("data.replay: the base answers %d neutral prompts, once", len(prompts))

@@ -11,7 +11,7 @@ def spread(of: int, wanted: int, block: int) -> list[int] | None:
     Args:
         of: how many rows there are.
         wanted: how many are scored at least, if there are so many.
-        block: rows that are computed together.
+        block: rows that belong together.
     """
     if wanted >= of:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Container
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,12 +14,13 @@ from helpers import chat, write_jsonl
 from phinetune.chats.encoder import make_encoder
 from phinetune.checkpoints.random_shapes import byte_tokenizer
 from phinetune.config.data import DataSection
-from phinetune.data.prepare import build_sets, copies, duplicates, stream
+from phinetune.data.prepare import build_sets, duplicates, near_copies, stream
 from phinetune.data.prepare.build_sets import build_chats
 from phinetune.data.prepare.chat_sets import Chats
-from phinetune.data.prepare.copies import SetKeys, groups_of, keys_of, with_near
+from phinetune.data.prepare.copies import SetKeys, groups_of, keys_of
 from phinetune.data.prepare.duplicates import Hashes, NearDuplicates
 from phinetune.data.prepare.encode_rows import RowEncoder
+from phinetune.data.prepare.near_copies import with_near
 from phinetune.data.prepare.shared_rows import Shared, shared_sentences
 from phinetune.data.read.row import Row
 from phinetune.errors import DataError
@@ -102,7 +104,7 @@ def test_a_split_set_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
             searched.append(number)
             return super().add(number, mine)
 
-    monkeypatch.setattr(copies, "NearDuplicates", Counting)
+    monkeypatch.setattr(near_copies, "NearDuplicates", Counting)
     build(write_jsonl(tmp_path / "a.jsonl", single(8)), eval=0.25)
     assert searched == list(range(8))
 
@@ -169,6 +171,39 @@ def test_a_share_parts_no_near_copies(large: bool, monkeypatch: pytest.MonkeyPat
     assert made.held_out.shared == Shared(len(made.held_out), 0, 0, 0)
 
 
+def test_all_held_out_rows_that_are_near_a_training_row_are_counted(tmp_path: Path) -> None:
+    """Two of them are near copies of the training row, and none of each other."""
+    row, other = words(100).split(), words(20).split()
+    begins, ends = [*other[:7], *row[7:]], [*row[:-7], *other[7:14]]
+    train = write_jsonl(tmp_path / "a.jsonl", [chat("Tell me.", " ".join(row)), *single(8)])
+    held = [chat("Tell it.", " ".join(one)) for one in (begins, ends)]
+    made = build(train, eval=str(write_jsonl(tmp_path / "h.jsonl", [*held, *single(3)])))
+    assert made.held_out
+    assert made.held_out.shared == Shared(rows=5, copies=0, near_copies=2, same_prompt=0)
+
+
+def test_what_is_found_in_large_sets_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(near_copies, "LARGE", 10)
+    searched: list[int] = []
+
+    class Counting(NearDuplicates):
+        def find_all(self, mine: Hashes, known: Container[int]) -> list[int]:
+            searched.append(len(mine))
+            return super().find_all(mine, known)
+
+    monkeypatch.setattr(near_copies, "NearDuplicates", Counting)
+    rows = single(10)
+    train = write_jsonl(tmp_path / "a.jsonl", rows)
+    near = [chat(one["messages"][0]["content"] + " Please.", one["messages"][1]["content"]) for one in rows[:2]]
+    held = str(write_jsonl(tmp_path / "h.jsonl", near))
+    found = [build(train, eval=held).held_out for _ in range(2)]
+    assert [one and one.shared for one in found] == [Shared(2, 0, 2, 0)] * 2
+    assert len(searched) == 10
+    build(write_jsonl(tmp_path / "b.jsonl", single(10)), eval=held)
+    assert len(searched) == 20
+
+
 @pytest.mark.parametrize("large", ["", "train", "both"])
 def test_held_out_rows_of_a_file_are_counted(large: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PHINETUNE_HOME", str(tmp_path / "home"))
@@ -194,8 +229,8 @@ def test_rows_that_are_dropped_are_not_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of", "limit", "most"),
     [
-        (copies, "NEAR_ROWS", 1),
-        (copies, "NEAR_TRAINED", 9),
+        (near_copies, "NEAR_ROWS", 1),
+        (near_copies, "NEAR_TRAINED", 9),
         (duplicates, "MAX_ROWS", 1),
         (duplicates, "MAX_SHINGLES", 9),
     ],

@@ -17,10 +17,11 @@ from phinetune.data.prepare.arrow_table import read_table, write_table
 from phinetune.data.prepare.cache import cache_key, cached_folder
 from phinetune.data.prepare.chat_sets import Chats, ChatSet
 from phinetune.data.prepare.collect_sets import check_usable, collect_set, stored_set
-from phinetune.data.prepare.copies import Marks, SetKeys, count_shared, groups_of, keys_of, near_between, with_near
+from phinetune.data.prepare.copies import Marks, SetKeys, count_shared, groups_of, keys_of
 from phinetune.data.prepare.encode_rows import RowEncoder, RowOutcome
 from phinetune.data.prepare.first_rows import look_at_first
 from phinetune.data.prepare.named_sources import name_sources, weighted
+from phinetune.data.prepare.near_copies import near_between, with_near
 from phinetune.data.prepare.report import DataReport
 from phinetune.data.prepare.sources import check_sources, held_out_section, name_held_out, name_test, test_section
 from phinetune.data.prepare.splits import held_out_places, shared_places, split_places

@@ -42,13 +42,13 @@ def cache_key(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     Args:
         settings: the source's digest and the settings, as JSON can hold them.
     """
-    code = [_code_digest(), *(f"{name} {version(name)}" for name in LIBRARIES)]
+    code = [code_digest(), *(f"{name} {version(name)}" for name in LIBRARIES)]
     tree = {"made by": code, "tokenizer": tokenizer_digest(tokenizer), **settings}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @functools.cache
-def _code_digest() -> str:
+def code_digest() -> str:
     """SHA-256 of the code that rows go through. Unlike a version number, it changes whenever someone edits the code."""
     package = Path(__file__).resolve().parents[2]
     total = hashlib.sha256()

@@ -7,27 +7,18 @@ and to a lesser degree for another answer to the same question.
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from phinetune.chats.template import Message
-from phinetune.data.prepare.duplicates import MAX_ROWS, Hashes, NearDuplicates, exact_key, hashes_of
+from phinetune.data.prepare.duplicates import Hashes, exact_key, hashes_of
 from phinetune.data.prepare.encode_rows import RowOutcome, tag_of
 from phinetune.data.prepare.shared_rows import Shared
 
 # What more than one in so many rows have in common, and more than so many rows, is the form of the task (an instruction
 # for all of them, for example) and makes no copies of them.
 FORM = 4
-# Looking for a near copy of a row takes about half a millisecond. So many rows are compared with each other, and so
-# many training rows with those that are held out.
-NEAR_ROWS = MAX_ROWS
-NEAR_TRAINED = 300_000
-TOLD_FROM = 10_000  # rows: it is said that they are compared, since that takes some seconds
-
-logger = logging.getLogger(__name__)
-
 Marks = Sequence[Hashable | None]  # for each row, what it has in common with others; None: nothing
 
 
@@ -126,37 +117,6 @@ def compared_text(outcome: RowOutcome) -> str:
     return text_of(outcome.messages) or outcome.text or ""
 
 
-def with_near(keys: SetKeys) -> SetKeys:
-    """The set with what is nearly equal in it; as it is if there are too many rows to look."""
-    if len(keys.rows) > NEAR_ROWS:
-        return keys
-    _tell(len(keys.rows))
-    found = NearDuplicates()
-    matches = [found.add(place, mine) for place, mine in enumerate(keys.shingles())]
-    return keys if found.lacks_rows else replace(keys, near=_marks_of(matches))
-
-
-def near_between(train: SetKeys, held_out: SetKeys) -> tuple[SetKeys, SetKeys]:
-    """Both sets with what training rows are nearly equal to among the held-out rows; as they are if there are too many
-    rows to look.
-    """
-    if len(held_out.rows) > NEAR_ROWS or len(train.rows) > NEAR_TRAINED:
-        return train, held_out
-    _tell(len(train.rows) + len(held_out.rows))
-    found = NearDuplicates()
-    held = [found.add(place, mine) for place, mine in enumerate(held_out.shingles())]
-    if found.lacks_rows:
-        return train, held_out
-    trained = [found.find(mine) for mine in train.shingles()]
-    marks = _marks_of(held, trained)
-    return replace(train, near=trained), replace(held_out, near=marks)
-
-
-def _tell(rows: int) -> None:
-    if rows >= TOLD_FROM:
-        logger.info("looking for near copies among %s rows", f"{rows:,}")
-
-
 def groups_of(keys: SetKeys) -> list[int]:
     """For each row the number of its group, which is that of the group's first row.
 
@@ -171,39 +131,44 @@ def groups_of(keys: SetKeys) -> list[int]:
     return copies if len(set(groups)) == 1 else groups
 
 
-def _marks_of(matches: Sequence[int | None], others: Sequence[int | None] = ()) -> list[int | None]:
-    """The marks of rows of which each has the number of the first one that it is nearly equal to, if it is not that.
-
-    Args:
-        others: what further rows, outside of these, are nearly equal to.
-    """
-    heads = {match for match in (*matches, *others) if match is not None}
-    return [number if number in heads else match for number, match in enumerate(matches)]
-
-
 def _not_the_form(marks: Marks) -> Marks:
     """The marks, without those that more rows have than `FORM` allows."""
     common = {mark for mark, count in Counter(marks).items() if count > max(FORM, len(marks) // FORM)}
     return [None if mark in common else mark for mark in marks]
 
 
-def _joined(count: int, marks: Sequence[Marks]) -> list[int]:
-    """Join rows that share a mark of the same kind, directly or through others."""
-    group = list(range(count))
+class Groups:
+    """Rows that are joined, directly or through others. A group has the number of its first row.
 
-    def root(row: int) -> int:
-        while group[row] != row:
-            group[row] = group[group[row]]
-            row = group[row]
+    Args:
+        count: how many rows there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._above = list(range(count))
+
+    def of(self, row: int) -> int:
+        """The number of a row's group."""
+        while self._above[row] != row:
+            self._above[row] = self._above[self._above[row]]
+            row = self._above[row]
         return row
 
+    def join(self, one: int, other: int) -> None:
+        """Make one group of two."""
+        a, b = self.of(one), self.of(other)
+        self._above[max(a, b)] = min(a, b)
+
+
+def _joined(count: int, marks: Sequence[Marks]) -> list[int]:
+    """Join rows that share a mark of the same kind."""
+    groups = Groups(count)
     for one_kind in marks:
         first: dict[Hashable, int] = {}
         for row, mark in enumerate(one_kind):
             if mark is not None:
-                a, b = root(first.setdefault(mark, row)), root(row)
-                group[max(a, b)] = min(a, b)
-    return [root(row) for row in range(count)]
+                groups.join(first.setdefault(mark, row), row)
+    return [groups.of(row) for row in range(count)]
 
 
 def count_shared(train: SetKeys, held_out: SetKeys) -> Shared:

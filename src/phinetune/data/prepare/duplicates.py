@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
@@ -62,18 +63,30 @@ class NearDuplicates:
 
     def find(self, mine: Hashes) -> int | None:
         """The number of the first added row that is nearly equal to one with these shingles; None if there is none."""
-        return None if len(mine) < _MIN_SHINGLES else self._match(mine, self._sketch(mine))
+        return None if len(mine) < _MIN_SHINGLES else next(self._matches(mine, self._sketch(mine)), None)
+
+    def find_all(self, mine: Hashes, known: Container[int]) -> list[int]:
+        """The numbers of added rows that are nearly equal to one with these shingles: the first, and all others but
+        those that are known.
+        """
+        return [] if len(mine) < _MIN_SHINGLES else [*self._matches(mine, self._sketch(mine), known)]
 
     def add(self, number: int, mine: Hashes) -> int | None:
-        """As `find`. If it finds no row, this one is added under `number`."""
+        """As `find`. If it finds no row, this one is added under `number`: of rows that are alike the first stands for
+        the others.
+        """
         if len(mine) < _MIN_SHINGLES:
             return None
         sketch = self._sketch(mine)
-        match = self._match(mine, sketch)
-        # Of rows that are alike only the first is added. It stands for the others.
+        match = next(self._matches(mine, sketch), None)
         if match is None:
             self._keep(number, mine, sketch)
         return match
+
+    def keep(self, number: int, mine: Hashes) -> None:
+        """Add a row under `number`, whatever rows are like it."""
+        if len(mine) >= _MIN_SHINGLES:
+            self._keep(number, mine, self._sketch(mine))
 
     def _keep(self, number: int, mine: Hashes, sketch: Any) -> None:
         if len(self._shingles) >= MAX_ROWS or self._held >= MAX_SHINGLES:
@@ -88,10 +101,14 @@ class NearDuplicates:
         sketch.update_batch(mine)
         return sketch
 
-    def _match(self, mine: Hashes, sketch: Any) -> int | None:
+    def _matches(self, mine: Hashes, sketch: Any, known: Container[int] = ()) -> Iterator[int]:
+        found = False
         for number in sorted(self._index.query(sketch)):
-            other = self._shingles[number]
-            both = len(np.intersect1d(mine, other, assume_unique=True))
-            if both / (len(mine) + len(other) - both) >= ALIKE:
-                return int(number)
-        return None
+            if (found and number in known) or not self._are_alike(mine, self._shingles[number]):
+                continue
+            found = True
+            yield int(number)
+
+    def _are_alike(self, mine: Hashes, other: Hashes) -> bool:
+        both = len(np.intersect1d(mine, other, assume_unique=True))
+        return both / (len(mine) + len(other) - both) >= ALIKE

@@ -80,30 +80,15 @@ class StoredChats(Sequence[list[Message]]):
         return (json.loads(row["chat"]) for row in self.data)
 
 
-class StoredShingles(Sequence[Hashes]):
-    """What near copies of rows are found by. `data` holds it in the column `shingles`."""
+class StoredShingles:
+    """What near copies of rows are found by, read batch by batch. `data` holds it in the column `shingles`."""
 
     def __init__(self, data: Dataset) -> None:
         self.data = data.with_format("numpy")
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    @overload
-    def __getitem__(self, place: int) -> Hashes: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Hashes]: ...
-    def __getitem__(self, place: int | slice) -> Hashes | list[Hashes]:
-        found = self.data[place]["shingles"]
-        return _hashes(found) if isinstance(place, int) else [_hashes(one) for one in found]
-
     def __iter__(self) -> Iterator[Hashes]:
         for batch in self.data.iter(1000):
-            yield from map(_hashes, batch["shingles"])
-
-
-def _hashes(stored: Any) -> Hashes:
-    return np.asarray(stored, dtype=np.uint32)
+            yield from (np.asarray(one, dtype=np.uint32) for one in batch["shingles"])
 
 
 class Columns:

@@ -39,7 +39,7 @@ class SetKeys:
     near: Marks | None = None
     group: Marks | None = None
     texts: Sequence[str] = ()
-    stored: Sequence[Hashes] = ()
+    stored: Iterable[Hashes] = ()
 
     def shingles(self) -> Iterable[Hashes]:
         """What the rows are compared by to find near copies, in order."""

@@ -30,7 +30,8 @@ def ask_all(client: openai.OpenAI) -> list[str]:
     messages: list[Any] = [{"role": "user", "content": SAID}]
     chat: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 4, "logit_bias": LETTERS}
     text: dict[str, Any] = {"model": "tiny", "prompt": SAID, "max_tokens": 4, "logit_bias": LETTERS}
-    response: dict[str, Any] = {"model": "tiny", "input": SAID, "max_output_tokens": 4}
+    # What /v1/responses takes has no bias; drawn freely, the model may end at once and say nothing.
+    response: dict[str, Any] = {"model": "tiny", "input": SAID, "max_output_tokens": 4, "temperature": 0}
     whole = [
         client.chat.completions.create(**chat, n=2).id,
         client.completions.create(**text).id,

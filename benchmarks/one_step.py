@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.products import Beside
 from benchmarks.whole_run import LORA
 
 
@@ -25,6 +26,7 @@ def step(
     rounds: int = 3,
     memory: str | int = "none",
     attention_apart: bool = False,
+    products: bool = False,
 ) -> dict[str, Any]:
     """Forward and backward over `chats` conversations of `length` tokens, the first `shared` of them the same.
 
@@ -33,6 +35,7 @@ def step(
         labelled: tokens at each end that are trained on; None is all.
         rounds: steps that count, after a first one that does not; with 0 the first counts.
         attention_apart: one more step, under the profiler, says what share of its time attention takes.
+        products: `share_of_peak` is the median of the rounds' shares of the best rate of products beside each.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -50,24 +53,31 @@ def step(
     else:
         loss = _plain_loss(torch.compile(peft) if engine == "compiled" else peft, rows, dtype)
     trained = [p for p in peft.parameters() if p.requires_grad]
-    times = []
+    times, beside = [], Beside(dtype) if products else None
     with kept_memory(torch.device("cpu")) if engine == "fast" else nullcontext():
         for _ in range(rounds + 1):
             for p in trained:
                 p.grad = None
+            if beside:
+                beside.begin()
             start = time.perf_counter()
             loss().backward()
             times.append(time.perf_counter() - start)
+            if beside:
+                beside.end()
         apart = {"attention_share": _attention_share(loss)} if attention_apart else {}
     counted = chats * (length if labelled is None else labelled)
-    return {
-        **apart,
-        "tokens": chats * length,
-        "seconds": statistics.median(times[1:] or times),
-        "useful_flop": useful(
-            loaded.model.config, chats * length, counted, chats * pairs_seen(loaded.model.config, length)
-        ),
-    }
+    flop = useful(loaded.model.config, chats * length, counted, chats * pairs_seen(loaded.model.config, length))
+    if beside:
+        apart |= _shares(flop, times, beside)
+    return {**apart, "tokens": chats * length, "seconds": statistics.median(times[1:] or times), "useful_flop": flop}
+
+
+def _shares(flop: float, times: list[float], beside: Beside) -> dict[str, float]:
+    """The share of the peak of the rounds that count, and the rate that it is a share of."""
+    shares = [flop / seconds / rate for seconds, rate in zip(times, beside.rates, strict=True)]
+    rate = statistics.median(beside.rates[1:] or beside.rates)
+    return {"share_of_peak": statistics.median(shares[1:] or shares), "product_flop_per_s": rate}
 
 
 def _attention_share(loss: Callable[[], torch.Tensor]) -> float:

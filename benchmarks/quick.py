@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 
-from benchmarks.fresh import Deadline, measure, short_chats
+from benchmarks.fresh import Deadline, short_chats
 from benchmarks.machine import machine
 from benchmarks.store import Book, Part, Row
 from benchmarks.train import HEADINGS, PEERS, TRL_SETTINGS, against_trl, at_shape, cells
@@ -45,20 +45,16 @@ def chats(dtype: str, deadline: Deadline) -> list[Row]:
 
 def steps(dtype: str, deadline: Deadline) -> list[Row]:
     """Phi-3 mini's shape with 4 layers, all tokens labelled: share of the peak, and transformers + PEFT at 4 × 256."""
-    rates = measure("gemm", deadline, dtype=dtype).get("flop_per_s")
-    if not rates:
-        return [{"what": "matrix products", "failed": "left out: the time was over"}]
-    seen = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
-    rows: list[Row] = [{"what": f"matrix products, GFLOP/s: {seen}"}]
+    rows: list[Row] = []
     plain = {"plain": PEERS["plain"]}
     for count, length, peers in ((4, 256, plain), (4, 1024, {}), (1, 4096, {})):
-        rows += at_shape(count, length, dtype, rates, peers, deadline, rounds=2)
+        rows += at_shape(count, length, dtype, peers, deadline, rounds=2)
     return rows
 
 
 def compiled(dtype: str, deadline: Deadline) -> list[Row]:
     """The same 4 × 256 tokens beside torch.compile of transformers + PEFT, which compiles for a minute or two."""
-    return at_shape(4, 256, dtype, {}, {"compiled": PEERS["compiled"]}, deadline, rounds=2)
+    return at_shape(4, 256, dtype, {"compiled": PEERS["compiled"]}, deadline, rounds=2)
 
 
 PARTS: dict[str, Callable[[str, Deadline], list[Row]]] = {

@@ -20,23 +20,14 @@ import torch
 from benchmarks.greedy_answers import generate, llama
 from benchmarks.one_step import step
 from benchmarks.preferences import one as dpo
+from benchmarks.products import best_rate, operands
 from benchmarks.whole_run import PEAKS, peak_gb, phinetune, trl
 
 
 def gemm(dtype: str) -> dict[str, Any]:
     """The best rate of a matrix product seen in this dtype and in float32, in operations a second."""
-    return {"flop_per_s": {name: _product_rate(getattr(torch, name)) for name in dict.fromkeys((dtype, "float32"))}}
-
-
-def _product_rate(dtype: torch.dtype) -> float:
-    best = 0.0
-    for rows, inner, columns in ((2048, 3072, 9216), (2048, 2048, 2048), (1024, 8192, 3072)):
-        a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.mm(a, b.t())
-            best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - start))
-    return best
+    names = dict.fromkeys((dtype, "float32"))
+    return {"flop_per_s": {name: best_rate(operands(getattr(torch, name)), 5) for name in names}}
 
 
 def merge(adapter: str, base: str, out: str) -> dict[str, Any]:

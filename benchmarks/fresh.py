@@ -36,7 +36,7 @@ NO_DEADLINE = Deadline()
 def measure(kind: str, deadline: Deadline = NO_DEADLINE, **options: Any) -> Row:
     """One measurement in a fresh process; a peer that fails or takes too long gives a line in place of numbers."""
     command = [sys.executable, "-m", "benchmarks.worker", kind, json.dumps(options)]
-    compiles = options.get("compile") or options.get("engine") == "compiled"
+    compiles = options.get("compile") or "compiled" in (options.get("engine"), *options.get("engines", ()))
     patience = min(COMPILING if compiles else PATIENCE, deadline.left)
     if patience <= 0:
         return {"failed": "left out: the time was over"}

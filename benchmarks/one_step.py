@@ -4,44 +4,116 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.products import Beside
+from benchmarks.products import Products
 from benchmarks.whole_run import LORA
 
 
-def step(
+@dataclass
+class Ready:
+    """A model whose steps can be timed: the loss of the rows, and what is trained.
+
+    Attributes:
+        kept: whether the engine keeps memory between steps.
+        flop: `useful` ones of a step.
+    """
+
+    loss: Callable[[], torch.Tensor]
+    trained: list[torch.nn.Parameter]
+    kept: bool
+    flop: float
+
+    def seconds(self) -> float:
+        """Those of one step."""
+        for p in self.trained:
+            p.grad = None
+        start = time.perf_counter()
+        self.loss().backward()
+        return time.perf_counter() - start
+
+
+def step(model: str, engine: str, chats: int, length: int, dtype: str, rounds: int = 3, **more: Any) -> dict[str, Any]:
+    """Forward and backward over `chats` conversations of `length` tokens; `more` is as in `ready`.
+
+    Args:
+        rounds: steps that count, after a first one that does not; with 0 the first counts.
+    """
+    one = ready(model, engine, chats, length, dtype, **more)
+    with kept(one):
+        times = [one.seconds() for _ in range(rounds + 1)]
+    return {"tokens": chats * length, "seconds": statistics.median(times[1:] or times), "useful_flop": one.flop}
+
+
+def paired(
+    model: str, engines: Sequence[str], chats: int, length: int, dtype: str, rounds: int = 3
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Steps of several engines in turn, products between them, in one process. The last engine is the one looked at.
+
+    Each figure is the median of the rounds: `share_of_peak` of shares of the products right before and after a step,
+    `times` of its seconds over those of the last engine in the same round. A first round does not count.
+    """
+    made = {name: ready(model, name, chats, length, dtype, memory="auto") for name in engines}
+    product = Products(dtype)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    shares: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(rounds + 1):
+        rates = [product.rate()]
+        for name, one in made.items():
+            with kept(one):
+                times[name].append(one.seconds())
+            rates.append(product.rate())
+            shares[name].append(one.flop / times[name][-1] / statistics.mean(rates[-2:]))
+    last = engines[-1]
+    found = {
+        name: {
+            "tokens": chats * length,
+            "seconds": statistics.median(times[name][1:]),
+            "share_of_peak": statistics.median(shares[name][1:]),
+            "times": statistics.median(a / b for a, b in zip(times[name][1:], times[last][1:], strict=True)),
+        }
+        for name in engines
+    }
+    with kept(made[last]):
+        found[last]["attention_share"] = _attention_share(made[last].loss)
+    return {"engines": found}
+
+
+def kept(one: Ready) -> AbstractContextManager[Any]:
+    """Where a step runs: with kept memory, if its engine keeps memory."""
+    from phinetune.engine.kept_memory import kept_memory
+
+    return kept_memory(torch.device("cpu")) if one.kept else nullcontext()
+
+
+def ready(
     model: str,
     engine: str,
     chats: int,
     length: int,
     dtype: str,
+    *,
     shared: int = 0,
     sharing: bool = True,
     labelled: int | None = None,
-    rounds: int = 3,
     memory: str | int = "none",
-    attention_apart: bool = False,
-    products: bool = False,
-) -> dict[str, Any]:
-    """Forward and backward over `chats` conversations of `length` tokens, the first `shared` of them the same.
+) -> Ready:
+    """A model and made-up rows.
 
     Args:
         engine: fast, plain (transformers and PEFT), or compiled (plain under torch.compile).
+        shared: tokens with which all conversations begin.
         labelled: tokens at each end that are trained on; None is all.
-        rounds: steps that count, after a first one that does not; with 0 the first counts.
-        attention_apart: one more step, under the profiler, says what share of its time attention takes.
-        products: `share_of_peak` is the median of the rounds' shares of the best rate of products beside each.
     """
     from peft import LoraConfig, get_peft_model
 
     from phinetune.checkpoints.load import load_base
     from phinetune.config.model import ModelSection
-    from phinetune.engine.kept_memory import kept_memory
     from phinetune.engine.lora_layers import use_fused_layers
 
     loaded = load_base(ModelSection(path=model, dtype=dtype, device="cpu"), fast=engine == "fast")
@@ -52,32 +124,9 @@ def step(
         loss = _fast_loss(peft, rows, sharing, memory)
     else:
         loss = _plain_loss(torch.compile(peft) if engine == "compiled" else peft, rows, dtype)
-    trained = [p for p in peft.parameters() if p.requires_grad]
-    times, beside = [], Beside(dtype) if products else None
-    with kept_memory(torch.device("cpu")) if engine == "fast" else nullcontext():
-        for _ in range(rounds + 1):
-            for p in trained:
-                p.grad = None
-            if beside:
-                beside.begin()
-            start = time.perf_counter()
-            loss().backward()
-            times.append(time.perf_counter() - start)
-            if beside:
-                beside.end()
-        apart = {"attention_share": _attention_share(loss)} if attention_apart else {}
     counted = chats * (length if labelled is None else labelled)
     flop = useful(loaded.model.config, chats * length, counted, chats * pairs_seen(loaded.model.config, length))
-    if beside:
-        apart |= _shares(flop, times, beside)
-    return {**apart, "tokens": chats * length, "seconds": statistics.median(times[1:] or times), "useful_flop": flop}
-
-
-def _shares(flop: float, times: list[float], beside: Beside) -> dict[str, float]:
-    """The share of the peak of the rounds that count, and the rate that it is a share of."""
-    shares = [flop / seconds / rate for seconds, rate in zip(times, beside.rates, strict=True)]
-    rate = statistics.median(beside.rates[1:] or beside.rates)
-    return {"share_of_peak": statistics.median(shares[1:] or shares), "product_flop_per_s": rate}
+    return Ready(loss, [p for p in peft.parameters() if p.requires_grad], engine == "fast", flop)
 
 
 def _attention_share(loss: Callable[[], torch.Tensor]) -> float:

@@ -3,7 +3,7 @@
     python -m benchmarks.train [--only starter,shape,peak,prefix,chats,whole] [--dtype bfloat16] [--quick]
 
 Writes benchmarks/results/train/*.json and train.md. Tokens are real ones: padding does not count. "share of peak" is
-useful work (see `benchmarks.one_step.useful`; recomputation does not count) over the best rate of a matrix product
+useful work (see `benchmarks.one_step.useful`; recomputation does not count) over the rate of the best matrix product
 right before and after the step, in the same dtype or in float32, whichever is faster here; the median of some steps.
 """
 
@@ -121,24 +121,24 @@ def at_shape(
     deadline: Deadline = NO_DEADLINE,
     rounds: int | None = None,
 ) -> list[Row]:
-    """A step of this many chats, all tokens labelled, by peers and by this project, beside products.
-
-    How many times faster we are than a peer is the ratio of both shares of the peak: other machines on the host change
-    the processor's speed within minutes, and a share's two figures are of the same seconds.
-    """
-    common = {"model": SHAPE, "chats": chats, "length": length, "dtype": dtype, "products": True}
-    common["rounds"] = rounds or (5 if chats * length <= 4096 else 2)
-    name = f"{chats} × {length} tokens"
-    rows = [
-        {"what": f"{name}, {what}", **measure("step", deadline, engine=way, **common)} for way, what in peers.items()
-    ]
-    ours = measure("step", deadline, engine="fast", memory="auto", attention_apart=True, **common)
-    if "seconds" in ours:
-        rest = ours["seconds"] * (1 - ours["attention_share"])
-        ours["ms_a_token_without_attention"] = 1e3 * rest / ours["tokens"]
-        for what, row in zip(peers.values(), rows, strict=True):
-            ours |= {f"times {what}": ours["share_of_peak"] / row["share_of_peak"]} if "seconds" in row else {}
-    return [*rows, {"what": f"{name}, phinetune", **ours}]
+    """A step of this many chats, all tokens labelled, by peers and by this project in turn, products between them."""
+    counted = rounds or (5 if chats * length <= 4096 else 2)
+    common = {"model": SHAPE, "chats": chats, "length": length, "dtype": dtype, "rounds": counted}
+    seen = measure("paired", deadline, engines=[*peers, "fast"], **common)
+    names = {way: f"{chats} × {length} tokens, {what}" for way, what in {**peers, "fast": "phinetune"}.items()}
+    if "failed" in seen:
+        return [{"what": name, "failed": seen["failed"]} for name in names.values()]
+    found: dict[str, Row] = seen["engines"]
+    for row in found.values():
+        row["tokens_per_s"] = row["tokens"] / row["seconds"]
+    ours = found["fast"]
+    rest = ours["seconds"] * (1 - ours["attention_share"])
+    ours["ms_a_token_without_attention"] = 1e3 * rest / ours["tokens"]
+    ours |= {f"times {what}": found[way]["times"] for way, what in peers.items()}
+    ours |= {} if peers else {"peak_gb": seen["peak_gb"]}
+    for row in found.values():
+        del row["times"]
+    return [{"what": name, **found[way]} for way, name in names.items()]
 
 
 def prefix(dtype: str, quick: bool) -> list[Row]:
@@ -198,7 +198,6 @@ def cells(row: Row) -> list[str]:
     shares = ("share_of_peak", "attention_share", "overhead")
     besides += [f"{k.replace('_', ' ')} {v:.1%}" for k, v in row.items() if k in shares]
     besides += [f"{k.replace('_', ' ')} {v:.2f}" for k, v in row.items() if k.startswith("ms_")]
-    besides += [f"products {row['product_flop_per_s'] / 1e9:,.0f} GFLOP/s"] if "product_flop_per_s" in row else []
     besides += [f"{k.removesuffix('_gb')} {v:.1f} GB" for k, v in row.items() if k in ("load_gb", "training_gb")]
     besides += [f"{row['seconds']:.1f} s"] if "tokens" not in row and "seconds" in row else []
     besides += [row["failed"]] if "failed" in row else []

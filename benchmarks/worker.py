@@ -1,9 +1,10 @@
 """One measurement in a process of its own: `python -m benchmarks.worker KIND JSON` prints one JSON line.
 
 Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
-one step of made-up tokens, by either engine), `gemm` (the best rates of matrix products), `generate` (greedy answers
-to prompts, by transformers or by this project), `llama` (by llama.cpp), `dpo` (TRL's DPOTrainer or this project),
-`merge` (an adapter into its base), `copy` (that base's folder).
+one step of made-up tokens, by either engine), `paired` (steps of several engines in turn, products between them),
+`gemm` (the best rates of matrix products), `generate` (greedy answers to prompts, by transformers or by this project),
+`llama` (by llama.cpp), `dpo` (TRL's DPOTrainer or this project), `merge` (an adapter into its base), `copy` (that
+base's folder).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.greedy_answers import generate, llama
-from benchmarks.one_step import step
+from benchmarks.one_step import paired, step
 from benchmarks.preferences import one as dpo
 from benchmarks.products import best_rate, operands
 from benchmarks.whole_run import PEAKS, peak_gb, phinetune, trl
@@ -56,6 +57,7 @@ KINDS = {
     "trl": trl,
     "phinetune": phinetune,
     "step": step,
+    "paired": paired,
     "gemm": gemm,
     "merge": merge,
     "copy": copy,

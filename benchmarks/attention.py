@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.machine import machine
+from benchmarks.products import best_rate, operands
 from benchmarks.store import Book, Part, Row
-from benchmarks.worker import gemm
 from phinetune.engine.attention_plan import AttentionRun, Heads, fused_run, grouped_run, trees_run
 from phinetune.engine.kernels.attention import attention
 from phinetune.engine.segments import Segment
@@ -110,7 +110,7 @@ def main() -> None:
     given = cli.parse_args()
     torch.set_num_threads(given.threads)
     dtype = getattr(torch, given.dtype)
-    rate = gemm(given.dtype)["flop_per_s"][given.dtype]
+    rate = best_rate(operands(getattr(torch, given.dtype)), 5)
     rows = [measured(length, dtype, given.rounds, rate) for length in map(int, given.lengths.split(","))]
     Console().print(BOOK.table(given.dtype, rows))
     written = BOOK.keep({given.dtype: {"machine": machine(given.dtype), "rows": rows, "rate": rate}})

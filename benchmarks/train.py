@@ -121,13 +121,17 @@ def at_shape(
     deadline: Deadline = NO_DEADLINE,
     rounds: int | None = None,
 ) -> list[Row]:
-    """A step of this many chats, all tokens labelled, by peers and by this project in turn, products between them."""
+    """A step of this many chats, all tokens labelled, by peers and by this project in turn, products between them.
+
+    If a peer fails or takes too long, this project is measured alone.
+    """
     counted = rounds or (5 if chats * length <= 4096 else 2)
     common = {"model": SHAPE, "chats": chats, "length": length, "dtype": dtype, "rounds": counted}
     seen = measure("paired", deadline, engines=[*peers, "fast"], **common)
     names = {way: f"{chats} × {length} tokens, {what}" for way, what in {**peers, "fast": "phinetune"}.items()}
     if "failed" in seen:
-        return [{"what": name, "failed": seen["failed"]} for name in names.values()]
+        alone = at_shape(chats, length, dtype, {}, deadline, rounds) if peers else [{"what": names["fast"], **seen}]
+        return [*({"what": names[way], **seen} for way in peers), *alone]
     found: dict[str, Row] = seen["engines"]
     for row in found.values():
         row["tokens_per_s"] = row["tokens"] / row["seconds"]

@@ -2,9 +2,8 @@
 
 Kinds: `trl` (TRL's SFTTrainer with PEFT), `phinetune` (a whole run of this project), `step` (forward and backward of
 one step of made-up tokens, by either engine), `paired` (steps of several engines in turn, products between them),
-`gemm` (the best rates of matrix products), `generate` (greedy answers to prompts, by transformers or by this project),
-`llama` (by llama.cpp), `dpo` (TRL's DPOTrainer or this project), `merge` (an adapter into its base), `copy` (that
-base's folder).
+`generate` (greedy answers to prompts, by transformers or by this project), `llama` (by llama.cpp), `dpo` (TRL's
+DPOTrainer or this project), `merge` (an adapter into its base), `copy` (that base's folder).
 """
 
 from __future__ import annotations
@@ -21,14 +20,7 @@ import torch
 from benchmarks.greedy_answers import generate, llama
 from benchmarks.one_step import paired, step
 from benchmarks.preferences import one as dpo
-from benchmarks.products import best_rate, operands
 from benchmarks.whole_run import PEAKS, peak_gb, phinetune, trl
-
-
-def gemm(dtype: str) -> dict[str, Any]:
-    """The best rate of a matrix product seen in this dtype and in float32, in operations a second."""
-    names = dict.fromkeys((dtype, "float32"))
-    return {"flop_per_s": {name: best_rate(operands(getattr(torch, name)), 5) for name in names}}
 
 
 def merge(adapter: str, base: str, out: str) -> dict[str, Any]:
@@ -58,7 +50,6 @@ KINDS = {
     "phinetune": phinetune,
     "step": step,
     "paired": paired,
-    "gemm": gemm,
     "merge": merge,
     "copy": copy,
     "generate": generate,

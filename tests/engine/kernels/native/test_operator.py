@@ -31,11 +31,17 @@ def wide(rows: int, width: int, seed: int, more: int = 3) -> Tensor:
     return torch.randn(rows, width + more, generator=generator, dtype=torch.float64).bfloat16().double()[:, :width]
 
 
-def cast(argument: Any, dtype: torch.dtype) -> Any:
-    """A copy of an argument with the same strides, its float64 numbers in another dtype."""
+def cast(argument: Any, dtype: torch.dtype, between: float = 0.0) -> Any:
+    """A copy of an argument with the same strides, its float64 numbers in another dtype.
+
+    Args:
+        between: what the memory between its rows holds. torch's product of bfloat16 on AMX multiplies what lies there
+            by zero, so it must be a number for torch's forms.
+    """
     if not isinstance(argument, Tensor) or argument.dtype != torch.float64:
         return argument.clone() if isinstance(argument, Tensor) else argument
-    made = torch.empty_strided(argument.shape, argument.stride(), dtype=dtype)
+    size = torch.empty_strided(argument.shape, argument.stride()).untyped_storage().nbytes() // 4
+    made = torch.full((size,), between, dtype=dtype).as_strided(argument.shape, argument.stride())
     return made.copy_(argument)
 
 
@@ -43,10 +49,11 @@ def compare(
     op: Operator, arguments: tuple[Any, ...], written: tuple[int, ...], dtype: torch.dtype, formula: Any = None
 ) -> None:
     """Run the native form, torch's in the same dtype, and a formula (default: torch's form) in float64: the truth."""
-    forms = (operator.native_form(op.name), dtype), (op.by_torch, dtype), (formula or op.by_torch, torch.float64)
+    native = operator.native_form(op.name)  # must not read between rows
+    forms = (native, dtype), (op.by_torch, dtype), (formula or op.by_torch, torch.float64)
     found, theirs, exact = [], [], []
     for results, (run, kind) in zip((found, theirs, exact), forms, strict=True):
-        given = [cast(argument, kind) for argument in arguments]
+        given = [cast(argument, kind, torch.nan if run is native else 0.0) for argument in arguments]
         run(*given)
         results += [given[i].double() for i in written]
         for i, argument in enumerate(arguments):  # what is not written to stays as it was

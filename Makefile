@@ -71,6 +71,7 @@ bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.waiting
 	@.venv/bin/python -m benchmarks.preferences
 	@.venv/bin/python -m benchmarks.styles
+	@.venv/bin/python -m benchmarks.forgetting
 	@.venv/bin/python -m benchmarks.attention
 	@.venv/bin/python -m benchmarks.processes
 

@@ -137,7 +137,7 @@ SETS: dict[str, tuple[Callable[[random.Random], list[Row]], int]] = {
     "demo": (demo, 120),
     "alpaca": (alpaca, 100),
     "arithmetic": (arithmetic, 400),
-    "classes": (classes, 120),
+    "classes": (classes, 400),
     "json": (as_json, 100),
     "translation": (translation, 100),
 }

@@ -4,7 +4,7 @@
     python -m benchmarks.choices --table        # the table of what is measured
 
 For each set (`benchmarks.choice_sets`): a grid of four rates (the rule's times 1/4, 1/2, 1 and 2) and three numbers of
-epochs (the rule's, a third less and as many more), and a race of rates. The rule's own choice is a point of the grid.
+epochs (the rule's, one and two less), and a race of rates. The rule's own choice is a point of the grid.
 The winner of a race is to the bit the run with its rate given (tests/training/test_race), so its figure is that
 point's.
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -36,6 +37,7 @@ from benchmarks.machine import machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "choices.json"
 FACTORS = (0.25, 0.5, 1.0, 2.0)
+CHOSEN = ("auto", "race")  # figures that name a point of the grid
 TIMES = 4000  # that rows are drawn for an interval
 Figures = dict[str, dict[str, Any]]
 
@@ -99,11 +101,11 @@ def measure(name: str, options: argparse.Namespace, base: Any, measured: Measure
                 if measured.has(name, key) or late():
                     continue
                 values = {"learning_rate": one, "num_train_epochs": float(times)}
-                figure = _figure(candidate(rows, values, folder / "run"), base)
-                measured.add(name, key, {**figure, "auto": one == rate and times == epochs})
+                measured.add(name, key, _figure(candidate(rows, values, folder / "run"), base))
                 shutil.rmtree(folder / "run")
+        measured.add(name, "auto", {"point": key_of(rate, epochs)})
         if not measured.has(name, "race") and not late():
-            measured.add(name, "race", _race(name, options.model, folder, round(epochs)))
+            measured.add(name, "race", _race(name, options.model, folder, rate, round(epochs)))
 
 
 def key_of(rate: float, epochs: float) -> str:
@@ -112,9 +114,8 @@ def key_of(rate: float, epochs: float) -> str:
 
 
 def _epochs(rule: float) -> list[int]:
-    """The rule's epochs, a third less and as many more."""
-    step = max(1, round(rule / 3))
-    return [max(1, round(rule) - step), round(rule), round(rule) + step]
+    """The rule's epochs, and one and two less."""
+    return [max(1, round(rule) - less) for less in (2, 1, 0)]
 
 
 def _figure(run: Any, base: Any) -> dict[str, Any]:
@@ -141,8 +142,8 @@ def _own_loss(folder: Path) -> float:
     return float(min(line["eval_loss"] for line in lines if line.get("eval_loss") is not None))
 
 
-def _race(name: str, model: str, folder: Path, epochs: int) -> dict[str, Any]:
-    """Which point of the grid a race of the learning rate chooses."""
+def _race(name: str, model: str, folder: Path, own: float, epochs: int) -> dict[str, Any]:
+    """Which point of the grid a race of the learning rate chooses. `own`: the rule's rate."""
     from phinetune.api.train import train_config
     from phinetune.screen.console import silent
 
@@ -152,7 +153,8 @@ def _race(name: str, model: str, folder: Path, epochs: int) -> dict[str, Any]:
     tree = json.loads((run.path / "tune.json").read_text(encoding="utf-8"))
     rate = tree["candidates"][tree["stages"][0]["winner"]]["values"]["learning_rate"]
     seconds = round(time.perf_counter() - began, 1)
-    return {"point": key_of(rate, epochs), "own": _own_loss(run.path), "seconds": seconds, "why": tree["why"][0]}
+    nearest = min((own * factor for factor in FACTORS), key=lambda one: abs(math.log(one / rate)))  # a race rounds
+    return {"point": key_of(nearest, epochs), "own": _own_loss(run.path), "seconds": seconds, "why": tree["why"][0]}
 
 
 def table(tree: Mapping[str, Any]) -> str:
@@ -162,13 +164,13 @@ def table(tree: Mapping[str, Any]) -> str:
         "|---|---|---:|---:|---:|",
     ]
     for name, figures in tree["sets"].items():
-        grid = {key: one for key, one in figures.items() if key != "race"}
-        if len(grid) < 12 or "race" not in figures:
+        grid = {key: one for key, one in figures.items() if key not in CHOSEN}
+        if len(grid) < 12 or not all(key in figures for key in CHOSEN):
             lines.append(f"| {name} | {len(grid)} of 12 points measured | | | |")
             continue
         best = min(grid.values(), key=lambda one: float(one["loss"]))
         named = next(key for key, one in grid.items() if one is best)
-        auto, race = next(one for one in grid.values() if one["auto"]), grid[figures["race"]["point"]]
+        auto, race = (grid[figures[key]["point"]] for key in CHOSEN)
         lines.append(f"| {name} | {named} | {best['loss']:.4f} | {above(auto, best)} | {above(race, best)} |")
     return "\n".join(lines)
 

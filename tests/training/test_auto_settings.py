@@ -10,12 +10,13 @@ from phinetune.training import auto_settings as rules
 @pytest.mark.parametrize(
     ("hidden", "steps", "rate"),
     [
-        (576, 200, 1.3e-3),
-        (576, 60, 2e-3),
+        (576, 200, 6.5e-4),
+        (576, 60, 9.7e-4),
+        (1536, 200, 6.1e-4),
         (3072, 1000, 3.6e-4),
         (3072, 99, 5.4e-4),
         (5120, 1000, 2.4e-4),
-        (32, 1, 3e-3),
+        (32, 1, 9.7e-4),
     ],
 )
 def test_the_rate_falls_with_width_and_is_higher_for_short_runs(hidden: int, steps: int, rate: float) -> None:
@@ -44,7 +45,7 @@ def test_alpha_gives_the_same_scale_with_and_without_rslora() -> None:
 
 
 def test_small_sets_get_more_epochs_and_smaller_steps() -> None:
-    assert [rules.epochs(rows) for rows in (10, 2_000, 2_001, 20_000, 20_001)] == [3, 3, 2, 2, 1]
+    assert [rules.epochs(rows) for rows in (10, 500, 501, 2_000, 2_001, 20_000, 20_001)] == [4, 4, 3, 3, 2, 2, 1]
     assert [rules.batch(rows) for rows in (1, 80, 159, 160, 320, 640, 10**6)] == [2, 2, 2, 4, 8, 16, 16]
 
 

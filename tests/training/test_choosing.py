@@ -49,21 +49,21 @@ def test_all_that_is_left_open_gets_a_number_and_a_reason(hundred: Path, tmp_pat
         "max_length": 1024,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
-        "num_train_epochs": 3,
-        "learning_rate": 3e-3,
-        "warmup_steps": 6,
+        "num_train_epochs": 4,
+        "learning_rate": 6.5e-4,
+        "warmup_steps": 9,
         "eval_strategy": "steps",
-        "eval_steps": 14,
-        "save_steps": 14,
+        "eval_steps": 18,
+        "save_steps": 18,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
         "greater_is_better": False,
     }
-    assert run.steps.count == 135
+    assert run.steps.count == 180
     assert all(choice.why for choice in run.choices)
     args = run.args
-    assert (args.learning_rate, args.warmup_steps, args.eval_steps, args.save_steps) == (3e-3, 6, 14, 14)
+    assert (args.learning_rate, args.warmup_steps, args.eval_steps, args.save_steps) == (6.5e-4, 9, 18, 18)
     assert (args.load_best_model_at_end, run.settings.auto) == (True, frozenset())
 
 
@@ -77,7 +77,7 @@ def test_auto_is_the_same_as_leaving_out(hundred: Path, tmp_path: Path) -> None:
 
 def test_older_names_of_keys_may_be_auto(hundred: Path, tmp_path: Path) -> None:
     run = prepared(hundred, tmp_path, max_seq_length="auto", warmup_ratio="auto")
-    assert (run.config.training_config["max_length"], run.args.warmup_steps) == (1024, 6)
+    assert (run.config.training_config["max_length"], run.args.warmup_steps) == (1024, 9)
     assert not {"max_seq_length", "warmup_ratio"} & run.config.training_config.keys()
 
 
@@ -88,9 +88,9 @@ def test_a_given_value_is_obeyed_and_one_far_from_its_rule_gets_a_line(hundred: 
     assert (run.args.learning_rate, run.args.num_train_epochs, run.settings.peft["r"]) == (2e-5, 10, 2)
     told = remarks(run)
     assert told["learning_rate"] == (
-        "some 200 times below the rule's 0.003 for hidden size 32; expect little to be learnt in 20 steps"
+        "some 50 times below the rule's 0.00097 for hidden size 32; expect little to be learnt in 20 steps"
     )
-    assert told["num_train_epochs"] == "the rule's is 3 for 90 rows; expect rows to be learnt by heart"
+    assert told["num_train_epochs"] == "the rule's is 4 for 90 rows; expect rows to be learnt by heart"
     assert told["per_device_train_batch_size"].startswith("45 rows a step are some 20 times above the rule's 2")
     near = prepared(hundred, tmp_path, learning_rate=2e-3, num_train_epochs=2, per_device_train_batch_size=4)
     assert remarks(near) == {}
@@ -105,9 +105,9 @@ def test_a_given_value_is_obeyed_and_one_far_from_its_rule_gets_a_line(hundred: 
         ({"r": 2, "lora_alpha": 4}, {"learning_rate": 3e-3}, "", ""),  # who gives a rate has chosen both
         ({}, {"gradient_accumulation_steps": 64}, "gradient_accumulation_steps", "64 rows a step are some 30 times"),
         ({}, {"gradient_accumulation_steps": 4}, "", ""),
-        ({}, {"warmup_steps": 100}, "warmup_steps", "the learning rate still rises in 74% of 135 steps"),
-        ({}, {"warmup_steps": 500}, "warmup_steps", "the learning rate still rises in 100% of 135 steps"),
-        ({}, {"warmup_ratio": 0.9}, "warmup_steps", "the learning rate still rises in 90% of 135 steps"),
+        ({}, {"warmup_steps": 100}, "warmup_steps", "the learning rate still rises in 56% of 180 steps"),
+        ({}, {"warmup_steps": 500}, "warmup_steps", "the learning rate still rises in 100% of 180 steps"),
+        ({}, {"warmup_ratio": 0.9}, "warmup_steps", "the learning rate still rises in 90% of 180 steps"),
         ({}, {"warmup_steps": 20}, "", ""),
     ],
 )
@@ -127,7 +127,7 @@ def test_the_reason_for_a_batch_counts_what_a_step_really_has(hundred: Path, tmp
 
 def test_nothing_held_out_no_evaluations(hundred: Path, tmp_path: Path) -> None:
     run = prepared(hundred, tmp_path, held_out=None)
-    assert (run.args.eval_strategy, run.args.load_best_model_at_end, run.args.save_steps) == ("no", False, 38)
+    assert (run.args.eval_strategy, run.args.load_best_model_at_end, run.args.save_steps) == ("no", False, 50)
 
 
 @pytest.mark.parametrize("given", [{"eval_strategy": "no"}, {"do_eval": False}, {"eval_steps": 5}])
@@ -151,7 +151,7 @@ def test_checkpoints_of_each_epoch_are_scored(hundred: Path, tmp_path: Path) -> 
 
 def test_who_wants_the_best_gets_evaluations_that_meet_the_checkpoints(hundred: Path, tmp_path: Path) -> None:
     run = prepared(hundred, tmp_path, load_best_model_at_end=True, logging_steps=7)
-    assert (run.args.eval_strategy, run.args.eval_steps, run.args.save_steps) == ("steps", 14, 14)
+    assert (run.args.eval_strategy, run.args.eval_steps, run.args.save_steps) == ("steps", 18, 18)
 
 
 def test_a_metric_or_patience_asks_for_evaluations_whatever_they_take(hundred: Path, tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_config_and_start_have_the_numbers_and_resuming_takes_them(hundred: Path
     train_config(config, console)
     written = yaml.safe_load((out / "config.yaml").read_text())
     start = json.loads((out / "start.json").read_text())
-    assert written["training_config"]["learning_rate"] == 3e-3
+    assert written["training_config"]["learning_rate"] == 9.7e-4
     assert written["peft_config"] == {"r": 16, "lora_alpha": 32}
-    assert start["chosen"]["training_config.learning_rate"] == 3e-3
+    assert start["chosen"]["training_config.learning_rate"] == 9.7e-4
     assert {"key", "value", "why", "given"} == start["settings"][0].keys()
     # It goes on with what it chose, even if the rules would choose otherwise by now.
     start["chosen"]["peft_config.r"] = 16

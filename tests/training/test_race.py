@@ -28,10 +28,10 @@ from phinetune.errors import ConfigError, RunError
 from phinetune.files import remove
 from phinetune.liveness import this_process
 from phinetune.planning.plan import make_plan
-from phinetune.training import prepare, stretches
+from phinetune.training import halving, prepare, stretches
 from phinetune.training import race as module
 from phinetune.training import study as study_module
-from phinetune.training.race_field import Wish
+from phinetune.training.race_field import LEAD, Entry, Stage, Wish
 from phinetune.training.study import BEAT, OWNER, Study
 
 
@@ -81,7 +81,11 @@ def test_the_winner_of_a_race_is_the_run_with_its_rate_given(
     path, shown = whole
     tree = tree_of(path)
     winner = tree["candidates"][tree["stages"][0]["winner"]]
-    losses = {one["number"]: one["losses"]["2"] for one in tree["candidates"]}
+    rates = [one["values"].get("learning_rate") for one in tree["candidates"]]
+    losses = {
+        one["number"]: one["losses"]["2"] * (1 + LEAD * (rate == max(rates)))
+        for one, rate in zip(tree["candidates"], rates, strict=True)
+    }
     assert len(losses) == 3
     assert winner["number"] == min(losses, key=losses.__getitem__)
     rate = winner["values"]["learning_rate"]
@@ -387,3 +391,31 @@ def test_a_wish_that_can_not_be_is_refused(
 def test_a_storage_that_can_not_be_opened_is_a_sentence(chats: Path, tmp_path: Path, console: Console) -> None:
     with pytest.raises(ConfigError, match="--study nowhere://x"):
         tune_config(config_of(chats, tmp_path / "run"), Wish(), console, study="nowhere://x")
+
+
+def test_a_higher_rate_that_leads_by_little_so_early_does_not_win(
+    chats: Path, tmp_path: Path, console: Console
+) -> None:
+    config = config_of(chats, tmp_path / "run", learning_rate=1e-4)
+    tree = tree_of(tune_config(config, Wish(rates=(1e-4, 2e-4)), console).path)
+    own, higher = (one["losses"]["2"] for one in tree["candidates"])
+    assert higher < own < higher * (1 + LEAD)
+    assert tree["stages"][0]["winner"] == 0
+    assert tree["why"][0].endswith("; so early a rate above 0.0001 counts as better if it leads by 5%")
+
+
+def test_a_higher_rate_wins_by_a_clear_lead_and_a_lower_one_by_any(chats: Path, tmp_path: Path) -> None:
+    rows = prepare.prepare_rows(prepare.settle(config_of(chats, tmp_path / "run", learning_rate=1e-4)))
+    entry = Entry.of(rows, Wish(rates=(1e-4, 2e-4, 5e-5), ranks=(2, 4)))
+
+    def winner(stage: Stage, *losses: float) -> int | None:
+        rates = [{"learning_rate": rate} for rate in (1e-4, 2e-4, 5e-5)]
+        scores = {i: entry.weighed(stage, rates[i], {9: loss}) for i, loss in enumerate(losses)}
+        return halving.decide(3, halving.at_the_end(9), scores).winner
+
+    of_rates, of_ranks = entry.stages
+    assert winner(of_rates, 1.0, 0.96, 1.1) == 0
+    assert winner(of_rates, 1.0, 0.95, 1.1) == 1
+    assert winner(of_rates, 1.0, 0.96, 0.999) == 2
+    assert winner(of_rates, -1.0, -1.04, -0.9) == 0
+    assert winner(of_ranks, 1.0, 0.999, 1.1) == 1, "ranks have no such lead"

@@ -20,6 +20,7 @@ from phinetune.config.run import RunConfig
 from phinetune.durations import spell_seconds
 from phinetune.engine.scoring import Score, score_rows
 from phinetune.errors import RunError
+from phinetune.evaluation.drawn_together import group_sentences, units_of
 from phinetune.evaluation.hard_rows import hard_rows
 from phinetune.evaluation.trust import few_rows
 from phinetune.files import write_text
@@ -249,7 +250,7 @@ class _Curve:
         tree["held_out"] = held_out.report.to_dict()
         last = [scores[one.name] for one in self.runs[-2:]]
         tree["hard"] = hard_rows(base, last[1], held_out, before=last[0])
-        tree["flags"] = few_rows(len(held_out))
+        tree["flags"] = [*few_rows(len(held_out)), *group_sentences(held_out)]
         tree = {"runs": [one.name for one in self.runs], **tree, CHOSEN: self._by_memory()}
         self._write(tree)
         show_data_curve(tree, self.console)
@@ -261,8 +262,9 @@ class _Curve:
         return found
 
     def _point(self, one: ShareRun, scores: list[Score]) -> Point:
-        rows = int(self._results(one)["data"]["train"]["kept"])
-        return Point(rows, [score.nll for score in scores], [score.tokens for score in scores])
+        rows, held_out = int(self._results(one)["data"]["train"]["kept"]), self.whole.chats.held_out
+        units = units_of(held_out) if held_out else None
+        return Point(rows, [score.nll for score in scores], [score.tokens for score in scores], units)
 
     def _write(self, tree: dict[str, Any]) -> None:
         write_text(self.folder / CURVE, json.dumps(tree, indent=2, ensure_ascii=False) + "\n", private=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from phinetune.metric_table import Measure
 
 Array = NDArray[np.float64]
+Units = NDArray[np.int64]  # of each row the number of what it is drawn with
 
 SEED = 0
 RESAMPLES = 10_000  # how often the rows are resampled
@@ -84,27 +85,46 @@ class Difference:
         return {**asdict(self), "level": LEVEL}
 
 
-def differences(pairs: dict[str, tuple[Measure, Pairs]], rows: int) -> dict[str, Difference]:
+def differences(
+    pairs: dict[str, tuple[Measure, Pairs]], rows: int, units: Units | None = None
+) -> dict[str, Difference]:
     """The difference in each measure. All measures use the same resamples.
 
     Args:
         pairs: the measures and their numbers, by key.
         rows: how many rows there are.
+        units: see `resamples`.
 
     Returns:
-        the differences by key; empty if there are fewer than two rows.
+        the differences by key; empty if there are fewer than two rows, or units.
     """
-    if rows < 2 or not pairs:
+    if not pairs or drawn_at_a_time(rows, units) < 2:
         return {}
     drawn: dict[str, list[Array]] = {key: [] for key in pairs}
-    for counts in resamples(rows):
+    for counts in resamples(rows, units):
         for key, (_, pair) in pairs.items():
             drawn[key].append(pair.change(counts))
     return {key: _difference(measure, pair, np.concatenate(drawn[key])) for key, (measure, pair) in pairs.items()}
 
 
-def resamples(rows: int) -> Iterator[Array]:
-    """How often each resample draws each row, shape (resamples, rows), in portions that fit into memory."""
+def drawn_at_a_time(rows: int, units: Units | None) -> int:
+    """How many things a resample draws."""
+    return rows if units is None else len(np.unique(units))
+
+
+def resamples(rows: int, units: Units | None = None) -> Iterator[Array]:
+    """How often each resample draws each row, shape (resamples, rows), in portions that fit into memory.
+
+    Args:
+        units: of each row the number of the unit that it is drawn with, shape (rows); None: each row by itself. Each
+            resample draws as many units as there are, with all their rows.
+    """
+    if units is not None:
+        _, own = np.unique(units, return_inverse=True)
+        for counts in resamples(int(own.max(initial=-1)) + 1):
+            step = max(1, AT_ONCE // rows)
+            yield from (counts[i : i + step, own] for i in range(0, len(counts), step))
+        return
     generator = np.random.default_rng(SEED)
     left = max(MIN_RESAMPLES, min(RESAMPLES, DRAWS // rows))
     while left > 0:

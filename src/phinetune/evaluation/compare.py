@@ -16,9 +16,10 @@ from phinetune.config.evaluation import EvaluationSection
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.shared_rows import shared_sentences
 from phinetune.evaluation.answering import Answers, Question, answer_all, questions_of
-from phinetune.evaluation.bootstrap import Array, Difference
+from phinetune.evaluation.bootstrap import Array, Difference, Units
 from phinetune.evaluation.classes import Classes, class_tree
 from phinetune.evaluation.countable import check_classes
+from phinetune.evaluation.drawn_together import DrawnTogether, group_sentences
 from phinetune.evaluation.hard_rows import hard_rows
 from phinetune.evaluation.json_answers import field_shares
 from phinetune.evaluation.judge import judge_answers
@@ -188,7 +189,7 @@ def compare(
     sides: dict[str, Measured] = {}
     watcher.begin(len(held_out), len(questions), list(models))
     size = None if section.batch_size == "auto" else section.batch_size
-    pairs = are_pairs(held_out.encoded)
+    pairs, together = are_pairs(held_out.encoded), DrawnTogether.of(held_out, questions)
     for name, opened in models.items():
         watcher.side(name)
         with opened() as one:
@@ -200,7 +201,7 @@ def compare(
             answered = Answers([], {})
             if questions:
                 answered = answer_all(one, tokenizer, questions, section, metrics, watcher.advance)
-        sides[name] = Measured(scores, answered, preferred)
+        sides[name] = Measured(scores, answered, preferred, together)
     both = {name: one for name, one in sides.items() if name != "start"}
     compared = replace(_compared(both, questions, held_out, section), judged=_judged(both, questions, section, watcher))
     return replace(compared, since_start=_since_start(sides, section)) if "start" in sides else compared
@@ -216,7 +217,14 @@ def _judged(
     if len(sides) < 2 or not processes.is_main():
         return {}
     base, tuned = ([answer.text for answer in side.answered.answers] for side in sides.values())
-    return judge_answers(section, questions, base, tuned, watcher.judging, watcher.advance)
+    units = _units(sides)
+    return judge_answers(section, questions, base, tuned, units, watcher.judging, watcher.advance)
+
+
+def _units(sides: Mapping[str, Measured]) -> Units | None:
+    """What the prompts are drawn with."""
+    together = next(iter(sides.values())).together
+    return together.prompts if together else None
 
 
 def sides_of(model: Any, base: Side | None = None) -> dict[str, Side]:
@@ -274,6 +282,7 @@ def _compared(
             *few,
             *untold,
             *few_rows(len(held_out)),
+            *group_sentences(held_out),
             *few_answers(len(held_out), len(questions)),
         ],
         held_out.report.to_dict(),
@@ -305,7 +314,7 @@ def _won(sides: Mapping[str, Measured], section: EvaluationSection) -> dict[str,
         return None
     more_is_better = measures_of([by], section.less_is_better([by]))[0].more_is_better
     before, after = (side.answered for side in sides.values())
-    return win_rate(by, before, after, more_is_better, next(iter(sides)))
+    return win_rate(by, before, after, more_is_better, next(iter(sides)), _units(sides))
 
 
 def _classes(sides: Mapping[str, Measured]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.copies import text_of
 from phinetune.engine.scoring import Score
-from phinetune.evaluation.bootstrap import Array, resamples
+from phinetune.evaluation.bootstrap import Array, Units, resamples
+from phinetune.evaluation.drawn_together import units_of
 from phinetune.evaluation.prompt_groups import prompt_groups
 
 FEWEST = 20  # held-out rows, before anything is said
@@ -82,7 +83,7 @@ def hard_rows(
     if len(tuned) < FEWEST:
         return None
     kinds, prompts = kinds_of(held_out)
-    found = hard_kinds(base, tuned, kinds, prompts, held_out.where)
+    found = hard_kinds(base, tuned, kinds, prompts, held_out.where, units_of(held_out))
     trees = [asdict(one) for one in found[:SHOWN]]
     for tree in trees:
         if before is None:
@@ -156,19 +157,21 @@ def hard_kinds(
     kinds: Kinds,
     prompts: Sequence[str],
     where: Sequence[str] = (),
+    units: Units | None = None,
 ) -> list[HardKind]:
     """The kinds whose loss stands clearly above that of the other rows, the worst first.
 
     Args:
         kinds: for each way to sort rows, the kind of each row.
         where: the place of each row; empty where they are not known.
+        units: see `bootstrap.resamples`.
     """
     named = [(by, kind) for by, marks in kinds.items() for kind in dict.fromkeys(marks) if kind is not None]
     members = np.array([[mark == kind for mark in kinds[by]] for by, kind in named], dtype=np.float64)
     if not named:
         return []
     nll, tokens = (np.array([getattr(score, name) for score in tuned], dtype=np.float64) for name in ("nll", "tokens"))
-    drawn = np.concatenate([_above(counts, members, nll, tokens) for counts in resamples(len(tuned))])
+    drawn = np.concatenate([_above(counts, members, nll, tokens) for counts in resamples(len(tuned), units)])
     (measured,) = _above(np.ones((1, len(tuned))), members, nll, tokens)
     edge = (100 - LEVEL) / 2
     found, seen = [], set()

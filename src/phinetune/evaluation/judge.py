@@ -21,7 +21,7 @@ from phinetune.config.format_fields import parse_template
 from phinetune.config.judge import JudgeMetric
 from phinetune.errors import ConfigError
 from phinetune.evaluation.answering import Question
-from phinetune.evaluation.bootstrap import LEVEL
+from phinetune.evaluation.bootstrap import LEVEL, Units, drawn_at_a_time
 from phinetune.evaluation.judge_client import JudgeClient, Reply, read_key
 from phinetune.evaluation.preferences import rate_interval
 
@@ -98,6 +98,7 @@ def judge_answers(
     questions: Sequence[Question],
     base: Sequence[str],
     tuned: Sequence[str],
+    units: Units | None = None,
     on_judge: Callable[[str, int], None] = lambda name, prompts: None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def judge_answers(
 
     Args:
         base, tuned: the answers of both models, in the order of the questions.
+        units: of each question, see `bootstrap.resamples`.
         on_judge: is told when a judge begins, and how many prompts it is asked about.
         on_done: is told how many prompts have just been judged.
     """
@@ -113,7 +115,7 @@ def judge_answers(
         on_judge(judge.name, len(questions))
         with JudgeClient(judge, read_key(judge)) as client:
             pairs = list(zip(questions, base, tuned, strict=True))
-            found[judge.name] = judged_tree(judge, list(_verdicts(client, pairs, on_done)))
+            found[judge.name] = judged_tree(judge, list(_verdicts(client, pairs, on_done)), units)
     return found
 
 
@@ -218,8 +220,11 @@ def letter_of(reply: Reply) -> str | None:
     return bare[1].upper() if bare else None
 
 
-def judged_tree(judge: JudgeMetric, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def judged_tree(judge: JudgeMetric, verdicts: Sequence[Verdict], units: Units | None = None) -> dict[str, Any]:
     """The verdicts of a judge together, as results.json holds them.
+
+    Args:
+        units: of each verdict, see `bootstrap.resamples`.
 
     Returns:
         `model`, `endpoint`; `prompts`; `rate` in percent (a tie counts half) with `low`, `high` and `level`, None
@@ -233,7 +238,8 @@ def judged_tree(judge: JudgeMetric, verdicts: Sequence[Verdict]) -> dict[str, An
     points = np.array([{TUNED: 100.0, BASE: 0.0, TIE: 50.0}[one] for one in winners if one])
     both = [one for one in verdicts if one.asked and one.winner is not None]
     named = [side == place for one in both for side, place in ((one.first, BASE), (one.second, TUNED)) if side != TIE]
-    low, high = rate_interval(points) if len(points) > 1 else (None, None)
+    known = units if units is None else units[[one is not None for one in winners]]
+    low, high = rate_interval(points, known) if drawn_at_a_time(len(points), known) > 1 else (None, None)
     troubles = Counter(trouble for one in verdicts if one.winner is None for trouble in dict.fromkeys(one.troubles))
     tree = {
         "model": judge.model,

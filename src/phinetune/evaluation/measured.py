@@ -15,6 +15,7 @@ from phinetune.engine.scoring import Score
 from phinetune.errors import RunError
 from phinetune.evaluation.answering import Answers, Question
 from phinetune.evaluation.bootstrap import Array, Difference, Pairs, differences
+from phinetune.evaluation.drawn_together import DrawnTogether
 from phinetune.evaluation.preferences import answer_words
 from phinetune.evaluation.trust import FEW, few_rows, unseen_places, unseen_sentence
 from phinetune.metric_table import measures_of
@@ -28,11 +29,13 @@ class Measured:
 
     Attributes:
         preferred: of held-out pairs, what `preferences.score_pairs` gives, by name and row by row.
+        together: which rows and prompts intervals draw together; None: each by itself.
     """
 
     scores: list[Score]
     answered: Answers
     preferred: Mapping[str, Array] = field(default_factory=dict)
+    together: DrawnTogether | None = None
 
     def part(self, rows: Sequence[int], prompts: Sequence[int]) -> Measured:
         """The same for some rows and prompts."""
@@ -40,7 +43,8 @@ class Measured:
         picked = {name: numbers[list(prompts)] for name, numbers in whole.numbers.items()}
         answers = Answers([whole.answers[i] for i in prompts], picked, whole.judged.at(prompts), whole.sets)
         preferred = {name: values[list(rows)] for name, values in self.preferred.items()}
-        return Measured([self.scores[i] for i in rows], answers, preferred)
+        together = self.together.at(rows, prompts) if self.together else None
+        return Measured([self.scores[i] for i in rows], answers, preferred, together)
 
     def by_row(self) -> Measured:
         """The same without the metrics over the set."""
@@ -144,10 +148,13 @@ def differences_of(
     }
     answered = {name: both for name in tuned.answered.row_means() if (both := mean(name)).base_weights.any()}
     by_measure: dict[str, Difference] = {}
-    for pairs, rows in ((scored, len(base.scores)), (answered, len(base.answered.answers))):
+    together = base.together
+    over_rows = scored, len(base.scores), together.rows if together else None
+    over_prompts = answered, len(base.answered.answers), together.prompts if together else None
+    for pairs, rows, units in (over_rows, over_prompts):
         shown = {key: [side.get(key) for side in results.values()] for key in pairs}
         measures = measures_of(list(pairs), section.less_is_better(pairs), section.percents(pairs), shown)
-        by_measure |= differences({measure.key: (measure, pairs[measure.key]) for measure in measures}, rows)
+        by_measure |= differences({measure.key: (measure, pairs[measure.key]) for measure in measures}, rows, units)
     lines: list[str] = []
     for metric, before, after in zip(tuned.answered.sets, base.answered.whole, tuned.answered.whole, strict=False):
         made, told = metric.differences(
@@ -156,6 +163,7 @@ def differences_of(
             before.numbers,
             after.numbers,
             before.seconds + after.seconds,
+            over_prompts[-1],
         )
         by_measure, lines = by_measure | made, lines + told
     return by_measure, lines

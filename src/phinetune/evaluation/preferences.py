@@ -12,10 +12,8 @@ from phinetune.data.prepare.encode_answers import JudgedRows, parts_of
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.engine.scoring import Score
 from phinetune.evaluation.answering import Answers
-from phinetune.evaluation.bootstrap import LEVEL, SEED, Array
+from phinetune.evaluation.bootstrap import LEVEL, Array, Units, resamples
 from phinetune.evaluation.together import score_together
-
-RESAMPLES = 10_000
 
 
 def are_pairs(rows: Sequence[Encoded]) -> bool:
@@ -86,13 +84,19 @@ def answer_words(answered: Answers) -> float | None:
 
 
 def win_rate(
-    by: str, base: Answers, tuned: Answers, more_is_better: bool, against: str = "base"
+    by: str,
+    base: Answers,
+    tuned: Answers,
+    more_is_better: bool,
+    against: str = "base",
+    units: Units | None = None,
 ) -> dict[str, Any] | None:
     """How often the tuned model's answer beats the base's by a metric; an even one counts half. With its interval.
 
     Args:
         by: the metric's name.
         against: what the other model is called.
+        units: of each prompt, see `bootstrap.resamples`.
 
     Returns:
         `by`, `rate`, `low` and `high` in percent, `won`, `lost`, `even`, `level`, and all of it in words (`text`); None
@@ -101,11 +105,12 @@ def win_rate(
     if by not in base.numbers or by not in tuned.numbers:
         return None
     change = tuned.numbers[by] - base.numbers[by]
-    change = change[~np.isnan(change)] * (1 if more_is_better else -1)
+    has_number = ~np.isnan(change)
+    change = change[has_number] * (1 if more_is_better else -1)
     if not len(change):
         return None
     points = 50.0 * (1 + np.sign(change))
-    low, high = rate_interval(points)
+    low, high = rate_interval(points, None if units is None else units[has_number])
     found = {
         "by": by,
         "against": against,
@@ -120,9 +125,14 @@ def win_rate(
     return {**found, "text": _sentence(found)}
 
 
-def rate_interval(points: Array) -> tuple[float, float]:
-    """The interval of a mean over prompts, by resampling them. `points`: of each prompt, in percent."""
-    drawn = np.random.default_rng(SEED).choice(points, (RESAMPLES, len(points))).mean(axis=1)
+def rate_interval(points: Array, units: Units | None = None) -> tuple[float, float]:
+    """The interval of a mean over prompts, by resampling them.
+
+    Args:
+        points: of each prompt, in percent.
+        units: of each prompt, see `bootstrap.resamples`.
+    """
+    drawn = np.concatenate([counts @ points / counts.sum(1) for counts in resamples(len(points), units)])
     low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return float(low), float(high)
 

@@ -18,7 +18,7 @@ from phinetune.chats.template import Message
 from phinetune.config.own_metrics import CustomMetric
 from phinetune.durations import spell_seconds
 from phinetune.errors import RunError
-from phinetune.evaluation.bootstrap import SEED, Array, Difference, difference_of
+from phinetune.evaluation.bootstrap import SEED, Array, Difference, Units, difference_of, drawn_at_a_time
 from phinetune.metric_table import measures_of
 
 RESAMPLES = (1_000, 300, 100)  # the most that take no longer than `PATIENCE` are drawn
@@ -107,21 +107,28 @@ class SetMetric:
         return ""
 
     def differences(
-        self, base: Judged, tuned: Judged, before: Mapping[str, float], after: Mapping[str, float], seconds: float
+        self,
+        base: Judged,
+        tuned: Judged,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        seconds: float,
+        units: Units | None = None,
     ) -> tuple[dict[str, Difference], list[str]]:
         """The differences between two models, and lines about intervals that come from few resamples or from none.
 
         Args:
             before, after: the numbers of each model.
             seconds: what both calls took that gave them.
+            units: of each answer the number of what it is drawn with, as `bootstrap.resamples` takes them.
         """
         keys = [key for key in after if key in before]
         count, lines = self._affordable(seconds)
-        if len(base) < 2 or not keys:
+        if drawn_at_a_time(len(base), units) < 2 or not keys:
             return {}, []
         drawn: dict[str, list[float]] = {key: [] for key in keys}
         failed = 0
-        for places in _resamples(len(base), count):
+        for places in _resamples(len(base), count, units):
             try:
                 sides = self(base.at(places)), self(tuned.at(places))
             except RunError:  # a resample may lack what the function needs, a class for example
@@ -163,11 +170,14 @@ class SetMetric:
         return f"`{self.metric.name}`: no interval, since {why}"
 
 
-def _resamples(rows: int, count: int) -> Iterator[list[int]]:
+def _resamples(rows: int, count: int, units: Units | None) -> Iterator[list[int]]:
     """The places that each resample draws, `count` times."""
+    own = np.arange(rows) if units is None else units
+    members = [np.flatnonzero(own == unit) for unit in np.unique(own)]
     generator = np.random.default_rng(SEED)
     for _ in range(count):
-        yield generator.integers(0, rows, rows).tolist()
+        drawn = generator.integers(0, len(members), len(members))
+        yield np.concatenate([members[unit] for unit in drawn]).tolist()
 
 
 def _array(values: Sequence[float]) -> Array:

@@ -39,11 +39,13 @@ class Point:
     Attributes:
         rows: how many were trained on.
         nll, tokens: of each held-out row the summed nats and the labelled tokens, shape (held-out rows).
+        units: of each the number of what it is drawn with, shape (held-out rows); None: each by itself.
     """
 
     rows: int
     nll: Sequence[float]
     tokens: Sequence[int]
+    units: NDArray[np.int64] | None = None
 
     @property
     def loss(self) -> float:
@@ -203,10 +205,11 @@ def _resampled(points: Sequence[Point], rng: np.random.Generator) -> Array:
     """The loss of every point with held-out rows drawn anew, the same ones for all points. Shape (draws, points)."""
     nll = np.array([point.nll for point in points], dtype=np.float64)
     tokens = np.asarray(points[0].tokens, dtype=np.float64)
-    count = len(tokens)
+    _, own = np.unique(np.arange(len(tokens)) if points[0].units is None else points[0].units, return_inverse=True)
+    count = int(own.max()) + 1
     made = np.empty((DRAWS, len(points)))
     for number in range(DRAWS):
-        times = np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64)
+        times = np.bincount(rng.integers(0, count, count), minlength=count)[own].astype(np.float64)
         made[number] = nll @ times / max(1.0, float(times @ tokens))
     return made
 

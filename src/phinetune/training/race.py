@@ -26,7 +26,7 @@ from phinetune.run_lock import LOCK, locked
 from phinetune.training import halving
 from phinetune.training.callbacks import StopRequest
 from phinetune.training.halving import Decision
-from phinetune.training.race_field import Entry, Stage
+from phinetune.training.race_field import LEAD, RATE, Entry, Stage
 from phinetune.training.stretches import SCORES, CandidateTrainer, Stretch
 from phinetune.training.study import Candidate, Study
 
@@ -108,7 +108,8 @@ class Race:
     def _decide(self, stage: Stage, before: int | None, known: Sequence[Candidate]) -> Decision:
         numbers = [one.number for one in known if stage.first <= one.number < stage.end]
         numbers += [] if before is None else [before]
-        return halving.decide(stage.total, stage.rungs, {one: known[one].scores for one in numbers})
+        scores = {one: self.entry.weighed(stage, known[one].values, known[one].scores) for one in numbers}
+        return halving.decide(stage.total, stage.rungs, scores)
 
     def _begins_one(self, stage: Stage, known: Sequence[Candidate]) -> bool:
         return len(known) < stage.end
@@ -222,7 +223,19 @@ class Race:
             if one.number == winner or stage.first <= one.number < stage.end or one.number in self.winners
         )
         lead = f"{stage.key}: {value:g} won a race of {stage.total} on {self.entry.part.rows} held-out rows"
-        return f"{lead}; losses: {told}"
+        return f"{lead}; losses: {told}{self._held_back(stage, winner, known)}"
+
+    def _held_back(self, stage: Stage, winner: int, known: Sequence[Candidate]) -> str:
+        """Why the winner's loss is not the lowest, where it is not."""
+        best = known[winner].scores
+        ahead = [
+            one.values
+            for one in known[stage.first : stage.end]
+            if any(loss < best.get(steps, -math.inf) for steps, loss in one.scores.items())
+        ]
+        if stage.key != RATE or not any(map(self.entry.is_held_back, ahead)):
+            return ""
+        return f"; so early a rate above {self.entry.own(RATE):g} counts as better if it leads by {LEAD:.0%}"
 
 
 def _plain(loss: float) -> float | None:

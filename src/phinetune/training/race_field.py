@@ -19,6 +19,9 @@ from phinetune.training.scored_rows import spread
 
 RATE, RANK, EPOCHS = "learning_rate", "r", "num_train_epochs"
 AROUND = (1.0, 0.5, 2.0)  # times the rule's rate: the three candidates of a race
+# After so few steps a higher rate leads by a little also where it is worse in the end. So the loss of one above the
+# rule's counts as higher by this share.
+LEAD = 0.05
 WIDE = 8.0  # times above and below it: where further candidates are looked for
 SCORING_SHARE = 0.03  # of the time of training, for all looks together
 LEAST_ROWS, MOST_ROWS = 8, 128  # held-out rows of a look
@@ -196,6 +199,15 @@ class Entry:
     def value_of(self, values: Mapping[str, Any], key: str) -> Any:
         """A candidate's value of a key."""
         return values.get(key, self.own(key))
+
+    def is_held_back(self, values: Mapping[str, Any]) -> bool:
+        """Whether a candidate's rate is above the run's own, so that it has to lead by `LEAD`."""
+        return float(self.value_of(values, RATE)) > float(self.own(RATE))
+
+    def weighed(self, stage: Stage, values: Mapping[str, Any], scores: Mapping[int, float]) -> dict[int, float]:
+        """A candidate's losses by steps, as they count in a stage."""
+        more = LEAD if stage.key == RATE and self.is_held_back(values) else 0.0
+        return {steps: loss + more * abs(loss) for steps, loss in scores.items()}
 
     @cached_property
     def machine(self) -> dict[str, Any]:

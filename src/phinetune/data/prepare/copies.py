@@ -125,9 +125,9 @@ def groups_of(keys: SetKeys) -> list[int]:
     do.
     """
     named = [keys.group] if keys.group else []
-    copies = _joined(len(keys.rows), [keys.rows, *named])
+    copies = joined(len(keys.rows), [keys.rows, *named])
     alike = [keys.rows, _not_the_form(keys.asked), _not_the_form(keys.near or []), *named]
-    groups = _joined(len(keys.rows), alike)
+    groups = joined(len(keys.rows), alike)
     return copies if len(set(groups)) == 1 else groups
 
 
@@ -160,8 +160,8 @@ class Groups:
         self._above[max(a, b)] = min(a, b)
 
 
-def _joined(count: int, marks: Sequence[Marks]) -> list[int]:
-    """Join rows that share a mark of the same kind."""
+def joined(count: int, marks: Sequence[Marks]) -> list[int]:
+    """Join rows that share a mark of the same kind. For each row the number of its group, see `Groups`."""
     groups = Groups(count)
     for one_kind in marks:
         first: dict[Hashable, int] = {}

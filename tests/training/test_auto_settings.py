@@ -10,13 +10,12 @@ from phinetune.training import auto_settings as rules
 @pytest.mark.parametrize(
     ("hidden", "steps", "rate"),
     [
-        (576, 200, 6.5e-4),
-        (576, 60, 9.7e-4),
-        (1536, 200, 6.1e-4),
+        (576, 200, 1.3e-3),
+        (576, 60, 2e-3),
         (3072, 1000, 3.6e-4),
         (3072, 99, 5.4e-4),
         (5120, 1000, 2.4e-4),
-        (32, 1, 9.7e-4),
+        (32, 1, 3e-3),
     ],
 )
 def test_the_rate_falls_with_width_and_is_higher_for_short_runs(hidden: int, steps: int, rate: float) -> None:

@@ -50,7 +50,7 @@ def test_all_that_is_left_open_gets_a_number_and_a_reason(hundred: Path, tmp_pat
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "num_train_epochs": 4,
-        "learning_rate": 6.5e-4,
+        "learning_rate": 3e-3,
         "warmup_steps": 9,
         "eval_strategy": "steps",
         "eval_steps": 18,
@@ -63,7 +63,7 @@ def test_all_that_is_left_open_gets_a_number_and_a_reason(hundred: Path, tmp_pat
     assert run.steps.count == 180
     assert all(choice.why for choice in run.choices)
     args = run.args
-    assert (args.learning_rate, args.warmup_steps, args.eval_steps, args.save_steps) == (6.5e-4, 9, 18, 18)
+    assert (args.learning_rate, args.warmup_steps, args.eval_steps, args.save_steps) == (3e-3, 9, 18, 18)
     assert (args.load_best_model_at_end, run.settings.auto) == (True, frozenset())
 
 
@@ -88,7 +88,7 @@ def test_a_given_value_is_obeyed_and_one_far_from_its_rule_gets_a_line(hundred: 
     assert (run.args.learning_rate, run.args.num_train_epochs, run.settings.peft["r"]) == (2e-5, 10, 2)
     told = remarks(run)
     assert told["learning_rate"] == (
-        "some 50 times below the rule's 0.00097 for hidden size 32; expect little to be learnt in 20 steps"
+        "some 200 times below the rule's 0.003 for hidden size 32; expect little to be learnt in 20 steps"
     )
     assert told["num_train_epochs"] == "the rule's is 4 for 90 rows; expect rows to be learnt by heart"
     assert told["per_device_train_batch_size"].startswith("45 rows a step are some 20 times above the rule's 2")
@@ -173,9 +173,9 @@ def test_config_and_start_have_the_numbers_and_resuming_takes_them(hundred: Path
     train_config(config, console)
     written = yaml.safe_load((out / "config.yaml").read_text())
     start = json.loads((out / "start.json").read_text())
-    assert written["training_config"]["learning_rate"] == 9.7e-4
+    assert written["training_config"]["learning_rate"] == 3e-3
     assert written["peft_config"] == {"r": 16, "lora_alpha": 32}
-    assert start["chosen"]["training_config.learning_rate"] == 9.7e-4
+    assert start["chosen"]["training_config.learning_rate"] == 3e-3
     assert {"key", "value", "why", "given"} == start["settings"][0].keys()
     # It goes on with what it chose, even if the rules would choose otherwise by now.
     start["chosen"]["peft_config.r"] = 16

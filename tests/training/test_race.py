@@ -358,6 +358,11 @@ def test_preferences_race_by_their_own_loss(tmp_path: Path, console: Console) ->
     assert all(0 < loss < 5 for loss in losses)
 
 
+def test_no_race_around_a_rate_of_zero(chats: Path, tmp_path: Path, console: Console) -> None:
+    with pytest.raises(ConfigError, match="give one above 0, or leave it out: rates are tried around it"):
+        tune_config(config_of(chats, tmp_path / "run", learning_rate=0.0), Wish(), console)
+
+
 def test_a_plan_says_what_a_race_adds(chats: Path, tmp_path: Path) -> None:
     notes = make_plan(config_of(chats, tmp_path / "run"), probe=False).notes
     assert any("It takes about" in note and "more time than the one run of 12 steps" in note for note in notes)

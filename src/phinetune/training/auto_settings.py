@@ -26,7 +26,7 @@ ALPHA = 32  # the rate was fitted with it; the update is scaled by alpha / r, so
 RANKS = (16, 32, 64, 128)
 SHORT_RUN = 100  # steps
 SHORT_FACTOR = 1.5  # 15 times the rate of full fine-tuning, where longer runs take 10 times it
-HIGHEST_RATE = 6.5e-4  # before the factor; the fit begins at widths of 2,000, and for 576 it gives twice the best rate
+HIGHEST_RATE = 3e-3  # the fit begins at widths of 2,000; far below them it is only extended
 STEPS_AN_EPOCH = 40  # so many are wanted before larger steps are
 BATCHES = (2, 4, 8, 16)
 WARMUP_SHARE, LONGEST_WARMUP, NO_WARMUP_BELOW = 0.05, 100, 40
@@ -67,16 +67,8 @@ def learning_rate(hidden: int, steps: int) -> float:
         hidden: the model's hidden size.
         steps: of the run.
     """
-    return two_digits(min(_fit(hidden), HIGHEST_RATE) * (SHORT_FACTOR if steps < SHORT_RUN else 1))
-
-
-def is_capped(hidden: int) -> bool:
-    """Whether the fit's rate for this width is above `HIGHEST_RATE`."""
-    return _fit(hidden) > HIGHEST_RATE
-
-
-def _fit(hidden: int) -> float:
-    return float(5e-4 * (2000 / hidden) ** 0.781)
+    rate = 5e-4 * (2000 / hidden) ** 0.781 * (SHORT_FACTOR if steps < SHORT_RUN else 1)
+    return two_digits(min(rate, HIGHEST_RATE))
 
 
 def rank(trained: int, a_rank: int, widest: int) -> int:

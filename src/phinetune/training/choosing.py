@@ -260,8 +260,7 @@ def _rate(work: _Work, steps: int) -> None:
     if work.is_open("learning_rate"):
         short = f", and higher for a run of {steps} steps" if steps < rules.SHORT_RUN else ""
         other = "" if work.ground.rate == 1 else f", times {work.ground.rate:g} for this objective"
-        fit = f"{rules.HIGHEST_RATE:g}, the most," if rules.is_capped(work.ground.hidden) else "the fit"
-        work.take("learning_rate", wanted, f"{fit} for LoRA at {width}{short}{other}")
+        work.take("learning_rate", wanted, f"the fit for LoRA at {width}{short}{other}")
         return
     given = float(work.value("learning_rate"))
     far = rules.times(given, wanted)

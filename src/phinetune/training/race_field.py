@@ -143,6 +143,10 @@ class Entry:
         problems = []
         if self.rows.chats.held_out is None:
             problems.append(NO_HELD_OUT)
+        if float(self.own(RATE)) <= 0:
+            problems.append(
+                "training_config.learning_rate: give one above 0, or leave it out: rates are tried around it"
+            )
         if self.wish.epochs and int(self.first.settings.training.get("max_steps") or -1) > 0:
             problems.append("--epochs: training_config.max_steps says how many steps there are; leave one of them out")
         if self.wish.ranks and self.rows.config.model.adapter:

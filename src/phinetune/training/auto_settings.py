@@ -94,7 +94,7 @@ def alpha(r: int, rslora: bool) -> int:
 def epochs(rows: int) -> int:
     """How often all rows are taken: small sets oftener. Alpaca's 3 epochs, and 1 for sets of tens of thousands.
 
-    The smallest get 4: with 100 to 400 rows that was better in three sets of four (`benchmarks.choices`).
+    The smallest get 4: with 100 to 400 rows that was better than 3 in four sets of six (`benchmarks.choices`).
     """
     return 4 if rows <= 500 else 3 if rows <= 2_000 else 2 if rows <= 20_000 else 1
 

@@ -175,7 +175,7 @@ def test_work_that_fails_is_told_and_the_next_is_done(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"q {i}", f"a {i}") for i in range(8)])
     config["data"] = {"train": str(path)}
     done = answer(json.dumps({"task": "plan", "config": {**config, "training_config": {"output_dir": str(tmp_path)}}}))
-    assert done["done"]["steps"] == 12  # 3 epochs of 4 steps
+    assert done["done"]["steps"] == 16  # 4 epochs of 4 steps
     assert done["done"]["chosen"]["learning_rate"] > 0
 
 

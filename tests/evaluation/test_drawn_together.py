@@ -79,6 +79,10 @@ def test_a_rate_and_its_prompts_without_a_number() -> None:
     assert rates[0]
     assert rates[1]
     assert rates[1]["high"] - rates[1]["low"] > 3 * (rates[0]["high"] - rates[0]["low"])
+    of_one = win_rate("chrf", before, after, True, units=np.append(0 * UNITS, 99))
+    assert of_one
+    assert (of_one["low"], of_one["high"]) == (None, None)
+    assert "(too few for an interval; " in of_one["text"]
 
 
 def test_a_judge() -> None:
@@ -111,6 +115,9 @@ def test_a_kind_that_is_one_customers_is_not_clearly_worse() -> None:
     kinds = {"tag": ["a" if unit < 2 else "b" for unit in UNITS]}
     assert hard_kinds(scores, scores, kinds, ["?"] * len(UNITS))
     assert hard_kinds(scores, scores, kinds, ["?"] * len(UNITS), units=UNITS) == []
+    assert hard_kinds(scores, scores, kinds, ["?"] * len(UNITS), units=0 * UNITS) == [], (
+        "of one customer nothing is known"
+    )
 
 
 def test_the_points_of_a_curve() -> None:
@@ -120,6 +127,8 @@ def test_the_points_of_a_curve() -> None:
 
     alone, together = (curve_tree(points(units), 6.0)["points"][0] for units in (None, UNITS))
     assert together["high"] - together["low"] > 3 * (alone["high"] - alone["low"])
+    of_one = curve_tree(points(0 * UNITS), 6.0)["points"][0]
+    assert (of_one["low"], of_one["high"]) == (alone["low"], alone["high"])
 
 
 def test_what_belongs_together() -> None:

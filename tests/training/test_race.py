@@ -32,7 +32,7 @@ from phinetune.training import halving, prepare, stretches
 from phinetune.training import race as module
 from phinetune.training import study as study_module
 from phinetune.training.race_field import LEAD, Entry, Stage, Wish
-from phinetune.training.study import BEAT, OWNER, Study
+from phinetune.training.study import BEAT, OWNER, Candidate, Study
 
 
 class Killed(BaseException):
@@ -424,3 +424,19 @@ def test_a_higher_rate_wins_by_a_clear_lead_and_a_lower_one_by_any(chats: Path, 
     assert winner(of_rates, 1.0, 0.96, 0.999) == 2
     assert winner(of_rates, -1.0, -1.04, -0.9) == 0
     assert winner(of_ranks, 1.0, 0.999, 1.1) == 1, "ranks have no such lead"
+
+
+def test_a_line_is_said_only_where_the_lead_decided(chats: Path, tmp_path: Path) -> None:
+    rows = prepare.prepare_rows(prepare.settle(config_of(chats, tmp_path / "run", learning_rate=1e-4)))
+    entry = Entry.of(rows, Wish(rates=(1e-4, 2e-4, 5e-5)))
+    race: Any = SimpleNamespace(entry=entry)
+
+    def line(own: dict[int, float], higher: dict[int, float]) -> str:
+        scores = own, higher, {2: 9.0}
+        rates = (1e-4, 2e-4, 5e-5)
+        known = [Candidate(i, {"learning_rate": rates[i]}, scores[i], "running", {}) for i in range(3)]
+        return module.Race._held_back(race, entry.stages[0], 0, known)
+
+    assert line({2: 1.0, 5: 0.8}, {2: 0.97}) == "; so early a rate above 0.0001 counts as better if it leads by 5%"
+    assert "leads by 5%" in line({2: 1.0, 5: 0.8}, {2: 1.1, 5: 0.79})
+    assert line({2: 1.0, 5: 0.8}, {2: 0.97, 5: 0.9}) == "", "it led once, and was behind in the end"

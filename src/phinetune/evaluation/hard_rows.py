@@ -13,7 +13,7 @@ import numpy as np
 from phinetune.data.prepare.chat_sets import ChatSet
 from phinetune.data.prepare.copies import text_of
 from phinetune.engine.scoring import Score
-from phinetune.evaluation.bootstrap import Array, Units, resamples
+from phinetune.evaluation.bootstrap import Array, Units, drawn_at_a_time, resamples
 from phinetune.evaluation.drawn_together import units_of
 from phinetune.evaluation.prompt_groups import prompt_groups
 
@@ -168,7 +168,7 @@ def hard_kinds(
     """
     named = [(by, kind) for by, marks in kinds.items() for kind in dict.fromkeys(marks) if kind is not None]
     members = np.array([[mark == kind for mark in kinds[by]] for by, kind in named], dtype=np.float64)
-    if not named:
+    if not named or drawn_at_a_time(len(tuned), units) < 2:
         return []
     nll, tokens = (np.array([getattr(score, name) for score in tuned], dtype=np.float64) for name in ("nll", "tokens"))
     drawn = np.concatenate([_above(counts, members, nll, tokens) for counts in resamples(len(tuned), units)])

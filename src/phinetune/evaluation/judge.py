@@ -21,7 +21,7 @@ from phinetune.config.format_fields import parse_template
 from phinetune.config.judge import JudgeMetric
 from phinetune.errors import ConfigError
 from phinetune.evaluation.answering import Question
-from phinetune.evaluation.bootstrap import LEVEL, Units, drawn_at_a_time
+from phinetune.evaluation.bootstrap import LEVEL, Units
 from phinetune.evaluation.judge_client import JudgeClient, Reply, read_key
 from phinetune.evaluation.preferences import rate_interval
 
@@ -239,7 +239,7 @@ def judged_tree(judge: JudgeMetric, verdicts: Sequence[Verdict], units: Units | 
     both = [one for one in verdicts if one.asked and one.winner is not None]
     named = [side == place for one in both for side, place in ((one.first, BASE), (one.second, TUNED)) if side != TIE]
     known = units if units is None else units[[one is not None for one in winners]]
-    low, high = rate_interval(points, known) if drawn_at_a_time(len(points), known) > 1 else (None, None)
+    low, high = rate_interval(points, known)
     troubles = Counter(trouble for one in verdicts if one.winner is None for trouble in dict.fromkeys(one.troubles))
     tree = {
         "model": judge.model,

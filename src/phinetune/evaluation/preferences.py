@@ -12,7 +12,7 @@ from phinetune.data.prepare.encode_answers import JudgedRows, parts_of
 from phinetune.engine.examples import IGNORED, Encoded
 from phinetune.engine.scoring import Score
 from phinetune.evaluation.answering import Answers
-from phinetune.evaluation.bootstrap import LEVEL, Array, Units, resamples
+from phinetune.evaluation.bootstrap import LEVEL, Array, Units, drawn_at_a_time, resamples
 from phinetune.evaluation.together import score_together
 
 
@@ -99,8 +99,8 @@ def win_rate(
         units: of each prompt, see `bootstrap.resamples`.
 
     Returns:
-        `by`, `rate`, `low` and `high` in percent, `won`, `lost`, `even`, `level`, and all of it in words (`text`); None
-            where no answer has a number.
+        `by`, `rate`, `low` and `high` in percent (None: too few prompts for an interval), `won`, `lost`, `even`,
+            `level`, and all of it in words (`text`); None where no answer has a number.
     """
     if by not in base.numbers or by not in tuned.numbers:
         return None
@@ -125,13 +125,15 @@ def win_rate(
     return {**found, "text": _sentence(found)}
 
 
-def rate_interval(points: Array, units: Units | None = None) -> tuple[float, float]:
-    """The interval of a mean over prompts, by resampling them.
+def rate_interval(points: Array, units: Units | None = None) -> tuple[float, float] | tuple[None, None]:
+    """The interval of a mean over prompts, by resampling them. None of one prompt, or one unit, which proves nothing.
 
     Args:
         points: of each prompt, in percent.
         units: of each prompt, see `bootstrap.resamples`.
     """
+    if drawn_at_a_time(len(points), units) < 2:
+        return None, None
     drawn = np.concatenate([counts @ points / counts.sum(1) for counts in resamples(len(points), units)])
     low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return float(low), float(high)
@@ -139,5 +141,6 @@ def rate_interval(points: Array, units: Units | None = None) -> tuple[float, flo
 
 def _sentence(found: Mapping[str, Any]) -> str:
     counts = f"{found['won']} won, {found['lost']} lost, {found['even']} even"
-    interval = f"{found['level']}% interval {found['low']:.0f} to {found['high']:.0f}"
+    ends = None if found["low"] is None else f"{found['low']:.0f} to {found['high']:.0f}"
+    interval = f"{found['level']}% interval {ends}" if ends else "too few for an interval"
     return f"tuned wins {found['rate']:.0f}% against {found['against']} by {found['by']} ({interval}; {counts})"

@@ -39,7 +39,8 @@ class Point:
     Attributes:
         rows: how many were trained on.
         nll, tokens: of each held-out row the summed nats and the labelled tokens, shape (held-out rows).
-        units: of each the number of what it is drawn with, shape (held-out rows); None: each by itself.
+        units: of each the number of what it is drawn with, shape (held-out rows); None, or one for all: each by
+            itself.
     """
 
     rows: int
@@ -205,7 +206,8 @@ def _resampled(points: Sequence[Point], rng: np.random.Generator) -> Array:
     """The loss of every point with held-out rows drawn anew, the same ones for all points. Shape (draws, points)."""
     nll = np.array([point.nll for point in points], dtype=np.float64)
     tokens = np.asarray(points[0].tokens, dtype=np.float64)
-    _, own = np.unique(np.arange(len(tokens)) if points[0].units is None else points[0].units, return_inverse=True)
+    alone, units = np.arange(len(tokens)), points[0].units
+    _, own = np.unique(alone if units is None or len(set(units.tolist())) < 2 else units, return_inverse=True)
     count = int(own.max()) + 1
     made = np.empty((DRAWS, len(points)))
     for number in range(DRAWS):

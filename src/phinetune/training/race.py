@@ -226,13 +226,10 @@ class Race:
         return f"{lead}; losses: {told}{self._held_back(stage, winner, known)}"
 
     def _held_back(self, stage: Stage, winner: int, known: Sequence[Candidate]) -> str:
-        """Why the winner's loss is not the lowest, where it is not."""
+        """Why one that led at its last look did not win, where there is one."""
         best = known[winner].scores
-        ahead = [
-            one.values
-            for one in known[stage.first : stage.end]
-            if any(loss < best.get(steps, -math.inf) for steps, loss in one.scores.items())
-        ]
+        looked = [(one, max(one.scores)) for one in known[stage.first : stage.end] if one.scores]
+        ahead = [one.values for one, last in looked if one.scores[last] < best.get(last, -math.inf)]
         if stage.key != RATE or not any(map(self.entry.is_held_back, ahead)):
             return ""
         return f"; so early a rate above {self.entry.own(RATE):g} counts as better if it leads by {LEAD:.0%}"

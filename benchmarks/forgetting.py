@@ -10,15 +10,12 @@ lies within the interval of the run without.
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks.machine import machine
+from benchmarks.demo_runs import main
 from benchmarks.store import Book, Part, Row
 
 HEADINGS = ("", "neutral loss", "rises by (95%)", "exact match % (95%)", "seconds", "besides")
@@ -76,24 +73,5 @@ def numbers(results: dict[str, Any]) -> Row:
     }
 
 
-def main() -> None:
-    """Run both, print the table and write the results."""
-    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    cli.add_argument("--folder", type=Path, help="where both runs go; a temporary folder if left out")
-    cli.add_argument("--prompts", type=int, default=80)
-    cli.add_argument("--set", action="append", default=[], dest="settings")
-    given = cli.parse_args()
-    folder, console = given.folder or Path(tempfile.mkdtemp()), Console()
-    rows = measured(folder, given.prompts, given.settings, console)
-    console.print(BOOK.table("the demo", rows))
-    if given.settings:
-        console.print("A try with other settings: nothing was written")
-    else:
-        written = BOOK.keep({"the demo": {"machine": machine("auto"), "rows": rows}})
-        console.print(f"Wrote {' and '.join(map(str, written))}")
-    if not given.folder:
-        shutil.rmtree(folder)
-
-
 if __name__ == "__main__":
-    main()
+    main((__doc__ or "").splitlines()[0], BOOK, "the demo", measured)

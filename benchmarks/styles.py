@@ -11,15 +11,12 @@ runs, for a try.
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.machine import machine
+from benchmarks.demo_runs import main
 from benchmarks.store import Book, Part, Row
 
 HEADINGS = ("", "signed %", "record right %", "prefers the signed %", "seconds", "besides")
@@ -75,24 +72,5 @@ def measured(folder: Path, prompts: int, settings: list[str], console: Console) 
     ]
 
 
-def main() -> None:
-    """Run both, print the table and write the results."""
-    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    cli.add_argument("--folder", type=Path, help="where both runs go; a temporary folder if left out")
-    cli.add_argument("--prompts", type=int, default=80)
-    cli.add_argument("--set", action="append", default=[], dest="settings")
-    given = cli.parse_args()
-    folder, console = given.folder or Path(tempfile.mkdtemp()), Console()
-    rows = measured(folder, given.prompts, given.settings, console)
-    console.print(BOOK.table("the shop's answers", rows))
-    if given.settings:
-        console.print("A try with other settings: nothing was written")
-    else:
-        written = BOOK.keep({"the shop's answers": {"machine": machine("auto"), "rows": rows}})
-        console.print(f"Wrote {' and '.join(map(str, written))}")
-    if not given.folder:
-        shutil.rmtree(folder)
-
-
 if __name__ == "__main__":
-    main()
+    main((__doc__ or "").splitlines()[0], BOOK, "the shop's answers", measured)

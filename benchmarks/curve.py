@@ -75,7 +75,9 @@ def write(found: dict[tuple[int, str], dict[str, Any]], model: str) -> None:
         span = f"{row['low']:+.3f} to {row['high']:+.3f}"
         counts = ", ".join(map(str, row["rows"]))
         verdict = "" if row["inside"] else "outside"
-        lines.append(f"| {row['set']} | {row['seed']} | {counts} | {losses} | {span} | {row['gain']:+.3f} | {verdict} |")
+        lines.append(
+            f"| {row['set']} | {row['seed']} | {counts} | {losses} | {span} | {row['gain']:+.3f} | {verdict} |"
+        )
     (RESULTS / "curve.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from phinetune.config.engine import EngineSection
 from phinetune.config.run import RunConfig, load_config
 from phinetune.engine.kept_memory import keeps_memory, kept_memory
 from phinetune.errors import ConfigError, PhinetuneError, RunError
+from phinetune.lora.one_product import room_of
 from phinetune.training.run import TrainedRun, open_place, train_run
 
 
@@ -204,6 +206,51 @@ def test_a_run_keeps_the_memory_of_large_tensors_and_gives_it_back(chats: Path, 
     config = tiny_config(chats, tmp_path / "plain")
     run_with(plain, config.model_copy(update={"engine": EngineSection(kind="plain")}))
     assert place not in plain.places
+
+
+class Rooms(TrainerCallback):
+    """For which rank the adapted layers' weights have room in the steps of a run (`phinetune.lora.one_product`).
+
+    Attributes:
+        fails: at the third step.
+    """
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.seen = fails, set[int]()
+        self.weights: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights = [one.base_layer.weight for one in kwargs["model"].modules() if hasattr(one, "base_layer")]
+        self.seen |= {room_of(weight) for weight in self.weights}
+        if self.fails and state.global_step == 3:
+            raise RuntimeError("as it was asked to")
+
+
+def test_base_and_adapter_are_one_product_while_a_run_trains_and_the_base_lies_as_before_after_it(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.engine.kernels.matmul.is_slower_than_float32", lambda dtype: False)
+    for name, fails in (("whole", False), ("broken", True)):
+        config, rooms = tiny_config(chats, tmp_path / name), Rooms(fails)
+        config.model.dtype = "bfloat16"
+        with pytest.raises(RuntimeError, match="asked") if fails else nullcontext():
+            run_with(rooms, config)
+        assert rooms.seen == {4}
+        assert all(weight.is_contiguous() and room_of(weight) == 0 for weight in rooms.weights)
+
+
+def test_resumed_equals_uninterrupted_to_the_bit_with_one_product(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.engine.kernels.matmul.is_slower_than_float32", lambda dtype: False)
+    for name in ("whole", "stopped"):
+        config = tiny_config(chats, tmp_path / name, max_steps=9, save_strategy="steps", save_steps=7)
+        config.model.dtype = "bfloat16"
+        train_only(config)
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-9")
+    train_only(config, resume=True)
+    theirs, ours = adapter(tmp_path / "whole"), adapter(tmp_path / "stopped")
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
 def test_gradient_checkpointing_changes_nothing(chats: Path, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from peft import PeftModel
 from phinetune import processes
 from phinetune.engine.activation_memory import BYTES_A_TRAINED_PARAMETER, ActivationMemory, LayerSizes
 from phinetune.engine.device_memory import free_bytes
+from phinetune.engine.families import is_fused
 from phinetune.engine.kept_memory import keeps_memory
 from phinetune.engine.kernels.compiled import why_not
+from phinetune.engine.lora_layers import give_room, take_room
 from phinetune.engine.packed_model import rope_limit
 from phinetune.engine.packing import PackedCollator, fill_rows
 
@@ -61,10 +63,18 @@ class FastEngine:
         share = self.share and not getattr(config, "resid_pdrop", 0)
         return PackedCollator(share=share, rope_limit=rope_limit(config), owned=owned, columns=columns)
 
-    def set_up(self, model: PeftModel, device: torch.device) -> None:
-        """Before the first step: compile what can be, and let the decoder keep what fits the memory free now."""
+    def set_up(self, model: PeftModel, device: torch.device, *, sharded: bool = False) -> None:
+        """Before the first step: compile what can be, and let the decoder keep what fits the memory free now.
+
+        Where base and adapter can be one product, the base's weights get room for it until `give_back`.
+
+        Args:
+            sharded: whether the weights are spread over processes.
+        """
         core: Any = model.get_base_model()
         decoder = core.model
+        if is_fused(decoder.config) and not sharded and not self.dropout:
+            give_room(model)
         if self.compile:
             reason = why_not()
             if reason:
@@ -81,6 +91,10 @@ class FastEngine:
             shared=device.type == "cpu",
             keeps=keeps_memory(device),
         )
+
+    def give_back(self, model: PeftModel) -> None:
+        """After the last step: the base's weights lie as any others do."""
+        take_room(model)
 
 
 def _free_share(device: torch.device) -> int:

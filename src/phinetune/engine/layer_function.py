@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phinetune.engine.activation_memory import MLP_ROWS, Level
 from phinetune.engine.attention_plan import Contexts, Groups, Heads, Trees
+from phinetune.engine.kernels import room
 from phinetune.engine.kernels.attention import _Attention
 from phinetune.engine.kernels.matmul import row_slices
 from phinetune.engine.kernels.norm import _RMSNorm
@@ -33,8 +34,8 @@ class Norm:
     eps: float
     compile: bool
 
-    def __call__(self, x: Tensor, needed: bool) -> tuple[Tensor, Kept]:
-        return call(_RMSNorm, x, self.weight, self.eps, self.compile, needs=(0,) if needed else ())
+    def __call__(self, x: Tensor, needed: bool, behind: int = 0) -> tuple[Tensor, Kept]:
+        return call(_RMSNorm, x, self.weight, self.eps, self.compile, behind, needs=(0,) if needed else ())
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ class _AttentionHalf:
 
     def forward(self, hidden: Tensor) -> Tensor:
         parts, places = self.parts, self.places
-        self.normed, norm = parts.norms[0](hidden, self.needs_hidden)
-        qkv, first = parts.qkv(self.normed, self.needs_hidden)
-        arguments = (qkv, places.cos, places.sin, places.groups, parts.heads)
+        self.normed, norm = parts.norms[0](hidden, self.needs_hidden, parts.qkv.room)
+        qkv, first = parts.qkv(self.normed, self.needs_hidden, room.has(self.normed, parts.qkv.room))
+        arguments = (qkv, places.cos, places.sin, places.groups, parts.heads, parts.o.room, parts.qkv.room)
         attended, attention = call(_Attention, *arguments, needs=(0,))
         if places.rows is not None:
             attended, hidden = attended.index_select(0, places.rows), hidden.index_select(0, places.rows)
-        out, last = parts.o(attended, self.needs_qkv)
+        out, last = parts.o(attended, self.needs_qkv, room.has(attended, parts.o.room))
         self.kept = [norm, first, attention, last]
         return out.add_(hidden)
 
@@ -147,7 +148,7 @@ class _AttentionHalf:
             hidden = norm.saved_tensors[0]
             first.restore(parts.norms[0](hidden, False)[0])
         self.normed = None
-        d_normed, of_qkv = parts.qkv.backward(first, d_qkv)
+        d_normed, of_qkv = parts.qkv.backward(first, d_qkv, room.has(d_qkv, parts.qkv.room))
         if not self.needs_hidden:
             return None, [*of_qkv, *of_o]
         d_hidden = norm.backward(d_normed)[0]
@@ -174,7 +175,7 @@ class _MLPHalf:
 
     def forward(self, hidden: Tensor) -> Tensor:
         active = self._wide(hidden)
-        out, last = self.parts.down(active, self.needs_gate_up)
+        out, last = self.parts.down(active, self.needs_gate_up, room.has(active, self.parts.down.room))
         self.kept.append(last)
         return out.add_(hidden)
 
@@ -186,9 +187,9 @@ class _MLPHalf:
     def _wide(self, hidden: Tensor) -> Tensor:
         """SwiGLU's output, shape (tokens, intermediate size)."""
         parts = self.parts
-        normed, norm = parts.norms[1](hidden, self.needs_hidden)
-        gate_up, first = parts.gate_up(normed, self.needs_hidden)
-        active, swiglu = call(_SwiGLU, gate_up, parts.compile, needs=(0,))
+        normed, norm = parts.norms[1](hidden, self.needs_hidden, parts.gate_up.room)
+        gate_up, first = parts.gate_up(normed, self.needs_hidden, room.has(normed, parts.gate_up.room))
+        active, swiglu = call(_SwiGLU, gate_up, parts.compile, parts.down.room, parts.gate_up.room, needs=(0,))
         self.kept, self.cheap = [norm, first, swiglu], (normed, active)
         return active
 
@@ -213,7 +214,7 @@ class _MLPHalf:
             return None, [*[None] * len(parts.gate_up.matrices), *of_down]
         d_gate_up = swiglu.backward(d_active)[0]
         del d_active
-        d_normed, of_gate_up = parts.gate_up.backward(first, d_gate_up)
+        d_normed, of_gate_up = parts.gate_up.backward(first, d_gate_up, room.has(d_gate_up, parts.gate_up.room))
         if not self.needs_hidden:
             return None, [*of_gate_up, *of_down]
         return norm.backward(d_normed)[0].add_(grad), [*of_gate_up, *of_down]

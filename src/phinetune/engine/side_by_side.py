@@ -52,7 +52,9 @@ class SideBySide:
         """A and B of each part."""
         return tuple(matrix for part in self.parts for matrix in part.matrices)
 
-    def __call__(self, x: Tensor, needs_x: bool) -> tuple[Tensor, KeptParts]:
+    room = 0  # its parts' weights have none: each would write its own h behind the rows of the same x
+
+    def __call__(self, x: Tensor, needs_x: bool, has_room: bool = False) -> tuple[Tensor, KeptParts]:
         """The output for x of shape (rows, in), and what the backward needs.
 
         The parts are written into one tensor, so that at most one of them is held twice.
@@ -70,7 +72,9 @@ class SideBySide:
         """What the backward needs, without the output."""
         return KeptParts(tuple(part.kept(x, needs_x) for part in self.parts))
 
-    def backward(self, kept: KeptParts, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    def backward(
+        self, kept: KeptParts, grad: Tensor, has_room: bool = False
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of x, and those of `matrices`."""
         dx: Tensor | None = None
         grads: list[Tensor | None] = []

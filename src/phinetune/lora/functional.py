@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from phinetune.engine.kernels import matmul
 from phinetune.engine.kernels.matmul import BlockReader
 from phinetune.engine.kernels.unrecorded import Kept, call
+from phinetune.lora import one_product
 from phinetune.lora.by_blocks import LoraLinearByBlocks, lora_linear_by_blocks
 
 # A split with an adapter: (start, stop) of its output features, then (start, stop) of its rows in the stacked B.
@@ -77,10 +78,12 @@ def lora_linear(
         return out.view(*x.shape[:-1], len(weight))
     reader = _block_reader(rows, weight, spans)
     kind = x.dtype if reader is None else matmul.product_dtype(x)
+    is_plain = reader is None and spans is None and seen is None
+    matrix = one_product.matrix_of(weight, lora_B) if is_plain else None
     if lora_A.dtype != kind or lora_B.dtype != kind:
         lora_A, lora_B = lora_A.to(kind), lora_B.to(kind)
     if reader is None:
-        out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans)  # type: ignore[no-untyped-call]
+        out = _LoraLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, seen, spans, matrix)  # type: ignore[no-untyped-call]
     else:
         out = lora_linear_by_blocks(rows, reader, bias, lora_A, lora_B, scaling, seen)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
@@ -118,12 +121,17 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         seen: Tensor | None,
         spans: Sequence[Span] | None,
+        matrix: Tensor | None = None,
+        has_room: bool = False,
     ) -> Tensor:
-        hidden = _LoraLinear.keep(ctx, x, weight, a, b, scaling, seen, spans)
-        matrix = matmul.whole(weight, x.dtype)
+        hidden = _LoraLinear.keep(ctx, x, weight, a, b, scaling, seen, spans, matrix)
+        if matrix is not None:
+            out = one_product.forward(x, hidden, matrix, len(b), has_room)
+            return out if bias is None else out.add_(bias)
+        whole = matmul.whole(weight, x.dtype)
         if spans is None and bias is None:
-            return _product_and_update(x, matrix.t(), hidden, b.t(), scaling)
-        out = F.linear(x, matrix, bias)
+            return _product_and_update(x, whole.t(), hidden, b.t(), scaling)
+        out = F.linear(x, whole, bias)
         if spans is None:
             out.addmm_(hidden, b.t(), alpha=scaling)
         else:
@@ -141,16 +149,19 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         seen: Tensor | None,
         spans: Sequence[Span] | None,
+        matrix: Tensor | None = None,
+        has_room: bool = False,
     ) -> Tensor:
-        """Keep what the backward needs, and return h."""
-        matrix = weight if isinstance(weight, Tensor) else None
-        ctx.scaling, ctx.separate, ctx.spans = scaling, seen is not None, spans
-        ctx.reader = weight if matrix is None else None
+        """Keep what the backward needs, and return h; for one product s·h, which is rounded as often."""
+        held = weight if isinstance(weight, Tensor) else None
+        ctx.scaling, ctx.separate, ctx.spans, ctx.matrix = scaling, seen is not None, spans, matrix
+        ctx.reader = weight if held is None else None
         if seen is None:
             seen = x
-        hidden = torch.mm(seen, a.t())
-        trains = matrix is not None and matrix.requires_grad
-        ctx.save_for_backward(seen, hidden, matrix, a, b, x if ctx.separate and trains else None)
+        ctx.of_b = scaling if matrix is None else 1.0
+        hidden = torch.mm(seen, a.t()) if matrix is None else _scaled_mm(seen, a.t(), scaling)
+        trains = held is not None and held.requires_grad
+        ctx.save_for_backward(seen, hidden, held, a, b, x if ctx.separate and trains else None)
         return hidden
 
     @staticmethod
@@ -159,16 +170,18 @@ class _LoraLinear(torch.autograd.Function):
             raise RuntimeError("lora_linear has no second derivative (create_graph=True)")
         seen, hidden, weight, a, b, x = ctx.saved_tensors
         spans = ctx.spans
-        needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, needs_a, needs_b, _, needs_seen = ctx.needs_input_grad[:7]
         d_hidden = _scaled_mm(grad, b, ctx.scaling) if spans is None else _grad_of_hidden(grad, b, ctx.scaling, spans)
         dx = d_b = d_seen = None
-        if needs_x:
-            matrix = matmul.whole(ctx.reader or weight, grad.dtype)
-            dx = torch.mm(grad, matrix) if ctx.separate else _product_and_update(grad, matrix, d_hidden, a, 1.0)
+        if needs_x and ctx.matrix is not None:
+            dx = one_product.backward(grad, d_hidden, ctx.matrix, a, getattr(ctx, "has_room", False))
+        elif needs_x:
+            whole = matmul.whole(ctx.reader or weight, grad.dtype)
+            dx = torch.mm(grad, whole) if ctx.separate else _product_and_update(grad, whole, d_hidden, a, 1.0)
         if ctx.separate and needs_seen:
             d_seen = torch.mm(d_hidden, a)
         if needs_b and spans is None:
-            d_b = _scaled_mm(hidden.t(), grad, ctx.scaling).t()  # the other order reads the gradient across its rows
+            d_b = _scaled_mm(hidden.t(), grad, ctx.of_b).t()  # the other order reads the gradient across its rows
         elif needs_b:
             d_b = _grad_of_b(grad, hidden, b, ctx.scaling, spans)
         return (
@@ -180,6 +193,8 @@ class _LoraLinear(torch.autograd.Function):
             None,
             d_seen,
             None,
+            None,
+            None,
         )
 
 
@@ -188,7 +203,8 @@ class Projection:
     """A frozen linear layer with or without an adapter, to be called outside of a graph (`kernels.unrecorded`).
 
     Attributes:
-        weight, bias: as in `lora_linear`, but neither trains.
+        weight, bias: as in `lora_linear`, but neither trains. Where the weight has room for the adapter
+            (`phinetune.lora.one_product`), base and adapter are one product.
         out: rows of the weight.
         a, b: the adapter's A and B; None without an adapter.
         scaling: as in `lora_linear`.
@@ -216,29 +232,43 @@ class Projection:
         """A and B."""
         return self.a, self.b
 
-    def __call__(self, x: Tensor, needs_x: bool) -> tuple[Tensor, Kept]:
-        """The output for x of shape (rows, in), and what the backward needs."""
-        function, arguments, needs = self._call(x, needs_x)
+    @property
+    def room(self) -> int:
+        """How much room behind its rows the input, and the output's gradient, should have; see `kernels.room`."""
+        rank = 0 if self.a is None else len(self.a)
+        return rank if rank <= one_product.room_of(self.weight) else 0
+
+    def __call__(self, x: Tensor, needs_x: bool, has_room: bool = False) -> tuple[Tensor, Kept]:
+        """The output for x of shape (rows, in), and what the backward needs.
+
+        Args:
+            has_room: x has `room`, in which the call may write.
+        """
+        function, arguments, needs = self._call(x, needs_x, has_room)
         return call(function, *arguments, needs=needs)
 
-    def backward(self, kept: Kept, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    def backward(self, kept: Kept, grad: Tensor, has_room: bool = False) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of x, and those of `matrices`.
 
         Args:
             kept: what a call returned. It is let go.
+            has_room: the gradient has `room`, in which this may write.
         """
+        kept.has_room = has_room
         found = kept.backward(grad)
         return found[0], list(found[3:5])
 
     def kept(self, x: Tensor, needs_x: bool) -> Kept:
         """What the backward needs, without the output."""
-        function, arguments, needs = self._call(x, needs_x)
+        function, arguments, needs = self._call(x, needs_x, False)
         kept = Kept(function, tuple(i in needs for i in range(len(arguments))))
         x, weight, _, *others = arguments
         function.keep(kept, x, weight, *others)  # type: ignore[attr-defined]
         return kept
 
-    def _call(self, x: Tensor, needs_x: bool) -> tuple[type[torch.autograd.Function], tuple[Any, ...], tuple[int, ...]]:
+    def _call(
+        self, x: Tensor, needs_x: bool, has_room: bool
+    ) -> tuple[type[torch.autograd.Function], tuple[Any, ...], tuple[int, ...]]:
         """The function, its arguments, and the places of those that need a gradient."""
         reader = _block_reader(x, self.weight, None)
         trained = ((0, needs_x), (3, self.a), (4, self.b))
@@ -248,7 +278,8 @@ class Projection:
         kind = x.dtype if reader is None else matmul.product_dtype(x)
         a, b = self.a.to(kind), self.b.to(kind)
         if reader is None:
-            return _LoraLinear, (x, self.weight, self.bias, a, b, self.scaling, None, None), needs
+            matrix = one_product.matrix_of(self.weight, self.b)
+            return _LoraLinear, (x, self.weight, self.bias, a, b, self.scaling, None, None, matrix, has_room), needs
         return LoraLinearByBlocks, (x, reader, self.bias, a, b, self.scaling, None, None), needs
 
 

@@ -248,7 +248,15 @@ class FastTrainer(RunTrainer):
 
     def before_training(self) -> None:
         super().before_training()
-        self.engine.set_up(self.peft_model, self.args.device)
+        sharded = self.args.world_size > 1 or self.is_fsdp_enabled
+        self.engine.set_up(self.peft_model, self.args.device, sharded=sharded)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the parent; then the base's weights lie as they did before."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.engine.give_back(self.peft_model)
 
     def get_train_dataloader(self) -> Any:
         """As the parent's, but several processes get alike many tokens in a step, where the rows' lengths are known."""

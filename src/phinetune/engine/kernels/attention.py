@@ -126,13 +126,22 @@ class _Attention(torch.autograd.Function):
     """Attention over groups, trees or contexts of segments. First rotates qkv in place, if cos and sin are given.
 
     Keeps the rotated qkv, cos and sin for the backward; but for groups also the output and the log of each query's sum.
+
+    For trees there is room behind the rows (`kernels.room`): `behind` elements for the output, `back` for the gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: Groups | Trees | Contexts, heads: Heads
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        groups: Groups | Trees | Contexts,
+        heads: Heads,
+        behind: int = 0,
+        back: int = 0,
     ) -> Tensor:
-        ctx.groups, ctx.heads = groups, heads
+        ctx.groups, ctx.heads, ctx.back = groups, heads, back
         with record_function(PROFILED):
             if cos is not None and sin is not None:
                 _rotate_qk(qkv, cos, sin, heads)
@@ -140,7 +149,7 @@ class _Attention(torch.autograd.Function):
             if isinstance(groups, Groups):
                 out = attention_products.forward(qkv, groups, heads)
             elif isinstance(groups, Trees):
-                out, log_sums = attention_trees.forward(qkv, groups.table, heads, ctx.needs_input_grad[0])
+                out, log_sums = attention_trees.forward(qkv, groups.table, heads, ctx.needs_input_grad[0], behind)
                 kept = (out, log_sums)
             else:
                 out, *state = attention_flash.forward(qkv, groups, heads)
@@ -155,12 +164,13 @@ class _Attention(torch.autograd.Function):
             if isinstance(ctx.groups, Groups):
                 d_qkv = attention_products.backward(grad, qkv, ctx.groups, ctx.heads)
             elif isinstance(ctx.groups, Trees):
-                d_qkv = attention_trees.backward(grad, qkv, ctx.groups.table, ctx.heads, *kept)
+                out, log_sums = kept
+                d_qkv = attention_trees.backward(grad, qkv, ctx.groups.table, ctx.heads, out, log_sums, ctx.back)
             else:
                 d_qkv = attention_flash.backward(grad, qkv, ctx.groups, ctx.heads, *kept)
             if cos is not None and sin is not None:
                 _rotate_qk(d_qkv, cos, sin, ctx.heads, back=True)
-        return d_qkv, None, None, None, None
+        return d_qkv, None, None, None, None, None, None
 
 
 # -- where torch's fused attention is faster ----------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from phinetune.engine.attention_plan import Groups, Heads, grouped_run
-from phinetune.engine.kernels import attention_products
+from phinetune.engine.kernels import attention_products, room
 from phinetune.engine.kernels.native.operator import Operator, drawn
 from phinetune.engine.segments import read_segments
 
@@ -24,25 +24,35 @@ def takes(like: Tensor) -> bool:
     return _attend.is_native(like) and _attend_backward.is_native(like)
 
 
-def forward(qkv: Tensor, segments: Tensor, heads: Heads, keep: bool = True) -> tuple[Tensor, Tensor | None]:
+def forward(
+    qkv: Tensor, segments: Tensor, heads: Heads, keep: bool = True, behind: int = 0
+) -> tuple[Tensor, Tensor | None]:
     """The output, shape (tokens, heads · size), given qkv with rotated queries and keys.
 
     Args:
         segments: a table that covers the tokens, shape (segments, 3); see `phinetune.engine.segments.read_segments`.
         keep: whether to return what the backward needs besides.
+        behind: the output's room behind its rows (`kernels.room`).
 
     Returns:
         the output, and log of the sum of exp(scaled score) of each query, shape (tokens, heads), in float32.
     """
-    out = qkv.new_empty(len(qkv), heads.heads * heads.size)
+    out = room.empty(qkv, len(qkv), heads.heads * heads.size, behind)
     log_sums = qkv.new_empty(len(qkv), heads.heads, dtype=torch.float32) if keep else None
     _attend(qkv, segments, *_shape(heads), out, log_sums)
     return out, log_sums
 
 
-def backward(grad: Tensor, qkv: Tensor, segments: Tensor, heads: Heads, out: Tensor, log_sums: Tensor) -> Tensor:
-    """The gradient of the rotated qkv, given that of the output, and what the forward returned."""
-    d_qkv = torch.empty_like(qkv)
+def backward(
+    grad: Tensor, qkv: Tensor, segments: Tensor, heads: Heads, out: Tensor, log_sums: Tensor, back: int = 0
+) -> Tensor:
+    """The gradient of the rotated qkv, with `back` elements of room behind its rows.
+
+    Args:
+        grad: that of the output.
+        out, log_sums: what the forward returned.
+    """
+    d_qkv = room.empty(qkv, len(qkv), qkv.shape[1], back)
     _attend_backward(grad.contiguous(), qkv, segments, *_shape(heads), out, log_sums, d_qkv)
     return d_qkv
 

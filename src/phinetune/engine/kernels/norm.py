@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phinetune.engine.kernels import room
 from phinetune.engine.kernels.chunks import row_chunks
 from phinetune.engine.kernels.compiled import compiled
 from phinetune.engine.kernels.native.operator import Operator, drawn, rows_of
@@ -51,12 +52,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x, the weight and one float32 number per token for the backward. x has shape (rows, width)."""
+    """Keeps x, the weight and one float32 number per token for the backward. x has shape (rows, width).
+
+    What is not compiled has `behind` elements of room behind its rows (`kernels.room`).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compile: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compile: bool, behind: int = 0) -> Tensor:
         ctx.compile = compile
-        out, scale = _computed(x, weight, eps, compile)
+        out, scale = _computed(x, weight, eps, compile, behind)
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -69,7 +73,7 @@ class _RMSNorm(torch.autograd.Function):
             dx = compiled(_slope)(grad, x, weight, scale)
         elif needs_x:
             dx = _grad_of_x(grad, x, weight, scale, None)
-        return dx, _grad_of_weight(grad, x, weight, scale) if needs_weight else None, None, None
+        return dx, _grad_of_weight(grad, x, weight, scale) if needs_weight else None, None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -95,11 +99,11 @@ class _AddRMSNorm(torch.autograd.Function):
         )
 
 
-def _computed(x: Tensor, weight: Tensor, eps: float, compile: bool) -> tuple[Tensor, Tensor]:
+def _computed(x: Tensor, weight: Tensor, eps: float, compile: bool, behind: int = 0) -> tuple[Tensor, Tensor]:
     """The norm, shape (rows, width), and the factor of each row."""
     if compile:
         return compiled(_normed)(x, weight, eps)  # type: ignore[no-any-return]
-    out, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    out, scale = room.empty(x, len(x), x.shape[1], behind), x.new_empty(len(x), dtype=torch.float32)
     _forward(x, None, _read(weight, x), eps, out, scale, None)
     return out, scale
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from phinetune.engine.kernels import room
 from phinetune.engine.kernels.chunks import row_chunks
 from phinetune.engine.kernels.compiled import compiled
 from phinetune.engine.kernels.native.operator import Operator, drawn, rows_of
@@ -29,28 +30,31 @@ def swiglu(gate_up: Tensor, *, compile: bool = False) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps only its input for the backward, which computes silu again."""
+    """Keeps only its input for the backward, which computes silu again.
+
+    What is not compiled has room behind its rows (`kernels.room`): `behind` elements the output, `back` the gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, compile: bool) -> Tensor:
-        ctx.compile = compile
+    def forward(ctx: Any, gate_up: Tensor, compile: bool, behind: int = 0, back: int = 0) -> Tensor:
+        ctx.compile, ctx.back = compile, back
         ctx.save_for_backward(gate_up)
-        return _computed(gate_up, compile)
+        return _computed(gate_up, compile, behind)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         if ctx.compile:
-            return compiled(_backward_to_compile)(grad, gate_up), None
-        out = torch.empty_like(gate_up)
+            return compiled(_backward_to_compile)(grad, gate_up), None, None, None
+        out = room.empty(gate_up, len(gate_up), gate_up.shape[1], ctx.back)
         _backward(rows_of(grad), gate_up, out)
-        return out, None
+        return out, None, None, None
 
 
-def _computed(gate_up: Tensor, compile: bool) -> Tensor:
+def _computed(gate_up: Tensor, compile: bool, behind: int = 0) -> Tensor:
     if compile:
         return compiled(_activated)(gate_up)  # type: ignore[no-any-return]
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    out = room.empty(gate_up, len(gate_up), gate_up.shape[1] // 2, behind)
     _forward(gate_up, out)
     return out
 

@@ -17,7 +17,10 @@ class Kept:
 
     Attributes:
         needs_input_grad: for each argument of the call, whether it needs a gradient.
+        has_room: whether the gradient that comes has room behind its rows (`kernels.room`) for what the backward needs.
     """
+
+    has_room = False
 
     def __init__(self, function: type[torch.autograd.Function], needs: tuple[bool, ...]) -> None:
         self.function, self.needs_input_grad = function, needs

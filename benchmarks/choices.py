@@ -1,6 +1,7 @@
 """How good the rules' settings and a race's are: six sets, a grid over rate × epochs, held-out loss of each.
 
     python -m benchmarks.choices [--only arithmetic,json] [--minutes 30] [--model starter]
+    python -m benchmarks.choices --seeds 1      # the rules' point and the best of the grid again, another seed
     python -m benchmarks.choices --table        # the table of what is measured
 
 For each set (`benchmarks.choice_sets`): a grid of four rates (the rule's times 1/4, 1/2, 1 and 2) and three numbers of
@@ -10,7 +11,8 @@ point's.
 
 A run keeps the checkpoint that is best on its own held-out rows, as every user's run does. The figure is the loss of
 that checkpoint on fresh rows, by which no checkpoint was chosen. The best of the grid is chosen by them, so it has some
-luck that the rules and the race don't have. Intervals are of a paired bootstrap over the fresh rows.
+luck that the rules and the race don't have. Another seed (other first weights of the adapter, another order of rows)
+tells luck from merit, since it chose nothing. Intervals are of a paired bootstrap over the fresh rows.
 
 Each figure is written to the results file when it is there. A run that was stopped goes on with what is missing, so the
 table can be made in pieces (`--minutes`, `--only`, `--out`). The base is loaded once, and the rows of a set are
@@ -20,6 +22,7 @@ prepared once.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -38,6 +41,7 @@ from benchmarks.machine import machine
 RESULTS = Path(__file__).resolve().parent / "results" / "choices.json"
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 CHOSEN = ("auto", "race")  # figures that name a point of the grid
+SEED = ", seed "  # in the name of a point that was measured again
 TIMES = 4000  # that rows are drawn for an interval
 Figures = dict[str, dict[str, Any]]
 
@@ -106,11 +110,35 @@ def measure(name: str, options: argparse.Namespace, base: Any, measured: Measure
         measured.add(name, "auto", {"point": key_of(rate, epochs)})
         if not measured.has(name, "race") and not late():
             measured.add(name, "race", _race(name, options.model, folder, rate, round(epochs)))
+        figures = measured.tree()["sets"][name]
+        for seed, point in itertools.product(options.seeds, [figures["auto"]["point"], best_of(figures)]):
+            key = f"{point}{SEED}{seed}"
+            if not measured.has(name, key) and not late():
+                values = {**values_of(point), "seed": seed}
+                measured.add(name, key, _figure(candidate(rows, values, folder / "run"), base))
+                shutil.rmtree(folder / "run")
 
 
 def key_of(rate: float, epochs: float) -> str:
     """The name of a point of the grid."""
     return f"{rate:.3g} x {epochs:g}"
+
+
+def values_of(point: str) -> dict[str, float]:
+    """The settings that the name of a point stands for, the rate rounded as there."""
+    rate, epochs = point.split(" x ")
+    return {"learning_rate": float(rate), "num_train_epochs": float(epochs)}
+
+
+def grid_of(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The grid of a set."""
+    return {key: one for key, one in figures.items() if key not in CHOSEN and SEED not in key}
+
+
+def best_of(figures: Mapping[str, Any]) -> str:
+    """The name of the best point of the grid."""
+    grid = grid_of(figures)
+    return min(grid, key=lambda key: float(grid[key]["loss"]))
 
 
 def _epochs(rule: float) -> list[int]:
@@ -160,19 +188,27 @@ def _race(name: str, model: str, folder: Path, own: float, epochs: int) -> dict[
 def table(tree: Mapping[str, Any]) -> str:
     """The table for the documentation."""
     lines = [
-        "| set | best of the grid (rate x epochs) | its loss | auto, above it (95%) | race, above it (95%) |",
-        "|---|---|---:|---:|---:|",
+        "| set | best of the grid (rate x epochs) | its loss | auto, above it (95%) | race, above it (95%) "
+        "| auto above it with other seeds |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for name, figures in tree["sets"].items():
-        grid = {key: one for key, one in figures.items() if key not in CHOSEN}
+        grid = grid_of(figures)
         if len(grid) < 12 or not all(key in figures for key in CHOSEN):
-            lines.append(f"| {name} | {len(grid)} of 12 points measured | | | |")
+            lines.append(f"| {name} | {len(grid)} of 12 points measured | | | | |")
             continue
-        best = min(grid.values(), key=lambda one: float(one["loss"]))
-        named = next(key for key, one in grid.items() if one is best)
-        auto, race = (grid[figures[key]["point"]] for key in CHOSEN)
-        lines.append(f"| {name} | {named} | {best['loss']:.4f} | {above(auto, best)} | {above(race, best)} |")
+        named = best_of(figures)
+        best, (auto, race) = grid[named], (grid[figures[key]["point"]] for key in CHOSEN)
+        again = again_of(figures, figures["auto"]["point"], named)
+        lines.append(f"| {name} | {named} | {best['loss']:.4f} | {above(auto, best)} | {above(race, best)} | {again} |")
     return "\n".join(lines)
+
+
+def again_of(figures: Mapping[str, Any], point: str, best: str) -> str:
+    """How far a point's loss lies above the best one's with each other seed that both were measured with."""
+    seeds = [key.split(SEED)[1] for key in figures if key.startswith(f"{point}{SEED}")]
+    both = [[figures.get(f"{one}{SEED}{seed}") for one in (point, best)] for seed in seeds]
+    return ", ".join(f"{float(one['loss']) / float(other['loss']) - 1:+.1%}" for one, other in both if one and other)
 
 
 def above(one: Mapping[str, Any], best: Mapping[str, Any]) -> str:
@@ -193,6 +229,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SETS), help="sets, with commas")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")
     parser.add_argument("--model", default="starter")
+    parser.add_argument("--seeds", type=lambda given: [int(one) for one in given.split(",")], default=[])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()

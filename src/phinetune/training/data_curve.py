@@ -26,8 +26,12 @@ EXPONENTS = np.geomspace(0.03, 2.0, 25)
 # Before any point is seen. Over many rows exponents are small (Zhang et al. 2024), and where few rows mean few steps
 # the loss falls faster. These are our own choice, wide enough for both.
 USUAL_EXPONENT, EXPONENT_SPREAD = 0.35, 0.8  # the median, and the spread of its logarithm
-NOISES = np.geomspace(0.001, 0.1, 12)  # of a run beside the law, as a share of the loss
-USUAL_NOISE, NOISE_SPREAD = 0.006, 0.8
+# Of a run beside the law, as a share of `_way`. The usual one and its spread are the likeliest for runs of ten sets with
+# two seeds, other rows in each share (benchmarks.curve --seeds 0,1).
+NOISES = np.geomspace(0.01, 2.0, 18)
+USUAL_NOISE, NOISE_SPREAD = 0.25, 0.6
+NOISE_ROWS = 48
+LEAST_WAY = 0.02  # of the loss, also where it is the base's
 FEWEST = 3  # points
 BAND = 40  # places at which a page draws the law
 
@@ -81,17 +85,19 @@ class Forecast:
         return {**asdict(self), "law": list(self.law), "level": LEVEL}
 
 
-def forecast(points: Sequence[Point]) -> Forecast:
+def forecast(points: Sequence[Point], base: float) -> Forecast:
     """What twice the rows of the last point should give.
 
     Args:
         points: by rising number of rows, at least `FEWEST`, all with the same held-out rows.
+        base: the held-out loss before training.
     """
     wanted = 2 * points[-1].rows
-    losses, laws = drawn(points)
+    losses, laws = drawn(points, base)
     a, b, c, noise = laws.T
     rng = np.random.default_rng(SEED + 1)
-    then = np.maximum(0.0, a + b * float(wanted) ** -c + noise * rng.standard_normal(len(a)))
+    mean = a + b * float(wanted) ** -c
+    then = np.maximum(0.0, mean + noise * _way(mean, base, np.array(float(wanted))) * rng.standard_normal(len(a)))
     gains = losses[:, -1] - then
     low, high = (float(x) for x in np.percentile(gains, [(100 - LEVEL) / 2, (100 + LEVEL) / 2]))
     middle = float(np.median(gains))
@@ -105,8 +111,7 @@ def curve_tree(points: Sequence[Point], base: float) -> dict[str, Any]:
     """What a curve shows, as curve.json holds it.
 
     Args:
-        points: see `forecast`.
-        base: the held-out loss before training.
+        points, base: see `forecast`.
 
     Returns:
         `base`; `points`, each with `rows`, `loss` and its interval; `forecast`; `check`, the last doubling as those
@@ -118,19 +123,19 @@ def curve_tree(points: Sequence[Point], base: float) -> dict[str, Any]:
     return {
         "base": base,
         "points": [{"rows": point.rows, "loss": point.loss, **_ends(point)} for point in points],
-        "forecast": forecast(points).to_dict(),
-        "check": check(points) if len(points) > FEWEST else None,
+        "forecast": forecast(points, base).to_dict(),
+        "check": check(points, base) if len(points) > FEWEST else None,
         "band": [
             {"rows": rows, "low": low, "loss": middle, "high": high}
-            for rows, (low, middle, high) in zip(between, band(points, between), strict=True)
+            for rows, (low, middle, high) in zip(between, band(points, base, between), strict=True)
         ],
         "level": LEVEL,
     }
 
 
-def check(points: Sequence[Point]) -> dict[str, Any]:
+def check(points: Sequence[Point], base: float) -> dict[str, Any]:
     """The gain of the last doubling: what the points before the last one foretell, and what it was."""
-    foretold, gain = forecast(points[:-1]), points[-2].loss - points[-1].loss
+    foretold, gain = forecast(points[:-1], base), points[-2].loss - points[-1].loss
     inside = foretold.low <= gain <= foretold.high
     text = (
         "Held against what is known: for the last doubling the runs before it foretold "
@@ -180,9 +185,9 @@ def told_span(low: float, high: float) -> str:
     return f"between {-low:.2g} nats more and {high:.2g} less"
 
 
-def band(points: Sequence[Point], rows: Sequence[float]) -> list[tuple[float, float, float]]:
+def band(points: Sequence[Point], base: float, rows: Sequence[float]) -> list[tuple[float, float, float]]:
     """The law's loss at some numbers of rows, with its interval (low, median, high), a run's own noise left out."""
-    _, laws = drawn(points)
+    _, laws = drawn(points, base)
     a, b, c, _ = laws.T
     found = []
     for number in rows:
@@ -191,7 +196,7 @@ def band(points: Sequence[Point], rows: Sequence[float]) -> list[tuple[float, fl
     return found
 
 
-def drawn(points: Sequence[Point]) -> tuple[Array, Array]:
+def drawn(points: Sequence[Point], base: float) -> tuple[Array, Array]:
     """Losses of resampled held-out rows, and a law that each allows.
 
     Returns:
@@ -199,7 +204,19 @@ def drawn(points: Sequence[Point]) -> tuple[Array, Array]:
     """
     rng = np.random.default_rng(SEED)
     losses = _resampled(points, rng)
-    return losses, _laws(np.array([point.rows for point in points], dtype=np.float64), losses, rng)
+    rows = np.array([point.rows for point in points], dtype=np.float64)
+    return losses, _laws(rows, losses, _way(np.array([point.loss for point in points]), base, rows), rng)
+
+
+def _way(loss: Array, base: float, rows: Array) -> Array:
+    """What a run's noise is a share of, in nats a token.
+
+    A run has come somewhat further on its way from the base's loss down to nothing than another, or less far. Were the
+    way a logistic curve, its slope would be loss · (1 - loss / base): little at either end. Ten sets with two seeds
+    differ so: where training took a twentieth of the loss away, runs lie 0.2% of it apart, and 5 to 50% where it took
+    nearly all. Which rows were drawn matters less the more there are: as any mean's, by the root of their number.
+    """
+    return (np.maximum(1 - loss / base, LEAST_WAY) * loss + 1e-9) * np.sqrt(NOISE_ROWS / rows)
 
 
 def _resampled(points: Sequence[Point], rng: np.random.Generator) -> Array:
@@ -216,40 +233,43 @@ def _resampled(points: Sequence[Point], rng: np.random.Generator) -> Array:
     return made
 
 
-def _laws(rows: Array, losses: Array, rng: np.random.Generator) -> Array:
+def _laws(rows: Array, losses: Array, way: Array, rng: np.random.Generator) -> Array:
     """For each row of `losses` a law, drawn from those that it allows, each as often as it is likely.
 
     For each exponent c and noise s the law is a straight line in x = rows^-c, so b has a normal distribution about
-    least squares, cut off at 0, and a has one about the mean. The priors on a and on the gain of the last doubling are
-    flat.
+    weighted least squares, cut off at 0, and a has one about the mean. A point with the way w has the noise s · w. The
+    priors on a and on the gain of the last doubling are flat.
 
     Returns:
         a, b, c and s, shape (draws, 4).
     """
     draws, last = len(losses), float(rows[-1])
-    level = losses.mean(1)
+    weights = way**-2.0
+    total = weights.sum()
+    level = losses @ weights / total
     x = (rows / last) ** -EXPONENTS[:, None]  # (exponents, points)
-    from_mean = x - x.mean(1, keepdims=True)
-    spread = (from_mean**2).sum(1)
-    slope = (losses - level[:, None]) @ from_mean.T / spread  # (draws, exponents)
-    rest = ((losses - level[:, None]) ** 2).sum(1)[:, None] - slope**2 * spread
-    noise = NOISES * level[:, None]  # (draws, noises)
+    middle = x @ weights / total
+    from_mean = x - middle[:, None]
+    spread = from_mean**2 @ weights
+    apart = losses - level[:, None]
+    slope = apart @ (from_mean * weights).T / spread  # (draws, exponents)
+    rest = (apart**2 @ weights)[:, None] - slope**2 * spread
     usual = -0.5 * (np.log(EXPONENTS / USUAL_EXPONENT) / EXPONENT_SPREAD) ** 2
     prior = np.log(x[:, -2] - x[:, -1]) - 0.5 * np.log(spread) + usual
     weight = (
         prior[None, :, None]
-        - np.maximum(0.0, rest)[:, :, None] / (2 * noise[:, None, :] ** 2)
-        + _log_share(slope[:, :, None] * np.sqrt(spread)[:, None] / noise[:, None, :])
-        - (len(rows) - 2) * np.log(noise)[:, None, :]
+        - np.maximum(0.0, rest)[:, :, None] / (2 * NOISES**2)
+        + _log_share(slope[:, :, None] * np.sqrt(spread)[:, None] / NOISES)
+        - (len(rows) - 2) * np.log(NOISES)
         - 0.5 * (np.log(NOISES / USUAL_NOISE) / NOISE_SPREAD) ** 2
     ).reshape(draws, -1)
     share = np.exp(weight - weight.max(1, keepdims=True)).cumsum(1)
     picked = (share < rng.random((draws, 1)) * share[:, -1:]).sum(1)
     i, j = np.divmod(picked, len(NOISES))
     every = np.arange(draws)
-    s, c = noise[every, j], EXPONENTS[i]
+    s, c = NOISES[j], EXPONENTS[i]
     b = _above_zero(slope[every, i], s / np.sqrt(spread[i]), rng.random(draws))
-    a = level - b * x[i].mean(1) + s / math.sqrt(len(rows)) * rng.standard_normal(draws)
+    a = level - b * middle[i] + s / math.sqrt(total) * rng.standard_normal(draws)
     return np.stack([a, b * last**c, c, s], 1)
 
 

@@ -167,13 +167,12 @@ def prefix(dtype: str, quick: bool) -> list[Row]:
 
 
 def chats(dtype: str, quick: bool) -> list[Row]:
-    """One epoch of 4,672 short chats of about 96 tokens, batch 16, the starter, beside TRL at the same settings."""
+    """One epoch of short chats of about 96 tokens, batch 16, the starter, beside TRL; 4,672, or 192 with --quick."""
     from phinetune.checkpoints.starter import ensure_starter
 
     count = 192 if quick else SHORT_CHATS
-    return against_trl(
-        str(ensure_starter()), count, dtype, {"TRL, batch 16": {"batch": 16}}, data=short_chats(count), batch=16
-    )
+    settings = {f"TRL, batch 16, {count:,} chats": {"batch": 16}}
+    return against_trl(str(ensure_starter()), count, dtype, settings, data=short_chats(count), batch=16)
 
 
 def whole(dtype: str, quick: bool) -> list[Row]:

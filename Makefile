@@ -67,6 +67,8 @@ bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.plan
 	@.venv/bin/python -m benchmarks.qlora
 	@.venv/bin/python -m benchmarks.generate
+	@.venv/bin/python -m benchmarks.answers
+	@.venv/bin/python -m benchmarks.startup
 	@.venv/bin/python -m benchmarks.serving
 	@.venv/bin/python -m benchmarks.waiting
 	@.venv/bin/python -m benchmarks.preferences

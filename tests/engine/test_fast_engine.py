@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from engine.engine_helpers import (
 )
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.fast_engine import FastEngine
+from phinetune.engine.kept_memory import kept_memory
 from phinetune.lora import one_product
 
 ROWS = (40, 31, 70, 2, 33)
@@ -103,6 +107,23 @@ def test_in_bfloat16_it_is_no_farther_from_float32(shape: Any, fast_half: None) 
         one = packed(pair.fast, rows)
         assert abs(one.loss - true.loss) <= 1.1 * abs(two.loss - true.loss)
         assert distance(one.gradients, true.gradients) <= 1.1 * distance(two.gradients, true.gradients)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_base_is_not_held_twice(fast_half: None) -> None:
+    """The new weights lie in the run's own memory, the old ones lay in C's heap."""
+    pair = make_pair(phi3_mini(hidden_size=512, intermediate_size=1536, num_hidden_layers=12), torch.bfloat16)
+    held = sum(weight.numel() * weight.element_size() for weight in weights(pair))
+    before = resident()
+    with kept_memory(CPU):
+        engine().set_up(pair.fast, CPU)
+        assert rooms(pair) == {LORA["r"]}
+        assert resident() - before < held // 4
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +43,13 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
 def keeps_memory(device: torch.device) -> bool:
     """Whether a run on this device keeps memory."""
     return device.type == "cpu" and has_library() and _count(0)
+
+
+def trim_heap() -> None:
+    """Give what is free in C's heap back to the system, where the C library can: glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _count(more: int) -> bool:

@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from phinetune.engine.half_linear import HalfLinear
+from phinetune.engine.kept_memory import trim_heap
 from phinetune.engine.kernels.matmul import HALF_DTYPES, BlockReader, linear, product_dtype
 from phinetune.engine.side_by_side import SideBySide
 from phinetune.errors import ModelError
@@ -116,16 +117,24 @@ def give_room(model: nn.Module) -> None:
     Another pass over the output would cost much there (`phinetune.lora.one_product`). Layers that keep a weight of
     another kind, or one that trains, stay as they are.
     """
-    for layer in _with_room(model):
-        weight: Any = layer.base_layer.weight
-        if weight.dtype in HALF_DTYPES and product_dtype(weight) is weight.dtype and weight.device.type == "cpu":
-            one_product.make_room(layer.base_layer, max(layer.r.values()))
+    fit = [layer for layer in _with_room(model) if _multiplies_fast(layer.base_layer.weight)]
+    for layer in fit:
+        one_product.make_room(layer.base_layer, max(layer.r.values()))
+    if fit:
+        trim_heap()  # of the weights as they lay before
 
 
 def take_room(model: nn.Module) -> None:
     """Lay the weights out as any others."""
-    for layer in _with_room(model):
+    held = [layer for layer in _with_room(model) if one_product.room_of(layer.base_layer.weight)]
+    for layer in held:
         one_product.take_room(layer.base_layer)
+    if held:
+        trim_heap()
+
+
+def _multiplies_fast(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in HALF_DTYPES and product_dtype(weight) is weight.dtype
 
 
 def _with_room(model: nn.Module) -> Iterator[Any]:

@@ -26,8 +26,8 @@ EXPONENTS = np.geomspace(0.03, 2.0, 25)
 # Before any point is seen. Over many rows exponents are small (Zhang et al. 2024), and where few rows mean few steps
 # the loss falls faster. These are our own choice, wide enough for both.
 USUAL_EXPONENT, EXPONENT_SPREAD = 0.35, 0.8  # the median, and the spread of its logarithm
-# Of a run beside the law, as a share of `_way`. The usual one and its spread are the likeliest for runs of ten sets with
-# two seeds, other rows in each share (benchmarks.curve --seeds 0,1).
+# Of a run beside the law, as a share of `_way`. The usual one and its spread are the likeliest for runs of ten sets
+# with two seeds, other rows in each share (benchmarks.curve --seeds 0,1).
 NOISES = np.geomspace(0.01, 2.0, 18)
 USUAL_NOISE, NOISE_SPREAD = 0.25, 0.6
 NOISE_ROWS = 48

@@ -69,7 +69,7 @@ class FastEngine:
         Where base and adapter can be one product, the base's weights get room for it until `give_back`.
 
         Args:
-            sharded: whether the weights are spread over processes.
+            sharded: whether several processes train, so that the weights may be spread over them.
         """
         core: Any = model.get_base_model()
         decoder = core.model

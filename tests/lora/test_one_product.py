@@ -140,8 +140,12 @@ def test_a_layer_with_room_computes_saves_and_gives_back_what_it_did() -> None:
 
 def test_other_weights_have_no_room() -> None:
     wide = torch.zeros(9, 16)
-    for weight in (wide, wide[:, :12], wide[1:6, :12], wide[:4, :12], wide.t()):
+    for weight in (wide, wide[:, :12], wide[:5, :12], wide[1:6, :12], wide.t()):
         assert one_product.room_of(weight) == 0
+    layer = nn.Linear(12, 5).requires_grad_(False)
+    layer.weight.data = wide[:5, :12]  # of the form that a weight with room has, but the rest of `wide` is not ours
+    results(layer, torch.ones(3, 12), torch.ones(4, 12), torch.ones(5, 4))
+    assert not wide.any()
     layer = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="trains"):
         one_product.make_room(layer, 2)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from phinetune.engine.kernels import matmul, room
 from phinetune.engine.kernels.matmul import BlockReader
 
+_laid_out: set[int] = set()  # where the matrices begin that `make_room` made
+
 
 def make_room(layer: nn.Linear, rank: int) -> None:
     """Lay a frozen weight out anew, with room for adapters of up to this rank. The layer computes what it did."""
@@ -30,11 +32,13 @@ def make_room(layer: nn.Linear, rank: int) -> None:
     matrix = layer.weight.new_zeros(out + rank, width + rank)
     matrix[:out, :width] = layer.weight
     layer.weight.data = matrix[:out, :width]
+    _laid_out.add(matrix.data_ptr())
 
 
 def take_room(layer: nn.Linear) -> None:
     """Lay a weight out as any other."""
     if room_of(layer.weight):
+        _laid_out.discard(layer.weight.data_ptr())
         layer.weight.data = layer.weight.detach().contiguous()
 
 
@@ -46,7 +50,9 @@ def room_of(weight: Tensor | BlockReader) -> int:
     found = weight.stride(0) - width
     if found <= 0 or weight.stride(1) != 1 or weight.storage_offset():
         return 0
-    # Only now, since torch.compile can't trace it.
+    # Only now, since torch.compile can't trace these. Of a matrix that is gone the place may be another tensor's.
+    if weight.data_ptr() not in _laid_out:
+        return 0
     held = weight.untyped_storage().nbytes() // weight.element_size()
     return found if held == (out + found) * (width + found) else 0
 

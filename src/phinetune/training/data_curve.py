@@ -30,7 +30,7 @@ USUAL_EXPONENT, EXPONENT_SPREAD = 0.35, 0.8  # the median, and the spread of its
 # with two seeds, other rows in each share (benchmarks.curve --seeds 0,1).
 NOISES = np.geomspace(0.01, 2.0, 18)
 USUAL_NOISE, NOISE_SPREAD = 0.25, 0.6
-NOISE_ROWS = 48
+NOISE_ROWS = 48  # on how many it is the usual one
 LEAST_WAY = 0.02  # of the loss, also where it is the base's
 FEWEST = 3  # points
 BAND = 40  # places at which a page draws the law

@@ -1,16 +1,19 @@
 """Answers at 1, 8 and 64 prompts at once, beside transformers and llama.cpp, the same weights, in one run.
 
-    python -m benchmarks.answers [--only 1,8,64] [--limit 32] [--dtype bfloat16]
+    python -m benchmarks.answers [--only 1,8,64] [--models starter,mini] [--limit 32] [--dtype bfloat16]
 
-The starter without an adapter; prompts of the demo. No token ends an answer, so everybody makes as many; the time
-counts the reading of the prompts. llama.cpp (xllamacpp) gets the weights in the same 16 bits and in q8_0, in GGUF files
-of this project's own. "same" is the share of answers that are token by token those of transformers: in 16 bits, two
-tokens may be equally likely. Writes benchmarks/results/answers/*.json and answers.md.
+The starter without an adapter, and four layers of Phi-3 mini's shape, where reading the weights takes most of the time;
+prompts of the demo, for the second with other ids in the places of these. No token ends an answer, so everybody makes
+as many; the time counts the reading of the prompts. llama.cpp (xllamacpp) gets the weights in the same 16 bits and in
+q8_0, in GGUF files of this project's own; phinetune has its weights in q8_0, too. "same" is the share of answers that
+are token by token those of transformers: in 16 bits, two tokens may be equally likely. Writes
+benchmarks/results/answers/*.json and answers.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,35 +22,42 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.fresh import measure
+from benchmarks.fresh import SHAPE, measure
 from benchmarks.generate import write_prompts
 from benchmarks.machine import machine
 from benchmarks.store import Book, Part, Row
 
 COUNTS = (1, 8, 64)
+FEWEST = 250  # ids that any made-up vocabulary has
+MODELS = {"starter": "starter", "mini": SHAPE}
+TITLES = {"starter": "", "mini": ", Phi-3 mini's shape"}  # after how many answer at once
 KINDS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # of GGUF files
 HEADINGS = ("", "tokens/s", "peak GB", "× transformers", "same", "besides")
 
 
-def write_file(folder: Path, kind: str) -> str:
-    """The starter as a GGUF file."""
+def write_file(folder: Path, name: str, kind: str) -> str:
+    """A model as a GGUF file."""
     from phinetune.checkpoints.starter import ensure_starter
     from phinetune.exporting.checkpoint_source import open_checkpoint
     from phinetune.exporting.gguf.model import write_gguf
 
-    file = folder / f"{kind}.gguf"
-    write_gguf(open_checkpoint(str(ensure_starter())), file, kind, "starter")
+    file = folder / f"{name}-{kind}.gguf"
+    write_gguf(open_checkpoint(str(ensure_starter()) if name == "starter" else MODELS[name]), file, kind, name)
     return str(file)
 
 
-def at_once(count: int, limit: int, dtype: str, files: dict[str, str]) -> list[Row]:
+def at_once(name: str, count: int, limit: int, dtype: str, files: dict[str, str]) -> list[Row]:
     """Everybody on the first `count` prompts, all together."""
     prompts = write_prompts(count)
+    if name != "starter":
+        file = Path(prompts)
+        file.write_text(json.dumps([[3 + token % FEWEST for token in ids] for ids in json.loads(file.read_text())]))
     common: dict[str, Any] = {"prompts": prompts, "limit": limit}
-    ours = {**common, "model": "starter", "dtype": dtype, "adapter": False, "endless": True, "batch": None}
+    ours = {**common, "model": MODELS[name], "dtype": dtype, "adapter": False, "endless": True, "batch": None}
     rows = [
         {"what": "transformers", **measure("generate", way="transformers", **ours)},
         {"what": "phinetune", **measure("generate", way="phinetune", **ours)},
+        {"what": "phinetune, q8_0", **measure("generate", way="phinetune", weights="q8_0", **ours)},
         *({"what": f"llama.cpp, {kind}", **measure("llama", gguf=file, **common)} for kind, file in files.items()),
     ]
     if not files:
@@ -77,7 +87,9 @@ def cells(row: Row) -> list[str]:
 
 def meaning(name: str, part: Part) -> str:
     """How many are answered together."""
-    return f"{name.removesuffix(' at once')} prompts of the demo together, {part['limit']} tokens each, the starter."
+    count, _, rest = name.partition(" at once")
+    what = "four layers of Phi-3 mini's shape" if rest else "the starter"
+    return f"{count} prompts of the demo together, {part['limit']} tokens each, {what}."
 
 
 BOOK = Book("answers", "Answers beside transformers and llama.cpp", HEADINGS, cells, meaning)
@@ -89,18 +101,23 @@ def main() -> None:
 
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cli.add_argument("--only", default=",".join(map(str, COUNTS)))
+    cli.add_argument("--models", default=",".join(MODELS))
     cli.add_argument("--limit", type=int, default=32)
     cli.add_argument("--dtype", default="bfloat16" if has_native_bf16(torch.device("cpu")) else "float32")
     options = cli.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         kinds = (KINDS[options.dtype], "q8_0") if find_spec("xllamacpp") else ()
-        files = {kind: write_file(Path(folder), kind) for kind in kinds}
-        for count in map(int, options.only.split(",")):
-            rows = at_once(count, options.limit, options.dtype, files)
-            console.print(BOOK.table(f"{count} at once", rows))
-            part = {"machine": machine(options.dtype), "limit": options.limit, "rows": rows}
-            console.print(f"Wrote {' and '.join(map(str, BOOK.keep({f'{count} at once': part})))}")
+        for name in options.models.split(","):
+            files = {kind: write_file(Path(folder), name, kind) for kind in kinds}
+            for count in map(int, options.only.split(",")):
+                title, rows = (
+                    f"{count} at once{TITLES[name]}",
+                    at_once(name, count, options.limit, options.dtype, files),
+                )
+                console.print(BOOK.table(title, rows))
+                part = {"machine": machine(options.dtype), "limit": options.limit, "rows": rows}
+                console.print(f"Wrote {' and '.join(map(str, BOOK.keep({title: part})))}")
 
 
 if __name__ == "__main__":

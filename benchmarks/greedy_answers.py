@@ -22,6 +22,7 @@ def generate(
     adapter: bool = True,
     endless: bool = False,
     device: str = "cpu",
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Greedy answers to prompts, the model under a new LoRA unless told otherwise.
 
@@ -29,6 +30,7 @@ def generate(
         prompts: a JSON file, a list of lists of token ids.
         way: `transformers` (its own classes, `batch` prompts a call in the order of the file, padded to the left) or
             `phinetune` (`batch` prompts together; None: as memory allows).
+        weights: how phinetune's base lies in memory, as `load_base` takes it.
         endless: no token ends an answer, so all have `limit` tokens.
     """
     from peft import LoraConfig, get_peft_model
@@ -39,7 +41,7 @@ def generate(
     from phinetune.engine.lora_layers import use_fused_layers
 
     ours = way == "phinetune"
-    loaded = load_base(ModelSection(path=model, dtype=dtype, device=device), fast=ours)
+    loaded = load_base(ModelSection(path=model, dtype=dtype, device=device), fast=ours, weights=weights)
     answering: Any = loaded.model
     if adapter:
         lora = LoraConfig(**LORA)

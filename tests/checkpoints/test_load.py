@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from helpers import SHARED, TINY
+from phinetune.checkpoints import answer_weights
 from phinetune.checkpoints import device as device_module
-from phinetune.checkpoints import load as load_module
+from phinetune.checkpoints.answer_weights import check_q8
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import Loaded, load_base, read_config
+from phinetune.checkpoints.random_shapes import parse_shape
 from phinetune.config.model import ModelSection
-from phinetune.errors import ModelError
+from phinetune.engine.kernels.q8 import quantize
+from phinetune.engine.q8_linear import Q8Linear
+from phinetune.errors import ConfigError, ModelError
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -87,12 +91,12 @@ def kinds(model: Any) -> set[torch.dtype]:
 def half_files(folder: Path, tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> ModelSection:
     """The tiny model in bfloat16, on a machine that reads such weights as they lie, whether or not this is one."""
     copy.deepcopy(tiny.model).bfloat16().save_pretrained(folder)
-    monkeypatch.setattr(load_module.few_rows, "reads_half", lambda: True)
+    monkeypatch.setattr(answer_weights.few_rows, "reads_half", lambda: True)
     return ModelSection(path=str(folder), dtype="float32", device="cpu")
 
 
 def test_weights_of_bfloat16_files_stay_so_to_answer(half_files: ModelSection) -> None:
-    half, whole = (load_base(half_files, half_stays=stays).model for stays in (True, False))
+    half, whole = (load_base(half_files, weights=weights).model for weights in ("auto", None))
     assert (kinds(half), kinds(whole)) == ({torch.float32, torch.bfloat16}, {torch.float32})
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, half.get_parameter(name).float())
@@ -102,11 +106,11 @@ def test_weights_of_bfloat16_files_stay_so_to_answer(half_files: ModelSection) -
 def test_where_a_weight_would_be_rounded_none_stays_in_half(half_files: ModelSection, tiny: Loaded) -> None:
     for kind in (torch.float16, torch.float32):
         copy.deepcopy(tiny.model).to(kind).save_pretrained(half_files.path)
-        assert kinds(load_base(half_files, half_stays=True).model) == {torch.float32}
+        assert kinds(load_base(half_files, weights="auto").model) == {torch.float32}
     model: Any = copy.deepcopy(tiny.model).bfloat16()
     model.model.layers[1].mlp.down_proj.float()
     model.save_pretrained(half_files.path)
-    assert kinds(load_base(half_files, half_stays=True).model) == {torch.float32}
+    assert kinds(load_base(half_files, weights="auto").model) == {torch.float32}
 
 
 def test_other_products_and_other_processors_have_their_weights_as_ever(
@@ -114,9 +118,48 @@ def test_other_products_and_other_processors_have_their_weights_as_ever(
 ) -> None:
     for kind in ("bfloat16", "float16"):
         section = half_files.model_copy(update={"dtype": kind})
-        assert kinds(load_base(section, half_stays=True).model) == {getattr(torch, kind)}
-    monkeypatch.setattr(load_module.few_rows, "reads_half", lambda: False)
-    assert kinds(load_base(half_files, half_stays=True).model) == {torch.float32}
+        assert kinds(load_base(section, weights="auto").model) == {getattr(torch, kind)}
+    monkeypatch.setattr(answer_weights.few_rows, "reads_half", lambda: False)
+    assert kinds(load_base(half_files, weights="auto").model) == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("files", [torch.float32, torch.bfloat16])
+def test_a_base_in_q8_0_is_rounded_once_from_what_the_files_hold(
+    folder: Path, tiny: Loaded, dtype: str, files: torch.dtype
+) -> None:
+    copy.deepcopy(tiny.model).to(files).save_pretrained(folder)
+    section = ModelSection(path=str(folder), dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    held = load_base(section, weights="q8_0").model
+    whole = load_base(section.model_copy(update={"dtype": "float32"})).model
+    assert kinds(held) == {torch.int8, getattr(torch, dtype)}
+    for name, module in held.named_modules():
+        if isinstance(module, Q8Linear):
+            source = whole.get_parameter(f"{name}.weight")
+            # A checkpoint in float32 that is read in bfloat16 is rounded to that first, as all its weights are.
+            wanted = quantize(source if files == torch.bfloat16 else source.to(getattr(torch, dtype)))
+            assert all(map(torch.equal, (module.weight, module.scales), wanted))
+    assert sum(isinstance(module, Q8Linear) for module in held.modules()) == 2 * 4 + 1
+
+
+def test_weights_that_are_not_finite_are_told_before_they_are_rounded(folder: Path, tiny: Loaded) -> None:
+    model: Any = copy.deepcopy(tiny.model)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 2] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match="down_proj"):
+        load_base(ModelSection(path=str(folder)), weights="q8_0")
+
+
+def test_what_cannot_lie_in_q8_0_is_told_at_once(folder: Path) -> None:
+    edit_config(folder, hidden_act="gelu")
+    section = ModelSection(path=str(folder), device="cpu", quantization="int8")
+    with pytest.raises(ConfigError) as caught:
+        load_base(section, weights="q8_0", fast=False)
+    told = str(caught.value)
+    for words in ("held in int8 already", "hidden_act `gelu`", "engine.kind is plain", "leave it out"):
+        assert words in told
+    with pytest.raises(ConfigError, match="q8_0 is for CPUs"):
+        check_q8(ModelSection(path=TINY), parse_shape(TINY), torch.device("cuda"), fast=True)
 
 
 def test_stop_ids_that_a_checkpoint_forgot_are_added(folder: Path) -> None:

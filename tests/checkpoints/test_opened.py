@@ -12,10 +12,10 @@ import torch
 
 from helpers import tiny_config, train_only
 from phinetune.api.held_out import held_out_chats
-from phinetune.checkpoints import load as load_module
+from phinetune.checkpoints import answer_weights
 from phinetune.checkpoints.load import Loaded
 from phinetune.checkpoints.opened import open_model, opened_config
-from phinetune.errors import ModelError
+from phinetune.errors import ConfigError, ModelError
 from phinetune.exporting.merge.merged import open_merged
 
 
@@ -59,13 +59,19 @@ def test_a_base_lies_in_half_under_an_adapter_that_only_adds_to_it(
     tiny: Loaded, folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peft: Any, stays: bool
 ) -> None:
     copy.deepcopy(tiny.model).bfloat16().save_pretrained(folder)
-    monkeypatch.setattr(load_module.few_rows, "reads_half", lambda: True)
+    monkeypatch.setattr(answer_weights.few_rows, "reads_half", lambda: True)
     config = tiny_config(chats, tmp_path / "run", max_steps=1)
     config.model.path, config.model.dtype = str(folder), "float32"
     config.peft_config |= peft
     train_only(config)
-    for half_stays in (True, False):
-        model = open_model(tmp_path / "run", half_stays=half_stays).model
+    for weights in ("auto", None):
+        model = open_model(tmp_path / "run", weights=weights).model
         kinds = {parameter.dtype for parameter in model.parameters()}
-        assert (torch.bfloat16 in kinds) == (stays and half_stays)
+        assert (torch.bfloat16 in kinds) == (stays and weights == "auto")
         assert torch.float32 in kinds
+    if stays:
+        model = open_model(tmp_path / "run", weights="q8_0").model
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.int8, torch.float32}
+    else:
+        with pytest.raises(ConfigError, match="does more than add to its base"):
+            open_model(tmp_path / "run", weights="q8_0")

@@ -92,6 +92,7 @@ def test_train_then_everything_else(
     assert capsys.readouterr().out != by_option
 
     monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
+    assert run(monkeypatch, "generate", folder, "--prompt", "Hi", "--max-new-tokens", 4, "--weights", "q8_0") == 0
     assert run(monkeypatch, "chat", folder) == 0
 
 
@@ -149,6 +150,7 @@ def mistakes(tmp_path: Path, tiny_run: Path, config_file: Path) -> dict[str, tup
         "another base": (["generate", other_base, "--prompt", "Hi"], "this adapter was trained on"),
         "no run": (["chat", tmp_path / "nothing"], "no such folder"),
         "no message": (["generate", tiny_run, "--prompt", " "], "there is no message"),
+        "no weights": (["generate", tiny_run, "--prompt", "Hi", "--weights", "q4"], "weights: 'q4' is none of auto"),
         "no device": (["generate", tiny_run, "--prompt", "Hi", "--device", "gpu"], "`gpu` is no device"),
     }
 

@@ -19,19 +19,19 @@ from transformers import AutoTokenizer, GenerationConfig, Phi3Config, PreTrained
 from phinetune.chats.template import stop_ids
 from phinetune.checkpoints import random_shapes, starter
 from phinetune.checkpoints.adapter_values import MOST_LAYERS
+from phinetune.checkpoints.answer_weights import check_q8, how_held, lay, read_dtype
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.model_types import config_class
 from phinetune.checkpoints.prequantized import as_it_is, held_as, own_form
 from phinetune.checkpoints.quantize import cast_others, keep_packing, kind_of, quantization_config, scales_of
 from phinetune.checkpoints.small_files import read_json
 from phinetune.checkpoints.tokenizer_files import check_template, check_tokenizer_files, check_vocabulary
-from phinetune.checkpoints.weight_files import fingerprint, held_tensors, lazy_tensors
-from phinetune.checkpoints.whole import HARMLESS, check_numbers, check_whole
+from phinetune.checkpoints.weight_files import fingerprint, lazy_tensors
+from phinetune.checkpoints.whole import check_numbers, check_whole
+from phinetune.config.answer_weights import Q8
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import model_class
 from phinetune.engine.families import ModelConfig
-from phinetune.engine.half_linear import lie_in_half
-from phinetune.engine.kernels import few_rows
 from phinetune.engine.phi3 import missing_form
 from phinetune.errors import ModelError, first_line, reason_of, told_as
 
@@ -89,7 +89,7 @@ def load_base(
     *,
     fast: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    half_stays: bool = False,
+    weights: str | None = None,
 ) -> Loaded:
     """Load the model that `section` names and move it to its device. The model is in evaluation mode.
 
@@ -97,10 +97,12 @@ def load_base(
         fast: load it as the class of `phinetune.engine.phi3`, which takes packed rows too, if that class supports this
             model's configuration.
         tokenizer: its tokenizer, if `open_tokenizer` has loaded it already.
-        half_stays: if the files are in bfloat16 and products in float32, let the weights of linear layers lie in
-            bfloat16 (`engine.half_linear`). Such a model answers; merged, it would be rounded.
+        weights: None for a model that may also be trained or merged. Else it only answers: `auto` lets the weights of
+            linear layers lie in bfloat16 if the files are in it and products in float32 (`engine.half_linear`); `q8_0`
+            rounds them to eight bits (`engine.q8_linear`).
 
     Raises:
+        ConfigError: the weights can't lie so.
         ModelError: the model can't be found or is of another family; its files are damaged, its weights are pickled,
             not whole (`check_whole`) or not finite; or its tokenizer has no chat template that works, or more ids than
             the model.
@@ -108,14 +110,14 @@ def load_base(
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     if section.path.startswith(random_shapes.PREFIX):
-        model, base = _load_random(section, dtype, fast, device)
+        model, base = _load_random(section, dtype, fast, device, weights)
         tokenizer = tokenizer or load_tokenizer(section, base, random_shapes.parse_shape(section.path))
     else:
-        model, base, tokenizer = _load_checkpoint(section, dtype, fast, device, tokenizer, half_stays)
+        model, base, tokenizer = _load_checkpoint(section, dtype, fast, device, tokenizer, weights)
     model.generation_config = with_stop_ids(model.generation_config, tokenizer)
     model.config.use_cache = model.generation_config.use_cache = section.use_cache
     kind = kind_of(model)
-    held = str(model.get_output_embeddings().weight.dtype) if kind == "none" else kind
+    held = how_held(model) if kind == "none" else kind
     precision = held if held == str(dtype) else f"{held}, products in {dtype}"
     logger.info("model %s: %s on %s, attention %s", base.path, precision, device, section.attn_implementation)
     if kind == "none":
@@ -124,13 +126,17 @@ def load_base(
 
 
 def _load_random(
-    section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device
+    section: ModelSection, dtype: torch.dtype, fast: bool, device: torch.device, weights: str | None
 ) -> tuple[PreTrainedModel, Base]:
     config = random_shapes.parse_shape(section.path)
+    if weights == Q8:
+        check_q8(section, config, device, fast)
     base = _random_base(section, config)
     kind = model_class(config, fast=fast)
     model = random_shapes.random_model(config, section.seed, dtype, section.attn_implementation, kind)
     if section.quantization == "none":
+        if weights:
+            lay(model, weights, dtype)
         return model, base
     with tempfile.TemporaryDirectory() as folder:  # bitsandbytes quantises a model only while it is read from files
         model.save_pretrained(folder)
@@ -144,7 +150,7 @@ def _load_checkpoint(
     fast: bool,
     device: torch.device,
     tokenizer: PreTrainedTokenizerBase | None,
-    half_stays: bool,
+    weights: str | None,
 ) -> tuple[PreTrainedModel, Base, PreTrainedTokenizerBase]:
     """Model, base and tokenizer of a checkpoint. All that is small is read and checked before the weights."""
     folder, revision = find_folder(section.path, section.revision)
@@ -155,22 +161,17 @@ def _load_checkpoint(
     tokenizer = tokenizer or load_tokenizer(section, base, config)
     # Only the fast engine's layers refuse a merge, which would round.
     has_form = fast and section.quantization == "none" and not missing_form(config)
-    stays = half_stays and has_form and _can_stay_half(folder, dtype, device)
-    model = _read_model(folder, config, section, torch.bfloat16 if stays else dtype, fast, device)
-    if stays:
-        lie_in_half(model)
+    if weights == Q8:
+        check_q8(section, config, device, fast)
+    weights = weights if has_form else None
+    model = _read_model(folder, config, section, read_dtype(weights, folder, dtype, device), fast, device)
     check_numbers([*model.named_parameters(), *scales_of(model)], str(folder))
+    if weights:
+        lay(model, weights, dtype)
     # PEFT writes this name into adapter_config.json. A hub id must stay there, not this machine's cache folder.
     name = section.path if revision else str(folder)
     model.config._name_or_path = model.name_or_path = name
     return model, base, tokenizer
-
-
-def _can_stay_half(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights can lie in bfloat16 without a loss under products in `dtype`, and are read fast so."""
-    if dtype != torch.float32 or device.type != "cpu" or not few_rows.reads_half():
-        return False
-    return all(one.dtype == "BF16" for name, one in held_tensors(folder).items() if not HARMLESS.search(name))
 
 
 def read_shape(section: ModelSection) -> ModelConfig:

@@ -18,10 +18,11 @@ from phinetune.checkpoints.foreign_adapters import peft_folder, sixteen_bit_base
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.checkpoints.small_files import what_to_do
 from phinetune.checkpoints.untouched import base_again, untouched_base
+from phinetune.config.answer_weights import Q8
 from phinetune.config.model import ModelSection
 from phinetune.config.run import RunConfig, make_config
 from phinetune.engine.peft_variants import moves_the_base, not_converted
-from phinetune.errors import ModelError
+from phinetune.errors import ConfigError, ModelError
 from phinetune.logs import quiet_libraries
 from phinetune.run_folder import CONFIG, RunFolder
 
@@ -52,7 +53,7 @@ class Opened:
 
 
 def open_model(
-    path: str | Path, config: RunConfig | None = None, *, half_stays: bool = False, **model_options: Any
+    path: str | Path, config: RunConfig | None = None, *, weights: str | None = None, **model_options: Any
 ) -> Opened:
     """Open a run, an adapter folder, or anything that `model.path` takes.
 
@@ -60,11 +61,12 @@ def open_model(
 
     Args:
         config: what `opened_config` returned for `path`. None: it is read now.
-        half_stays: see `load_base`; an adapter that does more than add to its base has its base as ever.
+        weights: see `load_base`. For an adapter that does more than add to its base, `auto` leaves the base as it is.
         model_options: keys of the section `model` that replace the recorded ones (`device`, `dtype`, …).
 
     Raises:
         ModelError: `path` is none of these, or its adapter belongs to another base.
+        ConfigError: the base can't lie as `weights` says.
     """
     quiet_libraries()
     config = config or opened_config(path, **model_options)
@@ -72,7 +74,10 @@ def open_model(
     # An adapter that can't be used is told before the base is loaded.
     adapter = usable_adapter(folder, config.model) if is_adapter(folder) else None
     is_fast = config.engine.kind == "fast"
-    loaded = load_base(config.model, fast=is_fast, half_stays=half_stays and is_fast and _only_adds(adapter))
+    if weights == Q8 and not _only_adds(adapter):
+        raise ConfigError([f"weights: q8_0: {folder}: this adapter does more than add to its base; leave it out"])
+    weights = weights if weights == Q8 or (is_fast and _only_adds(adapter)) else None
+    loaded = load_base(config.model, fast=is_fast, weights=weights)
     data = config.data
     encoder = make_encoder(loaded.tokenizer, data.loss_on, data.system, tags_of(data))
     model = attach_adapter(loaded, folder, adapter) if adapter else loaded.model

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from phinetune.cli.options import Weights
 from phinetune.screen.console import say, stdout
 
 app = typer.Typer()
@@ -46,6 +47,7 @@ def serve(
         Optional[str],  # noqa: UP045
         typer.Option(help="type of these GGUF files, as `export --type` (q8_0)"),
     ] = None,
+    weights: Weights = "auto",
     log_contents: Annotated[bool, typer.Option("--log-contents", help="let the log hold what chats say")] = False,
 ) -> None:
     """Offer OpenAI's API of files, fine-tuning jobs, models and answers on this machine."""
@@ -62,6 +64,7 @@ def serve(
         at_once=at_once,
         backend=backend,
         gguf_type=gguf_type,
+        weights=weights,
         log_contents=log_contents,
         on_ready=_ready,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from phinetune.cli.options import Device, NewTokens, RunPath, Seed, System, Temperature, TopK, TopP
+from phinetune.cli.options import Device, NewTokens, RunPath, Seed, System, Temperature, TopK, TopP, Weights
 from phinetune.errors import PhinetuneError
 from phinetune.loading import libraries
 from phinetune.screen.console import stdout
@@ -27,6 +27,7 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
     """Answer one message: the answer alone goes to standard output."""
@@ -46,6 +47,7 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        weights=weights,
         device=device,
     )
     # A program gets the answer to the letter; on a terminal nothing in it acts.
@@ -63,6 +65,7 @@ def chat(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
     """Talk to a run: streamed answers, /reset, /base to hear the base model."""
@@ -78,6 +81,7 @@ def chat(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        weights=weights,
         device=device,
     )
     hold_chat(conversation, stdout())

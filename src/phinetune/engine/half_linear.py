@@ -46,9 +46,9 @@ def lie_in_half(model: Any) -> None:
     A head that is tied to the embedding keeps a weight of its own: each step of an answer reads the whole head, and of
     the embedding a few rows.
     """
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            model.set_submodule(name, HalfLinear(module))
+    # By their names: a list of the layers would keep all of their weights in memory to the end.
+    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
+        model.set_submodule(name, HalfLinear(model.get_submodule(name)))
     half = {id(module.weight) for module in model.modules() if isinstance(module, HalfLinear)}
     for parameter in model.parameters():
         if id(parameter) not in half:

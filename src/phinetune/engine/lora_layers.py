@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from phinetune.engine.half_linear import HalfLinear
 from phinetune.engine.kept_memory import trim_heap
 from phinetune.engine.kernels.matmul import HALF_DTYPES, BlockReader, linear, product_dtype
+from phinetune.engine.q8_linear import Q8Linear
 from phinetune.engine.side_by_side import SideBySide
 from phinetune.errors import ModelError
 from phinetune.lora import one_product
@@ -41,11 +42,11 @@ class FusedLinear(Linear):
         """Merge as PEFT does.
 
         Raises:
-            ModelError: the sums would be rounded, since the base lies in bfloat16.
+            ModelError: the sums would be rounded, since the base lies in bfloat16 or q8_0.
         """
-        if isinstance(self.base_layer, HalfLinear):
+        if isinstance(self.base_layer, (HalfLinear, Q8Linear)):
             raise ModelError(
-                "this model was opened to answer, with its base in bfloat16, and merged weights would be rounded; "
+                "this model was opened to answer, with its base in fewer bits, and merged weights would be rounded; "
                 "merge with `phinetune merge`, or take the model that `phinetune.load` gives"
             )
         super().merge(*args, **kwargs)

@@ -23,6 +23,7 @@ from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.attention_plan import AttentionRun, Heads
 from phinetune.engine.families import FUSED
+from phinetune.engine.half_linear import HalfLinear
 from phinetune.engine.kernels.attention import attention
 from phinetune.engine.kernels.matmul import linear
 from phinetune.engine.kernels.norm import rms_norm
@@ -31,6 +32,9 @@ from phinetune.engine.kernels.swiglu import swiglu
 from phinetune.engine.layer_function import LayerParts, Norm, Places
 from phinetune.engine.layer_function import layer as whole_layer
 from phinetune.engine.lora_layers import projections
+from phinetune.engine.q8_linear import Q8Linear
+
+ANSWERING = (HalfLinear, Q8Linear)
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,12 @@ def _side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def called(layer: nn.Module, x: Tensor) -> Tensor:
     """What a layer makes of x. Without a graph, a plain linear layer's product is that of `matmul.linear`."""
-    if torch.is_grad_enabled() or type(layer) is not nn.Linear or _is_hooked(layer):
+    if torch.is_grad_enabled() or _is_hooked(layer):
         return layer(x)  # type: ignore[no-any-return]
-    return linear(x, layer.weight, layer.bias)
+    if type(layer) is nn.Linear:
+        return linear(x, layer.weight, layer.bias)
+    # A step of answers calls a hundred of these, and torch's own call takes as long as a small one's product.
+    return layer.forward(x) if type(layer) in ANSWERING else layer(x)  # type: ignore[no-any-return]
 
 
 class PackedAttention(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from phinetune.config.answer_weights import AUTO
 from phinetune.config.model import ModelSection
 from phinetune.logs import set_up_logging
 from phinetune.serving.needs import check_installed
@@ -23,6 +24,7 @@ def serve(
     at_once: int | None = None,
     backend: str = OWN,
     gguf_type: str | None = None,
+    weights: str = AUTO,
     log_contents: bool = False,
     on_ready: Callable[[str, str, str], None] = lambda url, key, where: None,
 ) -> None:
@@ -39,6 +41,8 @@ def serve(
         at_once: jobs trained at the same time, as memory allows; one for each two cores if left out.
         backend: what answers: `phinetune`, its own engine; or `llama.cpp`, with each model as a GGUF file.
         gguf_type: of these files, as `phinetune export --to gguf --type`; q8_0 if left out.
+        weights: how bases lie in memory while they answer by phinetune's engine: `auto` or `q8_0`, as `phinetune.chat`
+            takes it.
         log_contents: let the log hold what chats say.
         on_ready: is called with the URL, the key, and what is served, when clients can connect.
 
@@ -47,7 +51,7 @@ def serve(
             `serve` is not installed (or `llamacpp`, for llama.cpp).
     """
     check_installed(llama_cpp=backend == LLAMA_CPP)
-    settings = make_settings(models, host, port, folder, allow_host, at_once, log_contents, backend, gguf_type)
+    settings = make_settings(models, host, port, folder, allow_host, at_once, log_contents, backend, gguf_type, weights)
     set_up_logging()
     where = f"{', '.join(settings.models)} ({settings.folder})"
     run_server(settings, key, lambda state, url: on_ready(url, state.key, where))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from phinetune.config.answer_weights import AUTO, check_kind
 from phinetune.config.model import ModelSection
 from phinetune.config.places import absolute_place
 from phinetune.errors import ConfigError
@@ -51,6 +52,7 @@ class ServerSettings:
         hosts: names besides those of the loopback by which clients may call this server.
         at_once: jobs that are trained at the same time; None: one for each two cores.
         gguf: the type of the GGUF files that llama.cpp answers with; None: this project's own engine answers.
+        weights: how bases lie in memory while this project's engine answers.
         log_contents: whether the log may hold what chats say.
     """
 
@@ -61,6 +63,7 @@ class ServerSettings:
     hosts: tuple[str, ...] = ()
     at_once: int | None = None
     gguf: str | None = None
+    weights: str = AUTO
     log_contents: bool = False
     limits: Limits = field(default_factory=Limits)
 
@@ -75,6 +78,7 @@ def make_settings(
     log_contents: bool,
     backend: str = OWN,
     gguf_type: str | None = None,
+    weights: str = AUTO,
 ) -> ServerSettings:
     """The settings from what the verb took.
 
@@ -82,12 +86,22 @@ def make_settings(
         models: `NAME=PATH` each, or sections or paths by name.
 
     Raises:
-        ConfigError: a model is written in another way, or named twice; or there is no such backend.
+        ConfigError: a model is written in another way, or named twice; or there is no such backend, or it does not
+            answer with such weights.
         ModelError: there is no such type of GGUF files.
     """
     gguf = _gguf_type(backend, gguf_type)
+    check_kind(weights)
+    if weights != AUTO and backend != OWN:
+        raise ConfigError(f"--weights {weights} is for --backend {OWN}; for {LLAMA_CPP} give --gguf-type")
     given = ServerSettings(
-        host=host, port=port, hosts=tuple(hosts), at_once=at_once, gguf=gguf, log_contents=log_contents
+        host=host,
+        port=port,
+        hosts=tuple(hosts),
+        at_once=at_once,
+        gguf=gguf,
+        weights=weights,
+        log_contents=log_contents,
     )
     if models:
         named = models if isinstance(models, Mapping) else _named_models(models)

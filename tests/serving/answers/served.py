@@ -61,12 +61,13 @@ def serving(
     *,
     adapter: bool = True,
     gguf: str | None = None,
+    weights: str = "auto",
     log_contents: bool = False,
     **engine: Any,
 ) -> Iterator[Served]:
     """A server while the context lasts."""
     tiny = tiny or ModelSection(path=TINY, dtype="float32", device=DEVICE)
-    state = make_state(folder, tiny, adapter, gguf=gguf, log_contents=log_contents)
+    state = make_state(folder, tiny, adapter, gguf=gguf, weights=weights, log_contents=log_contents)
     app = FastAPI()
     add_handlers(app)
     app.include_router(router(state, **engine))

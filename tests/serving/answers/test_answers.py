@@ -12,11 +12,13 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from pydantic import BaseModel
 
 from helpers import DEVICE, TINY
 from phinetune.checkpoints.opened import open_model
 from phinetune.engine.generate import answer_prompts
+from phinetune.engine.q8_linear import Q8Linear
 from serving.answers.served import TUNED, Served, serving
 
 ASKED: list[Any] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 7 · 8?"}]
@@ -61,6 +63,21 @@ def test_greedy_chat_is_what_generate_answers(served: Served, greedy: dict[str, 
     assert chunks[-1].usage.completion_tokens == made.usage.completion_tokens
     assert chunks[-2].choices[0].finish_reason == made.choices[0].finish_reason
     assert greedy["tiny"] != greedy[TUNED]
+
+
+def test_a_base_in_q8_0_answers_as_generate_on_such_a_one(tmp_path: Path) -> None:
+    if DEVICE != "cpu":
+        pytest.skip("q8_0 is for CPUs")
+    with serving(tmp_path, weights="q8_0") as served:
+        for name, path in (("tiny", TINY), (TUNED, str(served.state.folder / "runs" / "demo"))):
+            opened = open_model(path, weights="q8_0", dtype="float32", device=DEVICE)
+            assert torch.int8 in {parameter.dtype for parameter in opened.model.parameters()}
+            prompt = opened.encoder.prompt_ids(opened.encoder.prepare(ASKED))
+            alone = answer_prompts(opened.model, opened.loaded.tokenizer, [prompt], max_new_tokens=24)[0].text
+            made = served.client.chat.completions.create(model=name, messages=ASKED, temperature=0, max_tokens=24)
+            assert made.choices[0].message.content == alone
+        engine: Any = served.state.closing[0].__self__  # type: ignore[attr-defined]
+        assert {type(base.loaded.model.lm_head) for base in engine._bases.values()} == {Q8Linear}
 
 
 def test_many_clients_at_once_get_their_own(served: Served, greedy: dict[str, str]) -> None:

@@ -170,6 +170,8 @@ def test_what_a_file_would_not_have_is_refused(tmp_path: Path) -> None:
 
     assert settings("phinetune", None) is None
     assert settings("llama.cpp", None) == "q8_0"
+    with pytest.raises(ConfigError, match="give --gguf-type"):
+        make_settings([], "127.0.0.1", 0, tmp_path, (), None, False, "llama.cpp", weights="q8_0")
     for backend, kind in (("phinetune", "f16"), ("ollama", None)):
         with pytest.raises(ConfigError):
             settings(backend, kind)

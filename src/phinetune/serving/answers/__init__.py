@@ -51,4 +51,4 @@ def _answerers(state: ServerState, engine: dict[str, Any]) -> Finder:
 
     if state.settings.gguf:
         return LlamaAnswerers(state.models, state.folder, state.settings.gguf)
-    return Answerers(state.models, **engine)
+    return Answerers(state.models, state.settings.weights, **engine)

@@ -15,6 +15,7 @@ from phinetune.chats.tagged_text import tags_of
 from phinetune.checkpoints.beside_base import read_beside
 from phinetune.checkpoints.load import Loaded, load_base
 from phinetune.checkpoints.opened import recorded_config
+from phinetune.config.answer_weights import AUTO
 from phinetune.config.model import ModelSection
 from phinetune.engine.choice import has_packed_form
 from phinetune.engine.continuous.answer_engine import AnswerEngine, Load
@@ -44,13 +45,14 @@ class LoadedBase(Base):
 class Answerers:
     """The models of a server that are in memory. Its methods take long and may be called from any thread."""
 
-    def __init__(self, catalogue: ModelCatalogue, **engine: Any) -> None:
+    def __init__(self, catalogue: ModelCatalogue, weights: str = AUTO, **engine: Any) -> None:
         """Make it empty.
 
         Args:
+            weights: how bases lie in memory; see `load_base`.
             engine: more arguments of each `AnswerEngine`.
         """
-        self._catalogue, self._options = catalogue, engine
+        self._catalogue, self._weights, self._options = catalogue, weights, engine
         self._bases: OrderedDict[str, LoadedBase] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -137,7 +139,7 @@ class Answerers:
 
     def _load(self, section: ModelSection, name: str) -> LoadedBase:
         quiet_libraries()
-        loaded = load_base(section, half_stays=True)
+        loaded = load_base(section, weights=self._weights)
         if not has_packed_form(loaded.model):
             raise ModelError(f"{section.path}: has no fast form, which answering several at once needs")
         loaded.model.requires_grad_(False)

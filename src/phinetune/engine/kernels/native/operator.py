@@ -114,7 +114,7 @@ def native_form(name: str) -> Run:
 
 def _try_all(folder: Path) -> None:
     """Load a new library, time its operators beside torch's, and keep what was found."""
-    from phinetune.engine.kernels import attention_trees, cross_entropy, few_rows, low_rank, norm, rotary, swiglu  # noqa: F401  they register operators
+    from phinetune.engine.kernels import attention_trees, cross_entropy, few_rows, low_rank, norm, q8, rotary, swiglu  # noqa: F401  they register operators
 
     _load(folder)
     found = {

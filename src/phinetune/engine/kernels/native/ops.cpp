@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY(phinetune, m) {
         "int window, Tensor out, Tensor log_sums, Tensor(a!) d_qkv) -> ()");
   m.def("few_rows(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("few_rows_of_half(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("few_rows_of_q8(Tensor x, Tensor weight, Tensor scales, Tensor(a!) out) -> ()");
+  m.def("expand_q8(Tensor(a!) out, Tensor weight, Tensor scales) -> ()");
   m.def("add_low_rank_(Tensor(a!) out, Tensor x, Tensor[] a, Tensor[] b, float[] scalings, int[] starts, int[] stops) "
         "-> ()");
   m.def("multiplies_bfloat16() -> bool");
@@ -44,6 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(phinetune, CPU, m) {
   m.impl("add_low_rank_", TORCH_BOX(&phinetune::add_low_rank_));
   m.impl("few_rows", TORCH_BOX(&phinetune::few_rows));
   m.impl("few_rows_of_half", TORCH_BOX(&phinetune::few_rows));
+  m.impl("few_rows_of_q8", TORCH_BOX(&phinetune::few_rows_of_q8));
+  m.impl("expand_q8", TORCH_BOX(&phinetune::expand_q8));
   m.impl("spread", TORCH_BOX(&phinetune::spread));
 }
 

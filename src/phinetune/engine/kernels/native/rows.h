@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -64,6 +65,38 @@ inline void store(const Vec& value, T* to, int64_t count = LANES) {
     store_half(value, to);
   } else {
     at::vec::convert<T>(value).store(to, static_cast<int>(count));
+  }
+}
+
+// LANES numbers of one byte.
+inline Vec load_bytes(const int8_t* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  float values[LANES];
+  std::copy_n(from, LANES, values);
+  return Vec::loadu(values);
+#endif
+}
+
+inline float whole(c10::Half value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.x);
+#else
+  return static_cast<float>(value);
+#endif
+}
+
+inline void whole(const c10::Half* from, int64_t count, float* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if (count == LANES) {
+    return _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  }
+#endif
+  for (int64_t at = 0; at < count; ++at) {
+    to[at] = whole(from[at]);
   }
 }
 

@@ -124,6 +124,10 @@ def test_where_half_precision_is_fast_only_the_fewest_rows_are_taken(
     assert calls == [few_rows.MOST_WHERE_FAST, few_rows.MOST_WHERE_FAST + 1]
 
 
+def test_wide_rows_are_fewer_where_half_precision_is_fast() -> None:
+    assert [few_rows.most_where_fast(width) for width in (0, 576, 1152, 2048, 3072, 8192)] == [8, 8, 8, 4, 3, 3]
+
+
 def test_steps_of_answers_take_it(calls: list[int]) -> None:
     """Those of `decode`, with and without an adapter, and those of the answering engine."""
     tuned: Any = make_pair(SHAPES["phi-3-mini"]()).fast.eval()

@@ -17,7 +17,9 @@ from torch import Tensor
 from phinetune.engine.kernels.native.operator import Operator, drawn, rows_of
 
 MOST = 63  # rows; from 64 on, products of half precision go through float32 by blocks, and those of float32 are fast
-MOST_WHERE_FAST = 8  # where the processor has products of half precision, which need fewer rows to be fast
+# Where the processor has products of half precision, these are faster for as few rows, and for fewer if rows are wide.
+MOST_WHERE_FAST, LEAST_WHERE_FAST = 8, 3
+FEW_NUMBERS = 9216  # of x; measured with widths from 576 to 8192
 
 
 class _Here(threading.local):
@@ -50,6 +52,11 @@ def takes(x: Tensor, weight: Tensor, most: int) -> bool:
         return False
     operator = _operator(x.dtype, weight.dtype)
     return operator is not None and weight.stride(-1) == 1 and operator.is_native(x)
+
+
+def most_where_fast(width: int) -> int:
+    """How many rows of this width are few where products of half precision are fast."""
+    return max(LEAST_WHERE_FAST, min(MOST_WHERE_FAST, FEW_NUMBERS // max(1, width)))
 
 
 def reads_half() -> bool:

@@ -39,13 +39,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def takes_few(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of `x`, shape (rows, in), is that of a few rows (`kernels.few_rows`), which has no graph."""
-    return few_rows.takes(x, weight, most_few(x))
+    return few_rows.takes(x, weight, few_rows.most_where_fast(x.shape[1]) if is_fast_half(x) else few_rows.MOST)
 
 
-def most_few(x: Tensor) -> int:
-    """How many rows of `x` are few: with more, the products of torch are faster."""
-    is_fast = x.dtype in HALF_DTYPES and product_dtype(x) is x.dtype
-    return few_rows.MOST_WHERE_FAST if is_fast else few_rows.MOST
+def is_fast_half(x: Tensor) -> bool:
+    """Whether `x` is in half precision, and its products, too."""
+    return x.dtype in HALF_DTYPES and product_dtype(x) is x.dtype
 
 
 def goes_through_float32(x: Tensor) -> bool:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phinetune.engine.kernels.matmul import most_few, row_slices, scratch
+from phinetune.engine.kernels.few_rows import MOST
+from phinetune.engine.kernels.matmul import is_fast_half, row_slices, scratch
 from phinetune.engine.kernels.native.operator import Operator, drawn, rows_of
 
 BLOCK = 32  # numbers that share a scale
 LARGEST = 127
+MOST_WHERE_FAST = 16  # rows; with more it takes less to expand the weight, where the processor has half's products
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,8 +46,9 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def takes_few(x: Tensor) -> bool:
     """Whether the product of `x`, shape (rows, in), is made without expanding the weight. It has no graph."""
+    most = MOST_WHERE_FAST if is_fast_half(x) else MOST
     has_graph = torch.is_grad_enabled() and x.requires_grad
-    return 0 < len(x) <= most_few(x) and not has_graph and _few_rows_of_q8.is_native(x)
+    return 0 < len(x) <= most and not has_graph and _few_rows_of_q8.is_native(x)
 
 
 def few_rows(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	@.venv/bin/python -m benchmarks.lora_layers
 	@.venv/bin/python -m benchmarks.train
+	@.venv/bin/python -m benchmarks.long_rows
 	@.venv/bin/python -m benchmarks.data
 	@.venv/bin/python -m benchmarks.plan
 	@.venv/bin/python -m benchmarks.qlora

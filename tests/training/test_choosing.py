@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import string
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from helpers import TINY, chat, write_jsonl
 from phinetune.api.train import train_config
 from phinetune.config.run import RunConfig, make_config
 from phinetune.screen.console import Console
+from phinetune.training import auto_settings as rules
+from phinetune.training import prepare as prepare_module
 from phinetune.training.prepare import PreparedRun, prepare_run, settle
 
 
@@ -185,3 +189,28 @@ def test_config_and_start_have_the_numbers_and_resuming_takes_them(hundred: Path
     run = train_config(config_of(hundred, out, max_steps=8, save_steps=4), console, resume=True)
     assert json.loads((out / "start.json").read_text())["chosen"] == start["chosen"]
     assert run.path == out
+
+
+def test_rows_that_have_little_in_common_get_a_lower_rate_and_no_fourth_epoch(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = ["".join(draw.choices(string.ascii_lowercase + string.digits, k=12)) for _ in range(80)]
+    unlike = write_jsonl(tmp_path / "unlike.jsonl", [chat(f"Say {i}", one) for i, one in enumerate(words)])
+    run = prepared(unlike, tmp_path / "run")
+    ground = prepare_module._ground(run)
+    assert ground.unlike
+    assert run.args.num_train_epochs == 3
+    alone = rules.learning_rate(ground.hidden, run.steps.count)
+    assert run.args.learning_rate == rules.learning_rate(ground.hidden, run.steps.count, by_heart=True) <= alone
+    told = {choice.key: choice.why for choice in run.choices}
+    share = f"{ground.in_one_row:.0%} of the pairs of tokens stand in one row only"
+    assert told["training_config.num_train_epochs"].endswith(f"but these have little in common ({share})")
+    assert f"half of it: {share}" in told["training_config.learning_rate"]
+
+    few = write_jsonl(tmp_path / "few.jsonl", [chat(f"Say {i}", one) for i, one in enumerate(words[:50])])
+    assert prepare_module._ground(prepared(few, tmp_path / "run")).in_one_row is None  # 45 rows tell too little
+    once = prepared(unlike, tmp_path / "run", num_train_epochs=1)
+    assert "half of it" not in {choice.key: choice.why for choice in once.choices}["training_config.learning_rate"]
+    pairs = [{"prompt": f"Say {i}", "chosen": one, "rejected": one[::-1]} for i, one in enumerate(words)]
+    config = config_of(write_jsonl(tmp_path / "pairs.jsonl", pairs), tmp_path / "dpo")
+    config = config.model_copy(update={"objective": make_config({"objective": "dpo"}).objective})
+    assert prepare_module._ground(prepare_run(settle(config))).in_one_row is None

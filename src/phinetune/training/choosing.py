@@ -42,6 +42,7 @@ class Ground:
         held_out: tokens of the held-out rows that evaluations score; 0 without any.
         held_out_rows: how many rows they are, if it was left open how many are scored; None if it is given.
         cap: the most tokens that a chat was read with.
+        in_one_row: the share of the pairs of trained tokens that stand in one row only; None where nobody looked.
         wants_evaluations: whether the section `evaluation` asks for something at evaluations.
     """
 
@@ -58,6 +59,12 @@ class Ground:
     wants_evaluations: bool = False
     least_batch: int = 1
     held_out_rows: int | None = None
+    in_one_row: float | None = None
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the rows have little in common."""
+        return self.in_one_row is not None and self.in_one_row >= rules.UNLIKE
 
 
 def expect_evaluations(settings: Settings, config: RunConfig) -> Settings:
@@ -247,20 +254,28 @@ def _epochs(work: _Work) -> None:
     rows = work.ground.rows
     if rows is None or int(work.value("max_steps") or -1) > 0:
         return
-    wanted = rules.epochs(rows)
+    wanted = rules.epochs(rows, work.ground.unlike)
     if work.is_open("num_train_epochs"):
-        work.take("num_train_epochs", wanted, f"{rows:,} rows: small sets are taken oftener")
+        but = f", but these have little in common ({_in_one_row(work)})" if wanted < rules.epochs(rows) else ""
+        work.take("num_train_epochs", wanted, f"{rows:,} rows: small sets are taken oftener{but}")
     elif work.value("num_train_epochs") >= FEW_ROWS_FOR_EPOCHS * wanted:
         work.remark("num_train_epochs", f"the rule's is {wanted} for {rows:,} rows; expect rows to be learnt by heart")
 
 
+def _in_one_row(work: _Work) -> str:
+    return f"{work.ground.in_one_row:.0%} of the pairs of tokens stand in one row only"
+
+
 def _rate(work: _Work, steps: int) -> None:
-    wanted = rules.two_digits(rules.learning_rate(work.ground.hidden, steps) * work.ground.rate)
+    repeats = float(work.value("num_train_epochs", 1)) > 1 and int(work.value("max_steps") or -1) <= 0
+    by_heart = work.ground.unlike and repeats
+    wanted = rules.two_digits(rules.learning_rate(work.ground.hidden, steps, by_heart) * work.ground.rate)
     width = f"hidden size {work.ground.hidden:,}"
     if work.is_open("learning_rate"):
         short = f", and higher for a run of {steps} steps" if steps < rules.SHORT_RUN else ""
         other = "" if work.ground.rate == 1 else f", times {work.ground.rate:g} for this objective"
-        work.take("learning_rate", wanted, f"the fit for LoRA at {width}{short}{other}")
+        half = f", and half of it: {_in_one_row(work)}, and epochs teach that by heart" if by_heart else ""
+        work.take("learning_rate", wanted, f"the fit for LoRA at {width}{short}{other}{half}")
         return
     given = float(work.value("learning_rate"))
     far = rules.times(given, wanted)

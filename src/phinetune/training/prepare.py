@@ -33,7 +33,7 @@ from phinetune.data.prepare.sources import check_sources
 from phinetune.engine.choice import EngineChoice, choose_engine
 from phinetune.engine.families import ModelConfig
 from phinetune.errors import ConfigError
-from phinetune.training.auto_settings import Choice, length_cap
+from phinetune.training.auto_settings import UNLIKE_ROWS, Choice, length_cap
 from phinetune.training.beginning import settle_start
 from phinetune.training.best_checkpoint import settle_best
 from phinetune.training.choosing import (
@@ -59,6 +59,7 @@ from phinetune.training.settings import (
 )
 from phinetune.training.steps import Steps, check_full_batch, count_steps, row_lengths
 from phinetune.training.trained_parts import check_trained_parts
+from phinetune.training.unlike_rows import share_in_one_row
 from phinetune.training.warm_start import settle_adapter, with_adapters_base
 
 CHOSEN = "chosen"  # the key of start.json
@@ -306,8 +307,17 @@ def _ground(run: PreparedRun) -> Ground:
         held_out=held_out.report.tokens * scored // len(held_out) if held_out else 0,
         held_out_rows=rows if section.rows_while_training == "auto" else None,
         cap=run.settings.max_length or int(run.shape.max_position_embeddings),
+        in_one_row=_in_one_row(run),
         wants_evaluations=bool(section.early_stopping_patience or section.metrics_while_training),
     )
+
+
+def _in_one_row(run: PreparedRun) -> float | None:
+    """`share_in_one_row`, where the rules ask for it: of a set that is imitated and neither tiny nor large."""
+    if run.config.data.streaming or run.objective.kind != "sft":
+        return None
+    least, most = UNLIKE_ROWS
+    return share_in_one_row(run.chats.train.encoded) if least <= len(run.lengths) <= most else None
 
 
 def _check_base(model: ModelSection, tokenizer: PreTrainedTokenizerBase, shape: ModelConfig) -> None:

@@ -29,8 +29,8 @@ def share_in_one_row(rows: Sequence[Encoded]) -> float:
     return float((holders[which] == 1).mean())
 
 
-def _pairs(row: Encoded) -> np.ndarray:
+def _pairs(row: Encoded) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """The pairs of a row, each as one number."""
     ids, trained = np.asarray(row.input_ids, np.int64), np.asarray(row.labels) != IGNORED
     both = trained[:-1] & trained[1:]
-    return (ids[:-1][both] << 32) | ids[1:][both]
+    return np.asarray((ids[:-1][both] << 32) | ids[1:][both], np.int64)

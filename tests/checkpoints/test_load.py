@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -140,6 +141,16 @@ def test_a_base_in_q8_0_is_rounded_once_from_what_the_files_hold(
             wanted = quantize(source if files == torch.bfloat16 else source.to(getattr(torch, dtype)))
             assert all(map(torch.equal, (module.weight, module.scales), wanted))
     assert sum(isinstance(module, Q8Linear) for module in held.modules()) == 2 * 4 + 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_a_base_in_q8_0_lets_its_file_go(folder: Path, tiny: Loaded) -> None:
+    copy.deepcopy(tiny.model).bfloat16().save_pretrained(folder)
+    section = ModelSection(path=str(folder), dtype="bfloat16", device="cpu")
+    model = load_base(section, weights="q8_0").model
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert model.dtype == torch.bfloat16
 
 
 def test_weights_that_are_not_finite_are_told_before_they_are_rounded(folder: Path, tiny: Loaded) -> None:

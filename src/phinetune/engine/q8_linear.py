@@ -54,5 +54,5 @@ def lie_in_q8(model: Any, dtype: torch.dtype) -> None:
     for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
         model.set_submodule(name, Q8Linear(model.get_submodule(name)))
     for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # copied: what is read in its own dtype keeps the whole file in memory
+            parameter.data = parameter.data.to(dtype, copy=True)

@@ -72,12 +72,15 @@ def main() -> None:
     cli.add_argument("--only", default=",".join(map(str, LENGTHS)))
     cli.add_argument("--dtype", default="bfloat16" if has_native_bf16(torch.device("cpu")) else "float32")
     options = cli.parse_args()
-    rows: list[Row] = []
+    here = machine(options.dtype)
+    known = BOOK.sides().get(here["instructions"], {}).get("one row", {"rows": []})
+    rows = {int(row["length"]): row for row in known["rows"]}  # other lengths stay
     for length in map(int, options.only.split(",")):
-        rows.append(row_of(length, options.dtype))
-        foretold(rows)
-        written = BOOK.keep({"one row": {"machine": machine(options.dtype), "rows": rows}})
-        Console().print(BOOK.table("one row", rows))
+        rows[length] = row_of(length, options.dtype)
+        listed = [rows[one] for one in sorted(rows)]
+        foretold(listed)
+        written = BOOK.keep({"one row": {"machine": here, "rows": listed}})
+        Console().print(BOOK.table("one row", listed))
     Console().print(f"Wrote {' and '.join(map(str, written))}")
 
 

@@ -18,8 +18,8 @@ from phinetune.checkpoints import device as device_module
 from phinetune.checkpoints.answer_weights import check_q8
 from phinetune.checkpoints.device import pick_device, pick_dtype
 from phinetune.checkpoints.load import Loaded, load_base, read_config
-from phinetune.checkpoints.random_shapes import parse_shape
 from phinetune.config.model import ModelSection
+from phinetune.engine.kernels.native import operator
 from phinetune.engine.kernels.q8 import quantize
 from phinetune.engine.q8_linear import Q8Linear
 from phinetune.errors import ConfigError, ModelError
@@ -125,7 +125,7 @@ def test_other_products_and_other_processors_have_their_weights_as_ever(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("files", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("files", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_base_in_q8_0_is_rounded_once_from_what_the_files_hold(
     folder: Path, tiny: Loaded, dtype: str, files: torch.dtype
 ) -> None:
@@ -136,9 +136,7 @@ def test_a_base_in_q8_0_is_rounded_once_from_what_the_files_hold(
     assert kinds(held) == {torch.int8, getattr(torch, dtype)}
     for name, module in held.named_modules():
         if isinstance(module, Q8Linear):
-            source = whole.get_parameter(f"{name}.weight")
-            # A checkpoint in float32 that is read in bfloat16 is rounded to that first, as all its weights are.
-            wanted = quantize(source if files == torch.bfloat16 else source.to(getattr(torch, dtype)))
+            wanted = quantize(whole.get_parameter(f"{name}.weight"))
             assert all(map(torch.equal, (module.weight, module.scales), wanted))
     assert sum(isinstance(module, Q8Linear) for module in held.modules()) == 2 * 4 + 1
 
@@ -161,6 +159,14 @@ def test_weights_that_are_not_finite_are_told_before_they_are_rounded(folder: Pa
         load_base(ModelSection(path=str(folder)), weights="q8_0")
 
 
+def test_a_machine_without_the_kernel_says_that_q8_0_takes_longer(
+    tiny: Loaded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(operator, "chosen", dict)
+    load_base(ModelSection(path=TINY, dtype="float32", device="cpu"), weights="q8_0")
+    assert "no kernel multiplies them as they lie with float32" in caplog.text
+
+
 def test_what_cannot_lie_in_q8_0_is_told_at_once(folder: Path) -> None:
     edit_config(folder, hidden_act="gelu")
     section = ModelSection(path=str(folder), device="cpu", quantization="int8")
@@ -170,7 +176,7 @@ def test_what_cannot_lie_in_q8_0_is_told_at_once(folder: Path) -> None:
     for words in ("held in int8 already", "hidden_act `gelu`", "engine.kind is plain", "leave it out"):
         assert words in told
     with pytest.raises(ConfigError, match="q8_0 is for CPUs"):
-        check_q8(ModelSection(path=TINY), parse_shape(TINY), torch.device("cuda"), fast=True)
+        check_q8(ModelSection(path=TINY), torch.device("cuda"))
 
 
 def test_stop_ids_that_a_checkpoint_forgot_are_added(folder: Path) -> None:

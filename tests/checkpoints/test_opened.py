@@ -52,8 +52,13 @@ def test_an_adapter_on_a_base_that_makes_no_model_is_refused_in_a_sentence(
 
 @pytest.mark.parametrize(
     ("peft", "stays"),
-    [({}, True), ({"use_dora": True}, False), ({"init_lora_weights": "pissa"}, True)],  # saved is an update that adds
-    ids=["lora", "dora", "pissa"],
+    [
+        ({}, True),
+        ({"use_dora": True}, False),
+        ({"init_lora_weights": "pissa"}, True),
+        ({"init_lora_weights": "orthogonal"}, True),
+    ],  # saved is an update that adds
+    ids=["lora", "dora", "pissa", "orthogonal"],
 )
 def test_a_base_lies_in_half_under_an_adapter_that_only_adds_to_it(
     tiny: Loaded, folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peft: Any, stays: bool

@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from helpers import TINY
+from phinetune.config.model import ModelSection
 from phinetune.errors import ConfigError, PhinetuneError, RunError
 from phinetune.serving.server import _listening, check_place, is_loopback, own_key, running_state
 from phinetune.serving.settings import ServerSettings, make_settings
@@ -54,6 +57,18 @@ def test_models_are_named_on_the_command_line(tmp_path: Path) -> None:
     for wrong in (["a/b"], ["a=x", "a=y"], ["=x"]):
         with pytest.raises(PhinetuneError):
             models(*wrong)
+
+
+def test_a_base_that_cannot_lie_in_q8_0_is_refused_at_the_start(tmp_path: Path) -> None:
+    def start(weights: str, **section: Any) -> str:
+        models = {"a": ModelSection(path=TINY, **section)}
+        return make_settings(models, "127.0.0.1", 0, tmp_path, (), None, False, weights=weights).weights
+
+    assert start("q8_0", device="cpu") == "q8_0"
+    with pytest.raises(ConfigError, match="held in nf4 already"):
+        start("q8_0", device="cpu", quantization="nf4")
+    with pytest.raises(ConfigError, match="is none of auto, q8_0"):
+        start("q4_0")
 
 
 def test_an_answer_waits_for_no_receipt_of_its_head() -> None:

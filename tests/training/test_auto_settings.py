@@ -20,8 +20,7 @@ from phinetune.training import auto_settings as rules
 )
 def test_the_rate_falls_with_width_and_is_higher_for_short_runs(hidden: int, steps: int, rate: float) -> None:
     assert rules.learning_rate(hidden, steps) == pytest.approx(rate)
-    if rate < rules.HIGHEST_RATE:
-        assert rules.learning_rate(hidden, steps, by_heart=True) == pytest.approx(rate / 2, rel=0.05)  # two digits
+    assert rules.learning_rate(hidden, steps, by_heart=True) == pytest.approx(rate / 2, rel=0.05)  # two digits
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from helpers import TINY, chat, write_jsonl
 from phinetune.api.train import train_config
 from phinetune.config.run import RunConfig, make_config
 from phinetune.screen.console import Console
-from phinetune.training import auto_settings as rules
 from phinetune.training import prepare as prepare_module
 from phinetune.training.prepare import PreparedRun, prepare_run, settle
 
@@ -26,10 +25,10 @@ def hundred(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "hundred.jsonl", rows)
 
 
-def config_of(data: Path, out: Path, held_out: Any = 0.1, peft: Any = None, **training: Any) -> RunConfig:
+def config_of(data: Any, out: Path, held_out: Any = 0.1, peft: Any = None, **training: Any) -> RunConfig:
     tree = {
         "model": {"path": TINY},
-        "data": {"train": str(data), "eval": held_out},
+        "data": {"train": data if isinstance(data, list) else str(data), "eval": held_out},
         "peft_config": peft or {},
         "training_config": {"output_dir": str(out), **training},
         "evaluation": {"enabled": False, "fixed_prompts": 0},
@@ -37,7 +36,7 @@ def config_of(data: Path, out: Path, held_out: Any = 0.1, peft: Any = None, **tr
     return make_config(tree)
 
 
-def prepared(data: Path, out: Path, **changes: Any) -> PreparedRun:
+def prepared(data: Any, out: Path, **changes: Any) -> PreparedRun:
     return prepare_run(settle(config_of(data, out, **changes)))
 
 
@@ -191,7 +190,7 @@ def test_config_and_start_have_the_numbers_and_resuming_takes_them(hundred: Path
     assert run.path == out
 
 
-def test_rows_that_have_little_in_common_get_a_lower_rate_and_no_fourth_epoch(tmp_path: Path) -> None:
+def test_rows_that_have_little_in_common_get_a_lower_rate_and_no_fourth_epoch(hundred: Path, tmp_path: Path) -> None:
     draw = random.Random(0)
     words = ["".join(draw.choices(string.ascii_lowercase + string.digits, k=12)) for _ in range(80)]
     unlike = write_jsonl(tmp_path / "unlike.jsonl", [chat(f"Say {i}", one) for i, one in enumerate(words)])
@@ -199,8 +198,7 @@ def test_rows_that_have_little_in_common_get_a_lower_rate_and_no_fourth_epoch(tm
     ground = prepare_module._ground(run)
     assert ground.unlike
     assert run.args.num_train_epochs == 3
-    alone = rules.learning_rate(ground.hidden, run.steps.count)
-    assert run.args.learning_rate == rules.learning_rate(ground.hidden, run.steps.count, by_heart=True) <= alone
+    assert run.args.learning_rate == 1.5e-3  # half of 3e-3
     told = {choice.key: choice.why for choice in run.choices}
     share = f"{ground.in_one_row:.0%} of the pairs of tokens stand in one row only"
     assert told["training_config.num_train_epochs"].endswith(f"but these have little in common ({share})")
@@ -208,8 +206,12 @@ def test_rows_that_have_little_in_common_get_a_lower_rate_and_no_fourth_epoch(tm
 
     few = write_jsonl(tmp_path / "few.jsonl", [chat(f"Say {i}", one) for i, one in enumerate(words[:50])])
     assert prepare_module._ground(prepared(few, tmp_path / "run")).in_one_row is None  # 45 rows tell too little
-    once = prepared(unlike, tmp_path / "run", num_train_epochs=1)
-    assert "half of it" not in {choice.key: choice.why for choice in once.choices}["training_config.learning_rate"]
+    for steps, rate in ({"num_train_epochs": 1}, 3e-3), ({"max_steps": 36}, 3e-3), ({"max_steps": 80}, 1.5e-3):
+        assert prepared(unlike, tmp_path / "run", **steps).args.learning_rate == rate
+    alike = [{"path": str(hundred), "weight": 2}, str(hundred)]
+    assert prepare_module._ground(prepared(alike, tmp_path / "run")).in_one_row < 0.1
+    twice = prepare_module._ground(prepared([{"path": str(unlike), "weight": 2}], tmp_path / "run"))
+    assert twice.in_one_row == pytest.approx(ground.in_one_row, abs=0.05)
     pairs = [{"prompt": f"Say {i}", "chosen": one, "rejected": one[::-1]} for i, one in enumerate(words)]
     config = config_of(write_jsonl(tmp_path / "pairs.jsonl", pairs), tmp_path / "dpo")
     config = config.model_copy(update={"objective": make_config({"objective": "dpo"}).objective})

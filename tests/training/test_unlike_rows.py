@@ -19,7 +19,8 @@ def row(*ids: int, read: int = 0) -> Encoded:
         ([], 0.0),
         ([row(1)], 0.0),
         ([row(1, 2, 3)], 1.0),
-        ([row(1, 2, 3), row(1, 2, 3)], 0.0),
+        ([row(1, 2, 3), row(7, 1, 2, 3, read=1)], 0.0),
+        ([row(1, 2, 3), row(1, 2, 3)], 1.0),  # one row, taken twice
         ([row(1, 2, 3), row(1, 2, 4)], 0.5),
         ([row(1, 2), row(2, 1)], 1.0),  # another order is another pair
         ([row(1, 2, 1, 2, 1, 2)], 1.0),  # oftener in one row is still one row
@@ -27,7 +28,7 @@ def row(*ids: int, read: int = 0) -> Encoded:
         ([row(7, 8, 1, 2, read=2), row(7, 8, 1, 3, read=2)], 1.0),  # what is only read does not count
         ([row(7, 8, 1, 2, read=1), row(7, 8, 1, 3, read=1)], 0.5),
         ([Encoded([1, 2, 3, 4], [1, -100, 3, 4]), row(9, 9)], 1.0),  # tokens that are no neighbours make no pair
-        ([row(1, 200_000), row(1, 200_000), row(2, 200_000)], 1 / 3),
+        ([row(1, 200_000), row(1, 200_000, 2), row(2, 200_000)], 2 / 4),
     ],
 )
 def test_the_share(rows: list[Encoded], share: float) -> None:

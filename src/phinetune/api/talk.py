@@ -38,8 +38,8 @@ def generate(
         temperature: 0 is greedy; higher is more varied.
         top_p, top_k: sample from the likeliest tokens; see `phinetune.engine.generate.Sampling`.
         seed: of the sampling.
-        weights: how the base lies in memory: `q8_0` rounds it to eight bits, as llama.cpp does, which takes half the
-            memory and half the time to read it; `auto` changes no number.
+        weights: how the base lies in memory: `q8_0` rounds its linear layers to eight bits, as llama.cpp does, so that
+            each step of an answer reads half as much; `auto` changes no number.
         model_options: keys of the section `model` (`device`, `dtype`, …).
 
     Raises:

@@ -130,7 +130,7 @@ def _load_random(
 ) -> tuple[PreTrainedModel, Base]:
     config = random_shapes.parse_shape(section.path)
     if weights == Q8:
-        check_q8(section, config, device, fast)
+        check_q8(section, device, config, fast)
     base = _random_base(section, config)
     kind = model_class(config, fast=fast)
     model = random_shapes.random_model(config, section.seed, dtype, section.attn_implementation, kind)
@@ -162,7 +162,7 @@ def _load_checkpoint(
     # Only the fast engine's layers refuse a merge, which would round.
     has_form = fast and section.quantization == "none" and not missing_form(config)
     if weights == Q8:
-        check_q8(section, config, device, fast)
+        check_q8(section, device, config, fast)
     weights = weights if has_form else None
     model = _read_model(folder, config, section, read_dtype(weights, folder, dtype, device), fast, device)
     check_numbers([*model.named_parameters(), *scales_of(model)], str(folder))

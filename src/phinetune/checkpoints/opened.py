@@ -77,6 +77,8 @@ def open_model(
     if weights == Q8 and not _only_adds(adapter):
         raise ConfigError([f"weights: q8_0: {folder}: this adapter does more than add to its base; leave it out"])
     weights = weights if weights == Q8 or (is_fast and _only_adds(adapter)) else None
+    if weights == Q8 and adapter:
+        adapter.init_lora_weights = True  # the file has A and B; some beginnings would first ask the weight for them
     loaded = load_base(config.model, fast=is_fast, weights=weights)
     data = config.data
     encoder = make_encoder(loaded.tokenizer, data.loss_on, data.system, tags_of(data))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from phinetune.config.answer_weights import AUTO, check_kind
+from phinetune.config.answer_weights import AUTO, Q8, check_kind
 from phinetune.config.model import ModelSection
 from phinetune.config.places import absolute_place
 from phinetune.errors import ConfigError
@@ -106,7 +106,18 @@ def make_settings(
     if models:
         named = models if isinstance(models, Mapping) else _named_models(models)
         given = replace(given, models={name: _section(model) for name, model in named.items()})
+    if weights == Q8:
+        _check_q8(given.models)
     return replace(given, folder=Path(folder).expanduser().resolve()) if folder else given
+
+
+def _check_q8(models: Mapping[str, ModelSection]) -> None:
+    """Make sure that the bases on offer can lie in q8_0, as far as that is known before they are read."""
+    from phinetune.checkpoints.answer_weights import check_q8
+    from phinetune.checkpoints.device import pick_device
+
+    for section in models.values():
+        check_q8(section, pick_device(section.device))
 
 
 def _gguf_type(backend: str, wanted: str | None) -> str | None:

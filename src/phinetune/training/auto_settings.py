@@ -27,7 +27,8 @@ RANKS = (16, 32, 64, 128)
 SHORT_RUN = 100  # steps
 SHORT_FACTOR = 1.5  # 15 times the rate of full fine-tuning, where longer runs take 10 times it
 UNLIKE = 0.2  # share of the pairs of tokens that stand in one row only, from which rows count as unlike each other
-UNLIKE_FACTOR = 0.5  # of the rate for such rows, where they are taken several times
+UNLIKE_FACTOR = 0.5  # of the rate for such rows, where each is taken `SEVERAL` times or oftener
+SEVERAL = 1.5
 # How many rows are looked at: fewer share little in any case, and of more each is taken once or twice.
 UNLIKE_ROWS = (50, 2_000)
 HIGHEST_RATE = 3e-3  # the fit begins at widths of 2,000; far below them it is only extended
@@ -74,8 +75,7 @@ def learning_rate(hidden: int, steps: int, by_heart: bool = False) -> float:
             held-out loss then (`benchmarks.choices`: alpaca).
     """
     rate = 5e-4 * (2000 / hidden) ** 0.781 * (SHORT_FACTOR if steps < SHORT_RUN else 1)
-    rate *= UNLIKE_FACTOR if by_heart else 1
-    return two_digits(min(rate, HIGHEST_RATE))
+    return two_digits(min(rate, HIGHEST_RATE) * (UNLIKE_FACTOR if by_heart else 1))
 
 
 def rank(trained: int, a_rank: int, widest: int) -> int:

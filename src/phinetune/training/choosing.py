@@ -262,13 +262,18 @@ def _epochs(work: _Work) -> None:
         work.remark("num_train_epochs", f"the rule's is {wanted} for {rows:,} rows; expect rows to be learnt by heart")
 
 
+def _times_taken(work: _Work, steps: int) -> float:
+    """How often a run of so many steps takes each row."""
+    step = work.value("per_device_train_batch_size") * work.value("gradient_accumulation_steps", 1)
+    return float(steps * step * work.ground.processes / (work.ground.rows or math.inf))
+
+
 def _in_one_row(work: _Work) -> str:
     return f"{work.ground.in_one_row:.0%} of the pairs of tokens stand in one row only"
 
 
 def _rate(work: _Work, steps: int) -> None:
-    repeats = float(work.value("num_train_epochs", 1)) > 1 and int(work.value("max_steps") or -1) <= 0
-    by_heart = work.ground.unlike and repeats
+    by_heart = work.ground.unlike and _times_taken(work, steps) >= rules.SEVERAL
     wanted = rules.two_digits(rules.learning_rate(work.ground.hidden, steps, by_heart) * work.ground.rate)
     width = f"hidden size {work.ground.hidden:,}"
     if work.is_open("learning_rate"):

@@ -316,8 +316,9 @@ def _in_one_row(run: PreparedRun) -> float | None:
     """`share_in_one_row`, where the rules ask for it: of a set that is imitated and neither tiny nor large."""
     if run.config.data.streaming or run.objective.kind != "sft":
         return None
+    own = len(run.chats.train) - (run.chats.replay or {}).get("rows", 0)  # the base's answers stand behind them
     least, most = UNLIKE_ROWS
-    return share_in_one_row(run.chats.train.encoded) if least <= len(run.lengths) <= most else None
+    return share_in_one_row([run.chats.train.encoded[i] for i in range(own)]) if least <= own <= most else None
 
 
 def _check_base(model: ModelSection, tokenizer: PreTrainedTokenizerBase, shape: ModelConfig) -> None:

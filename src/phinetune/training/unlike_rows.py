@@ -16,10 +16,12 @@ def share_in_one_row(rows: Sequence[Encoded]) -> float:
     them. Measured with the starter's tokenizer on 50 to 400 rows: 0 to 0.09 for five sets of the first kind, 0.29 to
     0.80 for five of the second (Alpaca's short and long rows, its Chinese ones, code, sums in words).
 
+    A row that stands there several times, as a source with a weight above 1 has it, counts once.
+
     Returns:
         0 where there is no pair.
     """
-    pairs = [_pairs(row) for row in rows]
+    pairs = [_pairs(row) for row in {(*row.input_ids, None, *row.labels): row for row in rows}.values()]
     every = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
     if not len(every):
         return 0.0

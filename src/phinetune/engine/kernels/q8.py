@@ -44,6 +44,11 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return made, scales
 
 
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether few rows in `dtype` are multiplied with weights as they lie here."""
+    return _few_rows_of_q8.is_native(torch.empty(0, dtype=dtype))
+
+
 def takes_few(x: Tensor) -> bool:
     """Whether the product of `x`, shape (rows, in), is made without expanding the weight. It has no graph."""
     most = MOST_WHERE_FAST if is_fast_half(x) else MOST

@@ -5,7 +5,7 @@
     python -m benchmarks.choices --table        # the table of what is measured
 
 For each set (`benchmarks.choice_sets`): a grid of four rates (the rule's times 1/4, 1/2, 1 and 2) and three numbers of
-epochs (the rule's, one and two less), and a race of rates. The rule's own choice is a point of the grid.
+epochs (the rule's, one and two less, or 1 to 3), and a race of rates. The rule's own choice is a point of the grid.
 The winner of a race is to the bit the run with its rate given (tests/training/test_race), so its figure is that
 point's.
 
@@ -142,8 +142,9 @@ def best_of(figures: Mapping[str, Any]) -> str:
 
 
 def _epochs(rule: float) -> list[int]:
-    """The rule's epochs, and one and two less."""
-    return [max(1, round(rule) - less) for less in (2, 1, 0)]
+    """The rule's epochs, and one and two less; three numbers from 1 on where these are too few."""
+    least = max(1, round(rule) - 2)
+    return [least, least + 1, least + 2]
 
 
 def _figure(run: Any, base: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_alpha_gives_the_same_scale_with_and_without_rslora() -> None:
 def test_small_sets_get_more_epochs_and_smaller_steps() -> None:
     counts = (10, 500, 501, 2_000, 2_001, 20_000, 20_001)
     assert [rules.epochs(rows) for rows in counts] == [4, 4, 3, 3, 2, 2, 1]
-    assert [rules.epochs(rows, unlike=True) for rows in counts] == [3, 3, 3, 3, 2, 2, 1]
+    assert [rules.epochs(rows, unlike=True) for rows in counts] == [2, 2, 2, 2, 2, 2, 1]
     assert [rules.batch(rows) for rows in (1, 80, 159, 160, 320, 640, 10**6)] == [2, 2, 2, 4, 8, 16, 16]
 
 

@@ -190,14 +190,14 @@ def test_config_and_start_have_the_numbers_and_resuming_takes_them(hundred: Path
     assert run.path == out
 
 
-def test_rows_that_have_little_in_common_get_a_lower_rate_and_no_fourth_epoch(hundred: Path, tmp_path: Path) -> None:
+def test_rows_that_have_little_in_common_get_a_lower_rate_and_two_epochs(hundred: Path, tmp_path: Path) -> None:
     draw = random.Random(0)
     words = ["".join(draw.choices(string.ascii_lowercase + string.digits, k=12)) for _ in range(80)]
     unlike = write_jsonl(tmp_path / "unlike.jsonl", [chat(f"Say {i}", one) for i, one in enumerate(words)])
     run = prepared(unlike, tmp_path / "run")
     ground = prepare_module._ground(run)
     assert ground.unlike
-    assert run.args.num_train_epochs == 3
+    assert run.args.num_train_epochs == 2
     assert run.args.learning_rate == 1.5e-3  # half of 3e-3
     told = {choice.key: choice.why for choice in run.choices}
     share = f"{ground.in_one_row:.0%} of the pairs of tokens stand in one row only"
@@ -216,3 +216,14 @@ def test_rows_that_have_little_in_common_get_a_lower_rate_and_no_fourth_epoch(hu
     config = config_of(write_jsonl(tmp_path / "pairs.jsonl", pairs), tmp_path / "dpo")
     config = config.model_copy(update={"objective": make_config({"objective": "dpo"}).objective})
     assert prepare_module._ground(prepare_run(settle(config))).in_one_row is None
+
+
+def test_who_asks_for_the_best_has_three_looks_or_more_and_never_fewer_in_a_longer_run(
+    hundred: Path, tmp_path: Path
+) -> None:
+    looks = []
+    for epochs in range(1, 9):
+        run = prepared(hundred, tmp_path, held_out=0.4, num_train_epochs=epochs, metric_for_best_model="loss")
+        looks.append(run.steps.count // run.args.eval_steps)
+    assert min(looks) >= 3
+    assert looks == sorted(looks)

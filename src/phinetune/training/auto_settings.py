@@ -101,10 +101,12 @@ def alpha(r: int, rslora: bool) -> int:
 def epochs(rows: int, unlike: bool = False) -> int:
     """How often all rows are taken: small sets oftener. Alpaca's 3 epochs, and 1 for sets of tens of thousands.
 
-    The smallest get 4: with 100 to 400 rows that was better than 3 in four sets of six (`benchmarks.choices`), but not
-    where the rows are unlike each other.
+    The smallest get 4: with 100 to 400 rows that was better than 3 in four sets of six (`benchmarks.choices`). Rows that
+    are unlike each other get 2, at half the rate: later epochs learn them by heart.
     """
-    return 4 if rows <= 500 and not unlike else 3 if rows <= 2_000 else 2 if rows <= 20_000 else 1
+    if unlike and rows <= UNLIKE_ROWS[1]:
+        return 2
+    return 4 if rows <= 500 else 3 if rows <= 2_000 else 2 if rows <= 20_000 else 1
 
 
 def batch(rows: int) -> int:

@@ -342,6 +342,8 @@ def _evaluations(work: _Work, steps: Steps) -> int | None:
     wanted = asked or ground.wants_evaluations
     begun_with_a_part = f"evaluation.{SCORED}" in work.recorded
     all_of_them = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out, False)
+    if all_of_them and wanted:  # not fewer than where none could be afforded
+        all_of_them = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out, True)
     found = (None if begun_with_a_part else all_of_them) or _part(work, steps, wanted)
     if found is None and wanted:
         found = rules.evaluation_interval(steps.count, steps.tokens, ground.held_out, True)

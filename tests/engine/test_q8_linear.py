@@ -40,10 +40,8 @@ def models(config: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_multiplies_the_numbers_that_its_weight_stands_for(shape: tuple[int, ...], bias: bool) -> None:
     layer = Q8Linear(nn.Linear(45, 10, bias=bias))
-    weight, added = (
-        q8.expanded(layer.weight, layer.scales).double(),
-        None if layer.bias is None else layer.bias.double(),
-    )
+    weight = q8.expanded(layer.weight, layer.scales).double()
+    added = None if layer.bias is None else layer.bias.double()
     x = torch.randn(*shape, 90)[..., ::2].requires_grad_()
     found = layer(x)
     exact = x.detach().double().requires_grad_()

@@ -8,6 +8,7 @@ little else than reading weights.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ class HalfLinear(nn.Linear):
         return (made if self.bias is None else made.add_(self.bias)).view(*x.shape[:-1], self.out_features)
 
 
+def replace_linears(model: Any, kind: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put a layer of another kind in the place of each plain linear layer of a model."""
+    # By their names: a list of the layers would keep all of their weights in memory to the end.
+    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
+        model.set_submodule(name, kind(model.get_submodule(name)))
+
+
 @torch.no_grad()
 def lie_in_half(model: Any) -> None:
     """Make float32 of a model in bfloat16, but for the weights of its linear layers, which stay as they are.
@@ -46,9 +54,7 @@ def lie_in_half(model: Any) -> None:
     A head that is tied to the embedding keeps a weight of its own: each step of an answer reads the whole head, and of
     the embedding a few rows.
     """
-    # By their names: a list of the layers would keep all of their weights in memory to the end.
-    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
-        model.set_submodule(name, HalfLinear(model.get_submodule(name)))
+    replace_linears(model, HalfLinear)
     half = {id(module.weight) for module in model.modules() if isinstance(module, HalfLinear)}
     for parameter in model.parameters():
         if id(parameter) not in half:

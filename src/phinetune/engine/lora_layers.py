@@ -10,10 +10,9 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
-from phinetune.engine.half_linear import HalfLinear
 from phinetune.engine.kept_memory import trim_heap
 from phinetune.engine.kernels.matmul import HALF_DTYPES, BlockReader, linear, product_dtype
-from phinetune.engine.q8_linear import Q8Linear
+from phinetune.engine.q8_linear import ANSWERING
 from phinetune.engine.side_by_side import SideBySide
 from phinetune.errors import ModelError
 from phinetune.lora import one_product
@@ -44,7 +43,7 @@ class FusedLinear(Linear):
         Raises:
             ModelError: the sums would be rounded, since the base lies in bfloat16 or q8_0.
         """
-        if isinstance(self.base_layer, (HalfLinear, Q8Linear)):
+        if isinstance(self.base_layer, ANSWERING):
             raise ModelError(
                 "this model was opened to answer, with its base in fewer bits, and merged weights would be rounded; "
                 "merge with `phinetune merge`, or take the model that `phinetune.load` gives"

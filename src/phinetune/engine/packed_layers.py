@@ -23,7 +23,6 @@ from transformers.models.phi3 import modeling_phi3 as transformers_phi3
 from phinetune.engine.activation_memory import Level
 from phinetune.engine.attention_plan import AttentionRun, Heads
 from phinetune.engine.families import FUSED
-from phinetune.engine.half_linear import HalfLinear
 from phinetune.engine.kernels.attention import attention
 from phinetune.engine.kernels.matmul import linear
 from phinetune.engine.kernels.norm import rms_norm
@@ -32,9 +31,7 @@ from phinetune.engine.kernels.swiglu import swiglu
 from phinetune.engine.layer_function import LayerParts, Norm, Places
 from phinetune.engine.layer_function import layer as whole_layer
 from phinetune.engine.lora_layers import projections
-from phinetune.engine.q8_linear import Q8Linear
-
-ANSWERING = (HalfLinear, Q8Linear)
+from phinetune.engine.q8_linear import ANSWERING
 
 
 @dataclass(frozen=True)

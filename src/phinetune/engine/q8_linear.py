@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phinetune.engine.half_linear import HalfLinear, replace_linears
 from phinetune.engine.kernels import q8
 from phinetune.engine.kernels.matmul import linear_by_blocks
 
@@ -43,6 +44,9 @@ class Q8Linear(nn.Linear):
         return (made if self.bias is None else made.add_(self.bias)).view(*x.shape[:-1], self.out_features)
 
 
+ANSWERING = (HalfLinear, Q8Linear)  # the layers of a model that only answers
+
+
 @torch.no_grad()
 def lie_in_q8(model: Any, dtype: torch.dtype) -> None:
     """Let the weights of a model's linear layers lie in q8_0, and all others in `dtype`.
@@ -50,9 +54,7 @@ def lie_in_q8(model: Any, dtype: torch.dtype) -> None:
     A head that is tied to the embedding gets a weight of its own; of the embedding each step of an answer reads a few
     rows.
     """
-    # By their names: a list of the layers would keep all of their weights in memory to the end.
-    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
-        model.set_submodule(name, Q8Linear(model.get_submodule(name)))
+    replace_linears(model, Q8Linear)
     for parameter in model.parameters():
         if parameter.is_floating_point():  # copied: what is read in its own dtype keeps the whole file in memory
             parameter.data = parameter.data.to(dtype, copy=True)

@@ -2,7 +2,8 @@
 
 The numbers are those of llama.cpp's q8_0: a block's scale is its largest magnitude / 127, kept in float16, and each
 number is the nearest of 255 multiples of the scale. Products are those of the numbers that the weight then stands for,
-in x's dtype. A step of answers is little else than reading weights, so it takes some half of the time.
+in x's dtype. A step of answers is little else than reading weights: with one row of x a product takes some 0.6 of the
+time that it takes in bfloat16.
 """
 
 from __future__ import annotations
